@@ -1,0 +1,1 @@
+"""Triton kernels, installed as ``rlfast.kernels``: one file an op."""

@@ -1,0 +1,19 @@
+"""rlfast: fast, exact kernels for RL post-training of language models."""
+
+from pathlib import Path as _Path
+
+_root = _Path(__file__).resolve().parent
+if not (_root / "_build_record.py").exists():
+    raise ImportError(
+        f"rlfast: {_root} is a source tree that is not built (if rlfast is also installed, this folder hides it): "
+        f"run `pip install -e {_root.parent}`, or leave the folder that holds it"
+    )
+if not (_root / "kernels").exists():  # in a source tree, the Triton kernels are the folder next to this one
+    __path__.append(str(_root.parent))
+
+from rlfast import backends  # noqa: E402
+from rlfast.backends import use_backend  # noqa: E402
+from rlfast.logps import TokenLogps, linear_token_logps, token_logps  # noqa: E402
+
+__version__ = "0.1.0"
+__all__ = ["TokenLogps", "backends", "linear_token_logps", "token_logps", "use_backend"]

@@ -1,0 +1,1 @@
+"""The ``torch`` backend: each op in plain PyTorch, chunked; it runs wherever torch runs."""

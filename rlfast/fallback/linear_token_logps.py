@@ -1,0 +1,70 @@
+"""Token log-probs from hidden states in plain PyTorch: the token op's arithmetic over chunks of rows.
+
+The rows that count are gathered first; each chunk of them is projected in float32, and its logits live only as long as
+the chunk. Gradients accumulate in float32 over chunks.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from rlfast.fallback.token_logps import (
+    CHUNK_ELEMENTS,
+    compute_dtype,
+    counted_rows,
+    flattened,
+    grads_by_row,
+    pull_back,
+    row_statistics,
+    transformed,
+    z_gradient,
+)
+from rlfast.ops.records import ENTROPY, Row, Transform, Wanted, allocate
+
+
+def logits_of(hidden, weight, bias) -> torch.Tensor:
+    """hidden·weightᵀ + bias with float32 operands (float64 for float64)."""
+    dtype = compute_dtype(hidden)
+    z = hidden.to(dtype) @ weight.to(dtype).T
+    return z if bias is None else z.add_(bias.to(dtype))
+
+
+def _slices(n: int, vocab: int):
+    step = max(1, 16 * CHUNK_ELEMENTS // vocab)
+    return [slice(start, min(start + step, n)) for start in range(0, n, step)]
+
+
+def forward(hidden, weight, bias, targets, mask, transform: Transform, wanted: Wanted, keep: bool):
+    """See ``rlfast/ops/linear_token_logps.py``."""
+    n, vocab = hidden.shape[0], weight.shape[0]
+    out = allocate(hidden, (n,), targets, wanted)
+    ids, counted = counted_rows(targets, mask, n)
+    row, flat = Row.of(ids.shape[1], wanted), flattened(out, n)
+    kept = hidden.new_empty((n, vocab) if keep else (0,), dtype=torch.float32)
+    for rows in _slices(n, vocab):
+        logits = logits_of(hidden[rows], weight, bias)
+        if keep:
+            kept[rows] = logits
+        row_statistics(transformed(logits, transform, rows), ids[rows], counted[rows], flat, row, rows, wanted)
+    return out, kept
+
+
+def backward(hidden, weight, bias, targets, mask, transform: Transform, aux, grads, needs, kept):
+    """See ``rlfast/ops/linear_token_logps.py``."""
+    n, vocab = hidden.shape[0], weight.shape[0]
+    dtype = compute_dtype(hidden)
+    ids, counted = counted_rows(targets, mask, n)
+    row = Row.of(ids.shape[1], Wanted(ENTROPY, 0))
+    like, grads = (hidden, weight, bias), grads_by_row(grads, n)
+    sums = [hidden.new_zeros(x.shape if need else (0,), dtype=dtype) for x, need in zip(like, needs, strict=True)]
+    for rows in _slices(n, vocab):
+        logits = kept[rows] if kept.numel() else logits_of(hidden[rows], weight, bias)
+        z = transformed(logits, transform, rows)
+        g = pull_back(z_gradient(z, ids[rows], counted[rows], aux, row, rows, grads), logits, transform, rows)
+        if needs[0]:
+            sums[0][rows] = g @ weight.to(dtype)
+        if needs[1]:
+            sums[1].addmm_(g.T, hidden[rows].to(dtype))
+        if needs[2]:
+            sums[2] += g.sum(0)
+    return tuple(x.to(hidden.dtype) for x in sums)

@@ -1,0 +1,292 @@
+"""Per-token log-probs and their companions, from logits or straight from hidden states."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+
+from rlfast import backends, validate
+from rlfast.ops import linear_token_logps as linear_op
+from rlfast.ops import token_logps as logits_op
+from rlfast.ops.records import ENTROPY, IS_TOP1, LOG_SUM_SQ_PROBS, MEAN_LOGITS, Row, Wanted
+
+# The float32 logits that a backward may find again instead of recomputing them (three GEMMs instead of four).
+MEMORY_BUDGET = 2 << 30
+
+
+class TokenLogps(NamedTuple):
+    """What was asked for; the other fields are None. All float32 (float64 for float64 inputs) unless said otherwise."""
+
+    logp: torch.Tensor  # shaped like targets: log p of each target, in nats; differentiable
+    lse: torch.Tensor | None = None  # [*]: log Σ exp(z); differentiable
+    entropy: torch.Tensor | None = None  # [*]: −Σ p log p, in nats; differentiable
+    log_sum_sq_probs: torch.Tensor | None = None  # [*]: log Σ p²
+    mean_logits: torch.Tensor | None = None  # [*]: mean of z over the vocabulary
+    is_top1: torch.Tensor | None = None  # shaped like targets, bool: the target is the first argmax
+    topk_logp: torch.Tensor | None = None  # [*, top_k], descending; ties by the lower id
+    topk_ids: torch.Tensor | None = None  # [*, top_k] int64; −1 in skipped rows
+    tail_mass: torch.Tensor | None = None  # [*]: the probability outside the top-k
+
+
+_BITS = {
+    "logp": 0,
+    "lse": 0,
+    "entropy": ENTROPY,
+    "log_sum_sq_probs": LOG_SUM_SQ_PROBS,
+    "mean_logits": MEAN_LOGITS,
+    "is_top1": IS_TOP1,
+}
+_TOPK = ("topk_logp", "topk_ids", "tail_mass")
+_INTS = (torch.int64, torch.int32)
+_MASKS = (torch.bool, torch.int64, torch.int32, torch.uint8, torch.int8, torch.float32, torch.bfloat16, torch.float16)
+
+
+def token_logps(
+    logits,
+    targets,
+    *,
+    temperature=1.0,
+    softcap=None,
+    logit_scale=1.0,
+    mask=None,
+    outputs=("logp",),
+    inplace_backward=False,
+    top_k=None,
+) -> TokenLogps:
+    """Log-probability of each target under softmax(logits), and companions, in one read of the logits.
+
+    z = softcap·tanh(logit_scale·logits / softcap) / temperature;  logp = z_target − log Σ_v exp z_v
+
+    Args:
+        logits: [*, V] float32, bfloat16 or float16 (float64 runs on the torch backend), any strides.
+        targets: [*] or [*, K] int32 or int64 in [0, V); −100 marks a token to skip.
+        temperature: a float > 0, or a tensor of them shaped like the rows [*].
+        softcap: None, or a float > 0 (Gemma 2).
+        logit_scale: a float that multiplies the logits first (Cohere, Granite).
+        mask: [*], zero where a row is skipped: its outputs are 0 and its gradient is 0.
+        outputs: what to compute: "logp", "lse", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1"; with ``top_k``
+            also "topk_logp", "topk_ids", "tail_mass" (all three come together).
+        inplace_backward: write the gradient over the logits; they must not be used afterwards. A second backward raises.
+        top_k: how many of the largest log-probs to return.
+
+    Returns:
+        TokenLogps, float32. ``logp``, ``lse`` and ``entropy`` are differentiable with respect to the logits.
+
+    Raises:
+        TypeError, ValueError: an argument is of the wrong type, shape, dtype, device or range. On a GPU a target out of
+            range is not looked for (that would synchronise): its row is NaN.
+
+    Reference:
+        The numerics contract in docs/numerics.md; −softplus(lse_others − z_t) keeps log p ≤ 0 and exact as p → 1.
+
+    Example:
+        >>> out = rlfast.token_logps(torch.randn(2, 5, 100), torch.randint(100, (2, 5)), outputs=("logp", "entropy"))
+        >>> out.logp.shape
+        torch.Size([2, 5])
+    """
+    validate.tensor("logits", logits)
+    if logits.dim() < 1 or logits.shape[-1] == 0:
+        validate.fail("logits", "shape [*, V] with V > 0", validate.shape(logits))
+    lead, vocab = logits.shape[:-1], logits.shape[-1]
+    bits, k = _wanted(outputs, top_k, vocab)
+    targets, mask, temperatures, temperature = _rows(
+        lead, vocab, targets, mask, temperature, (("logits", logits))
+    )
+    softcap = 0.0 if softcap is None else validate.positive("softcap", softcap)
+    logit_scale = validate.finite("logit_scale", logit_scale)
+    if len(lead) not in (1, 2):
+        flat = _rows_flattened(logits, len(lead), targets, mask, temperatures)
+        logits, targets, mask, temperatures = flat
+    if logits.stride(-1) != 1 and vocab > 1:
+        logits = logits.contiguous()
+    raw = logits_op.op(
+        logits, targets, mask, temperatures, temperature, softcap, logit_scale, bits, k, bool(inplace_backward),
+        backends.requested(),
+    )  # fmt: skip
+    return _named(raw, lead, outputs, bits, k, targets.dim() > logits.dim() - 1)
+
+
+def linear_token_logps(
+    hidden,
+    weight,
+    targets,
+    bias=None,
+    *,
+    temperature=1.0,
+    softcap=None,
+    logit_scale=1.0,
+    mask=None,
+    outputs=("logp",),
+    top_k=None,
+    memory_budget=MEMORY_BUDGET,
+) -> TokenLogps:
+    """``token_logps(hidden @ weight.T + bias, targets)`` without the logits in full.
+
+    Args:
+        hidden: [*, D] float32, bfloat16 or float16: the last hidden states.
+        weight: [V, D] of hidden's dtype: the head. Frozen if it needs no gradient; then its gradient costs nothing.
+        targets: [*] or [*, K] int32 or int64 in [0, V); −100 marks a token to skip. Skipped tokens are not projected on
+            the CPU.
+        bias: [V] of hidden's dtype, or None.
+        memory_budget: bytes that the forward may keep for the backward. If the float32 logits fit (4·N·V), they are kept and the backward
+            has two GEMMs; else it recomputes them in tiles and has three. 0 always recomputes.
+        temperature, softcap, logit_scale, mask, outputs, top_k: as in ``token_logps``.
+
+    Returns:
+        TokenLogps, float32. ``logp``, ``lse`` and ``entropy`` are differentiable with respect to hidden, weight and bias.
+        Under autocast, hidden, weight and bias are cast as ``torch.nn.functional.linear`` casts them.
+
+    Raises:
+        TypeError, ValueError: as in ``token_logps``.
+
+    Example:
+        >>> out = rlfast.linear_token_logps(torch.randn(2, 5, 16), torch.randn(100, 16), torch.randint(100, (2, 5)))
+        >>> out.logp.shape
+        torch.Size([2, 5])
+    """
+    hidden, weight, bias = _head(hidden, weight, bias)
+    lead, vocab = hidden.shape[:-1], weight.shape[0]
+    bits, k = _wanted(outputs, top_k, vocab)
+    targets, mask, temperatures, temperature = _rows(lead, vocab, targets, mask, temperature, ("hidden", hidden))
+    softcap = 0.0 if softcap is None else validate.positive("softcap", softcap)
+    logit_scale = validate.finite("logit_scale", logit_scale)
+    budget = validate.finite("memory_budget", memory_budget)
+    many = targets.dim() > len(lead)
+    if len(lead) != 1:
+        hidden, targets, mask, temperatures = _rows_flattened(hidden, len(lead), targets, mask, temperatures)
+    needs_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (hidden, weight, bias))
+    keep = needs_grad and 4 * hidden.shape[0] * vocab <= budget
+    raw = linear_op.op(
+        _unit_stride(hidden), _unit_stride(weight), bias, targets, mask, temperatures, temperature, softcap, logit_scale,
+        bits, k, keep, backends.requested(),
+    )  # fmt: skip
+    return _named(raw[:7], lead, outputs, bits, k, many)
+
+
+def _unit_stride(x):
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def _wanted(outputs, top_k, vocab: int) -> tuple[int, int]:
+    bits = 0
+    if isinstance(outputs, str):
+        validate.fail("outputs", 'a tuple of names such as ("logp",)', repr(outputs), TypeError)
+    for name in outputs:
+        if name in _TOPK:
+            if top_k is None:
+                validate.fail("top_k", f"an int, since outputs asks for {name!r}", "None")
+        elif name not in _BITS:
+            validate.fail("outputs", f"names among {(*_BITS, *_TOPK)}", repr(name))
+        else:
+            bits |= _BITS[name]
+    if top_k is None:
+        return bits, 0
+    if isinstance(top_k, bool) or not isinstance(top_k, int):
+        validate.fail("top_k", "an int", repr(top_k), TypeError)
+    if not 1 <= top_k <= vocab:
+        validate.fail("top_k", f"1 to the vocabulary of {vocab}", top_k)
+    return bits, top_k
+
+
+def _rows(lead, vocab: int, targets, mask, temperature, source):
+    """Targets, mask and temperature checked against the rows [*lead] of ``source``, as the op wants them."""
+    name, x = source
+    validate.tensor("targets", targets, _INTS)
+    if targets.shape[: len(lead)] != lead or targets.dim() > len(lead) + 1:
+        validate.fail("targets", f"shape {tuple(lead)} or {(*lead, 'K')} like the rows of {name}", validate.shape(targets))
+    if targets.dim() > len(lead) and targets.shape[-1] == 0:
+        validate.fail("targets", "at least one candidate a row", validate.shape(targets))
+    validate.same_device("targets", targets, name, x)
+    if targets.dtype != torch.int64:
+        targets = targets.long()
+    if not targets.is_contiguous():
+        targets = targets.contiguous()
+    if x.device.type == "cpu" and not torch.compiler.is_compiling():
+        _in_range(targets, vocab)
+    if mask is not None:
+        validate.tensor("mask", mask, _MASKS)
+        if mask.shape != lead:
+            validate.fail("mask", f"shape {tuple(lead)} like the rows of {name}", validate.shape(mask))
+        validate.same_device("mask", mask, name, x)
+        mask = (mask if mask.dtype == torch.bool else mask != 0).contiguous()
+    if not isinstance(temperature, torch.Tensor):
+        return targets, mask, None, validate.positive("temperature", temperature)
+    validate.tensor("temperature", temperature)
+    if temperature.dim() == 0:
+        temperature = temperature.expand(lead)
+    if temperature.shape != lead:
+        validate.fail("temperature", f"shape {tuple(lead)} like the rows of {name}", validate.shape(temperature))
+    validate.same_device("temperature", temperature, name, x)
+    if temperature.requires_grad:
+        validate.fail("temperature", "a tensor that needs no gradient", "requires_grad=True")
+    if temperature.device.type == "cpu" and not torch.compiler.is_compiling():
+        wrong = ~(temperature > 0) | ~temperature.isfinite()
+        if wrong.any():
+            validate.fail("temperature", "finite values > 0", temperature[wrong][0].item())
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return targets, mask, temperature.to(wide).contiguous(), 1.0
+
+
+def _in_range(targets, vocab: int) -> None:
+    if not targets.numel():
+        return
+    low, high = (int(x) for x in torch.aminmax(targets))
+    if high >= vocab or low < 0:
+        wrong = ((targets < 0) & (targets != validate.IGNORE_INDEX)) | (targets >= vocab)
+        if wrong.any():
+            at = tuple(wrong.nonzero()[0].tolist())
+            validate.fail("targets", f"values in [0, {vocab}) or {validate.IGNORE_INDEX}", f"{targets[at].item()} at {at}")
+
+
+def _head(hidden, weight, bias):
+    for name, x in (("hidden", hidden), ("weight", weight), *((("bias", bias),) if bias is not None else ())):
+        validate.tensor(name, x)
+    if torch.is_autocast_enabled(hidden.device.type) and hidden.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(hidden.device.type)
+        hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    if hidden.dim() < 1 or hidden.shape[-1] == 0:
+        validate.fail("hidden", "shape [*, D] with D > 0", validate.shape(hidden))
+    if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1] or weight.shape[0] == 0:
+        validate.fail("weight", f"shape (V, {hidden.shape[-1]}) to match hidden", validate.shape(weight))
+    if bias is not None and bias.shape != weight.shape[:1]:
+        validate.fail("bias", f"shape {tuple(weight.shape[:1])} like the rows of weight", validate.shape(bias))
+    for name, x in (("weight", weight), ("bias", bias)):
+        if x is not None:
+            validate.same_device(name, x, "hidden", hidden)
+            if x.dtype != hidden.dtype:
+                validate.fail(name, f"dtype {hidden.dtype} like hidden", str(x.dtype), TypeError)
+    return hidden, weight, bias
+
+
+def _rows_flattened(x, lead: int, targets, mask, temperatures):
+    """The leading dimensions merged into one."""
+    n = math.prod(x.shape[:lead])
+    candidates = targets.shape[lead:]
+    flat = [y if y is None else y.reshape(n) for y in (mask, temperatures)]
+    return x.reshape(n, x.shape[-1]), targets.reshape(n, *candidates), *flat
+
+
+def _named(raw, lead, outputs, bits: int, k: int, many: bool) -> TokenLogps:
+    logp, lse, entropy, aux, is_top1, topk_logp, topk_ids = raw
+    candidates = logp.shape[-1] if many else 1
+    row = Row.of(candidates, Wanted(bits, k))
+    if lse.shape != lead:
+        logp = logp.reshape(*lead, *logp.shape[1:])
+        lse = lse.reshape(lead)
+        entropy = entropy.reshape(lead) if bits & ENTROPY else entropy
+        aux = aux.reshape(aux.shape[0], *lead)
+        is_top1 = is_top1.reshape(logp.shape) if bits & IS_TOP1 else is_top1
+        topk_logp, topk_ids = (x.reshape(*lead, k) if k else x for x in (topk_logp, topk_ids))
+    return TokenLogps(
+        logp,
+        lse if "lse" in outputs else None,
+        entropy if bits & ENTROPY else None,
+        aux[row.log_sum_sq_probs] if bits & LOG_SUM_SQ_PROBS else None,
+        aux[row.mean_logits] if bits & MEAN_LOGITS else None,
+        is_top1 if bits & IS_TOP1 else None,
+        topk_logp if k else None,
+        topk_ids if k else None,
+        aux[row.tail_mass] if k else None,
+    )

@@ -1,0 +1,80 @@
+"""What the log-prob ops pass to their backends and save for their backward."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+# The optional outputs of a log-prob op, as bits of its `outputs` argument. Top-k is asked for by top_k > 0.
+ENTROPY, LOG_SUM_SQ_PROBS, MEAN_LOGITS, IS_TOP1 = 1, 2, 4, 8
+
+
+class Transform(NamedTuple):
+    """z = softcap·tanh(logit_scale·logits / softcap) / temperature."""
+
+    temperature: float | torch.Tensor  # a float, or float32 [*lead], contiguous
+    softcap: float  # 0.0: none
+    logit_scale: float
+
+
+class Wanted(NamedTuple):
+    """What a forward computes beside logp and lse."""
+
+    outputs: int  # the bits above
+    top_k: int  # 0: no top-k
+
+
+class Row(NamedTuple):
+    """Indices into ``aux`` [rows, *lead] float32: what the backward needs, then what is only returned.
+
+    The log-sum-exp is kept as ``peak`` + ``log_sum`` (the row's maximum and log Σ exp(z − peak)), so that
+    p = exp((z − peak) − log_sum) keeps its digits under a large common offset. The log-probs and the entropy are copies,
+    because callers change the returned ones in place.
+    """
+
+    peak: int  # 0
+    log_sum: int  # 1
+    logp: int  # 2: the first of K
+    entropy: int  # -1: not there
+    log_sum_sq_probs: int
+    mean_logits: int
+    tail_mass: int
+    rows: int
+
+    @staticmethod
+    def of(candidates: int, wanted: Wanted) -> Row:
+        """The layout for K candidates a row and the wanted outputs."""
+        at, where = 2 + candidates, []
+        for there in (wanted.outputs & ENTROPY, wanted.outputs & LOG_SUM_SQ_PROBS, wanted.outputs & MEAN_LOGITS, wanted.top_k):
+            where.append(at if there else -1)
+            at += bool(there)
+        return Row(0, 1, 2, *where, at)
+
+
+class Outputs(NamedTuple):
+    """The tensors of a forward. What was not asked for has no elements."""
+
+    logp: torch.Tensor  # [*lead, K] or [*lead], shaped like targets; float32
+    lse: torch.Tensor  # [*lead] float32
+    entropy: torch.Tensor  # [*lead] float32
+    aux: torch.Tensor  # [Row.rows, *lead] float32
+    is_top1: torch.Tensor  # shaped like targets, bool
+    topk_logp: torch.Tensor  # [*lead, top_k] float32, descending
+    topk_ids: torch.Tensor  # [*lead, top_k] int64; -1 in skipped rows
+
+
+def allocate(like: torch.Tensor, lead: tuple, targets: torch.Tensor, wanted: Wanted) -> Outputs:
+    """Uninitialised outputs on the device of ``like``: float32, or float64 for float64."""
+    device, acc = like.device, torch.float64 if like.dtype == torch.float64 else torch.float32
+    candidates = targets.shape[-1] if targets.dim() > len(lead) else 1
+    nothing = (0,)
+    return Outputs(
+        torch.empty(targets.shape, dtype=acc, device=device),
+        torch.empty(lead, dtype=acc, device=device),
+        torch.empty(lead if wanted.outputs & ENTROPY else nothing, dtype=acc, device=device),
+        torch.empty((Row.of(candidates, wanted).rows, *lead), dtype=acc, device=device),
+        torch.empty(targets.shape if wanted.outputs & IS_TOP1 else nothing, dtype=torch.bool, device=device),
+        torch.empty((*lead, wanted.top_k) if wanted.top_k else nothing, dtype=acc, device=device),
+        torch.empty((*lead, wanted.top_k) if wanted.top_k else nothing, dtype=torch.int64, device=device),
+    )

@@ -1,0 +1,69 @@
+"""Token log-probabilities and their companions from logits: the definition.
+
+z = softcap·tanh(logit_scale·logits / softcap) / temperature,  log p = log_softmax(z)
+"""
+
+import math
+
+import torch
+
+
+def transform(logits, temperature=1.0, softcap=None, logit_scale=1.0):
+    """Logit scale, then soft-cap, then temperature (a float, or one per row)."""
+    z = logits * logit_scale
+    if softcap is not None:
+        z = softcap * torch.tanh(z / softcap)
+    if isinstance(temperature, torch.Tensor):
+        temperature = temperature.to(z.dtype).unsqueeze(-1)
+    return z / temperature
+
+
+def token_logps(
+    logits,  # [*, V]
+    targets,  # [*] or [*, K]
+    *,
+    temperature=1.0,
+    softcap=None,
+    logit_scale=1.0,
+    mask=None,  # [*]
+    top_k=None,
+    dtype=None,
+):
+    """Every output by its definition, as a dict. Computes in ``dtype`` (default: float32, or float64 for float64)."""
+    dtype = dtype or (torch.float64 if logits.dtype == torch.float64 else torch.float32)
+    many = targets.dim() == logits.dim()
+    ids = targets.long() if many else targets.long().unsqueeze(-1)  # [*, K]
+    counted = ids != -100
+    rows = counted.any(-1) if mask is None else counted.any(-1) & (mask != 0)
+    counted = counted & rows.unsqueeze(-1)
+
+    z = transform(logits.to(dtype), temperature, softcap, logit_scale)
+    z = torch.where(rows.unsqueeze(-1), z, torch.zeros_like(z))  # a skipped row gives neither value nor gradient
+    log_p = torch.log_softmax(z, -1)
+    p = log_p.exp()
+
+    def squeeze(x):
+        return x if many else x.squeeze(-1)
+
+    zero = torch.zeros((), dtype=dtype, device=logits.device)
+    possible = p > 0  # lim p→0 of p·log p is 0
+    summand = torch.where(possible, p * torch.where(possible, log_p, zero), zero)
+    index = torch.arange(z.shape[-1], device=z.device)
+    first_argmax = torch.where(z == z.amax(-1, keepdim=True), index, z.shape[-1]).amin(-1, keepdim=True)
+    gathered = log_p.gather(-1, ids.clamp(0, z.shape[-1] - 1))
+    out = {
+        "logp": squeeze(torch.where(counted, gathered, zero)),
+        "lse": torch.where(rows, torch.logsumexp(z, -1), zero),
+        "entropy": torch.where(rows, -summand.sum(-1), zero),
+        "log_sum_sq_probs": torch.where(rows, torch.logsumexp(2 * log_p, -1), zero),
+        "mean_logits": torch.where(rows, z.mean(-1), zero),
+        "is_top1": squeeze((first_argmax == ids) & counted),
+    }
+    if top_k is not None:
+        order = torch.sort(log_p, dim=-1, descending=True, stable=True)
+        head = order.indices[..., :top_k]
+        rest = log_p.scatter(-1, head, -math.inf)
+        out["topk_logp"] = torch.where(rows.unsqueeze(-1), order.values[..., :top_k], zero)
+        out["topk_ids"] = torch.where(rows.unsqueeze(-1), head, -1)
+        out["tail_mass"] = torch.where(rows, rest.exp().sum(-1), zero)
+    return out

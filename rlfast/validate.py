@@ -1,0 +1,55 @@
+"""Argument checks with one wording: ``name: expected <what was wanted>, got <what came>``."""
+
+from __future__ import annotations
+
+import math
+import numbers
+
+import torch
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+IGNORE_INDEX = -100
+
+
+def fail(name: str, wanted: str, came, kind: type[Exception] = ValueError):
+    """Raise with the standard wording."""
+    raise kind(f"{name}: expected {wanted}, got {came}")
+
+
+def shape(x: torch.Tensor) -> str:
+    """``(8, 512)`` for a tensor of that shape."""
+    return str(tuple(x.shape))
+
+
+def tensor(name: str, x, dtypes=FLOATS) -> None:
+    """A dense tensor of one of these dtypes."""
+    if not isinstance(x, torch.Tensor):
+        fail(name, "a torch.Tensor", type(x).__name__, TypeError)
+    if x.dtype not in dtypes:
+        fail(name, "dtype " + " or ".join(str(d).removeprefix("torch.") for d in dtypes), str(x.dtype), TypeError)
+    if x.layout is not torch.strided:
+        fail(name, "a dense tensor", str(x.layout), TypeError)
+
+
+def same_device(name: str, x: torch.Tensor, other_name: str, other: torch.Tensor) -> None:
+    """Both on one device."""
+    if x.device != other.device:
+        fail(name, f"device {other.device} like {other_name}", str(x.device))
+
+
+def positive(name: str, x) -> float:
+    """A finite float > 0."""
+    if isinstance(x, bool) or not isinstance(x, numbers.Real):
+        fail(name, "a float > 0", repr(x), TypeError)
+    if not (x > 0 and math.isfinite(x)):
+        fail(name, "a finite float > 0", repr(x))
+    return float(x)
+
+
+def finite(name: str, x) -> float:
+    """A finite float."""
+    if isinstance(x, bool) or not isinstance(x, numbers.Real):
+        fail(name, "a float", repr(x), TypeError)
+    if not math.isfinite(x):
+        fail(name, "a finite float", repr(x))
+    return float(x)
