@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from typing import NamedTuple
 
 import torch
@@ -10,7 +11,7 @@ import torch
 from rlfast import backends, validate
 from rlfast.ops import linear_token_logps as linear_op
 from rlfast.ops import token_logps as logits_op
-from rlfast.ops.records import ENTROPY, IS_TOP1, LOG_SUM_SQ_PROBS, MEAN_LOGITS, Row, Wanted
+from rlfast.ops.records import ENTROPY, IS_TOP1, LOG_SUM_SQ_PROBS, MEAN_LOGITS, Outputs, Row, Wanted
 
 # The float32 logits that a backward may find again instead of recomputing them (three GEMMs instead of four).
 MEMORY_BUDGET = 2 << 30
@@ -90,22 +91,20 @@ def token_logps(
     if logits.dim() < 1 or logits.shape[-1] == 0:
         validate.fail("logits", "shape [*, V] with V > 0", validate.shape(logits))
     lead, vocab = logits.shape[:-1], logits.shape[-1]
-    bits, k = _wanted(outputs, top_k, vocab)
-    targets, mask, temperatures, temperature = _rows(
-        lead, vocab, targets, mask, temperature, (("logits", logits))
-    )
+    wanted = _wanted(outputs, top_k, vocab)
+    targets, mask, temperatures, temperature = _rows(lead, vocab, targets, mask, temperature, ("logits", logits))
     softcap = 0.0 if softcap is None else validate.positive("softcap", softcap)
     logit_scale = validate.finite("logit_scale", logit_scale)
+    candidates = targets.shape[-1] if targets.dim() > len(lead) else 0
     if len(lead) not in (1, 2):
-        flat = _rows_flattened(logits, len(lead), targets, mask, temperatures)
-        logits, targets, mask, temperatures = flat
+        logits, targets, mask, temperatures = _rows_flattened(logits, len(lead), targets, mask, temperatures)
     if logits.stride(-1) != 1 and vocab > 1:
         logits = logits.contiguous()
-    raw = logits_op.op(
-        logits, targets, mask, temperatures, temperature, softcap, logit_scale, bits, k, bool(inplace_backward),
-        backends.requested(),
+    asked = logits_op.op(
+        logits, targets, mask, temperatures, temperature, softcap, logit_scale, *wanted,
+        bool(inplace_backward), backends.requested(),
     )  # fmt: skip
-    return _named(raw, lead, outputs, bits, k, targets.dim() > logits.dim() - 1)
+    return _named(asked, lead, outputs, wanted, candidates)
 
 
 def linear_token_logps(
@@ -148,46 +147,45 @@ def linear_token_logps(
     """
     hidden, weight, bias = _head(hidden, weight, bias)
     lead, vocab = hidden.shape[:-1], weight.shape[0]
-    bits, k = _wanted(outputs, top_k, vocab)
+    wanted = _wanted(outputs, top_k, vocab)
     targets, mask, temperatures, temperature = _rows(lead, vocab, targets, mask, temperature, ("hidden", hidden))
     softcap = 0.0 if softcap is None else validate.positive("softcap", softcap)
     logit_scale = validate.finite("logit_scale", logit_scale)
     budget = validate.finite("memory_budget", memory_budget)
-    many = targets.dim() > len(lead)
+    candidates = targets.shape[-1] if targets.dim() > len(lead) else 0
     if len(lead) != 1:
         hidden, targets, mask, temperatures = _rows_flattened(hidden, len(lead), targets, mask, temperatures)
     needs_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (hidden, weight, bias))
     keep = needs_grad and 4 * hidden.shape[0] * vocab <= budget
-    raw = linear_op.op(
+    asked = linear_op.op(
         _unit_stride(hidden), _unit_stride(weight), bias, targets, mask, temperatures, temperature, softcap, logit_scale,
-        bits, k, keep, backends.requested(),
+        *wanted, keep, backends.requested(),
     )  # fmt: skip
-    return _named(raw[:7], lead, outputs, bits, k, many)
+    return _named(asked[:-1], lead, outputs, wanted, candidates)
 
 
 def _unit_stride(x):
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
-def _wanted(outputs, top_k, vocab: int) -> tuple[int, int]:
-    bits = 0
-    if isinstance(outputs, str):
+def _wanted(outputs, top_k, vocab: int) -> Wanted:
+    if isinstance(outputs, str) or not isinstance(outputs, Collection):
         validate.fail("outputs", 'a tuple of names such as ("logp",)', repr(outputs), TypeError)
+    bits = 0
     for name in outputs:
-        if name in _TOPK:
-            if top_k is None:
-                validate.fail("top_k", f"an int, since outputs asks for {name!r}", "None")
-        elif name not in _BITS:
-            validate.fail("outputs", f"names among {(*_BITS, *_TOPK)}", repr(name))
-        else:
+        if name in _BITS:
             bits |= _BITS[name]
+        elif name not in _TOPK:
+            validate.fail("outputs", f"names among {(*_BITS, *_TOPK)}", repr(name))
+        elif top_k is None:
+            validate.fail("top_k", f"an int, since outputs asks for {name!r}", "None")
     if top_k is None:
-        return bits, 0
+        return Wanted(bits, 0)
     if isinstance(top_k, bool) or not isinstance(top_k, int):
         validate.fail("top_k", "an int", repr(top_k), TypeError)
     if not 1 <= top_k <= vocab:
         validate.fail("top_k", f"1 to the vocabulary of {vocab}", top_k)
-    return bits, top_k
+    return Wanted(bits, top_k)
 
 
 def _rows(lead, vocab: int, targets, mask, temperature, source):
@@ -268,25 +266,27 @@ def _rows_flattened(x, lead: int, targets, mask, temperatures):
     return x.reshape(n, x.shape[-1]), targets.reshape(n, *candidates), *flat
 
 
-def _named(raw, lead, outputs, bits: int, k: int, many: bool) -> TokenLogps:
-    logp, lse, entropy, aux, is_top1, topk_logp, topk_ids = raw
-    candidates = logp.shape[-1] if many else 1
-    row = Row.of(candidates, Wanted(bits, k))
-    if lse.shape != lead:
-        logp = logp.reshape(*lead, *logp.shape[1:])
-        lse = lse.reshape(lead)
-        entropy = entropy.reshape(lead) if bits & ENTROPY else entropy
-        aux = aux.reshape(aux.shape[0], *lead)
-        is_top1 = is_top1.reshape(logp.shape) if bits & IS_TOP1 else is_top1
-        topk_logp, topk_ids = (x.reshape(*lead, k) if k else x for x in (topk_logp, topk_ids))
+def _named(asked, lead, outputs, wanted: Wanted, candidates: int) -> TokenLogps:
+    """What was asked for, by name, with the leading dimensions of the input. ``candidates`` is 0 for targets [*lead]."""
+    if len(asked) == 3 and "lse" not in outputs and asked[1].shape == lead and not wanted.outputs:
+        return TokenLogps(asked[0])
+    out, row = Outputs.named(asked, wanted), Row.of(candidates or 1, wanted)
+    per_target = (*lead, candidates) if candidates else lead
+
+    def shaped(x, shape):
+        return x if x is None or x.shape == shape else x.reshape(shape)
+
+    def saved(index):
+        return shaped(out.aux[index], lead) if index >= 0 else None
+
     return TokenLogps(
-        logp,
-        lse if "lse" in outputs else None,
-        entropy if bits & ENTROPY else None,
-        aux[row.log_sum_sq_probs] if bits & LOG_SUM_SQ_PROBS else None,
-        aux[row.mean_logits] if bits & MEAN_LOGITS else None,
-        is_top1 if bits & IS_TOP1 else None,
-        topk_logp if k else None,
-        topk_ids if k else None,
-        aux[row.tail_mass] if k else None,
+        shaped(out.logp, per_target),
+        shaped(out.lse, lead) if "lse" in outputs else None,
+        shaped(out.entropy, lead),
+        saved(row.log_sum_sq_probs),
+        saved(row.mean_logits),
+        shaped(out.is_top1, per_target),
+        shaped(out.topk_logp, (*lead, wanted.top_k)),
+        shaped(out.topk_ids, (*lead, wanted.top_k)),
+        saved(row.tail_mass),
     )

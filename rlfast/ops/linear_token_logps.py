@@ -7,8 +7,9 @@ A backend module provides
 
 with hidden [N, D] and weight [V, D] of one dtype, rows of any stride, the last dimension contiguous; bias [V] or None;
 targets int64 [N] or [N, K]; mask bool [N] or None. ``keep`` asks for the float32 logits [N, V] to be kept for the
-backward; the backend says how its rows are laid out, and only reads them, so that a second backward is right. ``needs`` is three bools, and a gradient
-that is not needed comes back with no elements and costs nothing. Gradients accumulate in float32.
+backward (``kept`` has no elements otherwise); the backend says how its rows are laid out, and only reads them, so that a
+second backward is right. ``needs`` is three bools; a gradient that is not needed comes back with no elements and costs
+nothing. Gradients accumulate in float32.
 """
 
 from __future__ import annotations
@@ -17,96 +18,96 @@ import torch
 
 from rlfast import backends
 from rlfast.ops.records import Transform, Wanted, allocate
-from rlfast.ops.token_logps import LIB
+from rlfast.ops.token_logps import LIB, OPTIONS, differentiable, non_differentiable
 
 NAME = "linear_token_logps"
 
-_OPTIONS = "Tensor? temperatures, float temperature, float softcap, float logit_scale"
+_HEAD = "Tensor hidden, Tensor weight, Tensor? bias"
+_TAGS = (torch.Tag.needs_fixed_stride_order,)
 LIB.define(
-    f"linear_token_logps(Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, Tensor? mask, {_OPTIONS},"
-    " int outputs, int top_k, bool keep, str backend)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    tags=(torch.Tag.needs_fixed_stride_order,),
+    f"linear_token_logps({_HEAD}, Tensor targets, Tensor? mask, {OPTIONS}, int outputs, int top_k, bool keep, str backend)"
+    " -> Tensor[]",
+    tags=_TAGS,
 )
 LIB.define(
-    f"linear_token_logps_backward(Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, Tensor? mask, {_OPTIONS},"
-    " Tensor aux, Tensor kept, int outputs, int top_k, Tensor? g_logp, Tensor? g_lse, Tensor? g_entropy, bool[3] needs, str backend)"
-    " -> (Tensor, Tensor, Tensor)",
-    tags=(torch.Tag.needs_fixed_stride_order,),
+    f"linear_token_logps_backward({_HEAD}, Tensor targets, Tensor? mask, {OPTIONS}, Tensor aux, Tensor kept,"
+    " Tensor? g_logp, Tensor? g_lse, Tensor? g_entropy, bool[3] needs, str backend) -> (Tensor, Tensor, Tensor)",
+    tags=_TAGS,
 )
-
-
-def _forward(
-    hidden, weight, bias, targets, mask, temperatures, temperature, softcap, logit_scale, outputs, top_k, keep, backend
-):
-    name = backends.select(NAME, hidden.device.type, hidden.dtype, backend)
-    transform = Transform(temperature if temperatures is None else temperatures, softcap, logit_scale)
-    out, kept = backends.implementation(NAME, name).forward(
-        hidden, weight, bias, targets, mask, transform, Wanted(outputs, top_k), keep
-    )
-    return (*out, kept)
-
-
-def _fake_forward(
-    hidden, weight, bias, targets, mask, temperatures, temperature, softcap, logit_scale, outputs, top_k, keep, backend
-):
-    out = allocate(hidden, (hidden.shape[0],), targets, Wanted(outputs, top_k))
-    kept = (hidden.shape[0], weight.shape[0]) if keep else (0,)
-    return (*out, hidden.new_empty(kept, dtype=torch.float32))
-
-
-def _backward(
-    hidden, weight, bias, targets, mask, temperatures, temperature, softcap, logit_scale, aux, kept, outputs, top_k,
-    g_logp, g_lse, g_entropy, needs, backend,
-):  # fmt: skip
-    name = backends.select(NAME, hidden.device.type, hidden.dtype, backend)
-    transform = Transform(temperature if temperatures is None else temperatures, softcap, logit_scale)
-    grads = tuple(g if g is None else g.contiguous() for g in (g_logp, g_lse, g_entropy))
-    return backends.implementation(NAME, name).backward(
-        hidden, weight, bias, targets, mask, transform, aux, grads, tuple(needs), kept
-    )
-
-
-def _fake_backward(
-    hidden, weight, bias, targets, mask, temperatures, temperature, softcap, logit_scale, aux, kept, outputs, top_k,
-    g_logp, g_lse, g_entropy, needs, backend,
-):  # fmt: skip
-    return tuple(
-        hidden.new_empty(x.shape if need else (0,)) for x, need in zip((hidden, weight, bias), needs, strict=True)
-    )
-
-
-LIB.impl("linear_token_logps", _forward, "CompositeExplicitAutograd")
-LIB.impl("linear_token_logps_backward", _backward, "CompositeExplicitAutograd")
-torch.library.register_fake("rlfast::linear_token_logps", _fake_forward, lib=LIB)
-torch.library.register_fake("rlfast::linear_token_logps_backward", _fake_backward, lib=LIB)
 
 op = torch.ops.rlfast.linear_token_logps.default
 op_backward = torch.ops.rlfast.linear_token_logps_backward.default
 
 
-def _setup_context(ctx, inputs, output):
-    (hidden, weight, bias, targets, mask, temperatures, temperature, softcap, logit_scale, outputs, top_k, keep, backend) = inputs
-    _, _, _, aux, is_top1, topk_logp, topk_ids, kept = output
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(aux, is_top1, topk_logp, topk_ids, kept)
-    ctx.save_for_backward(hidden, weight, bias, targets, mask, temperatures, aux, kept)
-    ctx.options = (temperature, softcap, logit_scale)
-    ctx.wanted = (outputs, top_k)
-    ctx.backend = backend
+def _forward(
+    hidden, weight, bias, targets, mask, temperatures, temperature, softcap, logit_scale, outputs, top_k, keep, backend
+):
+    kernel = backends.implementation(NAME, backends.select(NAME, hidden.device.type, hidden.dtype, backend))
+    wanted = Wanted(outputs, top_k)
+    transform = Transform(temperature if temperatures is None else temperatures, softcap, logit_scale)
+    out, kept = kernel.forward(hidden, weight, bias, targets, mask, transform, wanted, keep)
+    return [*out.asked(wanted), kept]
 
 
-def _autograd(ctx, g_logp, g_lse, g_entropy, *_):
-    nothing = (None,) * 10
-    needs = list(ctx.needs_input_grad[:3])
-    if (g_logp is None and g_lse is None and g_entropy is None) or not any(needs):
-        return (None, None, None, *nothing)
-    hidden, weight, bias, targets, mask, temperatures, aux, kept = ctx.saved_tensors
-    g = op_backward(
-        hidden, weight, bias, targets, mask, temperatures, *ctx.options, aux, kept, *ctx.wanted,
-        g_logp, g_lse, g_entropy, needs, ctx.backend,
-    )  # fmt: skip
-    return (*(x if need else None for x, need in zip(g, needs, strict=True)), *nothing)
+def _fake_forward(
+    hidden, weight, bias, targets, mask, temperatures, temperature, softcap, logit_scale, outputs, top_k, keep, backend
+):
+    wanted = Wanted(outputs, top_k)
+    out = allocate(hidden, (hidden.shape[0],), targets, wanted)
+    kept = hidden.new_empty((hidden.shape[0], weight.shape[0]) if keep else (0,), dtype=out.lse.dtype)
+    return [*out.asked(wanted), kept]
 
 
-torch.library.register_autograd("rlfast::linear_token_logps", _autograd, setup_context=_setup_context, lib=LIB)
+def _backward(
+    hidden, weight, bias, targets, mask, temperatures, temperature, softcap, logit_scale, aux, kept,
+    g_logp, g_lse, g_entropy, needs, backend,
+):  # fmt: skip
+    kernel = backends.implementation(NAME, backends.select(NAME, hidden.device.type, hidden.dtype, backend))
+    transform = Transform(temperature if temperatures is None else temperatures, softcap, logit_scale)
+    grads = tuple(g if g is None else g.contiguous() for g in (g_logp, g_lse, g_entropy))
+    return kernel.backward(hidden, weight, bias, targets, mask, transform, aux, grads, tuple(needs), kept)
+
+
+def _fake_backward(hidden, weight, bias, *rest):
+    needs = rest[-2]
+    return tuple(
+        hidden.new_empty(x.shape if need else (0,)) for x, need in zip((hidden, weight, bias), needs, strict=True)
+    )
+
+
+class _LinearTokenLogps(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, *args):
+        hidden, weight, bias, targets, mask, temperatures, *options, outputs, top_k, _, backend = args
+        with torch._C._AutoDispatchBelowAutograd():
+            *asked, kept = op(*args)
+        ctx.set_materialize_grads(False)
+        wanted = Wanted(outputs, top_k)
+        ctx.mark_non_differentiable(*non_differentiable(asked, wanted), kept)
+        ctx.save_for_backward(hidden, weight, bias, targets, mask, temperatures, asked[2], kept)
+        ctx.options, ctx.wanted, ctx.backend = options, wanted, backend
+        return (*asked, kept)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        grads, needs = differentiable(grads, ctx.wanted), list(ctx.needs_input_grad[:3])
+        if all(g is None for g in grads):
+            return (None,) * 13
+        *head, targets, mask, temperatures, aux, kept = ctx.saved_tensors
+        found = op_backward(*head, targets, mask, temperatures, *ctx.options, aux, kept, *grads, needs, ctx.backend)
+        return (*(g if need else None for g, need in zip(found, needs, strict=True)), *(None,) * 10)
+
+
+def _with_autograd(*args):
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in args[:3]):
+        return list(_LinearTokenLogps.apply(*args))
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(*args)
+
+
+for _key in ("CPU", "CUDA"):
+    LIB.impl("linear_token_logps", _forward, _key)
+    LIB.impl("linear_token_logps_backward", _backward, _key)
+LIB.impl("linear_token_logps", _with_autograd, "Autograd")
+torch.library.register_fake("rlfast::linear_token_logps", _fake_forward, lib=LIB)
+torch.library.register_fake("rlfast::linear_token_logps_backward", _fake_backward, lib=LIB)

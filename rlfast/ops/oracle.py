@@ -56,7 +56,7 @@ def _linear_forward(hidden, weight, bias, targets, mask, transform, wanted, keep
     options = _options(mask, transform)
     values = linear_oracle(hidden, weight, targets, bias, top_k=wanted.top_k or None, **options)
     out = _fill(hidden, (hidden.shape[0],), targets, wanted, values)
-    return out, hidden.new_empty((hidden.shape[0], weight.shape[0]) if keep else (0,), dtype=torch.float32)
+    return out, hidden.new_empty((hidden.shape[0], weight.shape[0]) if keep else (0,), dtype=out.lse.dtype)
 
 
 def _linear_backward(hidden, weight, bias, targets, mask, transform, aux, grads, needs, kept):
