@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import NamedTuple
 
 import torch
@@ -44,7 +43,6 @@ class Row(NamedTuple):
     rows: int
 
     @staticmethod
-    @functools.cache
     def of(candidates: int, wanted: Wanted) -> Row:
         """The layout for K candidates a row and the wanted outputs."""
         at, where = 2 + candidates, []
