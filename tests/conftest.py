@@ -1,0 +1,142 @@
+"""Backends to test, poisoned allocations, and no skip without a hardware reason."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+
+from rlfast import backends
+
+# What a machine may lack. Any other skip is a failure: a test that does not run must not look like one that passed.
+HARDWARE_REASONS = (
+    r"no CUDA device",
+    r"torch sees no GPU",
+    r"fewer than \d+ GiB of memory are free",
+    r"the processor has no \w+",
+    r"fewer than \d+ processor cores",
+)
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--backend",
+        action="append",
+        choices=backends.NAMES,
+        help="test only this backend (repeatable). Triton's kernels are interpreted on CPU tensors in a process of their own: "
+        "TRITON_INTERPRET=1 pytest --backend triton",
+    )
+    parser.addoption(
+        "--full-product", action="store_true", help="every combination of the options, not pairwise-covered ones"
+    )
+
+
+def pytest_configure(config):
+    if (
+        "triton" in (config.getoption("--backend") or ())
+        and not torch.cuda.is_available()
+        and not backends.interpreting()
+    ):
+        raise pytest.UsageError(
+            "--backend triton: there is no GPU, so Triton's interpreter is needed: set TRITON_INTERPRET=1"
+        )
+
+
+def backends_of(config, op: str) -> list[str]:
+    """The backends of ``op`` that this run covers: the ones asked for, else all that do not need the interpreter."""
+    asked = config.getoption("--backend")
+    if asked:
+        return [name for name in backends.IMPLEMENTED[op] if name in asked]
+    return [name for name in backends.IMPLEMENTED[op] if name != "triton" or torch.cuda.is_available()]
+
+
+def pytest_generate_tests(metafunc):
+    """A test with ``backend`` among its arguments runs on each backend of its module's ``OP``."""
+    if "backend" in metafunc.fixturenames:
+        op = getattr(metafunc.module, "OP", None) or metafunc.module.__name__.split("test_")[-1]
+        names = backends_of(metafunc.config, op)
+        only = metafunc.definition.get_closest_marker("backends")
+        names = [name for name in names if only is None or name in only.args]
+        metafunc.parametrize("backend", [pytest.param(n, marks=pytest.mark.gpu) if _on_gpu(n) else n for n in names])
+
+
+def _on_gpu(backend: str) -> bool:
+    return backend == "cuda" or (backend == "triton" and not backends.interpreting())
+
+
+def pytest_collection_modifyitems(config, items):
+    """``--backend`` leaves out the tests that do not depend on it, and those that this backend is not named for."""
+
+    def stays(item):
+        empty = any("empty parameter set" in str(mark.kwargs.get("reason")) for mark in item.iter_markers("skip"))
+        return not empty and (not config.getoption("--backend") or "backend" in getattr(item, "fixturenames", ()))
+
+    config.hook.pytest_deselected(items=[item for item in items if not stays(item)])
+    items[:] = [item for item in items if stays(item)]
+
+
+@pytest.fixture
+def device(request):
+    """Where the tensors of a test on ``backend`` live. Skips what this machine has no hardware for."""
+    backend = request.getfixturevalue("backend")
+    if not _on_gpu(backend):
+        reason = backends.why_not(backend)
+        assert reason is None, f"backend {backend}: {reason}"
+        return "cpu"
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    reason = backends.why_not(backend)
+    assert reason is None, f"backend {backend}: {reason}"
+    return "cuda"
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item, call):
+    report = (yield).get_result()
+    if report.skipped:
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+        if not any(re.search(allowed, reason) for allowed in HARDWARE_REASONS):
+            report.outcome = "failed"
+            report.longrepr = f"{item.nodeid}: skipped without a hardware reason: {reason}"
+
+
+def _poison(x):
+    """What uninitialised memory may hold at its worst: NaN, an index out of any range, True."""
+    if isinstance(x, torch.Tensor) and x.numel() and type(x) is torch.Tensor and x.device.type != "meta":
+        if x.dtype.is_floating_point or x.dtype.is_complex:
+            x.fill_(float("nan"))
+        elif x.dtype == torch.bool:
+            x.fill_(True)
+        else:
+            x.fill_(torch.iinfo(x.dtype).min // 2 + 7 if x.dtype.is_signed else torch.iinfo(x.dtype).max)
+    return x
+
+
+def _poisoned(allocate):
+    def poisoned(*args, **kwargs):
+        return _poison(allocate(*args, **kwargs))
+
+    return poisoned
+
+
+@pytest.fixture(autouse=True)
+def poisoned_allocations(request, monkeypatch):
+    """``torch.empty`` and its kin hand out NaN and garbage, so that a result that was never written shows.
+
+    ``@pytest.mark.unpoisoned`` exempts a test: lazily mapped storage of many GiB, or tracing by a compiler.
+    """
+    if request.node.get_closest_marker("unpoisoned"):
+        return
+    for name in ("empty", "empty_like", "empty_strided"):
+        monkeypatch.setattr(torch, name, _poisoned(getattr(torch, name)))
+    for name in ("new_empty", "new_empty_strided"):
+        monkeypatch.setattr(torch.Tensor, name, _poisoned(getattr(torch.Tensor, name)))
+
+
+@pytest.fixture
+def threads():
+    """Set the number of threads; put back at the end."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
