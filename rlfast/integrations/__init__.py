@@ -1,0 +1,60 @@
+"""rlfast inside trainers: ``rlfast.patch(trainer)`` swaps the trainer's log-prob and entropy functions for ours."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import logging
+
+from rlfast import validate
+from rlfast.integrations.patching import Patch
+
+logger = logging.getLogger("rlfast.integrations")
+
+# trainer -> (module that says what to replace, pip requirement)
+TRAINERS = {"trl": ("rlfast.integrations.trl", "trl==1.16.*")}
+
+_patches: dict[str, Patch] = {}
+
+
+def patch(trainer: str, *, untested: bool = False) -> Patch:
+    """Put rlfast's kernels in the place of a trainer's own, until undone.
+
+    Patching twice is one patch. A second call also reaches modules of the trainer that were imported since, and its
+    ``with`` block, when it ends, leaves the patch in place for whoever came first.
+
+    Args:
+        trainer: "trl".
+        untested: go on with a version of the trainer that rlfast was not tested with. Each function is still replaced
+            only if its signature is the one that is known; the others are left alone, and a warning says why.
+
+    Returns:
+        Patch: a context manager that undoes the patch at its end, and a function that undoes it when called.
+        ``.replaced`` names what was replaced, ``.active`` says whether it still is.
+
+    Raises:
+        ValueError: the trainer is unknown.
+        ImportError: the trainer is not installed.
+        RuntimeError: its version was not tested, or its functions do not look as they should.
+
+    Example:
+        >>> with rlfast.patch("trl"):
+        ...     trainer.train()
+        >>> undo = rlfast.patch("trl")
+        >>> undo()
+    """
+    if trainer not in TRAINERS:
+        validate.fail("trainer", f"one of {tuple(TRAINERS)}", repr(trainer))
+    module, requirement = TRAINERS[trainer]
+    if importlib.util.find_spec(trainer) is None:
+        raise ImportError(f'rlfast.patch("{trainer}"): {trainer} is not installed: run `pip install "{requirement}"`')
+    current = _patches.get(trainer)
+    if current is not None and current.active:
+        return current.again()
+    current = Patch(trainer, *importlib.import_module(module).replacements(untested))
+    _patches[trainer] = current
+    logger.info("%r", current)
+    return current
+
+
+__all__ = ["Patch", "patch"]

@@ -1,0 +1,127 @@
+"""Replacing a library's functions, wherever its modules hold them, and putting them back."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+import sys
+from typing import Any, NamedTuple, Self
+
+logger = logging.getLogger("rlfast.integrations")
+
+
+class Swap(NamedTuple):
+    """One object for another: in every module under ``prefix``, or only as attribute ``name`` of ``owner``."""
+
+    original: Any
+    replacement: Any
+    prefix: str = ""
+    owner: Any = None
+    name: str = ""
+
+
+def rebind(prefix: str, original, replacement) -> list[str]:
+    """Replace ``original`` under every name that a loaded module ``prefix`` or ``prefix.*`` has for it.
+
+    ``from library.utils import function`` copies the binding, so replacing ``library.utils.function`` alone misses the
+    modules that were imported before.
+
+    Returns:
+        list of str: the dotted names that were replaced.
+    """
+    names = []
+    for module_name, module in list(sys.modules.items()):
+        if module is None or not (module_name == prefix or module_name.startswith(prefix + ".")):
+            continue
+        for name, value in list(vars(module).items()):
+            if value is original:
+                setattr(module, name, replacement)
+                names.append(f"{module_name}.{name}")
+    return names
+
+
+class Patch:
+    """What ``rlfast.patch`` put in place: undo by calling it, or by leaving its ``with`` block."""
+
+    def __init__(self, trainer: str, swaps, version: str):
+        self.trainer, self.version = trainer, version
+        self._swaps, self._names, self._first = swaps, {}, self
+        self._apply()
+
+    def _apply(self) -> None:
+        for swap in self._swaps():
+            if swap.owner is None:
+                names = rebind(swap.prefix, swap.original, swap.replacement)
+            else:
+                setattr(swap.owner, swap.name, swap.replacement)
+                names = [f"{_dotted(swap.owner)}.{swap.name}"]
+            self._names.update((name, swap) for name in names)
+
+    def again(self) -> Patch:
+        """The same patch for a second caller: reaches what was imported since; its ``with`` block undoes nothing."""
+        self._apply()
+        other = object.__new__(Patch)
+        other.__dict__ = {"_first": self._first}
+        return other
+
+    @property
+    def active(self) -> bool:
+        """Whether the replacements are in place."""
+        return bool(self._first._names)
+
+    @property
+    def replaced(self) -> tuple[str, ...]:
+        """The dotted names that are replaced now."""
+        return tuple(sorted(self._first._names))
+
+    def undo(self) -> None:
+        """Put the originals back, also into modules that were imported while the patch was on. Twice is once."""
+        first = self._first
+        swaps, first._names = {id(s): s for s in first._names.values()}, {}
+        for swap in swaps.values():
+            if swap.owner is None:
+                rebind(swap.prefix, swap.replacement, swap.original)
+            else:
+                setattr(swap.owner, swap.name, swap.original)
+
+    def __call__(self) -> None:
+        self.undo()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self._first is self:
+            self.undo()
+
+    def __repr__(self) -> str:
+        first = self._first
+        what = ", ".join(self.replaced) if self.active else "undone"
+        return f"<rlfast.patch({first.trainer!r}) on {first.trainer} {first.version}: {what}>"
+
+
+def _dotted(owner) -> str:
+    return owner.__name__ if inspect.ismodule(owner) else f"{owner.__module__}.{owner.__qualname__}"
+
+
+def or_original(ours, original, why_not):
+    """``ours``, or ``original`` where ``why_not(*args)`` gives a reason, which is logged once.
+
+    The result has the original's name, docstring and signature.
+    """
+
+    @functools.wraps(original)
+    def call(*args, **kwargs):
+        reason = why_not(*args, **kwargs)
+        if reason is None:
+            return ours(*args, **kwargs)
+        _say_once(f"{original.__module__}.{original.__qualname__} runs as it is: {reason}")
+        return original(*args, **kwargs)
+
+    return call
+
+
+@functools.cache
+def _say_once(message: str) -> None:
+    logger.warning(message)
