@@ -178,6 +178,11 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
+def interpreter_environment() -> dict[str, str]:
+    """The environment for a child process whose Triton kernels run in the interpreter."""
+    return {**os.environ, "TRITON_INTERPRET": "1"}
+
+
 def active(op: str, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> str:
     """The backend that ``op`` runs on for tensors of this device and dtype.
 

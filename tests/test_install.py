@@ -110,16 +110,13 @@ def test_source_tree_that_is_not_built(tmp_path):
     assert SENTENCE in last and f"pip install -e {tree}" in last
 
 
-def test_no_compiler(tmp_path):
+def test_no_compiler(tmp_path, monkeypatch):
     """The install succeeds with the torch backend, and says why there is no other."""
     tree, python = copy_of_tree(tmp_path / "clone"), environment(tmp_path / "environment")
     (tmp_path / "bin").mkdir()
-    before = os.environ["PATH"]
-    os.environ["PATH"] = str(tmp_path / "bin")
-    try:
+    with monkeypatch.context() as patch:
+        patch.setenv("PATH", str(tmp_path / "bin"))
         pip(python, "install", "-e", ".", cwd=tree)
-    finally:
-        os.environ["PATH"] = before
     why = run(python, *COMMANDS["import"], cwd=tree)
     works(why)
     assert "not built" in why.stdout and "compiler" in why.stdout, why.stdout

@@ -1,0 +1,147 @@
+"""``rlfast info | verify | bench``."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import json
+import platform
+import sys
+from pathlib import Path
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+import rlfast
+from rlfast import backends
+from rlfast import verify as verification
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, help="Fast, exact kernels for RL post-training.")
+
+
+def _console() -> Console:
+    """As wide as the terminal; a pipe gets lines that hold a whole row."""
+    return Console() if sys.stdout.isatty() else Console(width=120)
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _device() -> str:
+    if torch.cuda.is_available():
+        major, minor = torch.cuda.get_device_capability()
+        return f"{torch.cuda.get_device_name()} (sm_{major}{minor})"
+    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads; no GPU"
+
+
+@app.command()
+def info(as_json: bool = typer.Option(False, "--json", help="Print one JSON object.")) -> None:
+    """Versions, device, instruction set, and each backend with the reason if it is missing."""
+    found = {
+        "versions": {
+            "rlfast": rlfast.__version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "triton": _version("triton"),
+            "trl": _version("trl"),
+        },
+        "device": _device(),
+        "isa": {"in use": backends.isa(), "available": list(backends.isas())},
+        "backends": {name: backends.why_not(name) or "available" for name in backends.NAMES},
+        "active": {op: {device: _active(op, device) for device in _device_types()} for op in backends.IMPLEMENTED},
+    }
+    if as_json:
+        print(json.dumps(found, indent=2))
+        return
+    console = _console()
+    table = Table("", "", show_header=False, box=None, padding=(0, 2))
+    for name, version in found["versions"].items():
+        table.add_row(name, version)
+    table.add_row("device", found["device"])
+    table.add_row("instruction set", f"{found['isa']['in use']} (of {', '.join(found['isa']['available']) or 'none'})")
+    for name, state in found["backends"].items():
+        table.add_row(f"backend {name}", state if state == "available" else f"missing: {state}")
+    for op, by_device in found["active"].items():
+        table.add_row(op, ", ".join(f"{device} tensors run on {name}" for device, name in by_device.items()))
+    console.print(table)
+
+
+def _device_types() -> list[str]:
+    return ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+
+
+def _active(op: str, device: str) -> str:
+    return backends.active(op, device, torch.float32)
+
+
+@app.command()
+def verify(
+    op: list[str] = typer.Option(None, help="Only this op (repeatable)."),
+    backend: list[str] = typer.Option(None, help="Only this backend (repeatable)."),
+    as_json: bool = typer.Option(False, "--json", help="Print a JSON list of cells."),
+) -> None:
+    """Parity on this machine: error ÷ torch's own error per op, backend and dtype. Exit 1 on a failure."""
+    for name in op or ():
+        if name not in backends.IMPLEMENTED:
+            raise typer.BadParameter(f"expected one of {tuple(backends.IMPLEMENTED)}, got {name!r}", param_hint="--op")
+    for name in backend or ():
+        if name not in backends.NAMES:
+            raise typer.BadParameter(f"expected one of {backends.NAMES}, got {name!r}", param_hint="--backend")
+    cells = verification.verify(op or None, backend or None)
+    if as_json:
+        print(json.dumps([c._asdict() for c in cells], indent=1))
+    else:
+        _print_cells(cells)
+    if any(c.status == "FAILED" for c in cells):
+        raise typer.Exit(1)
+
+
+def _print_cells(cells) -> None:
+    console = _console()
+    table = Table("op", "backend", "dtype", "on", "values", "gradients", "", title="error ÷ torch's own error (float32)")
+    for c in cells:
+        ratios = ["" if r is None else f"{r:.2f}" for r in (c.value_ratio, c.gradient_ratio)]
+        table.add_row(c.op, c.backend, c.dtype, c.device, *ratios, c.status)
+    console.print(table)
+    for c in cells:
+        if c.status == "FAILED":
+            console.print(f"{c.op} on {c.backend}, {c.dtype}: {c.detail}", soft_wrap=True)
+    for name, reason in {c.backend: c.detail for c in cells if c.status == "not here"}.items():
+        console.print(f"{name} is not here: {reason}", soft_wrap=True)
+
+
+@app.command()
+def bench(
+    op: list[str] = typer.Option(None, help="Only cases of this op (repeatable)."),
+    case: list[str] = typer.Option(None, help="Only cases whose name contains this (repeatable)."),
+    small: bool = typer.Option(False, help="Small shapes: a minute, and no figure to quote."),
+    device: str = typer.Option("cpu", help="cpu or cuda."),
+    json_path: Path = typer.Option(None, "--json", help="Write the results to this file."),
+) -> None:
+    """Time the cases of bench/suite.py beside eager, torch.compile, plain torch and installed peers."""
+    clone = Path(rlfast.__file__).resolve().parent.parent
+    if not (clone / "bench" / "suite.py").exists():
+        print(
+            f"rlfast bench: the cases are in the bench/ folder of the repository, and this rlfast is installed in {clone}: "
+            "run it from a clone (`pip install -e .`)",
+            file=sys.stderr,
+        )
+        raise typer.Exit(1)
+    sys.path.insert(0, str(clone))
+    runner = importlib.import_module("bench.run")
+    raise typer.Exit(runner.run(ops=op, cases=case, small=small, device=device, json_path=json_path))
+
+
+def main() -> None:
+    """The ``rlfast`` command."""
+    app()
+
+
+if __name__ == "__main__":
+    main()
