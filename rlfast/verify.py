@@ -20,7 +20,7 @@ from rlfast.reference import token_logps as logits_reference
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 OUTPUTS = ("logp", "lse", "entropy", "log_sum_sq_probs", "mean_logits")
 # Rows, hidden width, vocabulary: odd, more than one leaf of the vocabulary; small where the interpreter runs it.
-SIZES = {True: (5, 24, 2053), False: (33, 160, 50257)}
+SIZES = {True: (16, 24, 2053), False: (33, 160, 50257)}
 
 
 class Cell(NamedTuple):

@@ -14,7 +14,7 @@ runner = CliRunner()
 
 
 def small(monkeypatch):
-    monkeypatch.setattr(verify, "SIZES", dict.fromkeys((True, False), (5, 8, 131)))
+    monkeypatch.setattr(verify, "SIZES", dict.fromkeys((True, False), (16, 8, 1031)))
 
 
 def test_info():
