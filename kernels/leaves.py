@@ -1,0 +1,328 @@
+"""Row statistics per leaf of the vocabulary, and their merge: the one function that gives every log-prob op its bits.
+
+A leaf is LEAF columns. ``fold`` writes each leaf's statistics, relative to the leaf's own peak, wherever the logits are: a
+whole tensor, or a tile of it that a GEMM has just written. ``merge`` adds them up in ascending order, with the target's leaf
+replaced by the same leaf without its target. So the bits of a row depend on neither the batch nor the tiles.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+from rlfast.kernels.formulas.logit import exp, logp_of, transformed
+from rlfast.kernels.lang import jit, tl
+
+# Columns of a leaf. A program keeps one leaf in registers: 32 float32 a thread of 128. It is 8 KiB of bf16, so that 3 programs
+# an SM have the 25 KiB in flight that saturate an H100's memory (3.35 TB/s × 1 µs / 132), and a 152K vocabulary has 38.
+LEAF = tl.constexpr(4096)
+LANES = tl.constexpr(1024)  # 128 threads × one 16-byte load of bf16: higher bits of a column are registers of one thread
+MERGED_ROWS = tl.constexpr(32)  # rows of a merge program: one warp, a row a thread
+
+ENTROPY, LOG_SUM_SQ_PROBS, MEAN_LOGITS, IS_TOP1 = (tl.constexpr(1 << i) for i in range(4))  # as in ops/records.py
+IGNORE = tl.constexpr(-100)
+
+
+class Place(NamedTuple):
+    """Where logits lie: row r at (r // inner)·stride_outer + (r % inner)·stride_inner; column 0 is vocabulary id ``start``."""
+
+    inner: int
+    stride_outer: int
+    stride_inner: int
+    start: int
+    columns: int
+    first_row: int  # the row of the batch that row 0 is
+    rows: int
+
+
+class Tokens(NamedTuple):
+    """What belongs to rows of the batch, whatever tile they are in."""
+
+    targets: torch.Tensor  # int64 [rows, candidates]
+    mask: torch.Tensor | None  # bool [rows]
+    temperatures: torch.Tensor | None  # float32 [rows]
+    bias: torch.Tensor | None  # [vocab]
+    candidates: int
+    rows: int
+    vocab: int
+
+
+class Scalars(NamedTuple):
+    """The transform's run-time floats."""
+
+    temperature: float
+    softcap: float
+    logit_scale: float
+
+
+class Scratch(NamedTuple):
+    """What ``fold`` leaves behind. A column is a row of the batch, so that ``merge`` reads them side by side."""
+
+    sums: torch.Tensor  # float32 [5, leaves, rows]: peak, Σe, Σe·(z − peak), Σe², Σz
+    first: torch.Tensor  # int32 [leaves, rows]: the first column that holds the peak
+    chosen: torch.Tensor  # float32 [3, candidates, rows]: z of the target; peak and Σe of its leaf without it
+    leaves: int
+
+
+@jit
+def tree_sum(x):
+    """Σ x [power of two], in an order that the text fixes: every step adds two numbers, and a + b = b + a.
+
+    A plain reduction follows the layout, which follows the alignment and the dtype of the load.
+    """
+    for _ in tl.static_range(16):
+        if x.shape[0] > LANES:
+            x = tl.sum(tl.reshape(x, [2, x.shape[0] // 2]), axis=0)
+    for _ in tl.static_range(16):
+        if x.shape[0] > 2:
+            x = tl.sum(tl.reshape(x, [x.shape[0] // 2, 2]), axis=1)
+    return tl.sum(x, axis=0)
+
+
+@jit
+def counts(tokens, row, inside):
+    """Whether rows are not skipped: not masked, and at least one target is not −100."""
+    live = row < 0
+    for k in range(tokens.candidates):
+        target = tl.load(tokens.targets + row * tokens.candidates + k, mask=inside, other=IGNORE)
+        live = live | (target != IGNORE)
+    if tokens.mask is not None:
+        live = live & (tl.load(tokens.mask + row, mask=inside, other=0) != 0)
+    return live
+
+
+@jit
+def row_start(place, row, ALIGNED: tl.constexpr):
+    """The offset of a row's first column, in elements."""
+    offset = (row // place.inner) * tl.cast(place.stride_outer, tl.int64)
+    offset += (row % place.inner) * tl.cast(place.stride_inner, tl.int64)
+    if ALIGNED:
+        offset = tl.multiple_of(offset, 16)
+    return offset
+
+
+@jit
+def temperature_of(tokens, scalars, row):
+    """The row's temperature, in float32."""
+    if tokens.temperatures is not None:
+        return tl.load(tokens.temperatures + row)
+    return tl.cast(scalars.temperature, tl.float32)
+
+
+@jit
+def load_logits(x_ptr, place, tokens, row, columns, ALIGNED: tl.constexpr):
+    """x [columns] of a row in float32, the bias added."""
+    inside = columns < place.columns
+    x = tl.load(x_ptr + row_start(place, row, ALIGNED) + columns, mask=inside, other=0.0).to(tl.float32)
+    if tokens.bias is not None:
+        x += tl.load(tokens.bias + place.start + columns, mask=inside, other=0.0).to(tl.float32)
+    return x
+
+
+@jit
+def finite_peak(z):
+    """max z, or 0 where every z is −inf: exp(z − peak) is then 0, not NaN."""
+    peak = tl.max(z, axis=0)
+    return tl.where(peak == float("-inf"), 0.0, peak)
+
+
+@jit(do_not_specialize=["place", "tokens", "scalars", "scratch", "per_program"])
+def fold(
+    x_ptr, place, tokens, scalars, scratch, per_program,
+    KIND: tl.constexpr, OUTPUTS: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """(peak, Σe, Σe·(z − peak), Σe², Σz, first argmax) of each leaf of a row, e = exp(z − peak); grid: rows × groups."""
+    groups = tl.cdiv(tl.cdiv(place.columns, LEAF), per_program)
+    local_row = (tl.program_id(0) // groups).to(tl.int64)
+    row = local_row + place.first_row
+    if counts(tokens, row, True):
+        temperature = temperature_of(tokens, scalars, row)
+        softcap, logit_scale = tl.cast(scalars.softcap, tl.float32), tl.cast(scalars.logit_scale, tl.float32)
+        group = tl.program_id(0) % groups
+        for leaf in range(group * per_program, tl.minimum((group + 1) * per_program, tl.cdiv(place.columns, LEAF))):
+            columns = leaf * LEAF + tl.arange(0, LEAF)
+            inside = columns < place.columns
+            x = load_logits(x_ptr, place, tokens, local_row, columns, ALIGNED)
+            z = tl.where(inside, transformed(x, temperature, softcap, logit_scale, KIND), float("-inf"))
+            global_leaf = place.start // LEAF + leaf
+            fold_leaf(z, inside, global_leaf, row, tokens, scratch, OUTPUTS)
+            fold_chosen(z, place.start + columns, global_leaf, row, tokens, scratch)
+
+
+@jit
+def fold_leaf(z, inside, leaf, row, tokens, scratch, OUTPUTS: tl.constexpr):
+    """The statistics of one leaf's z [LEAF], stored."""
+    peak = tl.max(z, axis=0)
+    d = z - tl.where(peak == float("-inf"), 0.0, peak)
+    e = tl.exp(d)
+    at = scratch.sums + leaf * tl.cast(tokens.rows, tl.int64) + row
+    one = tl.cast(scratch.leaves, tl.int64) * tokens.rows
+    tl.store(at, peak)
+    tl.store(at + one, tree_sum(e))
+    if ENTROPY & OUTPUTS:
+        tl.store(at + 2 * one, tree_sum(tl.where(e > 0.0, e * d, e)))
+    if LOG_SUM_SQ_PROBS & OUTPUTS:
+        tl.store(at + 3 * one, tree_sum(e * e))
+    if MEAN_LOGITS & OUTPUTS:
+        tl.store(at + 4 * one, tree_sum(tl.where(inside, z, 0.0)))
+    if IS_TOP1 & OUTPUTS:
+        column = leaf * LEAF + tl.arange(0, LEAF)
+        first = tl.min(tl.where(z == peak, column, 2147483647), axis=0)
+        tl.store(scratch.first + leaf * tl.cast(tokens.rows, tl.int64) + row, first.to(tl.int32))
+
+
+@jit
+def fold_chosen(z, ids, leaf, row, tokens, scratch):
+    """For each target in this leaf: its z, and the peak and the sum of the others."""
+    one = tl.cast(tokens.candidates, tl.int64) * tokens.rows
+    for k in range(tokens.candidates):
+        target = tl.load(tokens.targets + row * tokens.candidates + k)
+        if (target >= 0) & (target < tokens.vocab) & (target // LEAF == leaf):
+            others = tl.where(ids == target, float("-inf"), z)
+            peak = finite_peak(others)
+            at = scratch.chosen + k * tl.cast(tokens.rows, tl.int64) + row
+            tl.store(at, tl.sum(tl.where(ids == target, z, 0.0), axis=0))  # one term and zeros: exact in any order
+            tl.store(at + one, tl.max(others, axis=0))
+            tl.store(at + 2 * one, tree_sum(tl.exp(others - peak)))
+
+
+class Merged(NamedTuple):
+    """The outputs of ``merge``: those of the op, flattened; what is not asked for is not read."""
+
+    logp: torch.Tensor  # [rows, candidates]
+    lse: torch.Tensor  # [rows]
+    entropy: torch.Tensor  # [rows]
+    aux: torch.Tensor  # [·, rows]
+    is_top1: torch.Tensor  # uint8 [rows, candidates]
+
+
+@jit
+def scaled_leaf(sums, offset, peak, inside):
+    """A leaf's distance to the row's peak and its weight exp(distance); both 0 for a leaf that is all −inf."""
+    leaf_peak = tl.load(sums + offset, mask=inside, other=0.0)
+    empty = leaf_peak == float("-inf")
+    distance = tl.where(empty, 0.0, leaf_peak - peak)
+    return distance, tl.where(empty, 0.0, exp(distance))
+
+
+@jit
+def row_peak(tokens, scratch, row, inside):
+    """The row's maximum over its leaves, 0 if it is all −inf; and whether there is a first leaf that holds it."""
+    peak = tl.full(row.shape, float("-inf"), tl.float32)
+    first = tl.zeros(row.shape, tl.int32)
+    for leaf in range(scratch.leaves):
+        here = tl.load(scratch.sums + leaf * tl.cast(tokens.rows, tl.int64) + row, mask=inside, other=0.0)
+        first = tl.where(here > peak, leaf, first)
+        peak = tl.maximum(peak, here)
+    return tl.where(peak == float("-inf"), 0.0, peak), first
+
+
+@jit
+def others_of(k, target, tokens, scratch, row, inside):
+    """(peak, Σe) of a row without its k-th target: the leaves in ascending order, the target's replaced."""
+    at = scratch.chosen + k * tl.cast(tokens.rows, tl.int64) + row
+    one = tl.cast(tokens.candidates, tl.int64) * tokens.rows
+    chosen_peak = tl.load(at + one, mask=inside, other=0.0)
+    chosen_sum = tl.load(at + 2 * one, mask=inside, other=0.0)
+    stride = tl.cast(scratch.leaves, tl.int64) * tokens.rows
+    peak = chosen_peak
+    for leaf in range(scratch.leaves):
+        here = tl.load(scratch.sums + leaf * tl.cast(tokens.rows, tl.int64) + row, mask=inside, other=0.0)
+        peak = tl.maximum(peak, tl.where(target // LEAF == leaf, float("-inf"), here))
+    peak = tl.where(peak == float("-inf"), 0.0, peak)
+    total = tl.zeros(row.shape, tl.float32)
+    for leaf in range(scratch.leaves):
+        offset = leaf * tl.cast(tokens.rows, tl.int64) + row
+        mine = target // LEAF == leaf
+        here = tl.where(mine, chosen_peak, tl.load(scratch.sums + offset, mask=inside, other=0.0))
+        part = tl.where(mine, chosen_sum, tl.load(scratch.sums + stride + offset, mask=inside, other=0.0))
+        empty = here == float("-inf")
+        total += tl.where(empty, 0.0, exp(tl.where(empty, 0.0, here - peak))) * part
+    return peak, total
+
+
+@jit(do_not_specialize=["tokens", "scratch", "merged"])
+def merge(tokens, scratch, merged, OUTPUTS: tl.constexpr):
+    """Every output of MERGED_ROWS rows from the statistics of their leaves, in ascending order."""
+    row = tl.program_id(0).to(tl.int64) * MERGED_ROWS + tl.arange(0, MERGED_ROWS)
+    rows = tl.cast(tokens.rows, tl.int64)
+    inside = row < rows
+    live = counts(tokens, row, inside) & inside
+    peak, top_leaf = row_peak(tokens, scratch, row, live)
+    one = tl.cast(scratch.leaves, tl.int64) * rows
+    total, weighted, squares, plain = (tl.zeros(row.shape, tl.float32),) * 4
+    for leaf in range(scratch.leaves):
+        offset = leaf * rows + row
+        distance, weight = scaled_leaf(scratch.sums, offset, peak, live)
+        part = tl.load(scratch.sums + one + offset, mask=live, other=0.0)
+        total += weight * part
+        if ENTROPY & OUTPUTS:
+            weighted += weight * (tl.load(scratch.sums + 2 * one + offset, mask=live, other=0.0) + distance * part)
+        if LOG_SUM_SQ_PROBS & OUTPUTS:
+            squares += weight * weight * tl.load(scratch.sums + 3 * one + offset, mask=live, other=0.0)
+        if MEAN_LOGITS & OUTPUTS:
+            plain += tl.load(scratch.sums + 4 * one + offset, mask=live, other=0.0)
+    for k in range(tokens.candidates):
+        # A target that is no id makes its row NaN: looking for one from the host would synchronise.
+        target = tl.load(tokens.targets + row * tokens.candidates + k, mask=live, other=IGNORE)
+        wrong = (target != IGNORE) & ((target < 0) | (target >= tokens.vocab))
+        total = tl.where(wrong, float("nan"), total)
+    log_sum = tl.log(total)
+    tl.store(merged.aux + row, tl.where(live, peak, 0.0), mask=inside)
+    tl.store(merged.aux + rows + row, tl.where(live, log_sum, 0.0), mask=inside)
+    tl.store(merged.lse + row, tl.where(live, peak + log_sum, 0.0), mask=inside)
+    merge_chosen(total, top_leaf, live, inside, row, tokens, scratch, merged, OUTPUTS)
+    aux = merged.aux + (2 + tl.cast(tokens.candidates, tl.int64)) * rows + row
+    if ENTROPY & OUTPUTS:
+        entropy = tl.where(live, log_sum - tl.div_rn(weighted, total), 0.0)
+        tl.store(aux, entropy, mask=inside)
+        tl.store(merged.entropy + row, entropy, mask=inside)
+        aux += rows
+    if LOG_SUM_SQ_PROBS & OUTPUTS:
+        tl.store(aux, tl.where(live, tl.log(squares) - 2.0 * log_sum, 0.0), mask=inside)
+        aux += rows
+    if MEAN_LOGITS & OUTPUTS:
+        mean = tl.div_rn(plain, tl.cast(tokens.vocab, tl.float32))
+        tl.store(aux, tl.where(live, tl.where(total == total, mean, float("nan")), 0.0), mask=inside)
+
+
+@jit
+def merge_chosen(total, top_leaf, live, inside, row, tokens, scratch, merged, OUTPUTS: tl.constexpr):
+    """log p = −softplus(lse_others − z_t) of each target, and whether it is the first argmax."""
+    rows = tl.cast(tokens.rows, tl.int64)
+    for k in range(tokens.candidates):
+        at = row * tokens.candidates + k
+        target = tl.load(tokens.targets + at, mask=live, other=IGNORE)
+        known = (target >= 0) & (target < tokens.vocab)
+        peak, others = others_of(k, target, tokens, scratch, row, known)
+        z = tl.load(scratch.chosen + k * rows + row, mask=known, other=0.0)
+        logp = tl.where(known & (total == total), logp_of(peak, others, z), float("nan"))
+        logp = tl.where(target == IGNORE, 0.0, logp)
+        tl.store(merged.logp + at, logp, mask=inside)
+        tl.store(merged.aux + (2 + k) * rows + row, logp, mask=inside)
+        if IS_TOP1 & OUTPUTS:
+            first = tl.load(scratch.first + top_leaf * rows + row, mask=known, other=-1)
+            tl.store(merged.is_top1 + at, (known & (first == target) & (total == total)).to(tl.uint8), mask=inside)
+
+
+def alignment(x: torch.Tensor) -> bool:
+    """Whether every row of x starts on 16 elements, so that loads may be wide."""
+    return all(stride % 16 == 0 for stride in x.stride()[:-1])
+
+
+def place_of(x: torch.Tensor, start: int = 0, first_row: int = 0) -> Place:
+    """The place of logits [*lead, columns] of one or two leading dimensions."""
+    inner = x.shape[-2]
+    outer = x.stride(0) if x.dim() == 3 else 0
+    rows = x.shape[0] * inner if x.dim() == 3 else inner
+    return Place(max(inner, 1), outer, x.stride(-2), start, x.shape[-1], first_row, rows)
+
+
+def allocate_scratch(tokens: Tokens, like: torch.Tensor) -> Scratch:
+    """Room for the statistics of every leaf."""
+    leaves = -(-tokens.vocab // LEAF.value)
+    return Scratch(
+        torch.empty((5, leaves, tokens.rows), dtype=torch.float32, device=like.device),
+        torch.empty((leaves, tokens.rows), dtype=torch.int32, device=like.device),
+        torch.empty((3, tokens.candidates, tokens.rows), dtype=torch.float32, device=like.device),
+        leaves,
+    )
