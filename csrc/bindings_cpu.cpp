@@ -1,0 +1,79 @@
+// rlfast._cpu: the CPU kernels for Python. Pointers come as integers; the caller has checked shapes and dtypes.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <string>
+#include <vector>
+
+#include "bindings.h"
+#include "cpu/kernels.h"
+
+namespace py = pybind11;
+using namespace rlfast;
+
+namespace {
+
+const Kernels& kernels_of(const char* name) {
+  Isa isa;
+  if (!isa_from_name(name, &isa)) throw py::value_error(std::string("isa: not available here: ") + name);
+  return kernels(isa);
+}
+
+std::vector<std::string> isas() {
+  std::vector<std::string> names;
+  for (int i = 0; i < isa_count(); ++i) {
+    if (isa_usable(static_cast<Isa>(i))) names.emplace_back(isa_name(static_cast<Isa>(i)));
+  }
+  return names;
+}
+
+void forward(RLFAST_FORWARD_ARGS, const char* isa, int threads) {
+  const Kernels& k = kernels_of(isa);
+  py::gil_scoped_release release;
+  k.token_logps_forward(RLFAST_FORWARD_RECORDS, threads);
+}
+
+void backward(RLFAST_BACKWARD_ARGS, const char* isa, int threads) {
+  const Kernels& k = kernels_of(isa);
+  py::gil_scoped_release release;
+  k.token_logps_backward(RLFAST_BACKWARD_RECORDS, threads);
+}
+
+void linear_forward(RLFAST_HEAD_ARGS, RLFAST_FORWARD_OUT_ARGS, Address kept, const char* isa, int threads) {
+  const Kernels& k = kernels_of(isa);
+  py::gil_scoped_release release;
+  k.linear_token_logps_forward(
+      RLFAST_HEAD_RECORDS,
+      forward_out(logp, lse, entropy, is_top1, topk_logp, topk_ids, top_k, aux, bits, candidates, rows), at<float>(kept),
+      threads);
+}
+
+void linear_backward(
+    RLFAST_HEAD_ARGS, Address aux, Address g_logp, Address g_lse, Address g_entropy, Address kept, Address g_hidden,
+    Address g_weight, Address g_bias, const char* isa, int threads) {
+  const Kernels& k = kernels_of(isa);
+  py::gil_scoped_release release;
+  k.linear_token_logps_backward(
+      RLFAST_HEAD_RECORDS, backward_in(aux, g_logp, g_lse, g_entropy, candidates, rows), at<const float>(kept),
+      HeadGradients{at<void>(g_hidden), at<void>(g_weight), at<void>(g_bias)}, threads);
+}
+
+double read_bandwidth(Address data, size_t bytes, int threads) {
+  const Kernels& k = kernels_of(isas().back().c_str());
+  py::gil_scoped_release release;
+  return k.read_sum(reinterpret_cast<const void*>(data), bytes, threads);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_cpu, m) {
+  m.doc() = "The C++ CPU kernels of rlfast.";
+  m.def("isas", &isas, "Instruction sets that were compiled and that this processor has, slowest first.");
+  m.def("token_logps_forward", &forward);
+  m.def("token_logps_backward", &backward);
+  m.def("linear_token_logps_forward", &linear_forward);
+  m.def("linear_token_logps_backward", &linear_backward);
+  m.def(
+      "read_bandwidth", &read_bandwidth, py::arg("data"), py::arg("bytes"), py::arg("threads"),
+      "Reads every byte once and returns the sum of them as float32: the ceiling of a kernel that reads once.");
+}

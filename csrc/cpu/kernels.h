@@ -1,0 +1,61 @@
+// The entry points of the CPU kernels, callable from plain C++: one set per instruction set, and a dispatch between them.
+//
+// The build defines RLFAST_ISAS(X) as X(baseline) X(avx2) …: the instruction sets that were compiled, slowest first.
+#pragma once
+#include <cstddef>
+
+#include "../rlfast/linear_token_logps.h"
+
+#ifndef RLFAST_ISAS
+#define RLFAST_ISAS(X) X(baseline)
+#endif
+
+namespace rlfast {
+
+#define RLFAST_DECLARE(isa)                                                                                          \
+  namespace isa {                                                                                                    \
+  /* logits → every output whose pointer is not null */                                                              \
+  void token_logps_forward(const Logits&, const Transform&, const Targets&, const ForwardOut&, int threads);         \
+  /* ∂L/∂logits into `out` [outer, inner, vocab] of logits' dtype, with its own strides; it may be the logits */     \
+  void token_logps_backward(                                                                                         \
+      const Logits&, const Transform&, const Targets&, const BackwardIn&, const Logits& out, int threads);           \
+  /* hidden·weightᵀ + bias → the same outputs; the float32 logits of the rows that count to `kept` if it is not null */ \
+  void linear_token_logps_forward(                                                                                   \
+      const Head&, const Transform&, const Targets&, const ForwardOut&, float* kept, int threads);                   \
+  /* the gradients whose pointers are not null; `kept` as the forward left it, or null: the logits are made again */ \
+  void linear_token_logps_backward(                                                                                  \
+      const Head&, const Transform&, const Targets&, const BackwardIn&, const float* kept, const HeadGradients&,     \
+      int threads);                                                                                                  \
+  /* a sum over every byte as float32 vectors: what one read costs */                                                \
+  double read_sum(const void* data, size_t bytes, int threads);                                                      \
+  }
+RLFAST_ISAS(RLFAST_DECLARE)
+#undef RLFAST_DECLARE
+
+enum class Isa : int {
+#define RLFAST_NAME(isa) isa,
+  RLFAST_ISAS(RLFAST_NAME)
+#undef RLFAST_NAME
+};
+
+int isa_count();
+const char* isa_name(Isa isa);
+
+// Whether this processor runs it.
+bool isa_usable(Isa isa);
+
+// The one of that name; false if it was not compiled or this processor does not run it.
+bool isa_from_name(const char* name, Isa* isa);
+
+// The kernels of one instruction set.
+struct Kernels {
+  decltype(&baseline::token_logps_forward) token_logps_forward;
+  decltype(&baseline::token_logps_backward) token_logps_backward;
+  decltype(&baseline::linear_token_logps_forward) linear_token_logps_forward;
+  decltype(&baseline::linear_token_logps_backward) linear_token_logps_backward;
+  decltype(&baseline::read_sum) read_sum;
+};
+
+const Kernels& kernels(Isa isa);
+
+}  // namespace rlfast

@@ -1,0 +1,178 @@
+// A vector of float32 at the width of one instruction set, and the two functions that log-probs need of it.
+//
+// Every translation unit of csrc/cpu is compiled once per instruction set with RLFAST_ISA_NS set to its name, so that the
+// same text gives one set of kernels per instruction set. Formulas are float32 only: bf16 and f16 convert at load and
+// store.
+#pragma once
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+
+#ifndef RLFAST_ISA_NS
+#error "RLFAST_ISA_NS: the build names the instruction set that this file is compiled for"
+#endif
+
+namespace rlfast {
+
+struct bf16 {
+  uint16_t bits;
+};
+struct f16 {
+  uint16_t bits;
+};
+
+namespace RLFAST_ISA_NS {
+
+// Scalar conversions, for tails and for the generic vector.
+inline float to_float(float x) { return x; }
+inline float to_float(bf16 x) {
+  const uint32_t u = static_cast<uint32_t>(x.bits) << 16;
+  float y;
+  std::memcpy(&y, &u, 4);
+  return y;
+}
+inline float to_float(f16 x) {
+  // The exponent is rebiased by a product with 2^112, which also normalises subnormals; infinity and NaN keep theirs.
+  uint32_t u = static_cast<uint32_t>(x.bits & 0x7fff) << 13;
+  float y;
+  std::memcpy(&y, &u, 4);
+  y *= 0x1p112f;
+  std::memcpy(&u, &y, 4);
+  if ((x.bits & 0x7c00) == 0x7c00) u |= 0x7f800000;
+  u |= static_cast<uint32_t>(x.bits & 0x8000) << 16;
+  std::memcpy(&y, &u, 4);
+  return y;
+}
+inline void from_float(float x, float* y) { *y = x; }
+inline void from_float(float x, bf16* y) {
+  uint32_t u;
+  std::memcpy(&u, &x, 4);
+  y->bits = x != x ? 0x7fc0 : static_cast<uint16_t>((u + 0x7fff + ((u >> 16) & 1)) >> 16);
+}
+inline void from_float(float x, f16* y) {
+  uint32_t u;
+  std::memcpy(&u, &x, 4);
+  const uint32_t sign = (u >> 16) & 0x8000, magnitude = u & 0x7fffffff;
+  if (magnitude >= 0x477ff000) {  // rounds to 2^16 or more, infinity, NaN
+    y->bits = static_cast<uint16_t>(sign | (magnitude > 0x7f800000 ? 0x7e00 : 0x7c00));
+  } else if (magnitude < 0x38800000) {  // subnormal: the sum with 2^-1 rounds at the last place of f16, 2^-24
+    float m;
+    std::memcpy(&m, &magnitude, 4);
+    m += 0.5f;
+    std::memcpy(&u, &m, 4);
+    y->bits = static_cast<uint16_t>(sign | (u - 0x3f000000));
+  } else {
+    y->bits = static_cast<uint16_t>(sign | ((magnitude - 0x38000000 + 0xfff + ((magnitude >> 13) & 1)) >> 13));
+  }
+}
+
+}  // namespace RLFAST_ISA_NS
+}  // namespace rlfast
+
+// Each of these defines, in RLFAST_ISA_NS: F (the vector), M (a lane mask), kLanes;
+//   set1, load, load_part(p, n, fill), store, store_part(p, x, n), stream (aligned, past the cache);
+//   add, sub, mul, div, fma (a·b + c; two roundings where there is no instruction), abs;
+//   max(x, y) and min(x, y): y where x is NaN, NaN where y is;
+//   kFused: whether fma rounds once; head12: the leading 12 bits of the significand (where not fused);
+//   greater(x, y), equal(x, y), select(m, yes, no), any(m), bits(m): one bit a lane;
+//   scale2(p, n): p·2^n for integral n, 0 below n = −126 (subnormal or 0 with AVX-512); reduce_max; reduce_add in double.
+#if defined(RLFAST_GENERIC)
+#include "vec_generic.h"
+#elif defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512DQ__)
+#include "vec_avx512.h"
+#elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
+#include "vec_avx2.h"
+#elif defined(__aarch64__) && defined(__ARM_NEON)
+#include "vec_neon.h"
+#else
+#include "vec_generic.h"
+#endif
+
+namespace rlfast {
+namespace RLFAST_ISA_NS {
+
+// A factor k·log2(e) in two floats: t·(hi + lo) keeps the digits that t·hi loses.
+struct Log2Scale {
+  float hi, lo;
+  // Below this t, exp(k·t) is 0: t is clamped there, so that t = −inf gives 0·finite and not 0·inf.
+  float t_min;
+};
+
+inline Log2Scale log2_scale(double k) {
+  const double u = k * 1.4426950408889634;
+  const float hi = static_cast<float>(u);
+  const double t_min = -160.0 / std::fabs(u);
+  const double lowest = -static_cast<double>(std::numeric_limits<float>::max());
+  return {hi, static_cast<float>(u - hi), static_cast<float>(t_min > lowest ? t_min : lowest)};
+}
+
+// t·(hi + lo) − n, exact before its last rounding. Without a fused product, t and hi are cut into halves of 12 bits.
+inline F reduced(F t, F hi, F lo, F n) {
+  if constexpr (kFused) return fma(t, lo, fma_sub(t, hi, n));
+  const F hi_head = head12(hi), t_head = head12(t);
+  const F tail = add(mul(t_head, sub(hi, hi_head)), mul(sub(t, t_head), hi));
+  return add(sub(mul(t_head, hi_head), n), add(tail, mul(t, lo)));
+}
+
+// exp(k·t) for t ≤ 0 (or a little above), t finite or NaN, clamped by the caller: 2^n·2^f with n + f = t·k·log2(e),
+// |f| ≤ ½, 2^f by a polynomial of degree 6 (minimax, relative error 2^-28); within 1 ulp.
+inline F exp_scaled(F t, F hi, F lo) {
+  const F magic = set1(0x1.8p23f);  // adding it rounds to an integer
+  const F n = sub(fma(t, hi, magic), magic);
+  const F f = reduced(t, hi, lo, n);
+  F p = set1(1.5353361960e-04f);
+  p = fma(p, f, set1(1.3398873853e-03f));
+  p = fma(p, f, set1(9.6184369177e-03f));
+  p = fma(p, f, set1(5.5503323674e-02f));
+  p = fma(p, f, set1(2.4022647738e-01f));
+  p = fma(p, f, set1(6.9314718246e-01f));
+  p = fma(p, f, set1(1.0f));
+  return scale2(p, n);
+}
+
+// exp(x) for any x ≤ 88: 0 for −inf, NaN for NaN.
+inline F exp(F x) {
+  return exp_scaled(max(set1(-115.0f), x), set1(1.44269502f), set1(1.92596303e-8f));
+}
+
+// y = tanh(k·x) and the part of its derivative that depends on x, 1 − y² = 4E/(1 + E)² with E = exp(−2|k·x|), which keeps
+// its digits where 1 − y² would cancel.
+struct TanhScale {
+  float hi, lo;        // k in two floats
+  Log2Scale exponent;  // of −2|k|
+};
+
+inline TanhScale tanh_scale(double k) {
+  const float hi = static_cast<float>(k);
+  return {hi, static_cast<float>(k - hi), log2_scale(2.0 * std::fabs(k))};
+}
+
+inline F tanh_exponential(F x, const TanhScale& s) {
+  const F t = sub(set1(0.0f), abs(x));
+  return exp_scaled(max(set1(s.exponent.t_min), t), set1(s.exponent.hi), set1(s.exponent.lo));
+}
+
+// 1 − 2E/(1 + E) away from 0; a polynomial in u² of degree 4 (minimax on |u| ≤ 0.625, relative error 2^-27) near it.
+inline F tanh(F x, F e, const TanhScale& s) {
+  const F u = fma(x, set1(s.hi), mul(x, set1(s.lo))), square = mul(u, u);
+  F p = set1(-5.7049868628e-03f);
+  p = fma(p, square, set1(2.0639088005e-02f));
+  p = fma(p, square, set1(-5.3739715368e-02f));
+  p = fma(p, square, set1(1.3331441581e-01f));
+  p = fma(p, square, set1(-3.3333280683e-01f));
+  const F small = fma(mul(p, square), u, u);
+  const F large = sub(set1(1.0f), div(add(e, e), add(set1(1.0f), e)));
+  const F signed_large = select(greater(set1(0.0f), u), sub(set1(0.0f), large), large);
+  return select(greater(abs(u), set1(0.625f)), signed_large, small);
+}
+
+inline F tanh(F x, const TanhScale& s) { return tanh(x, tanh_exponential(x, s), s); }
+
+inline F sech2(F e) {
+  const F d = add(set1(1.0f), e);
+  return div(mul(set1(4.0f), e), mul(d, d));
+}
+
+}  // namespace RLFAST_ISA_NS
+}  // namespace rlfast

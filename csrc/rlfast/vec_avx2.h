@@ -1,0 +1,89 @@
+// AVX2 with FMA and F16C: 8 lanes.
+#pragma once
+#include <immintrin.h>
+
+namespace rlfast {
+namespace RLFAST_ISA_NS {
+
+using F = __m256;
+using M = __m256;
+constexpr int kLanes = 8;
+constexpr bool kFused = true;
+
+inline F set1(float x) { return _mm256_set1_ps(x); }
+inline F add(F a, F b) { return _mm256_add_ps(a, b); }
+inline F sub(F a, F b) { return _mm256_sub_ps(a, b); }
+inline F mul(F a, F b) { return _mm256_mul_ps(a, b); }
+inline F div(F a, F b) { return _mm256_div_ps(a, b); }
+inline F head12(F a) { return a; }
+inline F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
+inline F fma_sub(F a, F b, F c) { return _mm256_fmsub_ps(a, b, c); }
+inline F max(F a, F b) { return _mm256_max_ps(a, b); }
+inline F min(F a, F b) { return _mm256_min_ps(a, b); }
+inline F abs(F a) { return _mm256_andnot_ps(set1(-0.0f), a); }
+inline M greater(F a, F b) { return _mm256_cmp_ps(a, b, _CMP_GT_OQ); }
+inline M equal(F a, F b) { return _mm256_cmp_ps(a, b, _CMP_EQ_OQ); }
+inline F select(M m, F yes, F no) { return _mm256_blendv_ps(no, yes, m); }
+inline uint32_t bits(M m) { return static_cast<uint32_t>(_mm256_movemask_ps(m)); }
+inline bool any(M m) { return bits(m) != 0; }
+// 2^n is built in the exponent field; below the normal range the result is 0.
+inline F scale2(F p, F n) {
+  const __m256i power = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23);
+  return _mm256_andnot_ps(greater(set1(-126.0f), n), mul(p, _mm256_castsi256_ps(power)));
+}
+
+inline F widen(__m128i x, bf16) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(x), 16)); }
+inline F widen(__m128i x, f16) { return _mm256_cvtph_ps(x); }
+inline __m128i narrow(F x, bf16) {
+  const __m256i u = _mm256_castps_si256(x);
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
+  __m256i r = _mm256_srli_epi32(_mm256_add_epi32(_mm256_add_epi32(u, _mm256_set1_epi32(0x7fff)), odd), 16);
+  const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q));
+  r = _mm256_blendv_epi8(r, _mm256_set1_epi32(0x7fc0), nan);
+  return _mm_packus_epi32(_mm256_castsi256_si128(r), _mm256_extracti128_si256(r, 1));
+}
+inline __m128i narrow(F x, f16) { return _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+
+inline F load(const float* p) { return _mm256_loadu_ps(p); }
+template <class T>
+inline F load(const T* p) {
+  return widen(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)), T{});
+}
+template <class T>
+inline F load_part(const T* p, int n, float fill) {
+  alignas(32) float lanes[kLanes];
+  for (int i = 0; i < kLanes; ++i) lanes[i] = i < n ? to_float(p[i]) : fill;
+  return _mm256_load_ps(lanes);
+}
+inline void store(float* p, F x) { _mm256_storeu_ps(p, x); }
+template <class T>
+inline void store(T* p, F x) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), narrow(x, T{}));
+}
+template <class T>
+inline void store_part(T* p, F x, int n) {
+  alignas(32) T lanes[kLanes];
+  store(lanes, x);
+  for (int i = 0; i < n; ++i) p[i] = lanes[i];
+}
+inline void stream(float* p, F x) { _mm256_stream_ps(p, x); }
+template <class T>
+inline void stream(T* p, F x) {
+  _mm_stream_si128(reinterpret_cast<__m128i*>(p), narrow(x, T{}));
+}
+inline void stream_fence() { _mm_sfence(); }
+inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+
+inline float reduce_max(F x) {
+  __m128 y = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+  y = _mm_max_ps(y, _mm_movehl_ps(y, y));
+  return _mm_cvtss_f32(_mm_max_ss(y, _mm_movehdup_ps(y)));
+}
+inline double reduce_add(F x) {
+  const __m256d sum = _mm256_add_pd(_mm256_cvtps_pd(_mm256_castps256_ps128(x)), _mm256_cvtps_pd(_mm256_extractf128_ps(x, 1)));
+  const __m128d half = _mm_add_pd(_mm256_castpd256_pd128(sum), _mm256_extractf128_pd(sum, 1));
+  return _mm_cvtsd_f64(_mm_add_sd(half, _mm_unpackhi_pd(half, half)));
+}
+
+}  // namespace RLFAST_ISA_NS
+}  // namespace rlfast

@@ -1,0 +1,80 @@
+// AVX-512 (F, BW, VL, DQ): 16 lanes, masked tails.
+#pragma once
+#include <immintrin.h>
+
+namespace rlfast {
+namespace RLFAST_ISA_NS {
+
+using F = __m512;
+using M = __mmask16;
+constexpr int kLanes = 16;
+constexpr bool kFused = true;
+
+inline F set1(float x) { return _mm512_set1_ps(x); }
+inline F add(F a, F b) { return _mm512_add_ps(a, b); }
+inline F sub(F a, F b) { return _mm512_sub_ps(a, b); }
+inline F mul(F a, F b) { return _mm512_mul_ps(a, b); }
+inline F div(F a, F b) { return _mm512_div_ps(a, b); }
+inline F head12(F a) { return a; }
+inline F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+inline F fma_sub(F a, F b, F c) { return _mm512_fmsub_ps(a, b, c); }
+inline F max(F a, F b) { return _mm512_max_ps(a, b); }
+inline F min(F a, F b) { return _mm512_min_ps(a, b); }
+inline F abs(F a) { return _mm512_abs_ps(a); }
+inline M greater(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ); }
+inline M equal(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ); }
+inline F select(M m, F yes, F no) { return _mm512_mask_blend_ps(m, no, yes); }
+inline uint32_t bits(M m) { return m; }
+inline bool any(M m) { return m != 0; }
+inline F scale2(F p, F n) { return _mm512_scalef_ps(p, n); }
+
+inline F widen(__m256i x, bf16) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16)); }
+inline F widen(__m256i x, f16) { return _mm512_cvtph_ps(x); }
+// Round to nearest even in integers: vcvtneps2bf16 would flush subnormals.
+inline __m256i narrow(F x, bf16) {
+  const __m512i u = _mm512_castps_si512(x);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
+  const __m512i r = _mm512_srli_epi32(_mm512_add_epi32(_mm512_add_epi32(u, _mm512_set1_epi32(0x7fff)), odd), 16);
+  const M nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+  return _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(r, nan, _mm512_set1_epi32(0x7fc0)));
+}
+inline __m256i narrow(F x, f16) { return _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+
+inline F load(const float* p) { return _mm512_loadu_ps(p); }
+template <class T>
+inline F load(const T* p) {
+  return widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)), T{});
+}
+inline M first(int n) { return static_cast<M>((1u << n) - 1); }
+inline F load_part(const float* p, int n, float fill) { return _mm512_mask_loadu_ps(set1(fill), first(n), p); }
+template <class T>
+inline F load_part(const T* p, int n, float fill) {
+  return select(first(n), widen(_mm256_maskz_loadu_epi16(first(n), p), T{}), set1(fill));
+}
+inline void store(float* p, F x) { _mm512_storeu_ps(p, x); }
+template <class T>
+inline void store(T* p, F x) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow(x, T{}));
+}
+inline void store_part(float* p, F x, int n) { _mm512_mask_storeu_ps(p, first(n), x); }
+template <class T>
+inline void store_part(T* p, F x, int n) {
+  _mm256_mask_storeu_epi16(p, first(n), narrow(x, T{}));
+}
+inline void stream(float* p, F x) { _mm512_stream_ps(p, x); }
+template <class T>
+inline void stream(T* p, F x) {
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), narrow(x, T{}));
+}
+inline void stream_fence() { _mm_sfence(); }
+inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+
+inline float reduce_max(F x) { return _mm512_reduce_max_ps(x); }
+inline double reduce_add(F x) {
+  const __m512d low = _mm512_cvtps_pd(_mm512_castps512_ps256(x));
+  const __m512d high = _mm512_cvtps_pd(_mm512_extractf32x8_ps(x, 1));
+  return _mm512_reduce_add_pd(_mm512_add_pd(low, high));
+}
+
+}  // namespace RLFAST_ISA_NS
+}  // namespace rlfast

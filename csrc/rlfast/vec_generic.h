@@ -1,0 +1,74 @@
+// Any machine: 4 lanes of the compilers' vector extension, which is SSE2 on x86-64.
+#pragma once
+
+namespace rlfast {
+namespace RLFAST_ISA_NS {
+
+typedef float F __attribute__((vector_size(16)));
+typedef int32_t M __attribute__((vector_size(16)));
+constexpr int kLanes = 4;
+constexpr bool kFused = false;
+
+inline F set1(float x) { return F{x, x, x, x}; }
+inline F add(F a, F b) { return a + b; }
+inline F sub(F a, F b) { return a - b; }
+inline F mul(F a, F b) { return a * b; }
+inline F div(F a, F b) { return a / b; }
+inline F fma(F a, F b, F c) { return a * b + c; }
+inline F fma_sub(F a, F b, F c) { return a * b - c; }
+inline F head12(F a) { return (F)((M)a & ~0xfff); }
+inline M greater(F a, F b) { return a > b; }
+inline M equal(F a, F b) { return a == b; }
+inline F select(M m, F yes, F no) { return (F)((m & (M)yes) | (~m & (M)no)); }
+inline F max(F a, F b) { return select(a > b, a, b); }
+inline F min(F a, F b) { return select(a < b, a, b); }
+inline F abs(F a) { return (F)((M)a & 0x7fffffff); }
+inline uint32_t bits(M m) { return (m[0] & 1) | (m[1] & 2) | (m[2] & 4) | (m[3] & 8); }
+inline bool any(M m) { return bits(m) != 0; }
+inline F scale2(F p, F n) {
+  // n + 1.5·2^23 holds the integer n in its low bits, whatever the compiler's float-to-int conversion does with NaN.
+  const M power = ((M)(n + set1(0x1.8p23f)) + 127) << 23;
+  return (F)((M)(p * (F)power) & ((n >= set1(-126.0f)) | (n != n)));
+}
+
+inline F load(const float* p) {
+  F x;
+  std::memcpy(&x, p, sizeof x);
+  return x;
+}
+template <class T>
+inline F load(const T* p) {
+  return F{to_float(p[0]), to_float(p[1]), to_float(p[2]), to_float(p[3])};
+}
+template <class T>
+inline F load_part(const T* p, int n, float fill) {
+  F x = set1(fill);
+  for (int i = 0; i < n; ++i) x[i] = to_float(p[i]);
+  return x;
+}
+inline void store(float* p, F x) { std::memcpy(p, &x, sizeof x); }
+template <class T>
+inline void store(T* p, F x) {
+  for (int i = 0; i < kLanes; ++i) from_float(x[i], p + i);
+}
+template <class T>
+inline void store_part(T* p, F x, int n) {
+  for (int i = 0; i < n; ++i) from_float(x[i], p + i);
+}
+template <class T>
+inline void stream(T* p, F x) {
+  store(p, x);
+}
+inline void stream_fence() {}
+inline void prefetch(const void* p) { __builtin_prefetch(p); }
+
+inline float reduce_max(F x) {
+  const float low = x[0] > x[1] ? x[0] : x[1], high = x[2] > x[3] ? x[2] : x[3];
+  return low > high ? low : high;
+}
+inline double reduce_add(F x) {
+  return (static_cast<double>(x[0]) + x[2]) + (static_cast<double>(x[1]) + x[3]);
+}
+
+}  // namespace RLFAST_ISA_NS
+}  // namespace rlfast

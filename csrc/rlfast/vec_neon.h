@@ -1,0 +1,85 @@
+// NEON on aarch64: 4 lanes.
+#pragma once
+#include <arm_neon.h>
+
+namespace rlfast {
+namespace RLFAST_ISA_NS {
+
+using F = float32x4_t;
+using M = uint32x4_t;
+constexpr int kLanes = 4;
+constexpr bool kFused = true;
+
+inline F set1(float x) { return vdupq_n_f32(x); }
+inline F add(F a, F b) { return vaddq_f32(a, b); }
+inline F sub(F a, F b) { return vsubq_f32(a, b); }
+inline F mul(F a, F b) { return vmulq_f32(a, b); }
+inline F div(F a, F b) { return vdivq_f32(a, b); }
+inline F head12(F a) { return a; }
+inline F fma(F a, F b, F c) { return vfmaq_f32(c, a, b); }
+inline F fma_sub(F a, F b, F c) { return vfmaq_f32(vnegq_f32(c), a, b); }
+inline M greater(F a, F b) { return vcgtq_f32(a, b); }
+inline M equal(F a, F b) { return vceqq_f32(a, b); }
+inline F select(M m, F yes, F no) { return vbslq_f32(m, yes, no); }
+// By comparison: vmaxq would give NaN for a NaN in either operand.
+inline F max(F a, F b) { return select(greater(a, b), a, b); }
+inline F min(F a, F b) { return select(greater(b, a), a, b); }
+inline F abs(F a) { return vabsq_f32(a); }
+inline uint32_t bits(M m) {
+  const uint32x4_t lane = {1, 2, 4, 8};
+  return vaddvq_u32(vandq_u32(m, lane));
+}
+inline bool any(M m) { return vmaxvq_u32(m) != 0; }
+inline F scale2(F p, F n) {
+  const int32x4_t power = vshlq_n_s32(vaddq_s32(vcvtq_s32_f32(n), vdupq_n_s32(127)), 23);
+  const F scaled = mul(p, vreinterpretq_f32_s32(power));
+  return select(greater(set1(-126.0f), n), set1(0.0f), scaled);
+}
+
+inline F widen(uint16x4_t x, bf16) { return vreinterpretq_f32_u32(vshll_n_u16(x, 16)); }
+inline F widen(uint16x4_t x, f16) { return vcvt_f32_f16(vreinterpret_f16_u16(x)); }
+inline uint16x4_t narrow(F x, bf16) {
+  const uint32x4_t u = vreinterpretq_u32_f32(x);
+  const uint32x4_t odd = vandq_u32(vshrq_n_u32(u, 16), vdupq_n_u32(1));
+  const uint32x4_t r = vshrq_n_u32(vaddq_u32(vaddq_u32(u, vdupq_n_u32(0x7fff)), odd), 16);
+  return vmovn_u32(vbslq_u32(vceqq_f32(x, x), r, vdupq_n_u32(0x7fc0)));
+}
+inline uint16x4_t narrow(F x, f16) { return vreinterpret_u16_f16(vcvt_f16_f32(x)); }
+
+inline F load(const float* p) { return vld1q_f32(p); }
+template <class T>
+inline F load(const T* p) {
+  return widen(vld1_u16(reinterpret_cast<const uint16_t*>(p)), T{});
+}
+template <class T>
+inline F load_part(const T* p, int n, float fill) {
+  float lanes[kLanes];
+  for (int i = 0; i < kLanes; ++i) lanes[i] = i < n ? to_float(p[i]) : fill;
+  return vld1q_f32(lanes);
+}
+inline void store(float* p, F x) { vst1q_f32(p, x); }
+template <class T>
+inline void store(T* p, F x) {
+  vst1_u16(reinterpret_cast<uint16_t*>(p), narrow(x, T{}));
+}
+template <class T>
+inline void store_part(T* p, F x, int n) {
+  T lanes[kLanes];
+  store(lanes, x);
+  for (int i = 0; i < n; ++i) p[i] = lanes[i];
+}
+template <class T>
+inline void stream(T* p, F x) {
+  store(p, x);
+}
+inline void stream_fence() {}
+inline void prefetch(const void* p) { __builtin_prefetch(p); }
+
+
+inline float reduce_max(F x) { return vmaxnmvq_f32(x); }
+inline double reduce_add(F x) {
+  return vaddvq_f64(vaddq_f64(vcvt_f64_f32(vget_low_f32(x)), vcvt_high_f64_f32(x)));
+}
+
+}  // namespace RLFAST_ISA_NS
+}  // namespace rlfast

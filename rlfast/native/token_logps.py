@@ -1,0 +1,60 @@
+"""Token log-probs by the compiled kernels: the ``cpu`` and ``cuda`` backends.
+
+The extensions take addresses and sizes, so that they need no torch to be built; the arguments are listed in
+``csrc/bindings.h``.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from rlfast import backends
+from rlfast.ops.records import Outputs, Transform, Wanted, allocate
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+def _address(x: torch.Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
+
+
+def _strides(x: torch.Tensor) -> tuple[int, int]:
+    return (x.stride(0), x.stride(1)) if x.dim() == 3 else (0, x.stride(0))
+
+
+def _inputs(logits, targets, mask, transform: Transform) -> tuple:
+    shape, lead = logits.shape, logits.dim() - 1
+    temperature, tensor = transform.temperature, isinstance(transform.temperature, torch.Tensor)
+    return (
+        logits.data_ptr(), DTYPES[logits.dtype], shape[0] if lead == 2 else 1, shape[-2], shape[-1], *_strides(logits),
+        temperature.data_ptr() if tensor else 0, 1.0 if tensor else temperature, transform.softcap, transform.logit_scale,
+        targets.data_ptr(), _address(mask), targets.shape[-1] if targets.dim() > lead else 1,
+    )  # fmt: skip
+
+
+def _extension(logits):
+    """The extension for these logits, and what its kernels take last: an instruction set and threads, or a stream."""
+    if logits.is_cuda:
+        return backends.extension("cuda"), (torch.cuda.current_stream(logits.device).cuda_stream,)
+    return backends.extension("cpu"), (backends.isa(), torch.get_num_threads())
+
+
+def forward(logits, targets, mask, transform: Transform, wanted: Wanted) -> Outputs:
+    """See ``rlfast/ops/token_logps.py``."""
+    out = allocate(logits, tuple(logits.shape[:-1]), targets, wanted)
+    extension, last = _extension(logits)
+    extension.token_logps_forward(
+        *_inputs(logits, targets, mask, transform), out.logp.data_ptr(), out.lse.data_ptr(), out.entropy.data_ptr(),
+        out.is_top1.data_ptr(), out.topk_logp.data_ptr(), out.topk_ids.data_ptr(), wanted.top_k, out.aux.data_ptr(),
+        wanted.outputs, *last,
+    )  # fmt: skip
+    return out
+
+
+def backward(logits, targets, mask, transform: Transform, aux, grads, out) -> None:
+    """See ``rlfast/ops/token_logps.py``."""
+    extension, last = _extension(logits)
+    extension.token_logps_backward(
+        *_inputs(logits, targets, mask, transform), aux.data_ptr(), *map(_address, grads), out.data_ptr(), *_strides(out),
+        *last,
+    )  # fmt: skip
