@@ -22,11 +22,11 @@ demo: doctor-demo $(VENV)/.demo  ## train SmolLM2-135M with TRL, stock and with 
 	$(PY) -m rlfast.demo
 
 test: doctor-test $(VENV)/.dev  ## the tests, on the C++ and torch backends, then on Triton's interpreter (< 15 minutes)
-	$(PY) -m pytest tests -q
-	TRITON_INTERPRET=1 $(PY) -m pytest tests -q -n auto --backend triton
+	$(PY) -m pytest tests -q -m "not slow and not large"
+	TRITON_INTERPRET=1 $(PY) -m pytest tests -q -n auto -m "not slow and not large" --backend triton
 
 test-all: doctor-test $(VENV)/.dev  ## the full product of shapes, options and backends, and the slow tests (< 1 hour)
-	$(PY) -m pytest tests -q --full-product -m "not gpu"
+	$(PY) -m pytest tests -q --full-product
 	TRITON_INTERPRET=1 $(PY) -m pytest tests -q -n auto --full-product --backend triton
 
 check: doctor-build $(VENV)/.dev  ## ruff, clang-format and the pre-commit checks

@@ -104,7 +104,9 @@ def verify(
 
 def _print_cells(cells) -> None:
     console = _console()
-    table = Table("op", "backend", "dtype", "on", "values", "gradients", "", title="error ÷ torch's own error (float32)")
+    table = Table(
+        "op", "backend", "dtype", "on", "values", "gradients", "", title="error ÷ torch's own error (float32)"
+    )
     for c in cells:
         ratios = ["" if r is None else f"{r:.2f}" for r in (c.value_ratio, c.gradient_ratio)]
         table.add_row(c.op, c.backend, c.dtype, c.device, *ratios, c.status)

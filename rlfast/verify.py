@@ -104,7 +104,10 @@ def cell(op: str, backend: str, dtype: str, device: str) -> Cell:
     own, own_grads = _run(_reference(op, torch.float32), case, torch.float32)
     with backends.use_backend(backend):
         got, got_grads = _run(_ours(op), case, None)
-    value, gradient = _compare(got, truth, own, OUTPUTS, "value"), _compare(got_grads, truth_grads, own_grads, truth_grads, "gradient")
+    value, gradient = (
+        _compare(got, truth, own, OUTPUTS, "value"),
+        _compare(got_grads, truth_grads, own_grads, truth_grads, "gradient"),
+    )
     wrong = value.wrong + gradient.wrong
     status = "FAILED" if wrong else ("interpreted" if interpreted else "ok")
     return Cell(op, backend, dtype, device, status, value.ratio, gradient.ratio, "; ".join(wrong))

@@ -30,7 +30,9 @@ COMMANDS = {
 
 def copy_of_tree(target: Path) -> Path:
     """What a commit of this tree would hold, in an empty folder."""
-    listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True)
+    listed = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     for name in listed.stdout.splitlines():
         if (ROOT / name).is_file():
             (target / name).parent.mkdir(parents=True, exist_ok=True)
@@ -50,13 +52,21 @@ def run(python: Path, *arguments, cwd: Path):
     """The finished process, with stdout and stderr as one text, free of this process's settings."""
     keep = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "TRITON_INTERPRET", "PYTEST_ADDOPTS")}
     return subprocess.run(
-        [str(python), *arguments], cwd=cwd, env=keep, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=900
+        [str(python), *arguments],
+        cwd=cwd,
+        env=keep,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        timeout=900,
     )
 
 
 def pip(python: Path, *arguments, cwd: Path) -> None:
     """``pip``, offline and with this environment's build tools."""
-    done = run(python, "-m", "pip", "--disable-pip-version-check", *arguments, "--no-deps", "--no-build-isolation", cwd=cwd)
+    done = run(
+        python, "-m", "pip", "--disable-pip-version-check", *arguments, "--no-deps", "--no-build-isolation", cwd=cwd
+    )
     assert done.returncode == 0, done.stdout[-4000:]
 
 

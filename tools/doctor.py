@@ -88,7 +88,11 @@ def check_python(report):
         report.ok("python", "{} ({})".format(version, sys.executable))
         return
     other = newer_python()
-    hint = "try `make PYTHON={} ...`".format(other) if other else "install a newer Python and name it: `make PYTHON=... ...`"
+    hint = (
+        "try `make PYTHON={} ...`".format(other)
+        if other
+        else "install a newer Python and name it: `make PYTHON=... ...`"
+    )
     report.fail("python", "{} is older than {}.{}: {}".format(version, *MIN_PYTHON, hint))
 
 
@@ -168,7 +172,9 @@ def main():
     """Look, say, and exit 1 when the goal cannot be reached."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--venv", default=".venv", help="the environment that make uses or makes")
-    parser.add_argument("--for", dest="goal", default="build", help="what is to be done: build, demo, test, test-arm, ...")
+    parser.add_argument(
+        "--for", dest="goal", default="build", help="what is to be done: build, demo, test, test-arm, ..."
+    )
     args = parser.parse_args()
     report = Report()
     print("doctor: {} {} for `make {}`".format(platform.system(), platform.machine(), args.goal))
@@ -181,7 +187,11 @@ def main():
     if command:
         print("  mend all of it with:  " + command)
     elif report.missing:
-        print("  missing: {}; install them with this system's package manager".format(", ".join(sorted(set(report.missing)))))
+        print(
+            "  missing: {}; install them with this system's package manager".format(
+                ", ".join(sorted(set(report.missing)))
+            )
+        )
     return 1 if report.fatal else 0
 
 

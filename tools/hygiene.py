@@ -1,6 +1,6 @@
 """What no linter looks at: whitespace, conflict markers, large files, stray paths and stray environment reads.
 
-    python tools/hygiene.py
+python tools/hygiene.py
 """
 
 import pathlib

@@ -42,7 +42,18 @@ def installed():
 
 def cuda_packages(spec):
     """CUDA packages that pip's own index would bring along."""
-    command = [sys.executable, "-m", "pip", "install", "--disable-pip-version-check", "--dry-run", "-q", "--report", "-", spec]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--disable-pip-version-check",
+        "--dry-run",
+        "-q",
+        "--report",
+        "-",
+        spec,
+    ]
     found = subprocess.run(command, capture_output=True, text=True)
     if found.returncode:
         sys.exit("torch: pip cannot find {}: {}".format(spec, found.stderr.strip().splitlines()[-1]))
@@ -84,7 +95,9 @@ def install(args):
     version = installed()
     if version is not None:
         if tuple(int(x) for x in version.split(".")[:2]) < MINIMUM:
-            sys.exit("torch: {} is installed here, 2.11 or newer is needed: name another VENV or PYTHON".format(version))
+            sys.exit(
+                "torch: {} is installed here, 2.11 or newer is needed: name another VENV or PYTHON".format(version)
+            )
         print("torch {} is installed and is reused".format(version))
         return 0
     gpu = os.path.exists("/dev/nvidia0") or shutil.which("nvidia-smi")

@@ -1,6 +1,6 @@
 """Print what extras of the installed rlfast ask for, one requirement a line: they are installed without building again.
 
-    .venv/bin/python tools/requirements.py demo trl
+.venv/bin/python tools/requirements.py demo trl
 """
 
 import importlib.metadata

@@ -61,7 +61,11 @@ def main():
     if process.returncode:
         with open(args.log, errors="replace") as log:
             print("".join(log.readlines()[-40:]))
-        print("{}: failed after {:.0f} s (exit {}); the whole log: {}".format(args.label, took, process.returncode, args.log))
+        print(
+            "{}: failed after {:.0f} s (exit {}); the whole log: {}".format(
+                args.label, took, process.returncode, args.log
+            )
+        )
         return 1
     print("  {}: {:.0f} s".format(args.label, took))
     if args.limit and took > args.limit:

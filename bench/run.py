@@ -1,0 +1,190 @@
+"""Run the cases of ``bench/suite.py`` on this machine and write ``bench/results/<device>.json``.
+
+python -m bench.run [--op OP] [--case WORD] [--small] [--device cuda] [--json PATH] [--every-isa] [--no-memory]
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import platform
+import re
+import subprocess
+import sys
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+
+import rlfast
+from bench import arms, measure, memory, overhead, suite
+from bench.show import print_case
+from rlfast import backends
+from rlfast import verify as verification
+
+RESULTS = Path(__file__).resolve().parent / "results"
+ROOT = RESULTS.parent.parent
+METHOD = (
+    "Every arm is checked against float64 on sampled rows, then all arms run in one interleaved loop, the order rotated each round; "
+    "medians, spread = interquartile range ÷ median. Extra memory: peak above inputs, outputs and returned gradients (bench/memory.py)."
+)
+
+
+def machine(device: str) -> dict:
+    """What the figures depend on; no host name and no path."""
+    model = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        fields = dict(re.findall(r"^([\w ]+?)\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE))
+        model = fields.get("model name", model)
+        if "cpu family" in fields:
+            model += f" (family {fields['cpu family']} model {fields['model']})"
+    found = {
+        "cpu": model,
+        "threads": torch.get_num_threads(),
+        "isa": backends.isa(),
+        "system": f"{platform.system()} {platform.machine()}",
+    }
+    if device == "cuda":
+        major, minor = torch.cuda.get_device_capability()
+        found |= {"gpu": torch.cuda.get_device_name(), "capability": f"sm_{major}{minor}"}
+    return found
+
+
+def label(found: dict) -> str:
+    """The device in words."""
+    return found.get("gpu") or f"{found['cpu'].split(' (')[0]}, {found['threads']} threads, {found['isa']}"
+
+
+def slug(found: dict) -> str:
+    """The device as a file name."""
+    return re.sub(r"[^a-z0-9]+", "-", label(found).lower()).strip("-")
+
+
+def _git(*arguments: str) -> str:
+    done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True)
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def stamp(device: str, command: str) -> dict:
+    """Where, when, and of what commit a result is."""
+    found = machine(device)
+    return {
+        "device": label(found),
+        "machine": found,
+        "date": datetime.date.today().isoformat(),
+        "commit": _git("rev-parse", "--short", "HEAD") or "unknown",
+        "uncommitted": bool(_git("status", "--porcelain", "--", "rlfast", "kernels", "csrc")),
+        "versions": {"rlfast": rlfast.__version__, "python": platform.python_version(), "torch": torch.__version__},
+        "command": command,
+        "method": METHOD,
+    }
+
+
+def run_case(case: suite.Case, device: str, small: bool, with_memory: bool, say) -> dict:
+    """Everything about one case: times, errors, ceilings, extra memory."""
+    data = suite.inputs(case, device)
+    todo = arms.build(case, data, device)
+    errors, failures = measure.checked(todo, measure.truth(case, data), case.dtype, say)
+    say("ceilings")
+    ceilings = arms.ceilings(case, data, device)
+    timed = {name: run for name, run in todo.items() if name not in failures} | ceilings
+    if "compile" in timed:
+        timed["compile"]()  # the first call compiled; the second settles its guards
+    times = measure.interleaved(timed, case.budget_s, device, say)
+    rows = {}
+    for name, samples in times.items():
+        rows[name] = measure.summary(samples) | ({"error": errors[name]} if name in errors else {})
+        if case.traffic:
+            moved = (
+                case.traffic
+                if name in todo
+                else case.traffic // (3 if case.backward else 1) * (2 if name == "copy" else 1)
+            )
+            rows[name]["gb_s"] = moved / rows[name]["ms"] / 1e6
+        else:
+            rows[name]["gflop_s"] = (
+                case.gemm_flops * (1 if name in ceilings else _gemm_count(name)) / rows[name]["ms"] / 1e6
+            )
+    del data, todo, timed, ceilings
+    if with_memory:
+        for name in rows:
+            if name in errors and _memory_matters(case, name):
+                say(f"extra memory of {name}")
+                rows[name]["extra_bytes"] = memory.measure(case, name, device, small)
+    return {"case": asdict(case), "arms": rows, "failures": failures}
+
+
+def _gemm_count(name: str) -> int:
+    return 4 if name.startswith(("rlfast recompute", "trl")) else 3
+
+
+def _memory_matters(case: suite.Case, name: str) -> bool:
+    """Not the forced instruction sets, which allocate alike; of a minute-long case only ours."""
+    if name.endswith((" avx2", " baseline")) or "compile" in name:
+        return False
+    return name.startswith("rlfast") or case.budget_s < 60
+
+
+def run(ops=None, cases=None, small=False, device="cpu", json_path=None, every_isa=False, with_memory=True) -> int:
+    """Run, print, write. Returns the exit status."""
+    chosen = suite.selected(ops, cases)
+    if not chosen:
+        print(f"bench: no case matches; there are: {', '.join(c.name for c in suite.CASES)}", file=sys.stderr)
+        return 1
+    command = (
+        "python -m bench.run"
+        + "".join(f" --op {op}" for op in ops or ())
+        + "".join(f" --case {c!r}" for c in cases or ())
+    )
+    command += " --small" * small + " --every-isa" * every_isa + (f" --device {device}" if device != "cpu" else "")
+    result = stamp(device, command) | {"small": small, "cases": []}
+    started = time.perf_counter()
+    for number, case in enumerate(chosen, 1):
+        if every_isa:
+            case = replace(case, isas=True)
+        case = suite.small(case) if small else case
+        say = _progress(f"[{number}/{len(chosen)}] {case.name}", started)
+        with_peak = with_memory and (device == "cuda" or memory.available())
+        result["cases"].append(run_case(case, device, small, with_peak, say))
+        print_case(result["cases"][-1])
+    if device == "cpu" and not (ops or cases):
+        result["overhead"] = overhead.measure()
+        print("overhead:", result["overhead"])
+    if not (ops or cases):
+        result["verify"] = [cell._asdict() for cell in verification.verify()]
+    complete = not (ops or cases or small)
+    path = Path(json_path) if json_path else RESULTS / f"{slug(result['machine'])}.json" if complete else None
+    if path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+        print(f"wrote {path.name} in {time.perf_counter() - started:.0f} s")
+    return 0
+
+
+def _progress(head: str, started: float):
+    def say(text: str) -> None:
+        print(f"{time.perf_counter() - started:5.0f} s  {head}: {text}", flush=True)
+
+    return say
+
+
+def main() -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--op", action="append")
+    parser.add_argument("--case", action="append", help="cases whose name contains this")
+    parser.add_argument("--small", action="store_true", help="small shapes: a minute, and no figure to quote")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--json", type=Path, help="where to write; a whole run goes to bench/results/ by itself")
+    parser.add_argument(
+        "--every-isa", action="store_true", help="force the lower instruction sets on the largest case too (minutes)"
+    )
+    parser.add_argument("--no-memory", action="store_true")
+    args = parser.parse_args()
+    return run(args.op, args.case, args.small, args.device, args.json, args.every_isa, not args.no_memory)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
