@@ -1,7 +1,7 @@
 """What runs in a case: rlfast at each instruction set, eager, torch.compile, plain torch, peers, and the bare ceilings.
 
-An arm is a function of no arguments that returns ``{"logp": ..., "entropy": ..., "grad_hidden": ...}``: everything it computed, so
-that it can be checked before it is timed.
+An arm is a function of no arguments that returns ``{"logp": ..., "entropy": ..., "grad_hidden": ...}``: everything it
+computed, so that it can be checked before it is timed.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""The strongest plain PyTorch that we could write for each op, at most 40 lines each. The last ratio of a kernel is over the best of these."""
+"""The strongest plain PyTorch that we could write for each op, at most 40 lines each. The last ratio of a kernel is
+over the best of these."""
 
 from __future__ import annotations
 
@@ -80,7 +81,8 @@ def mm(x, weight):
 
 
 class LinearLogps(torch.autograd.Function):
-    """logp from hidden states: logits kept in the dtype that the GEMM gives, softmax gradient in place, two more GEMMs."""
+    """logp from hidden states: logits kept in the dtype that the GEMM gives, softmax gradient in place, two more
+    GEMMs."""
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, gemm):

@@ -1,4 +1,5 @@
-"""The bare GEMMs of a linear op, each at the best rate found for its own shape: the ceiling of its forward and backward.
+"""The bare GEMMs of a linear op, each at the best rate found for its own shape: the ceiling of its forward and
+backward.
 
 forward  [N, D] · [D, V] → logits,   dHidden  [N, V] · [V, D],   dWeight  [V, N] · [N, D]
 """
@@ -66,7 +67,7 @@ def best(case: Case, hidden, weight, repeats: int = 2) -> dict:
 
 
 def ceilings(case: Case, data: dict) -> dict:
-    """One arm a GEMM; the report adds them up: keeping is forward + dHidden + dWeight, recomputing is one forward more."""
+    """One arm a GEMM. Keeping is forward + dHidden + dWeight, recomputing is one forward more."""
     with torch.no_grad():
         chosen = best(case, data["hidden"], data["weight"])
     return {f"gemm {gemm} ({way})": function for gemm, (way, function) in chosen.items()}

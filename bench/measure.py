@@ -12,8 +12,8 @@ from rlfast.reference import token_logps as reference
 
 SAMPLES = 64  # rows and vocabulary columns that are compared with float64
 MAX_ROUNDS = 15
-# A gate against wrong answers, not the numerics contract (that is for the tests): |got − truth| ÷ max|truth|. An arm that rounds its
-# logits to bfloat16 is off by some 1e-2 and is still timed; its error stands beside its time.
+# A gate against wrong answers, not the numerics contract (that is for the tests): |got − truth| ÷ max|truth|. An arm
+# that rounds its logits to bfloat16 is off by some 1e-2 and is still timed; its error stands beside its time.
 GATES = {"float32": 1e-3, "bfloat16": 0.1}
 
 

@@ -2,9 +2,10 @@
 
     python -m bench.memory CASE ARM [--small]
 
-On a CPU: the high-water mark of the resident set (VmHWM, reset through /proc/self/clear_refs) in a process of its own, in which the
-allocator hands every block above 64 KiB straight back to the system. The libraries are started by a small case first; the arm's
-first full-size call is the one that is measured, so that scratch it holds on to is counted. On a GPU: torch's own peak.
+On a CPU: the high-water mark of the resident set (VmHWM, reset through /proc/self/clear_refs) in a process of its
+own, in which the allocator hands every block above 64 KiB straight back to the system. The libraries are started by a
+small case first; the arm's first full-size call is the one that is measured, so that scratch it holds on to is
+counted. On a GPU: torch's own peak.
 """
 
 from __future__ import annotations

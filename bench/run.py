@@ -27,8 +27,9 @@ from rlfast import verify as verification
 RESULTS = Path(__file__).resolve().parent / "results"
 ROOT = RESULTS.parent.parent
 METHOD = (
-    "Every arm is checked against float64 on sampled rows, then all arms run in one interleaved loop, the order rotated each round; "
-    "medians, spread = interquartile range ÷ median. Extra memory: peak above inputs, outputs and returned gradients (bench/memory.py)."
+    "Every arm is checked against float64 on sampled rows, then all arms run in one interleaved loop, the order "
+    "rotated each round; medians, spread = interquartile range ÷ median. Extra memory: peak above inputs, outputs and returned "
+    "gradients (bench/memory.py)."
 )
 
 

@@ -16,7 +16,8 @@ class Target:
     arm: str
     over: str  # another arm, or "plain": the fastest of the plain-torch baselines
     bound: float
-    kind: str = "speed"  # speed: time(over) ÷ time(arm) ≥ bound;  cost: time(arm) ÷ time(over) ≤ bound;  memory: extra ÷ logits ≤ bound
+    # speed: time(over) ÷ time(arm) ≥ bound; cost: time(arm) ÷ time(over) ≤ bound; memory: extra ÷ logits ≤ bound
+    kind: str = "speed"
 
     @property
     def text(self) -> str:
@@ -29,8 +30,15 @@ class Target:
         return f"{self.arm}: {'≥' if self.kind == 'speed' else '≤'} {self.bound:g}× {name}"
 
 
-OVER = {"eager": "eager torch", "compile": "torch.compile", "trl": "TRL", "gemms keep": "its three bare GEMMs",
-        "gemms recompute": "its four bare GEMMs", "logits": "the logits in float32", "rlfast logp": "logp alone"}  # fmt: skip
+OVER = {
+    "eager": "eager torch",
+    "compile": "torch.compile",
+    "trl": "TRL",
+    "gemms keep": "its three bare GEMMs",
+    "gemms recompute": "its four bare GEMMs",
+    "logits": "the logits in float32",
+    "rlfast logp": "logp alone",
+}
 
 
 @dataclass(frozen=True)

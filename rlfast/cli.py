@@ -130,8 +130,8 @@ def bench(
     clone = Path(rlfast.__file__).resolve().parent.parent
     if not (clone / "bench" / "suite.py").exists():
         print(
-            f"rlfast bench: the cases are in the bench/ folder of the repository, and this rlfast is installed in {clone}: "
-            "run it from a clone (`pip install -e .`)",
+            "rlfast bench: the cases are in the bench/ folder of the repository, "
+            f"and this rlfast is installed in {clone}: run it from a clone (`pip install -e .`)",
             file=sys.stderr,
         )
         raise typer.Exit(1)

@@ -1,7 +1,7 @@
 """Parity of every op and backend on this machine: error ÷ PyTorch's own error, for values and gradients.
 
-The truth is ``rlfast/reference`` in float64 from the same inputs, the yardstick is the same code in float32, the bound is the
-numerics contract (``rlfast/parity.py``). Nothing here is looser than the tests.
+The truth is ``rlfast/reference`` in float64 from the same inputs, the yardstick is the same code in float32, the
+bound is the numerics contract (``rlfast/parity.py``). Nothing here is looser than the tests.
 """
 
 from __future__ import annotations
@@ -119,8 +119,9 @@ class _Compared(NamedTuple):
 
 
 def _compare(got: dict, truth: dict, own: dict, names, kind: str) -> _Compared:
-    """The verdict is the contract's. The ratio shown divides by the error of the yardstick rounded to the dtype of the result:
-    a gradient handed back in bfloat16 cannot be nearer than that."""
+    """The verdict is the contract's. The ratio shown divides by the yardstick's error after rounding to the
+    result's dtype: a gradient handed back in bfloat16 cannot be nearer than that.
+    """
     results = {k: parity.measure(got[k], truth[k], own[k], kind) for k in names}
     ratios = [parity.measure(got[k], truth[k], own[k].to(got[k].dtype), kind).ratio for k in names]
     return _Compared(max(ratios), [f"{k}: {result}" for k, result in results.items() if not result.ok])
@@ -159,7 +160,7 @@ def _backend(op: str, backend: str) -> list[Cell]:
 
 
 def _interpreted(op: str) -> list[Cell]:
-    """Triton reads TRITON_INTERPRET when a kernel is decorated, so its interpreter needs a process that starts with it."""
+    """Triton reads TRITON_INTERPRET when a kernel is decorated: its interpreter needs a process that starts with it."""
     command = [sys.executable, "-m", "rlfast.cli", "verify", "--op", op, "--backend", "triton", "--json"]
     done = subprocess.run(command, env=backends.interpreter_environment(), capture_output=True, text=True)
     try:

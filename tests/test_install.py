@@ -1,7 +1,8 @@
-"""Each way to install, tried in a copy of this tree and an environment of its own that borrows the packages of this one.
+"""Each way to install, tried in a copy of this tree and an environment of its own that borrows the packages of this
+one.
 
-From the clone's root the folder ``rlfast/`` hides an installed rlfast, so after ``pip install .`` and after a wheel an import there
-may fail, but only with the sentence that says so.
+From the clone's root the folder ``rlfast/`` hides an installed rlfast, so after ``pip install .`` and after a wheel
+an import there may fail, but only with the sentence that says so.
 """
 
 from __future__ import annotations

@@ -15,19 +15,30 @@ import sysconfig
 
 MIN_PYTHON = (3, 10)
 GIB = 1 << 30
-# Installed sizes measured on x86-64 Linux with a CPU build of torch: torch 0.9 GiB, triton 0.7, the trainer and demo packages 0.9.
+# Installed sizes measured on x86-64 Linux with a CPU build of torch: torch 0.9 GiB, triton 0.7, the trainer and demo
+# packages 0.9.
 DISK = {"build": 2, "test": 4, "demo": 4}
 # Peak resident memory: the demo's stock arm holds full logits for a group; compiling one kernel file takes 1 GiB.
 MEMORY = {"build": 2, "test": 6, "demo": 6}
 
 # What each tool is called by the package managers whose command is printed.
 PACKAGES = {
-    "apt-get": {"venv": "python3-venv", "headers": "python3-dev", "compiler": "g++", "aarch64": "g++-aarch64-linux-gnu",
-                "qemu": "qemu-user-static", "make": "make"},
-    "dnf": {"venv": "python3", "headers": "python3-devel", "compiler": "gcc-c++", "aarch64": "gcc-c++-aarch64-linux-gnu",
-            "qemu": "qemu-user-static", "make": "make"},
+    "apt-get": {
+        "venv": "python3-venv",
+        "headers": "python3-dev",
+        "compiler": "g++",
+        "aarch64": "g++-aarch64-linux-gnu",
+        "qemu": "qemu-user-static",
+    },
+    "dnf": {
+        "venv": "python3",
+        "headers": "python3-devel",
+        "compiler": "gcc-c++",
+        "aarch64": "gcc-c++-aarch64-linux-gnu",
+        "qemu": "qemu-user-static",
+    },
     "brew": {"venv": "python", "headers": "python", "compiler": "llvm"},
-}  # fmt: skip
+}
 INSTALL = {"apt-get": "apt-get install -y", "dnf": "dnf install -y", "brew": "brew install"}
 
 
@@ -38,7 +49,7 @@ class Report:
         self.missing, self.fatal = [], False
 
     def line(self, mark, name, text):
-        print("  {:<5} {:<9} {}".format(mark, name, text))
+        print(f"  {mark:<5} {name:<9} {text}")
 
     def ok(self, name, text):
         self.line("ok", name, text)
@@ -74,7 +85,7 @@ def mend(tools):
 def newer_python():
     """A Python on the path that is new enough, or None."""
     for minor in range(14, MIN_PYTHON[1] - 1, -1):
-        name = "python3.{}".format(minor)
+        name = f"python3.{minor}"
         # a version manager's shim is on the path for versions that are not switched on: run it to know
         if shutil.which(name) and subprocess.call([name, "-c", ""], stderr=subprocess.DEVNULL) == 0:
             return name
@@ -85,35 +96,31 @@ def check_python(report):
     """The version of this interpreter."""
     version = platform.python_version()
     if sys.version_info >= MIN_PYTHON:
-        report.ok("python", "{} ({})".format(version, sys.executable))
+        report.ok("python", f"{version} ({sys.executable})")
         return
     other = newer_python()
-    hint = (
-        "try `make PYTHON={} ...`".format(other)
-        if other
-        else "install a newer Python and name it: `make PYTHON=... ...`"
-    )
+    hint = f"try `make PYTHON={other} ...`" if other else "install a newer Python and name it: `make PYTHON=... ...`"
     report.fail("python", "{} is older than {}.{}: {}".format(version, *MIN_PYTHON, hint))
 
 
 def check_venv(report, path):
     """The environment that is there, or the modules that make one."""
     if os.path.exists(os.path.join(path, "bin", "python")):
-        report.ok("venv", "{} is there and is used".format(path))
+        report.ok("venv", f"{path} is there and is used")
         return
     try:
         import ensurepip  # noqa: F401
         import venv  # noqa: F401
     except ImportError as error:
-        report.fail("venv", "this Python cannot make an environment ({})".format(error), "venv")
+        report.fail("venv", f"this Python cannot make an environment ({error})", "venv")
         return
-    report.ok("venv", "{} will be made".format(path))
+    report.ok("venv", f"{path} will be made")
 
 
 def compiler():
     """The C++ compiler that a build would use, or None."""
-    for name in (os.environ.get("CXX", "").split() or [None])[:1] + ["c++", "g++", "clang++"]:
-        if name and shutil.which(name):
+    for name in [*os.environ.get("CXX", "").split()[:1], "g++", "clang++", "c++"]:
+        if shutil.which(name):
             return shutil.which(name)
     return None
 
@@ -129,7 +136,7 @@ def check_build(report):
     if os.path.exists(header):
         report.ok("headers", header)
     else:
-        report.warn("headers", "{} is missing: no C++ kernels, the torch backend alone".format(header), "headers")
+        report.warn("headers", f"{header} is missing: no C++ kernels, the torch backend alone", "headers")
     nvcc = shutil.which("nvcc")
     gpu = os.path.exists("/dev/nvidia0") or bool(shutil.which("nvidia-smi"))
     report.ok("gpu", "{}; {}".format("found" if gpu else "none in sight", "nvcc at " + nvcc if nvcc else "no nvcc"))
@@ -143,14 +150,14 @@ def check_room(report, path, goal):
     free, wanted = shutil.disk_usage(folder).free / GIB, DISK.get(goal, DISK["build"])
     if os.path.exists(os.path.join(path, "bin", "python")):
         wanted = 1  # mostly installed: room for the build and for results
-    text = "{:.0f} GiB free, {} wanted".format(free, wanted)
+    text = f"{free:.0f} GiB free, {wanted} wanted"
     (report.ok if free >= wanted else report.fail)("disk", text)
     try:
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB
     except (ValueError, OSError, AttributeError):
         return
     wanted = MEMORY.get(goal, MEMORY["build"])
-    text = "{:.0f} GiB on {} cores, {} wanted".format(memory, os.cpu_count(), wanted)
+    text = f"{memory:.0f} GiB on {os.cpu_count()} cores, {wanted} wanted"
     (report.ok if memory >= wanted else report.warn)("memory", text)
 
 
@@ -177,7 +184,7 @@ def main():
     )
     args = parser.parse_args()
     report = Report()
-    print("doctor: {} {} for `make {}`".format(platform.system(), platform.machine(), args.goal))
+    print(f"doctor: {platform.system()} {platform.machine()} for `make {args.goal}`")
     check_python(report)
     check_venv(report, args.venv)
     check_build(report)

@@ -2,10 +2,10 @@
 
     .venv/bin/python tools/install_torch.py SPEC [--index-url URL] [--constraints constraints.txt OUT]
 
-On Linux the default wheel of torch depends on gigabytes of CUDA packages. With no GPU in sight a CPU wheel is taken: from the
-wheels at hand (pip's find-links), else from PyTorch's own CPU index, else from pip's index if that one's torch brings no
-CUDA package. `--index-url` names another index and is obeyed as it is. `--constraints` writes a copy of the constraints in which what is
-installed already stays as it is, so that no later step replaces it.
+On Linux the default wheel of torch depends on gigabytes of CUDA packages. With no GPU in sight a CPU wheel is taken:
+from the wheels at hand (pip's find-links), else from PyTorch's own CPU index, else from pip's index if that one's
+torch brings no CUDA package. `--index-url` names another index and is obeyed as it is. `--constraints` writes a copy
+of the constraints in which what is installed already stays as it is, so that no later step replaces it.
 """
 
 import argparse
@@ -13,6 +13,7 @@ import importlib.metadata
 import importlib.util
 import json
 import os
+import pathlib
 import platform
 import shutil
 import subprocess
@@ -56,7 +57,7 @@ def cuda_packages(spec):
     ]
     found = subprocess.run(command, capture_output=True, text=True)
     if found.returncode:
-        sys.exit("torch: pip cannot find {}: {}".format(spec, found.stderr.strip().splitlines()[-1]))
+        sys.exit(f"torch: pip cannot find {spec}: {found.stderr.strip().splitlines()[-1]}")
     names = [item["metadata"]["name"] for item in json.loads(found.stdout)["install"]]
     return [name for name in names if name.startswith(("nvidia-", "cuda-"))]
 
@@ -70,11 +71,10 @@ def write_constraints(source, target):
         except importlib.metadata.PackageNotFoundError:
             continue
     lines = []
-    for line in open(source).read().splitlines():
+    for line in pathlib.Path(source).read_text().splitlines():
         name = line.split("==")[0].strip()
-        lines.append("{}=={}".format(name, here[name]) if name in here else line)
-    with open(target, "w") as out:
-        out.write("\n".join(lines) + "\n")
+        lines.append(f"{name}=={here[name]}" if name in here else line)
+    pathlib.Path(target).write_text("\n".join(lines) + "\n")
 
 
 def main():
@@ -95,10 +95,8 @@ def install(args):
     version = installed()
     if version is not None:
         if tuple(int(x) for x in version.split(".")[:2]) < MINIMUM:
-            sys.exit(
-                "torch: {} is installed here, 2.11 or newer is needed: name another VENV or PYTHON".format(version)
-            )
-        print("torch {} is installed and is reused".format(version))
+            sys.exit(f"torch: {version} is installed here, 2.11 or newer is needed: name another VENV or PYTHON")
+        print(f"torch {version} is installed and is reused")
         return 0
     gpu = os.path.exists("/dev/nvidia0") or shutil.which("nvidia-smi")
     if args.index_url:
@@ -112,10 +110,9 @@ def install(args):
     extra = cuda_packages(args.spec)
     if extra:
         sys.exit(
-            "torch: no CPU wheel can be reached, and pip's index would bring {} CUDA packages; "
-            "name an index with `make TORCH_INDEX=... `, a wheel with `make TORCH_SPEC=...`, or put torch into the environment".format(
-                len(extra)
-            )
+            f"torch: no CPU wheel can be reached, and pip's index would bring {len(extra)} CUDA packages; "
+            "name an index with `make TORCH_INDEX=...`, a wheel with `make TORCH_SPEC=...`, "
+            "or put torch into the environment"
         )
     return pip(args.spec)
 

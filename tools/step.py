@@ -30,7 +30,7 @@ def watch(process, label, log, started):
         if now - said < (1 if terminal else 20):
             continue
         said = now
-        head = "  {} {:.0f} s  ".format(label, now - started)
+        head = f"  {label} {now - started:.0f} s  "
         if terminal:
             columns = os.get_terminal_size().columns
             print("\r\033[K" + head + last_line(log, columns - len(head) - 1), end="", flush=True)
@@ -61,15 +61,11 @@ def main():
     if process.returncode:
         with open(args.log, errors="replace") as log:
             print("".join(log.readlines()[-40:]))
-        print(
-            "{}: failed after {:.0f} s (exit {}); the whole log: {}".format(
-                args.label, took, process.returncode, args.log
-            )
-        )
+        print(f"{args.label}: failed after {took:.0f} s (exit {process.returncode}); the whole log: {args.log}")
         return 1
-    print("  {}: {:.0f} s".format(args.label, took))
+    print(f"  {args.label}: {took:.0f} s")
     if args.limit and took > args.limit:
-        print("{}: took {:.0f} s, the limit is {:.0f} s".format(args.label, took, args.limit))
+        print(f"{args.label}: took {took:.0f} s, the limit is {args.limit:.0f} s")
         return 1
     return 0
 
