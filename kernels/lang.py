@@ -1,7 +1,8 @@
 """What kernels and formulas are written in: ``jit`` and ``tl``, Triton's own where it is installed.
 
-Without Triton, ``jit`` is the identity and ``tl`` a torch-backed vocabulary, so that formulas can be imported, tabulated
-and run anywhere. ``torch_version(formula)`` is a formula as a function of tensors, with Triton installed or not.
+Without Triton, ``jit`` is the identity and ``tl`` a torch-backed vocabulary, so that formulas can be imported,
+tabulated and run anywhere. ``torch_version(formula)`` is a formula as a function of tensors, with Triton installed or
+not.
 """
 
 from __future__ import annotations

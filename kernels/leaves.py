@@ -1,8 +1,9 @@
 """Row statistics per leaf of the vocabulary, and their merge: the one function that gives every log-prob op its bits.
 
-A leaf is LEAF columns. ``fold`` writes each leaf's statistics, relative to the leaf's own peak, wherever the logits are: a
-whole tensor, or a tile of it that a GEMM has just written. ``merge`` adds them up in ascending order, with the target's leaf
-replaced by the same leaf without its target. So the bits of a row depend on neither the batch nor the tiles.
+A leaf is LEAF columns. ``fold`` writes each leaf's statistics, relative to the leaf's own peak, wherever the logits
+are: a whole tensor, or a tile of it that a GEMM has just written. ``merge`` adds them up in ascending order, with the
+target's leaf replaced by the same leaf without its target. So the bits of a row depend on neither the batch nor the
+tiles.
 """
 
 from typing import NamedTuple
@@ -12,8 +13,9 @@ import torch
 from rlfast.kernels.formulas.logit import exp, logp_of, transformed
 from rlfast.kernels.lang import jit, tl
 
-# Columns of a leaf. A program keeps one leaf in registers: 32 float32 a thread of 128. It is 8 KiB of bf16, so that 3 programs
-# an SM have the 25 KiB in flight that saturate an H100's memory (3.35 TB/s × 1 µs / 132), and a 152K vocabulary has 38.
+# Columns of a leaf. A program keeps one leaf in registers: 32 float32 a thread of 128. It is 8 KiB of bf16, so that 3
+# programs an SM have the 25 KiB in flight that saturate an H100's memory (3.35 TB/s × 1 µs / 132), and a 152K
+# vocabulary has 38.
 LEAF = tl.constexpr(4096)
 LANES = tl.constexpr(1024)  # 128 threads × one 16-byte load of bf16: higher bits of a column are registers of one thread
 MERGED_ROWS = tl.constexpr(32)  # rows of a merge program: one warp, a row a thread
@@ -23,7 +25,7 @@ IGNORE = tl.constexpr(-100)
 
 
 class Place(NamedTuple):
-    """Where logits lie: row r at (r // inner)·stride_outer + (r % inner)·stride_inner; column 0 is vocabulary id ``start``."""
+    """Where logits lie: row r at (r // inner)·stride_outer + (r % inner)·stride_inner; column 0 is id ``start``."""
 
     inner: int
     stride_outer: int
@@ -31,7 +33,20 @@ class Place(NamedTuple):
     start: int
     columns: int
     first_row: int  # the row of the batch that row 0 is
+
+
+class Sizes(NamedTuple):
+    """The batch's sizes."""
+
+    candidates: int
     rows: int
+    vocab: int
+    leaves: int
+
+
+# Kernels take these one by one and make the records themselves: an int inside a tuple argument compiles anew when it is
+# 1 or a multiple of 16, whatever do_not_specialize says (Triton 3.6 and 3.9).
+INTS = (*Place._fields, *Sizes._fields)
 
 
 class Tokens(NamedTuple):
@@ -41,9 +56,6 @@ class Tokens(NamedTuple):
     mask: torch.Tensor | None  # bool [rows]
     temperatures: torch.Tensor | None  # float32 [rows]
     bias: torch.Tensor | None  # [vocab]
-    candidates: int
-    rows: int
-    vocab: int
 
 
 class Scalars(NamedTuple):
@@ -60,7 +72,6 @@ class Scratch(NamedTuple):
     sums: torch.Tensor  # float32 [5, leaves, rows]: peak, Σe, Σe·(z − peak), Σe², Σz
     first: torch.Tensor  # int32 [leaves, rows]: the first column that holds the peak
     chosen: torch.Tensor  # float32 [3, candidates, rows]: z of the target; peak and Σe of its leaf without it
-    leaves: int
 
 
 @jit
@@ -79,11 +90,11 @@ def tree_sum(x):
 
 
 @jit
-def counts(tokens, row, inside):
+def counts(tokens, sizes, row, inside):
     """Whether rows are not skipped: not masked, and at least one target is not −100."""
     live = row < 0
-    for k in range(tokens.candidates):
-        target = tl.load(tokens.targets + row * tokens.candidates + k, mask=inside, other=IGNORE)
+    for k in range(sizes.candidates):
+        target = tl.load(tokens.targets + row * sizes.candidates + k, mask=inside, other=IGNORE)
         live = live | (target != IGNORE)
     if tokens.mask is not None:
         live = live & (tl.load(tokens.mask + row, mask=inside, other=0) != 0)
@@ -109,12 +120,12 @@ def temperature_of(tokens, scalars, row):
 
 
 @jit
-def load_logits(x_ptr, place, tokens, row, columns, ALIGNED: tl.constexpr):
-    """x [columns] of a row in float32, the bias added."""
-    inside = columns < place.columns
-    x = tl.load(x_ptr + row_start(place, row, ALIGNED) + columns, mask=inside, other=0.0).to(tl.float32)
+def load_logits(x_ptr, place, tokens, row, column, ALIGNED: tl.constexpr):
+    """x [·] of a row's columns in float32, the bias added."""
+    inside = column < place.columns
+    x = tl.load(x_ptr + row_start(place, row, ALIGNED) + column, mask=inside, other=0.0).to(tl.float32)
     if tokens.bias is not None:
-        x += tl.load(tokens.bias + place.start + columns, mask=inside, other=0.0).to(tl.float32)
+        x += tl.load(tokens.bias + place.start + column, mask=inside, other=0.0).to(tl.float32)
     return x
 
 
@@ -125,37 +136,40 @@ def finite_peak(z):
     return tl.where(peak == float("-inf"), 0.0, peak)
 
 
-@jit(do_not_specialize=["place", "tokens", "scalars", "scratch", "per_program"])
+@jit(do_not_specialize=["per_program", *INTS])
 def fold(
-    x_ptr, place, tokens, scalars, scratch, per_program,
+    x_ptr, tokens, scalars, scratch, per_program,
+    inner, stride_outer, stride_inner, start, columns, first_row, candidates, rows, vocab, leaves,
     KIND: tl.constexpr, OUTPUTS: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    """(peak, Σe, Σe·(z − peak), Σe², Σz, first argmax) of each leaf of a row, e = exp(z − peak); grid: rows × groups."""
+    """Peak, Σe, Σe·(z − peak), Σe², Σz, first argmax of each leaf of a row, e = exp(z − peak); grid: rows × groups."""
+    place = Place(inner, stride_outer, stride_inner, start, columns, first_row)
+    sizes = Sizes(candidates, rows, vocab, leaves)
     groups = tl.cdiv(tl.cdiv(place.columns, LEAF), per_program)
     local_row = (tl.program_id(0) // groups).to(tl.int64)
     row = local_row + place.first_row
-    if counts(tokens, row, True):
+    if counts(tokens, sizes, row, True):
         temperature = temperature_of(tokens, scalars, row)
         softcap, logit_scale = tl.cast(scalars.softcap, tl.float32), tl.cast(scalars.logit_scale, tl.float32)
         group = tl.program_id(0) % groups
         for leaf in range(group * per_program, tl.minimum((group + 1) * per_program, tl.cdiv(place.columns, LEAF))):
-            columns = leaf * LEAF + tl.arange(0, LEAF)
-            inside = columns < place.columns
-            x = load_logits(x_ptr, place, tokens, local_row, columns, ALIGNED)
+            column = leaf * LEAF + tl.arange(0, LEAF)
+            inside = column < place.columns
+            x = load_logits(x_ptr, place, tokens, local_row, column, ALIGNED)
             z = tl.where(inside, transformed(x, temperature, softcap, logit_scale, KIND), float("-inf"))
             global_leaf = place.start // LEAF + leaf
-            fold_leaf(z, inside, global_leaf, row, tokens, scratch, OUTPUTS)
-            fold_chosen(z, place.start + columns, global_leaf, row, tokens, scratch)
+            fold_leaf(z, inside, global_leaf, row, sizes, scratch, OUTPUTS)
+            fold_chosen(z, place.start + column, global_leaf, row, tokens, sizes, scratch)
 
 
 @jit
-def fold_leaf(z, inside, leaf, row, tokens, scratch, OUTPUTS: tl.constexpr):
+def fold_leaf(z, inside, leaf, row, sizes, scratch, OUTPUTS: tl.constexpr):
     """The statistics of one leaf's z [LEAF], stored."""
     peak = tl.max(z, axis=0)
     d = z - tl.where(peak == float("-inf"), 0.0, peak)
     e = tl.exp(d)
-    at = scratch.sums + leaf * tl.cast(tokens.rows, tl.int64) + row
-    one = tl.cast(scratch.leaves, tl.int64) * tokens.rows
+    at = scratch.sums + leaf * tl.cast(sizes.rows, tl.int64) + row
+    one = tl.cast(sizes.leaves, tl.int64) * sizes.rows
     tl.store(at, peak)
     tl.store(at + one, tree_sum(e))
     if ENTROPY & OUTPUTS:
@@ -167,19 +181,19 @@ def fold_leaf(z, inside, leaf, row, tokens, scratch, OUTPUTS: tl.constexpr):
     if IS_TOP1 & OUTPUTS:
         column = leaf * LEAF + tl.arange(0, LEAF)
         first = tl.min(tl.where(z == peak, column, 2147483647), axis=0)
-        tl.store(scratch.first + leaf * tl.cast(tokens.rows, tl.int64) + row, first.to(tl.int32))
+        tl.store(scratch.first + leaf * tl.cast(sizes.rows, tl.int64) + row, first.to(tl.int32))
 
 
 @jit
-def fold_chosen(z, ids, leaf, row, tokens, scratch):
+def fold_chosen(z, ids, leaf, row, tokens, sizes, scratch):
     """For each target in this leaf: its z, and the peak and the sum of the others."""
-    one = tl.cast(tokens.candidates, tl.int64) * tokens.rows
-    for k in range(tokens.candidates):
-        target = tl.load(tokens.targets + row * tokens.candidates + k)
-        if (target >= 0) & (target < tokens.vocab) & (target // LEAF == leaf):
+    one = tl.cast(sizes.candidates, tl.int64) * sizes.rows
+    for k in range(sizes.candidates):
+        target = tl.load(tokens.targets + row * sizes.candidates + k)
+        if (target >= 0) & (target < sizes.vocab) & (target // LEAF == leaf):
             others = tl.where(ids == target, float("-inf"), z)
             peak = finite_peak(others)
-            at = scratch.chosen + k * tl.cast(tokens.rows, tl.int64) + row
+            at = scratch.chosen + k * tl.cast(sizes.rows, tl.int64) + row
             tl.store(at, tl.sum(tl.where(ids == target, z, 0.0), axis=0))  # one term and zeros: exact in any order
             tl.store(at + one, tl.max(others, axis=0))
             tl.store(at + 2 * one, tree_sum(tl.exp(others - peak)))
@@ -205,33 +219,33 @@ def scaled_leaf(sums, offset, peak, inside):
 
 
 @jit
-def row_peak(tokens, scratch, row, inside):
+def row_peak(sizes, scratch, row, inside):
     """The row's maximum over its leaves, 0 if it is all −inf; and whether there is a first leaf that holds it."""
     peak = tl.full(row.shape, float("-inf"), tl.float32)
     first = tl.zeros(row.shape, tl.int32)
-    for leaf in range(scratch.leaves):
-        here = tl.load(scratch.sums + leaf * tl.cast(tokens.rows, tl.int64) + row, mask=inside, other=0.0)
+    for leaf in range(sizes.leaves):
+        here = tl.load(scratch.sums + leaf * tl.cast(sizes.rows, tl.int64) + row, mask=inside, other=0.0)
         first = tl.where(here > peak, leaf, first)
         peak = tl.maximum(peak, here)
     return tl.where(peak == float("-inf"), 0.0, peak), first
 
 
 @jit
-def others_of(k, target, tokens, scratch, row, inside):
+def others_of(k, target, sizes, scratch, row, inside):
     """(peak, Σe) of a row without its k-th target: the leaves in ascending order, the target's replaced."""
-    at = scratch.chosen + k * tl.cast(tokens.rows, tl.int64) + row
-    one = tl.cast(tokens.candidates, tl.int64) * tokens.rows
+    at = scratch.chosen + k * tl.cast(sizes.rows, tl.int64) + row
+    one = tl.cast(sizes.candidates, tl.int64) * sizes.rows
     chosen_peak = tl.load(at + one, mask=inside, other=0.0)
     chosen_sum = tl.load(at + 2 * one, mask=inside, other=0.0)
-    stride = tl.cast(scratch.leaves, tl.int64) * tokens.rows
+    stride = tl.cast(sizes.leaves, tl.int64) * sizes.rows
     peak = chosen_peak
-    for leaf in range(scratch.leaves):
-        here = tl.load(scratch.sums + leaf * tl.cast(tokens.rows, tl.int64) + row, mask=inside, other=0.0)
+    for leaf in range(sizes.leaves):
+        here = tl.load(scratch.sums + leaf * tl.cast(sizes.rows, tl.int64) + row, mask=inside, other=0.0)
         peak = tl.maximum(peak, tl.where(target // LEAF == leaf, float("-inf"), here))
     peak = tl.where(peak == float("-inf"), 0.0, peak)
     total = tl.zeros(row.shape, tl.float32)
-    for leaf in range(scratch.leaves):
-        offset = leaf * tl.cast(tokens.rows, tl.int64) + row
+    for leaf in range(sizes.leaves):
+        offset = leaf * tl.cast(sizes.rows, tl.int64) + row
         mine = target // LEAF == leaf
         here = tl.where(mine, chosen_peak, tl.load(scratch.sums + offset, mask=inside, other=0.0))
         part = tl.where(mine, chosen_sum, tl.load(scratch.sums + stride + offset, mask=inside, other=0.0))
@@ -240,17 +254,18 @@ def others_of(k, target, tokens, scratch, row, inside):
     return peak, total
 
 
-@jit(do_not_specialize=["tokens", "scratch", "merged"])
-def merge(tokens, scratch, merged, OUTPUTS: tl.constexpr):
+@jit(do_not_specialize=Sizes._fields)
+def merge(tokens, scratch, merged, candidates, rows, vocab, leaves, OUTPUTS: tl.constexpr):
     """Every output of MERGED_ROWS rows from the statistics of their leaves, in ascending order."""
+    sizes = Sizes(candidates, rows, vocab, leaves)
     row = tl.program_id(0).to(tl.int64) * MERGED_ROWS + tl.arange(0, MERGED_ROWS)
-    rows = tl.cast(tokens.rows, tl.int64)
+    rows = tl.cast(rows, tl.int64)
     inside = row < rows
-    live = counts(tokens, row, inside) & inside
-    peak, top_leaf = row_peak(tokens, scratch, row, live)
-    one = tl.cast(scratch.leaves, tl.int64) * rows
+    live = counts(tokens, sizes, row, inside) & inside
+    peak, top_leaf = row_peak(sizes, scratch, row, live)
+    one = tl.cast(sizes.leaves, tl.int64) * rows
     total, weighted, squares, plain = (tl.zeros(row.shape, tl.float32),) * 4
-    for leaf in range(scratch.leaves):
+    for leaf in range(sizes.leaves):
         offset = leaf * rows + row
         distance, weight = scaled_leaf(scratch.sums, offset, peak, live)
         part = tl.load(scratch.sums + one + offset, mask=live, other=0.0)
@@ -261,17 +276,17 @@ def merge(tokens, scratch, merged, OUTPUTS: tl.constexpr):
             squares += weight * weight * tl.load(scratch.sums + 3 * one + offset, mask=live, other=0.0)
         if MEAN_LOGITS & OUTPUTS:
             plain += tl.load(scratch.sums + 4 * one + offset, mask=live, other=0.0)
-    for k in range(tokens.candidates):
+    for k in range(sizes.candidates):
         # A target that is no id makes its row NaN: looking for one from the host would synchronise.
-        target = tl.load(tokens.targets + row * tokens.candidates + k, mask=live, other=IGNORE)
-        wrong = (target != IGNORE) & ((target < 0) | (target >= tokens.vocab))
+        target = tl.load(tokens.targets + row * sizes.candidates + k, mask=live, other=IGNORE)
+        wrong = (target != IGNORE) & ((target < 0) | (target >= sizes.vocab))
         total = tl.where(wrong, float("nan"), total)
     log_sum = tl.log(total)
     tl.store(merged.aux + row, tl.where(live, peak, 0.0), mask=inside)
     tl.store(merged.aux + rows + row, tl.where(live, log_sum, 0.0), mask=inside)
     tl.store(merged.lse + row, tl.where(live, peak + log_sum, 0.0), mask=inside)
-    merge_chosen(total, top_leaf, live, inside, row, tokens, scratch, merged, OUTPUTS)
-    aux = merged.aux + (2 + tl.cast(tokens.candidates, tl.int64)) * rows + row
+    merge_chosen(total, top_leaf, live, inside, row, tokens, sizes, scratch, merged, OUTPUTS)
+    aux = merged.aux + (2 + tl.cast(sizes.candidates, tl.int64)) * rows + row
     if ENTROPY & OUTPUTS:
         entropy = tl.where(live, log_sum - tl.div_rn(weighted, total), 0.0)
         tl.store(aux, entropy, mask=inside)
@@ -281,19 +296,19 @@ def merge(tokens, scratch, merged, OUTPUTS: tl.constexpr):
         tl.store(aux, tl.where(live, tl.log(squares) - 2.0 * log_sum, 0.0), mask=inside)
         aux += rows
     if MEAN_LOGITS & OUTPUTS:
-        mean = tl.div_rn(plain, tl.cast(tokens.vocab, tl.float32))
+        mean = tl.div_rn(plain, tl.cast(sizes.vocab, tl.float32))
         tl.store(aux, tl.where(live, tl.where(total == total, mean, float("nan")), 0.0), mask=inside)
 
 
 @jit
-def merge_chosen(total, top_leaf, live, inside, row, tokens, scratch, merged, OUTPUTS: tl.constexpr):
+def merge_chosen(total, top_leaf, live, inside, row, tokens, sizes, scratch, merged, OUTPUTS: tl.constexpr):
     """log p = −softplus(lse_others − z_t) of each target, and whether it is the first argmax."""
-    rows = tl.cast(tokens.rows, tl.int64)
-    for k in range(tokens.candidates):
-        at = row * tokens.candidates + k
+    rows = tl.cast(sizes.rows, tl.int64)
+    for k in range(sizes.candidates):
+        at = row * sizes.candidates + k
         target = tl.load(tokens.targets + at, mask=live, other=IGNORE)
-        known = (target >= 0) & (target < tokens.vocab)
-        peak, others = others_of(k, target, tokens, scratch, row, known)
+        known = (target >= 0) & (target < sizes.vocab)
+        peak, others = others_of(k, target, sizes, scratch, row, known)
         z = tl.load(scratch.chosen + k * rows + row, mask=known, other=0.0)
         logp = tl.where(known & (total == total), logp_of(peak, others, z), float("nan"))
         logp = tl.where(target == IGNORE, 0.0, logp)
@@ -311,18 +326,13 @@ def alignment(x: torch.Tensor) -> bool:
 
 def place_of(x: torch.Tensor, start: int = 0, first_row: int = 0) -> Place:
     """The place of logits [*lead, columns] of one or two leading dimensions."""
-    inner = x.shape[-2]
-    outer = x.stride(0) if x.dim() == 3 else 0
-    rows = x.shape[0] * inner if x.dim() == 3 else inner
-    return Place(max(inner, 1), outer, x.stride(-2), start, x.shape[-1], first_row, rows)
+    return Place(max(x.shape[-2], 1), x.stride(0) if x.dim() == 3 else 0, x.stride(-2), start, x.shape[-1], first_row)
 
 
-def allocate_scratch(tokens: Tokens, like: torch.Tensor) -> Scratch:
+def allocate_scratch(sizes: Sizes, like: torch.Tensor) -> Scratch:
     """Room for the statistics of every leaf."""
-    leaves = -(-tokens.vocab // LEAF.value)
     return Scratch(
-        torch.empty((5, leaves, tokens.rows), dtype=torch.float32, device=like.device),
-        torch.empty((leaves, tokens.rows), dtype=torch.int32, device=like.device),
-        torch.empty((3, tokens.candidates, tokens.rows), dtype=torch.float32, device=like.device),
-        leaves,
+        torch.empty((5, sizes.leaves, sizes.rows), dtype=torch.float32, device=like.device),
+        torch.empty((sizes.leaves, sizes.rows), dtype=torch.int32, device=like.device),
+        torch.empty((3, sizes.candidates, sizes.rows), dtype=torch.float32, device=like.device),
     )
