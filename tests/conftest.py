@@ -24,7 +24,7 @@ def pytest_addoption(parser):
         "--backend",
         action="append",
         choices=backends.NAMES,
-        help="test only this backend (repeatable). Triton's kernels are interpreted on CPU tensors in a process of their own: "
+        help="test only this backend (repeatable). Triton's interpreter needs a process of its own: "
         "TRITON_INTERPRET=1 pytest --backend triton",
     )
     parser.addoption(
@@ -33,6 +33,8 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
+    config.addinivalue_line("markers", "backends(*names): only these, of the backends that the op has")
+    config.addinivalue_line("markers", "unpoisoned: torch.empty hands out what it always does")
     if (
         "triton" in (config.getoption("--backend") or ())
         and not torch.cuda.is_available()
@@ -66,11 +68,18 @@ def _on_gpu(backend: str) -> bool:
 
 
 def pytest_collection_modifyitems(config, items):
-    """``--backend`` leaves out the tests that do not depend on it, and those that this backend is not named for."""
+    """``--backend`` leaves out the tests that do not depend on it, and those that this backend is not named for.
+
+    What is marked large or slow runs under ``--full-product``, or when ``-m`` names it.
+    """
+    everything, expression = config.getoption("--full-product"), config.getoption("markexpr")
 
     def stays(item):
-        empty = any("empty parameter set" in str(mark.kwargs.get("reason")) for mark in item.iter_markers("skip"))
-        return not empty and (not config.getoption("--backend") or "backend" in getattr(item, "fixturenames", ()))
+        if any("empty parameter set" in str(mark.kwargs.get("reason")) for mark in item.iter_markers("skip")):
+            return False
+        if config.getoption("--backend") and "backend" not in getattr(item, "fixturenames", ()):
+            return False
+        return everything or all(m in expression or not item.get_closest_marker(m) for m in ("large", "slow"))
 
     config.hook.pytest_deselected(items=[item for item in items if not stays(item)])
     items[:] = [item for item in items if stays(item)]

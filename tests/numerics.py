@@ -13,7 +13,7 @@ def assert_value(name: str, got, truth, yardstick) -> Parity:
 
 
 def assert_gradient(name: str, got, truth, yardstick) -> Parity:
-    """A gradient against the float64 truth: 1.2 × the error of PyTorch in float32, 4 ulps, and the rounding of its dtype."""
+    """A gradient against the float64 truth: 1.2 × the error of PyTorch's, 4 ulps, and the rounding of its dtype."""
     return _assert(name, got, truth, yardstick, "gradient")
 
 

@@ -1,7 +1,7 @@
 """Token log-probs from hidden states in plain PyTorch: the token op's arithmetic over chunks of rows.
 
-The rows that count are gathered first; each chunk of them is projected in float32, and its logits live only as long as
-the chunk. Gradients accumulate in float32 over chunks.
+Each chunk of rows is projected in float32, and its logits live only as long as the chunk, unless they are kept for the
+backward. Gradients accumulate in float32 over chunks.
 """
 
 from __future__ import annotations
@@ -14,10 +14,9 @@ from rlfast.fallback.token_logps import (
     counted_rows,
     flattened,
     grads_by_row,
-    pull_back,
+    logits_gradient,
     row_statistics,
     transformed,
-    z_gradient,
 )
 from rlfast.ops.records import ENTROPY, Row, Transform, Wanted, allocate
 
@@ -59,12 +58,12 @@ def backward(hidden, weight, bias, targets, mask, transform: Transform, aux, gra
     sums = [hidden.new_zeros(x.shape if need else (0,), dtype=dtype) for x, need in zip(like, needs, strict=True)]
     for rows in _slices(n, vocab):
         logits = kept[rows] if kept.numel() else logits_of(hidden[rows], weight, bias)
-        z = transformed(logits, transform, rows)
-        g = pull_back(z_gradient(z, ids[rows], counted[rows], aux, row, rows, grads), logits, transform, rows)
+        g = logits_gradient(logits, ids[rows], counted[rows], transform, aux, row, rows, grads)
         if needs[0]:
             sums[0][rows] = g @ weight.to(dtype)
         if needs[1]:
-            sums[1].addmm_(g.T, hidden[rows].to(dtype))
+            live = counted[rows].any(-1, keepdim=True)  # a skipped row may hold NaN, and 0·NaN is NaN
+            sums[1].addmm_(g.T, torch.where(live, hidden[rows].to(dtype), 0.0))
         if needs[2]:
             sums[2] += g.sum(0)
     return tuple(x.to(hidden.dtype) for x in sums)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 
 from rlfast.ops.records import ENTROPY, IS_TOP1, Outputs, Row, Transform, Wanted, allocate
 
@@ -75,7 +74,9 @@ def row_statistics(z, ids, counted, out: dict, row: Row, rows, wanted: Wanted) -
     for k in range(ids.shape[1]):
         one = safe[:, k : k + 1]
         others = e.scatter(-1, one, 0.0).sum(-1)
-        logp = -F.softplus(others.log() - x.gather(-1, one).squeeze(-1), threshold=1e9)
+        odds = others.log() - x.gather(-1, one).squeeze(-1)
+        logp = -torch.logaddexp(odds, torch.zeros_like(odds))  # softplus, over the whole range of odds
+        logp = torch.where(safe[:, k] == ids[:, k], logp, torch.full_like(logp, torch.nan))
         logp = torch.where(counted[:, k], logp, torch.zeros_like(logp))
         out["logp"][rows, k] = logp
         out["aux"][row.logp + k][rows] = logp
@@ -121,15 +122,27 @@ def z_gradient(z, ids, counted, aux, row: Row, rows, grads) -> torch.Tensor:
         g = -g_entropy * torch.where(p > 0, p * (log_p + aux[row.entropy][rows].unsqueeze(-1)), p)
     if g_lse is not None:
         g = g + g_lse * p
-    if g_logp is not None:
-        g_logp = g_logp * counted
-        safe = ids.clamp(0, z.shape[-1] - 1)
-        if ids.shape[1] == 1:
-            # 1 − p_t = −expm1(log p_t) keeps its digits as p_t → 1
-            at_target = g.gather(-1, safe) - g_logp * torch.expm1(aux[row.logp][rows].unsqueeze(-1))
-            g = (g - g_logp * p).scatter(-1, safe, at_target)
-        else:
-            g = (g - g_logp.sum(-1, keepdim=True) * p).scatter_add(-1, safe, g_logp)
+    if g_logp is None:
+        return g
+    g_logp = torch.where(counted, g_logp, torch.zeros_like(g_logp))
+    safe = ids.clamp(0, z.shape[-1] - 1)
+    same = safe.unsqueeze(-1) == safe.unsqueeze(-2)  # [n, K, K]: candidates may repeat
+    own = torch.where(same, g_logp.unsqueeze(-2), 0.0).sum(-1)
+    others = torch.where(same, 0.0, g_logp.unsqueeze(-2)).sum(-1)
+    logp = aux[row.logp : row.logp + ids.shape[1], rows].T
+    # 1 − p_t = −expm1(log p_t) keeps its digits as p_t → 1
+    at_target = g.gather(-1, safe) - own * torch.expm1(logp) - others * logp.exp()
+    g = g - g_logp.sum(-1, keepdim=True) * p
+    for k in range(ids.shape[1]):
+        one = safe[:, k : k + 1]
+        g = g.scatter(-1, one, torch.where(counted[:, k : k + 1], at_target[:, k : k + 1], g.gather(-1, one)))
+    return g
+
+
+def logits_gradient(logits, ids, counted, transform: Transform, aux, row: Row, rows, grads) -> torch.Tensor:
+    """∂L/∂logits of a chunk of rows; exactly 0 in skipped ones, whatever they hold."""
+    g = z_gradient(transformed(logits, transform, rows), ids, counted, aux, row, rows, grads)
+    g = pull_back(g, logits, transform, rows)
     return torch.where(counted.any(-1, keepdim=True), g, torch.zeros_like(g))
 
 
@@ -167,5 +180,4 @@ def backward(logits, targets, mask, transform: Transform, aux, grads, out) -> No
     row, aux = Row.of(ids.shape[1], Wanted(ENTROPY, 0)), aux.view(aux.shape[0], n)
     grads = grads_by_row(grads, n)
     for (rows, part), (_, part_out) in zip(chunks(logits), chunks(out), strict=True):
-        g = z_gradient(transformed(part, transform, rows), ids[rows], counted[rows], aux, row, rows, grads)
-        part_out.copy_(pull_back(g, part, transform, rows))
+        part_out.copy_(logits_gradient(part, ids[rows], counted[rows], transform, aux, row, rows, grads))

@@ -18,6 +18,15 @@ def transform(logits, temperature=1.0, softcap=None, logit_scale=1.0):
     return z / temperature
 
 
+def counted_targets(targets, mask, lead: int):
+    """ids [*, K], which of them count [*, K], and the rows [*] that have one: not −100, and not masked."""
+    ids = targets.long() if targets.dim() > lead else targets.long().unsqueeze(-1)
+    counted = ids != -100
+    if mask is not None:
+        counted = counted & (mask != 0).unsqueeze(-1)
+    return ids, counted, counted.any(-1)
+
+
 def token_logps(
     logits,  # [*, V]
     targets,  # [*] or [*, K]
@@ -32,25 +41,23 @@ def token_logps(
     """Every output by its definition, as a dict. Computes in ``dtype`` (default: float32, or float64 for float64)."""
     dtype = dtype or (torch.float64 if logits.dtype == torch.float64 else torch.float32)
     many = targets.dim() == logits.dim()
-    ids = targets.long() if many else targets.long().unsqueeze(-1)  # [*, K]
-    counted = ids != -100
-    rows = counted.any(-1) if mask is None else counted.any(-1) & (mask != 0)
-    counted = counted & rows.unsqueeze(-1)
+    ids, counted, rows = counted_targets(targets, mask, logits.dim() - 1)
 
-    z = transform(logits.to(dtype), temperature, softcap, logit_scale)
-    z = torch.where(rows.unsqueeze(-1), z, torch.zeros_like(z))  # a skipped row gives neither value nor gradient
+    zero = torch.zeros((), dtype=dtype, device=logits.device)
+    x = torch.where(rows.unsqueeze(-1), logits.to(dtype), zero)  # a skipped row gives neither value nor gradient
+    z = transform(x, temperature, softcap, logit_scale)
     log_p = torch.log_softmax(z, -1)
     p = log_p.exp()
 
     def squeeze(x):
         return x if many else x.squeeze(-1)
 
-    zero = torch.zeros((), dtype=dtype, device=logits.device)
-    possible = p > 0  # lim p→0 of p·log p is 0
+    possible = p != 0  # lim p→0 of p·log p is 0
     summand = torch.where(possible, p * torch.where(possible, log_p, zero), zero)
     index = torch.arange(z.shape[-1], device=z.device)
     first_argmax = torch.where(z == z.amax(-1, keepdim=True), index, z.shape[-1]).amin(-1, keepdim=True)
-    gathered = log_p.gather(-1, ids.clamp(0, z.shape[-1] - 1))
+    safe = ids.clamp(0, z.shape[-1] - 1)
+    gathered = torch.where(safe == ids, log_p.gather(-1, safe), math.nan)  # NaN where a target is out of range
     out = {
         "logp": squeeze(torch.where(counted, gathered, zero)),
         "lse": torch.where(rows, torch.logsumexp(z, -1), zero),

@@ -1,0 +1,239 @@
+"""Checks that both log-prob ops share."""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+
+import pytest
+import torch
+
+import rlfast
+from rlfast import backends
+from rlfast.ops import linear_token_logps as linear_op
+from rlfast.ops import token_logps as logits_op
+from tests.adversarial import ROWS
+from tests.cases import (
+    DIFFERENTIABLE,
+    PRODUCT_AXES,
+    Problem,
+    call,
+    check,
+    cotangents,
+    hold,
+    label,
+    moved,
+    oracle,
+    problem_of,
+    product,
+    run,
+    yardsticks,
+)
+from tests.numerics import assert_same_bits, assert_value
+
+MARGINS = (10.0, 16.6, 17.0, 20.0, 40.0)  # from float32's last whole digit of 1 − p to far beyond it
+CERTAIN = torch.tensor([3, 700, 1023, 1499])  # the near-certain token of each of four rows, in both leaves of 1500
+
+
+@functools.cache
+def solved(op: str, row: str):
+    """A row's problem, its truth and its yardsticks, once for all backends."""
+    problem = ROWS[row](op)
+    return problem, oracle(problem, torch.float64), yardsticks(problem)
+
+
+def check_row(op: str, row: str, backend: str, device: str) -> None:
+    """One adversarial problem."""
+    problem, truth, yardstick = solved(op, row)
+    out, gradients = run(problem, backend, device)
+    hold(problem, out, gradients, truth, yardstick)
+
+
+def check_product(request, op: str, backend: str, device: str, dtype: str, vocab: int) -> None:
+    """Every combination of the axes that can interact (``--full-product``), else a slice that strides through them."""
+    combinations = product(PRODUCT_AXES)
+    if not request.config.getoption("--full-product"):
+        combinations = combinations[(vocab + dtype.count("1")) % 211 :: 211]
+    failures = []
+    for combination in combinations:
+        try:
+            check(problem_of(op, combination | {"dtype": dtype, "vocab": vocab}), backend, device)
+        except AssertionError as error:
+            failures.append(f"{label(combination)}: {error}")
+    assert not failures, f"{len(failures)} of {len(combinations)} fail:\n" + "\n".join(failures[:10])
+
+
+def hold_relative(logp, at_target, problem: Problem) -> None:
+    """log p and the gradient 1 − p at the target to the last digits, however small they are.
+
+    Through log(−log p): 4 ulps of float32 there are the relative error that a logit's own rounding makes.
+    """
+    vocab = problem.inputs.get("logits", problem.inputs.get("weight")).shape[-1 if "logits" in problem.inputs else 0]
+    row = problem.inputs["logits"] if "logits" in problem.inputs else problem.inputs["weight"].T
+    margin = row.double().amax(-1).reshape(-1, 1)
+    log_odds = math.log(vocab - 1) - margin  # log((1 − p) / p) of one logit above the zeros
+    truth_logp = torch.nn.functional.softplus(log_odds)
+    truth_rest = torch.sigmoid(log_odds)
+    for name, got, truth in (("log(−log p)", -logp, truth_logp), ("log(1 − p)", at_target, truth_rest)):
+        assert bool((got > 0).all()), f"{name}: nothing is left of it"
+        assert_value(name, got.detach().cpu().double().reshape(-1, 1).log(), truth.log(), truth.log())
+
+
+def check_relative_precision(backend: str, device: str, inputs: dict) -> None:
+    """Four rows of one logit above 1499 zeros."""
+    problem = Problem(inputs, CERTAIN, {}, DIFFERENTIABLE, ("logp",), upstream="ones")
+    out, gradients = run(problem, backend, device)
+    if "logits" in inputs:
+        at_target = gradients["logits"].cpu().gather(1, CERTAIN.unsqueeze(1))
+    else:
+        at_target = gradients["weight"].cpu()[CERTAIN].diagonal().unsqueeze(1)  # hidden states are one-hot
+    hold_relative(out.logp, at_target, problem)
+
+
+def _pull_sum(logp, weight):
+    logp.sum().backward()
+
+
+def _pull_expand(logp, weight):
+    logp.backward(weight[:1, :1].T.expand_as(logp))
+
+
+def _pull_transposed(logp, weight):
+    logp.backward(weight.T)
+
+
+def _pull_select(logp, weight):
+    logp[:, 2].backward(weight[2])
+
+
+def _pull_every_other(logp, weight):
+    logp.backward(weight.repeat(2, 1).T[:, ::2])
+
+
+PULLS = (_pull_sum, _pull_expand, _pull_transposed, _pull_select, _pull_every_other)
+
+
+def cotangents_of(problem: Problem, chosen: list) -> list:
+    """The upstream gradients that ``run`` sends, on the device of the outputs."""
+    return [g.to(device=v.device, dtype=v.dtype) for g, v in zip(cotangents(problem, chosen), chosen, strict=True)]
+
+
+def assert_same_run(got, expected) -> None:
+    """Outputs and gradients of two runs, to the bit."""
+    for name in rlfast.TokenLogps._fields:
+        a, b = getattr(got[0], name), getattr(expected[0], name)
+        assert (a is None) == (b is None), name
+        if a is not None:
+            assert_same_bits(name, a.detach(), b.detach())
+    for name, gradient in got[1].items():
+        assert_same_bits(f"gradient of {name}", gradient, expected[1][name])
+
+
+def rows_of(result, rows: slice):
+    """Some rows of a run whose gradients are by row."""
+    out = rlfast.TokenLogps(*(None if x is None else x[rows] for x in result[0]))
+    return out, {name: g[rows] for name, g in result[1].items()}
+
+
+def check_determinism(problem: Problem, backend: str, device: str) -> None:
+    """20 runs, equal bits."""
+    first = run(problem, backend, device)
+    for _ in range(2 if backends.interpreting() else 19):
+        assert_same_run(run(problem, backend, device), first)
+
+
+def check_cuda_graph(inputs: dict, targets, backend: str, options: dict | None = None) -> None:
+    """Forward and backward are captured, and a replay reads the new inputs."""
+    problem = Problem(inputs, targets.cuda(), {}, DIFFERENTIABLE, DIFFERENTIABLE, call=options or {})
+    leaves = moved(problem, "cuda")
+    first = next(iter(leaves))
+    fresh = leaves[first].detach().flip(0).clone()
+
+    def step():
+        out = call(problem, leaves, "cuda")
+        total = sum(getattr(out, name).sum() for name in DIFFERENTIABLE)
+        return out, torch.autograd.grad(total, [x for x in leaves.values() if x is not None])
+
+    with rlfast.use_backend(backend):
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                step()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out, gradients = step()
+        with torch.no_grad():
+            leaves[first].copy_(fresh)
+        graph.replay()
+        torch.cuda.synchronize()
+        expected, expected_gradients = step()
+    assert_same_bits("logp", out.logp.detach(), expected.logp.detach())
+    for got, wanted in zip(gradients, expected_gradients, strict=True):
+        assert_same_bits("gradient", got, wanted)
+
+
+def check_out_of_range(inputs: dict, target: int, backend: str, device: str) -> None:
+    """The op itself, which a compiled function or a GPU hands an unchecked target."""
+    targets = torch.tensor([5, target, 7, 9], device=device)
+    x = {name: t.to(device) for name, t in inputs.items()}
+    options = (None, None, 1.0, 0.0, 1.0, 0, 0)
+    with torch.no_grad():
+        if "logits" in x:
+            logp = logits_op.op(x["logits"], targets, *options, False, backend)[0]
+        else:
+            logp = linear_op.op(x["hidden"], x["weight"], None, targets, *options, False, backend)[0]
+        with rlfast.use_backend(backend):
+            right = call(Problem(inputs, torch.tensor([5, 5, 7, 9]), {}, ("logp",), ()), x, device).logp
+    assert logp.isnan().tolist() == [False, True, False, False]
+    keep = torch.tensor([0, 2, 3], device=device)
+    assert_value("the other rows", logp[keep], right[keep].double().cpu(), right[keep])
+
+
+def check_by_rows(problem: Problem, backend: str, device: str, rows: int = 64) -> None:
+    """``check`` for sizes whose oracle does not fit: the truth a few rows at a time, the head's gradients summed up."""
+    out, gradients = run(problem, backend, device)
+    results = []
+    for dtype in (torch.float64, torch.float32):
+        results.append(_oracle_by_rows(problem, dtype, rows))
+    (truth, truth_gradients), (own, own_gradients) = results
+    hold(problem, out, gradients, (truth, truth_gradients), (own, own_gradients))
+
+
+def _oracle_by_rows(problem: Problem, dtype, rows: int):
+    (n,) = problem.lead
+    values, gradients = {}, {}
+    upstream = cotangents(problem, [torch.empty(problem.targets.shape)] * len(problem.grads))
+    for start in range(0, n, rows):
+        part = slice(start, min(start + rows, n))
+        inputs = {k: x[part] if k in ("logits", "hidden") else x for k, x in problem.inputs.items()}
+        options = {k: v[part] if isinstance(v, torch.Tensor) else v for k, v in problem.options.items()}
+        few = Problem(inputs, problem.targets[part], options, problem.outputs, problem.grads, problem.needs)
+        some, some_gradients = oracle(few, dtype, [g[part] for g in upstream])
+        for name, x in some.items():
+            values.setdefault(name, []).append(x)
+        for name, g in some_gradients.items():
+            if name in ("logits", "hidden"):
+                gradients.setdefault(name, []).append(g)
+            else:
+                gradients[name] = g if name not in gradients else gradients[name].add_(g)
+    values = {name: torch.cat(parts) for name, parts in values.items()}
+    return values, {name: torch.cat(g) if isinstance(g, list) else g for name, g in gradients.items()}
+
+
+def skip_unless_memory(device: str, gib: int) -> None:
+    """Skip a test that needs more memory than is free."""
+    if device == "cuda":
+        free = torch.cuda.mem_get_info()[0]
+    else:
+        with open("/proc/meminfo") as file:
+            free = next(int(line.split()[1]) for line in file if line.startswith("MemAvailable")) * 1024
+    if free < gib << 30:
+        pytest.skip(f"fewer than {gib} GiB of memory are free")
+
+
+def skip_unless_cores(n: int) -> None:
+    """Skip a test of threads on a machine with too few cores."""
+    if (os.cpu_count() or 1) < n:
+        pytest.skip(f"fewer than {n} processor cores")
