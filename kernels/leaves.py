@@ -17,7 +17,8 @@ from rlfast.kernels.lang import jit, tl
 # programs an SM have the 25 KiB in flight that saturate an H100's memory (3.35 TB/s × 1 µs / 132), and a 152K
 # vocabulary has 38.
 LEAF = tl.constexpr(4096)
-LANES = tl.constexpr(1024)  # 128 threads × one 16-byte load of bf16: higher bits of a column are registers of one thread
+# 128 threads × one 16-byte load of bf16: the higher bits of a column are registers of one thread.
+LANES = tl.constexpr(1024)
 MERGED_ROWS = tl.constexpr(32)  # rows of a merge program: one warp, a row a thread
 
 ENTROPY, LOG_SUM_SQ_PROBS, MEAN_LOGITS, IS_TOP1 = (tl.constexpr(1 << i) for i in range(4))  # as in ops/records.py
