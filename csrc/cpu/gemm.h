@@ -22,7 +22,7 @@ constexpr int kTileRows = 6;
 #endif
 constexpr int kTileCols = 2 * kLanes;
 // A panel of B of this depth fills half of a 64 KiB or all of a 32 KiB first-level cache; 192 to 576 measure the same.
-constexpr int64_t kDepth = 256;
+constexpr int64_t kDepth = 128;
 
 // How a 32-bit word of A and a vector of words of B are multiplied.
 struct Float32Words {
