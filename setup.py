@@ -170,7 +170,8 @@ class Build(build_ext):
         run([*command, "-shared", *undefined, "-o", library])
 
 
-setup(
-    ext_modules=[Extension("rlfast._cpu", []), Extension("rlfast._cuda", [])],
-    cmdclass={"build_ext": Build},
-)
+if __name__ == "__main__":  # tools/native_test.py imports the flags above
+    setup(
+        ext_modules=[Extension("rlfast._cpu", []), Extension("rlfast._cuda", [])],
+        cmdclass={"build_ext": Build},
+    )

@@ -2,6 +2,12 @@
 #pragma once
 #include <cstdint>
 
+#ifdef __CUDACC__
+#define RLFAST_HOST_DEVICE __host__ __device__
+#else
+#define RLFAST_HOST_DEVICE
+#endif
+
 namespace rlfast {
 
 enum class DType : int { f32 = 0, bf16 = 1, f16 = 2 };
@@ -18,8 +24,10 @@ struct Logits {
   DType dtype;
   int64_t outer, inner, vocab;
   int64_t stride_outer, stride_inner;
-  int64_t rows() const { return outer * inner; }
-  int64_t offset(int64_t row) const { return (row / inner) * stride_outer + (row % inner) * stride_inner; }
+  RLFAST_HOST_DEVICE int64_t rows() const { return outer * inner; }
+  RLFAST_HOST_DEVICE int64_t offset(int64_t row) const {
+    return (row / inner) * stride_outer + (row % inner) * stride_inner;
+  }
 };
 
 // z = softcap·tanh(logit_scale·x / softcap) / temperature

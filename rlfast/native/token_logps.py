@@ -33,9 +33,10 @@ def _inputs(logits, targets, mask, transform: Transform) -> tuple:
 
 
 def _extension(logits):
-    """The extension for these logits, and what its kernels take last: an instruction set and threads, or a stream."""
+    """The extension for these logits, and what its kernels take last: an instruction set and threads, or a device and stream."""
     if logits.is_cuda:
-        return backends.extension("cuda"), (torch.cuda.current_stream(logits.device).cuda_stream,)
+        device = logits.device
+        return backends.extension("cuda"), (device.index, torch.cuda.current_stream(device).cuda_stream)
     return backends.extension("cpu"), (backends.isa(), torch.get_num_threads())
 
 
@@ -43,6 +44,11 @@ def forward(logits, targets, mask, transform: Transform, wanted: Wanted) -> Outp
     """See ``rlfast/ops/token_logps.py``."""
     out = allocate(logits, tuple(logits.shape[:-1]), targets, wanted)
     extension, last = _extension(logits)
+    if logits.is_cuda:
+        vocab = logits.shape[-1]
+        floats = extension.token_logps_scratch(logits.numel() // vocab, vocab, wanted.top_k, logits.device.index)
+        scratch = torch.empty(floats, dtype=torch.float32, device=logits.device)
+        last = (scratch.data_ptr(), *last)
     extension.token_logps_forward(
         *_inputs(logits, targets, mask, transform), out.logp.data_ptr(), out.lse.data_ptr(), out.entropy.data_ptr(),
         out.is_top1.data_ptr(), out.topk_logp.data_ptr(), out.topk_ids.data_ptr(), wanted.top_k, out.aux.data_ptr(),

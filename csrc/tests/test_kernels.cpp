@@ -1,0 +1,69 @@
+// Stand-alone test of the C++ kernels, for sanitizers and for machines without Python: every instruction set in turn, then the
+// CUDA kernels under simt.h. Arguments: `large` adds a real vocabulary, `no-simt` leaves the CUDA kernels out.
+#include <chrono>
+
+#include "../cpu/kernels.h"
+#include "token_case.h"
+
+namespace rlfast::tests {
+
+void test_linear(const Kernels& k, const std::string& isa);
+void test_cuda_kernels(bool large);
+
+namespace {
+
+void test_token_logps(const Kernels& k, const std::string& isa, bool large) {
+  for (const Shape& s : token_shapes(large))
+    for (int threads : {1, 2}) {
+      if (threads == 2 && s.vocab * s.inner < 10000) continue;
+      TokenCase c(s);
+      Report r{isa + ", token_logps, " + s.name + ", dtype " + std::to_string(int(s.dtype)) + ", V = " +
+               std::to_string(s.vocab) + ", fill " + std::to_string(int(s.fill))};
+      k.token_logps_forward(c.records(c.logits.get()), c.transform(), c.targets(), c.forward_out(), threads);
+      c.check_forward(r);
+      k.token_logps_backward(c.records(c.logits.get()), c.transform(), c.targets(), c.backward_in(), c.gradient_records(),
+                             threads);
+      c.check_backward(r);
+    }
+}
+
+double seconds_since(std::chrono::steady_clock::time_point start) {
+  return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+}
+
+template <class Test>
+void timed(const std::string& name, Test test) {
+  auto start = std::chrono::steady_clock::now();
+  int64_t checks_before = checks, failures_before = failures;
+  test();
+  std::printf("%-44s %9lld checks %6lld failures %6.1f s\n", name.c_str(), static_cast<long long>(checks - checks_before),
+              static_cast<long long>(failures - failures_before), seconds_since(start));
+  std::fflush(stdout);
+}
+
+int run(int argc, char** argv) {
+  bool large = false, simt = true;
+  for (int i = 1; i < argc; ++i) {
+    large |= !std::strcmp(argv[i], "large");
+    simt &= std::strcmp(argv[i], "no-simt") != 0;
+  }
+  for (int i = 0; i < isa_count(); ++i) {
+    Isa isa = static_cast<Isa>(i);
+    if (!isa_usable(isa)) {
+      std::printf("%-44s not on this processor\n", isa_name(isa));
+      continue;
+    }
+    std::string name = isa_name(isa);
+    timed(name + ": token_logps", [&] { test_token_logps(kernels(isa), name, large); });
+    timed(name + ": linear_token_logps", [&] { test_linear(kernels(isa), name); });
+  }
+  if (simt) timed("cuda kernels under simt: token_logps", [&] { test_cuda_kernels(large); });
+  std::printf("%lld checks, %lld failures\n", static_cast<long long>(checks), static_cast<long long>(failures));
+  return failures != 0;
+}
+
+}  // namespace
+
+}  // namespace rlfast::tests
+
+int main(int argc, char** argv) { return rlfast::tests::run(argc, argv); }
