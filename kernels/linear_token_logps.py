@@ -16,6 +16,7 @@ Rows that are skipped cost their share of the GEMMs: gathering the others would 
 
 import torch
 
+from rlfast.kernels import token_logps
 from rlfast.kernels.leaves import LEAF, Sizes, Tokens, allocate_scratch, place_of
 from rlfast.kernels.token_logps import Saved, batch_of, launch_fold, launch_gradient, launch_merge
 from rlfast.kernels.topk import allocate_heads
@@ -155,3 +156,16 @@ def tile_gradient(tile, buffers, column: int, row: int, tokens: Tokens, sizes: S
     place, low = place_of(tile, column, row), g[1] if len(g) > 1 else None
     launch_gradient(tile, g[0], low, place, tokens, sizes, transform, saved)
     return g
+
+
+COMPILE = tuple(case for case in token_logps.COMPILE if case.full or case.dtype != torch.float16)
+
+
+def launch_to_compile(case: token_logps.CompileCase) -> None:
+    """Forward and backward of a case, for a driver that compiles and does not run; with a bias where ``full``."""
+    targets, mask, transform, wanted, grads = token_logps.batch_to_compile(case, rows=3)
+    hidden, weight = torch.zeros(3, 16, dtype=case.dtype), torch.zeros(case.vocab, 16, dtype=case.dtype)
+    bias = torch.zeros(case.vocab, dtype=case.dtype) if case.full else None
+    out, kept = forward(hidden, weight, bias, targets, mask, transform, wanted, keep=True)
+    needs = (True, True, bias is not None)
+    backward(hidden, weight, bias, targets, mask, transform, out.aux, grads, needs, kept)

@@ -210,3 +210,45 @@ def backward(logits, targets, mask, transform: Transform, aux, grads, out) -> No
     tokens, sizes = batch_of(targets, mask, transform, None, rows, logits.shape[-1])
     with torch.cuda.device_of(logits):
         launch_gradient(logits, out, None, place_of(logits), tokens, sizes, transform, Saved(aux, *grads))
+
+
+class CompileCase(NamedTuple):
+    """One call whose launches ``make compile`` compiles: rows are skipped and have temperatures where ``full``."""
+
+    dtype: torch.dtype
+    transform: Transform
+    full: bool  # every output, top-k, mask, temperatures; else log-probs alone
+    vocab: int  # a multiple of 16 or not: wide or narrow loads
+
+    def __str__(self) -> str:
+        kind = ("plain", "scaled", "softcapped")[kind_of(self.transform)]
+        width = "wide" if self.vocab % 16 == 0 else "narrow"
+        return f"{str(self.dtype).removeprefix('torch.')} {kind} {width}{' all outputs' if self.full else ''}"
+
+
+TRANSFORMS = (Transform(1.0, 0.0, 1.0), Transform(0.7, 0.0, 1.0), Transform(0.7, 30.0, 1.0))
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+COMPILE = (
+    *(CompileCase(dtype, t, full, 8192) for dtype in DTYPES for t in TRANSFORMS for full in (False, True)),
+    *(CompileCase(dtype, TRANSFORMS[1], full, 8191) for dtype in DTYPES for full in (False, True)),
+)
+
+
+def batch_to_compile(case: CompileCase, rows: int):
+    """(targets, mask, transform, wanted, grads) of a case."""
+    row = torch.zeros(rows)
+    targets = torch.zeros(rows, dtype=torch.int64)
+    if not case.full:
+        return targets, None, case.transform, Wanted(0, 0), (row, None, None)
+    transform = case.transform
+    if kind_of(transform) != IDENTITY.value:
+        transform = transform._replace(temperature=torch.ones(rows))
+    return targets, torch.ones(rows, dtype=torch.bool), transform, Wanted(15, 5), (row, row, row)
+
+
+def launch_to_compile(case: CompileCase) -> None:
+    """Forward and backward of a case, for a driver that compiles and does not run."""
+    targets, mask, transform, wanted, grads = batch_to_compile(case, rows=3)
+    logits = torch.zeros(3, case.vocab, dtype=case.dtype)
+    out = forward(logits, targets, mask, transform, wanted)
+    backward(logits, targets, mask, transform, out.aux, grads, logits)
