@@ -6,7 +6,7 @@ import functools
 import inspect
 import logging
 import sys
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 logger = logging.getLogger("rlfast.integrations")
 
@@ -88,7 +88,7 @@ class Patch:
     def __call__(self) -> None:
         self.undo()
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> Patch:
         return self
 
     def __exit__(self, *_) -> None:

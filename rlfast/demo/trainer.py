@@ -1,0 +1,163 @@
+"""The GRPOTrainer of an arm, and a clock around the parts of its step."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import tempfile
+import threading
+import time
+import warnings
+from collections import Counter
+
+from rlfast.demo.settings import Settings
+
+ARMS = ("stock", "rlfast")
+PROMPTS = 256
+
+
+def kernels(arm: str):
+    """What an arm trains under: TRL as it is, or with rlfast swapped in."""
+    import rlfast
+
+    return rlfast.patch("trl") if arm == "rlfast" else contextlib.nullcontext()
+
+
+def quiet() -> None:
+    """Leave the terminal to the demo's own progress."""
+    import transformers
+
+    warnings.filterwarnings("ignore")
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    for name in ("trl", "accelerate", "datasets"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def build(settings: Settings, steps: int, callbacks=()):
+    """A GRPOTrainer on freshly loaded weights. Both arms get the same options and see the same prompts in one order."""
+    import torch
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback
+    from trl import GRPOConfig, GRPOTrainer
+
+    from rlfast.demo.task import closeness, problems
+
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    config = GRPOConfig(
+        output_dir=tempfile.mkdtemp(prefix="rlfast-demo-"),
+        per_device_train_batch_size=settings.batch,
+        num_generations=settings.generations,
+        max_completion_length=settings.max_completion,
+        temperature=settings.temperature,
+        beta=settings.beta,
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type="constant",
+        gradient_checkpointing=settings.checkpointing,
+        max_steps=steps,
+        bf16=False,
+        use_cpu=True,
+        dataloader_pin_memory=False,
+        logging_steps=1,
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+        seed=settings.seed,
+    )
+    trainer = GRPOTrainer(
+        model=AutoModelForCausalLM.from_pretrained(settings.model),
+        processing_class=AutoTokenizer.from_pretrained(settings.model, padding_side="left"),
+        reward_funcs=closeness,
+        args=config,
+        train_dataset=Dataset.from_list(problems(PROMPTS, settings.seed)),
+        callbacks=list(callbacks),
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+class Clock:
+    """Seconds spent in each part of a step."""
+
+    def __init__(self):
+        self.seconds = Counter()
+        self.rows = 0  # rows of hidden states that reached the head in the step's training forward
+
+    def around(self, owner, name: str, part: str) -> None:
+        """Time every call of ``owner.name``."""
+        call = getattr(owner, name)
+
+        def timed(*args, **kwargs):
+            start = time.perf_counter()
+            try:
+                return call(*args, **kwargs)
+            finally:
+                self.seconds[part] += time.perf_counter() - start
+
+        setattr(owner, name, timed)
+
+    def watch(self, trainer) -> None:
+        """Time generation, log-probs and backward of this trainer."""
+        self.around(trainer, "_generate_single_turn", "generation")
+        self.around(trainer, "_get_per_token_logps_and_entropies", "logps")
+        self.around(trainer.accelerator, "backward", "backward")
+
+    @contextlib.contextmanager
+    def watch_head(self):
+        """Time the language-model head, forward and backward, whichever kernel is in place."""
+        import trl.trainer.utils as utils
+
+        head, clock = utils._ChunkedLogProbFunction, self
+
+        class Timed:
+            @staticmethod
+            def apply(hidden, *args):
+                start = time.perf_counter()
+                out = head.apply(hidden, *args)
+                clock.seconds["head forward"] += time.perf_counter() - start
+                if out[0].requires_grad:
+                    clock.rows = hidden.shape[0]
+                    clock._watch_backward(out[0].grad_fn)
+                return out
+
+        utils._ChunkedLogProbFunction = Timed
+        try:
+            yield
+        finally:
+            utils._ChunkedLogProbFunction = head
+
+    def _watch_backward(self, node) -> None:
+        began = []
+        node.register_prehook(lambda _: began.append(time.perf_counter()))
+        node.register_hook(lambda *_: self.seconds.update({"head backward": time.perf_counter() - began.pop()}))
+
+    def take(self) -> dict:
+        """What was counted since the last call."""
+        taken, self.seconds = dict(self.seconds), Counter()
+        return taken
+
+
+class PeakMemory:
+    """The largest resident memory of this process inside a ``with`` block, sampled every 10 ms."""
+
+    def __init__(self):
+        import psutil
+
+        self._process, self.bytes = psutil.Process(), 0
+
+    def __enter__(self):
+        self.bytes, self._stop = 0, threading.Event()
+        self._thread = threading.Thread(target=self._sample, daemon=True)
+        self._thread.start()
+        return self
+
+    def _sample(self):
+        while True:
+            self.bytes = max(self.bytes, self._process.memory_info().rss)
+            if self._stop.wait(0.01):
+                return
+
+    def __exit__(self, *_):
+        self._stop.set()
+        self._thread.join()
