@@ -92,6 +92,7 @@ def use_isa(name: str):
         _isa.reset(token)
 
 
+@functools.cache
 def isas() -> tuple[str, ...]:
     """Instruction sets that the CPU kernels were built for and that this processor has, slowest first."""
     return () if why_not("cpu") else tuple(extension("cpu").isas())
