@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 TORCH_SPEC ?= torch==2.13.0
 TORCH_INDEX ?=
+JSON ?=
 
 PY := $(VENV)/bin/python
 LOGS := $(VENV)/logs
@@ -16,10 +17,10 @@ SOURCES := $(shell find csrc -type f 2>/dev/null) setup.py pyproject.toml constr
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
-	@echo "  variables: PYTHON=$(PYTHON) VENV=$(VENV) TORCH_SPEC=$(TORCH_SPEC) TORCH_INDEX=$(TORCH_INDEX)"
+	@echo "  variables: PYTHON=$(PYTHON) VENV=$(VENV) TORCH_SPEC=$(TORCH_SPEC) TORCH_INDEX=$(TORCH_INDEX) JSON=$(JSON)"
 
 demo: doctor-demo $(VENV)/.demo  ## train SmolLM2-135M with TRL, stock and with rlfast; demo.png and demo.html
-	$(PY) -m rlfast.demo
+	$(PY) -m rlfast.demo $(if $(JSON),--json $(JSON))
 
 test: doctor-test $(VENV)/.dev  ## the tests, on the C++ and torch backends, then on Triton's interpreter (< 15 minutes)
 	$(PY) -m pytest tests -q -m "not slow and not large"
@@ -36,16 +37,17 @@ check: doctor-build $(VENV)/.dev  ## ruff, clang-format and the pre-commit check
 	$(PY) tools/hygiene.py
 
 compile: doctor-build $(VENV)/.dev  ## every Triton kernel to cubin and the CUDA sources, with no GPU; registers and spills
-	$(PY) tools/compile_kernels.py
+	$(PY) tools/compile_kernels.py $(if $(JSON),--json $(JSON))
 
-sanitize: doctor-sanitize  ## the C++ core alone under ASan and UBSan
-	bash tools/sanitize.sh
+sanitize: doctor-sanitize $(VENV)/.built  ## the C++ core alone under ASan and UBSan
+	$(PY) tools/sanitize.py
 
 mutate: doctor-build $(VENV)/.dev  ## plant mistakes in formulas and kernels; every one must be caught
 	$(PY) tools/mutate.py
 
-test-arm: doctor-test-arm  ## the C++ core cross-compiled for aarch64, under qemu-user
-	bash tools/test_arm.sh
+test-arm: doctor-test-arm $(VENV)/.built  ## the C++ core cross-compiled for aarch64, under qemu-user
+	$(PY) tools/test_arm.py
+	$(if $(JSON),$(PY) -m bench.record $(JSON) --device "aarch64 under qemu-user" --backend cpu --command "make test-arm")
 
 bench: doctor-build $(VENV)/.dev  ## every case of bench/suite.py, to bench/results/, and the tables of the README (< 15 minutes)
 	$(PY) -m bench.run

@@ -122,4 +122,5 @@ def summary(samples: list[float]) -> dict:
     """Median and spread (interquartile range ÷ median) of seconds, in ms."""
     middle = statistics.median(samples)
     quartiles = statistics.quantiles(samples, n=4) if len(samples) > 3 else [min(samples), middle, max(samples)]
-    return {"ms": middle * 1e3, "spread": (quartiles[2] - quartiles[0]) / middle, "samples": len(samples)}
+    rounds = [float(f"{s * 1e3:.5g}") for s in samples]
+    return {"ms": middle * 1e3, "spread": (quartiles[2] - quartiles[0]) / middle, "rounds": rounds}

@@ -27,9 +27,9 @@ from rlfast import verify as verification
 RESULTS = Path(__file__).resolve().parent / "results"
 ROOT = RESULTS.parent.parent
 METHOD = (
-    "Every arm is checked against float64 on sampled rows, then all arms run in one interleaved loop, the order "
-    "rotated each round; medians, spread = interquartile range ÷ median. Extra memory: peak above inputs, outputs and returned "
-    "gradients (bench/memory.py)."
+    "Every arm is checked against float64 on sampled rows; then all arms run in one interleaved loop whose order rotates. "
+    "Times are medians, spread is the interquartile range ÷ the median, ratios are medians over rounds. "
+    "Extra memory is the peak above inputs, outputs and returned gradients (bench/memory.py)."
 )
 
 
@@ -154,7 +154,7 @@ def run(ops=None, cases=None, small=False, device="cpu", json_path=None, every_i
         result["overhead"] = overhead.measure()
         print("overhead:", result["overhead"])
     if not (ops or cases):
-        result["verify"] = [cell._asdict() for cell in verification.verify()]
+        result["verify"] = [cell._asdict() for cell in verification.verify(every_isa=True)]
     complete = not (ops or cases or small)
     path = Path(json_path) if json_path else RESULTS / f"{slug(result['machine'])}.json" if complete else None
     if path:

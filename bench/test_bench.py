@@ -65,7 +65,8 @@ def test_a_target_is_met_missed_or_not_measured():
     case = suite.CASES[0]
     result = {"case": {**case.__dict__, "targets": [t.__dict__ for t in case.targets]}, "failures": {}}
     result["arms"] = {
-        name: {"ms": ms} for name, ms in (("rlfast", 10.0), ("eager", 90.0), ("compile", 12.0), ("read", 7.0))
+        name: {"ms": ms, "rounds": [ms]}
+        for name, ms in (("rlfast", 10.0), ("eager", 90.0), ("compile", 12.0), ("read", 7.0))
     }
     found = {o.text: (o.value, o.passed) for o in outcome.outcomes(result)}
     assert found["rlfast: ≥ 6× eager torch"] == (9.0, True)

@@ -84,6 +84,7 @@ def _active(op: str, device: str) -> str:
 def verify(
     op: list[str] = typer.Option(None, help="Only this op (repeatable)."),
     backend: list[str] = typer.Option(None, help="Only this backend (repeatable)."),
+    every_isa: bool = typer.Option(False, "--every-isa", help="The C++ kernels at each instruction set."),
     as_json: bool = typer.Option(False, "--json", help="Print a JSON list of cells."),
 ) -> None:
     """Parity on this machine: error ÷ torch's own error per op, backend and dtype. Exit 1 on a failure."""
@@ -93,7 +94,7 @@ def verify(
     for name in backend or ():
         if name not in backends.NAMES:
             raise typer.BadParameter(f"expected one of {backends.NAMES}, got {name!r}", param_hint="--backend")
-    cells = verification.verify(op or None, backend or None)
+    cells = verification.verify(op or None, backend or None, every_isa)
     if as_json:
         print(json.dumps([c._asdict() for c in cells], indent=1))
     else:
@@ -109,7 +110,7 @@ def _print_cells(cells) -> None:
     )
     for c in cells:
         ratios = ["" if r is None else f"{r:.2f}" for r in (c.value_ratio, c.gradient_ratio)]
-        table.add_row(c.op, c.backend, c.dtype, c.device, *ratios, c.status)
+        table.add_row(c.op, f"{c.backend} {c.isa}", c.dtype, c.device, *ratios, c.status)
     console.print(table)
     for c in cells:
         if c.status == "FAILED":

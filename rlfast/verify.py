@@ -34,6 +34,7 @@ class Cell(NamedTuple):
     value_ratio: float | None = None
     gradient_ratio: float | None = None
     detail: str = ""
+    isa: str = ""  # the instruction set of the cpu backend
 
 
 def inputs(op: str, dtype: torch.dtype, device: str, small: bool) -> dict:
@@ -110,7 +111,8 @@ def cell(op: str, backend: str, dtype: str, device: str) -> Cell:
     )
     wrong = value.wrong + gradient.wrong
     status = "FAILED" if wrong else ("interpreted" if interpreted else "ok")
-    return Cell(op, backend, dtype, device, status, value.ratio, gradient.ratio, "; ".join(wrong))
+    isa = backends.isa() if backend == "cpu" else ""
+    return Cell(op, backend, dtype, device, status, value.ratio, gradient.ratio, "; ".join(wrong), isa)
 
 
 class _Compared(NamedTuple):
@@ -127,12 +129,13 @@ def _compare(got: dict, truth: dict, own: dict, names, kind: str) -> _Compared:
     return _Compared(max(ratios), [f"{k}: {result}" for k, result in results.items() if not result.ok])
 
 
-def verify(ops=None, only=None) -> list[Cell]:
+def verify(ops=None, only=None, every_isa: bool = False) -> list[Cell]:
     """Every op × backend × dtype that this machine can run; what it cannot run says why.
 
     Args:
         ops: names of ops; all of them if None.
         only: names of backends; all of them if None.
+        every_isa: run the C++ CPU kernels at each instruction set that this processor has, not at the best alone.
 
     Returns:
         One ``Cell`` each. Triton without a GPU runs in Triton's interpreter, in a process of its own.
@@ -144,6 +147,10 @@ def verify(ops=None, only=None) -> list[Cell]:
         for backend in backends.IMPLEMENTED[op]:
             if only and backend not in only:
                 continue
+            if every_isa and backend == "cpu":
+                for isa in backends.isas()[:-1]:
+                    with backends.use_isa(isa):
+                        cells += _backend(op, backend)
             cells += _backend(op, backend)
     return cells
 

@@ -28,14 +28,14 @@ PACKAGES = {
         "headers": "python3-dev",
         "compiler": "g++",
         "aarch64": "g++-aarch64-linux-gnu",
-        "qemu": "qemu-user-static",
+        "qemu": "qemu-user",
     },
     "dnf": {
         "venv": "python3",
         "headers": "python3-devel",
         "compiler": "gcc-c++",
         "aarch64": "gcc-c++-aarch64-linux-gnu",
-        "qemu": "qemu-user-static",
+        "qemu": "qemu-user",
     },
     "brew": {"venv": "python", "headers": "python", "compiler": "llvm"},
 }
@@ -165,9 +165,9 @@ def check_tools(report, goal):
     """What single goals need beside a compiler."""
     if goal == "sanitize" and compiler() is None:
         report.fail("compiler", "the sanitizers need a C++ compiler", "compiler")
-    if goal != "test-arm":
+    if goal != "test-arm" or platform.machine().lower() in ("aarch64", "arm64"):
         return
-    for tool, names in (("aarch64", ["aarch64-linux-gnu-g++"]), ("qemu", ["qemu-aarch64-static", "qemu-aarch64"])):
+    for tool, names in (("aarch64", ["aarch64-linux-gnu-g++"]), ("qemu", ["qemu-aarch64"])):
         found = [shutil.which(name) for name in names if shutil.which(name)]
         if found:
             report.ok(tool, found[0])
