@@ -174,10 +174,10 @@ def garbage_in_masked_rows(op: str) -> Problem:
 
 def nan_row(op: str) -> Problem:
     """NaN in is NaN out, for that row only."""
-    inputs = {"logits": logits_of(6, 3000)} if op == "token_logps" else head_of(6, 48, 3000)
+    inputs = {"logits": logits_of(24, 3000)} if op == "token_logps" else head_of(24, 48, 3000)
     inputs["logits" if op == "token_logps" else "hidden"][2, 17] = torch.nan
     outputs = tuple(name for name in ALL if name != "is_top1")
-    return Problem(inputs, targets_of(6, 3000), {}, outputs, DIFFERENTIABLE, needs=("logits", "hidden"))
+    return Problem(inputs, targets_of(24, 3000), {}, outputs, DIFFERENTIABLE, needs=("logits", "hidden"))
 
 
 def nan_in_a_later_leaf(op: str) -> Problem:
@@ -224,6 +224,11 @@ def top_k_is_the_vocabulary(op: str) -> Problem:
 def one_token_vocabulary(op: str) -> Problem:
     """log p = 0 whatever the logit."""
     return _problem(op, logits_of(5, 1), options={"top_k": 1, "temperature": f32(0.6), "softcap": 5.0})
+
+
+def two_token_vocabulary(op: str) -> Problem:
+    """A binary choice: log p = −softplus of a difference."""
+    return _problem(op, logits_of(30, 2, spread=6.0), options={"top_k": 1, "temperature": f32(0.6)})
 
 
 def uniform(op: str) -> Problem:
@@ -287,6 +292,7 @@ ROWS = {
         (13, odd_vocabulary(151669)),
         (13, odd_vocabulary(32003)),
         (13, one_token_vocabulary),
+        (13, two_token_vocabulary),
         (13, top_k_is_the_vocabulary),
         (13, uniform),
         (13, ties),

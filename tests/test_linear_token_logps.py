@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import rlfast
+from rlfast import backends
 from tests import shared
 from tests.adversarial import ROWS
 from tests.cases import (
@@ -40,10 +41,11 @@ def test_options_pairwise(backend, device, combination):
     check(problem_of(OP, combination), backend, device)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("vocab", (1000, 1025))
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_options_product(request, backend, device, dtype, vocab):
-    shared.check_product(request, OP, backend, device, dtype, vocab)
+def test_options_product(backend, device, dtype, vocab):
+    shared.check_product(OP, backend, device, dtype, vocab)
 
 
 @pytest.mark.parametrize("row", ROWS)
@@ -60,9 +62,7 @@ def test_row_05_relative_precision_as_p_nears_one(backend, device, margin):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(
-    "needs", (("hidden",), ("weight",), ("bias",), ("hidden", "bias"), ("weight", "bias")), ids="+".join
-)
+@pytest.mark.parametrize("needs", (("hidden",), ("weight",), ("bias",), ("hidden", "bias")), ids="+".join)
 def test_only_what_is_needed_comes_back(backend, device, dtype, needs):
     """A frozen head gets no gradient, and the others are the ones of a head that trains."""
     inputs = head_of(19, 33, 1100, DTYPES[dtype], bias=True)
@@ -94,6 +94,22 @@ def test_row_10_strided_inputs(backend, device, budget):
             targets = targets_of(tuple(hidden.shape[:-1]), 1100)
             inputs = {"hidden": hidden, "weight": weight}
             check(Problem(inputs, targets, upstream="ones", call={"memory_budget": budget}), backend, device)
+
+
+@pytest.mark.parametrize("isa", backends.isas())
+@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.backends("cpu")
+def test_row_on_every_isa(backend, device, row, isa):
+    with backends.use_isa(isa):
+        shared.check_row(OP, row, backend, device)
+
+
+@pytest.mark.parametrize("isa", backends.isas())
+@pytest.mark.parametrize("combination", COMBINATIONS, ids=label)
+@pytest.mark.backends("cpu")
+def test_options_on_every_isa(backend, device, combination, isa):
+    with backends.use_isa(isa):
+        check(problem_of(OP, combination), backend, device)
 
 
 def test_row_11_seventy_thousand_rows(backend, device):
@@ -185,7 +201,7 @@ def test_row_20_out_of_range_in_a_kernel_is_nan_for_that_row(backend, device, ta
 def test_row_22_the_shifted_layout(backend, device):
     """hidden[:, :-1] against targets[:, 1:]: the last position gets no gradient, the others the right one."""
     head, ids = head_of((2, 6), 20, 400), targets_of((2, 6), 400)
-    x = head["hidden"].to(device).requires_grad_()
+    x = head["hidden"].clone().to(device).requires_grad_()
     with rlfast.use_backend(backend):
         rlfast.linear_token_logps(x[:, :-1], head["weight"].to(device), ids[:, 1:].to(device)).logp.sum().backward()
     assert_zero("gradient of the last position", x.grad[:, -1])

@@ -153,6 +153,8 @@ def grads_by_row(grads: tuple, n: int) -> tuple:
 
 def chunks(x: torch.Tensor):
     """(rows, x[rows]) over the flattened rows of x [*lead, V], as views, a few rows at a time."""
+    if not x.numel():
+        return
     blocks = [x] if x.dim() == 2 else list(x)
     step, start = max(1, CHUNK_ELEMENTS // max(1, x.shape[-1])), 0
     for block in blocks:
