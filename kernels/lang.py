@@ -7,6 +7,7 @@ not.
 
 from __future__ import annotations
 
+import dis
 import functools
 import types
 
@@ -87,11 +88,12 @@ else:
         return fn if fn is not None else lambda f: f
 
 
-def _names(code: types.CodeType):
-    yield from code.co_names
+def _globals_of(code: types.CodeType):
+    """Names that the code reads as globals; ``co_names`` would add the attributes, such as the exp of tl.exp."""
+    yield from (i.argval for i in dis.get_instructions(code) if i.opname == "LOAD_GLOBAL")
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
-            yield from _names(constant)
+            yield from _globals_of(constant)
 
 
 @functools.cache
@@ -110,7 +112,7 @@ def torch_version(formula):
     """
     source = getattr(formula, "fn", formula)
     own = {"__name__": source.__module__, "__builtins__": __builtins__}
-    for name in _names(source.__code__):
+    for name in _globals_of(source.__code__):
         value = source.__globals__.get(name)
         if value is None:
             continue

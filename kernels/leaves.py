@@ -131,9 +131,8 @@ def load_logits(x_ptr, place, tokens, row, column, ALIGNED: tl.constexpr):
 
 
 @jit
-def finite_peak(z):
-    """max z, or 0 where every z is −inf: exp(z − peak) is then 0, not NaN."""
-    peak = tl.max(z, axis=0)
+def finite(peak):
+    """The peak, or 0 where every z is −inf: exp(z − peak) is then 0, not NaN."""
     return tl.where(peak == float("-inf"), 0.0, peak)
 
 
@@ -160,14 +159,21 @@ def fold(
             z = tl.where(inside, transformed(x, temperature, softcap, logit_scale, KIND), float("-inf"))
             global_leaf = place.start // LEAF + leaf
             fold_leaf(z, inside, global_leaf, row, sizes, scratch, OUTPUTS)
-            fold_chosen(z, place.start + column, global_leaf, row, tokens, sizes, scratch)
+            for k in range(candidates):
+                target = tl.load(tokens.targets + row * candidates + k)
+                if (target >= 0) & (target < vocab) & (target // LEAF == global_leaf):
+                    # Loaded again, from the cache, in one leaf of a row: z kept until here costs 40 registers a thread.
+                    x = load_logits(x_ptr, place, tokens, local_row, column, ALIGNED)
+                    z = tl.where(inside, transformed(x, temperature, softcap, logit_scale, KIND), float("-inf"))
+                    at = scratch.chosen + k * tl.cast(rows, tl.int64) + row
+                    fold_chosen(z, start + column == target, at, sizes)
 
 
 @jit
 def fold_leaf(z, inside, leaf, row, sizes, scratch, OUTPUTS: tl.constexpr):
     """The statistics of one leaf's z [LEAF], stored."""
     peak = tl.max(z, axis=0)
-    d = z - tl.where(peak == float("-inf"), 0.0, peak)
+    d = z - finite(peak)
     e = tl.exp(d)
     at = scratch.sums + leaf * tl.cast(sizes.rows, tl.int64) + row
     one = tl.cast(sizes.leaves, tl.int64) * sizes.rows
@@ -186,18 +192,14 @@ def fold_leaf(z, inside, leaf, row, sizes, scratch, OUTPUTS: tl.constexpr):
 
 
 @jit
-def fold_chosen(z, ids, leaf, row, tokens, sizes, scratch):
-    """For each target in this leaf: its z, and the peak and the sum of the others."""
+def fold_chosen(z, chosen, at, sizes):
+    """The z of a target, and the peak and the sum of the others in its leaf."""
+    others = tl.where(chosen, float("-inf"), z)
+    peak = tl.max(others, axis=0)
     one = tl.cast(sizes.candidates, tl.int64) * sizes.rows
-    for k in range(sizes.candidates):
-        target = tl.load(tokens.targets + row * sizes.candidates + k)
-        if (target >= 0) & (target < sizes.vocab) & (target // LEAF == leaf):
-            others = tl.where(ids == target, float("-inf"), z)
-            peak = finite_peak(others)
-            at = scratch.chosen + k * tl.cast(sizes.rows, tl.int64) + row
-            tl.store(at, tl.sum(tl.where(ids == target, z, 0.0), axis=0))  # one term and zeros: exact in any order
-            tl.store(at + one, tl.max(others, axis=0))
-            tl.store(at + 2 * one, tree_sum(tl.exp(others - peak)))
+    tl.store(at, tl.sum(tl.where(chosen, z, 0.0), axis=0))  # one term and zeros: exact in any order
+    tl.store(at + one, peak)
+    tl.store(at + 2 * one, tree_sum(tl.exp(others - finite(peak))))
 
 
 class Merged(NamedTuple):
@@ -228,7 +230,7 @@ def row_peak(sizes, scratch, row, inside):
         here = tl.load(scratch.sums + leaf * tl.cast(sizes.rows, tl.int64) + row, mask=inside, other=0.0)
         first = tl.where(here > peak, leaf, first)
         peak = tl.maximum(peak, here)
-    return tl.where(peak == float("-inf"), 0.0, peak), first
+    return finite(peak), first
 
 
 @jit
@@ -243,7 +245,7 @@ def others_of(k, target, sizes, scratch, row, inside):
     for leaf in range(sizes.leaves):
         here = tl.load(scratch.sums + leaf * tl.cast(sizes.rows, tl.int64) + row, mask=inside, other=0.0)
         peak = tl.maximum(peak, tl.where(target // LEAF == leaf, float("-inf"), here))
-    peak = tl.where(peak == float("-inf"), 0.0, peak)
+    peak = finite(peak)
     total = tl.zeros(row.shape, tl.float32)
     for leaf in range(sizes.leaves):
         offset = leaf * tl.cast(sizes.rows, tl.int64) + row

@@ -53,7 +53,7 @@ BLOCK = tl.constexpr(2048)  # columns of a gradient program: 16 a thread of 128,
 PROGRAMS = 2112
 LEAVES_PER_PROGRAM = 4
 
-OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
+OPTIONS = {"num_warps": 8, "enable_fp_fusion": False}
 
 
 class Saved(NamedTuple):

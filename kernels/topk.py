@@ -16,6 +16,7 @@ from rlfast.kernels.leaves import (
     Place,
     Sizes,
     counts,
+    finite,
     load_logits,
     scaled_leaf,
     temperature_of,
@@ -68,7 +69,7 @@ def fold_topk(
 def extract(z, ids, inside, leaf, row, sizes, scratch, heads, top_k):
     """Store (z, id) of the top_k of one leaf, and Σe of what is left after each."""
     peak = tl.load(scratch.sums + leaf * tl.cast(sizes.rows, tl.int64) + row)
-    e = tl.exp(z - tl.where(peak == float("-inf"), 0.0, peak))
+    e = tl.exp(z - finite(peak))
     key = tl.where(z == z, z, float("inf"))
     last, last_id = tl.full([], float("inf"), tl.float32), tl.full([], -1, tl.int32)
     slot = row * sizes.leaves + leaf
