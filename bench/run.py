@@ -27,7 +27,7 @@ from rlfast import verify as verification
 RESULTS = Path(__file__).resolve().parent / "results"
 ROOT = RESULTS.parent.parent
 METHOD = (
-    "Every arm is checked against float64 on sampled rows; then all arms run in one interleaved loop whose order rotates. "
+    "Every arm is checked against float64 on sampled rows; then all arms run in one interleaved loop, rotated. "
     "Times are medians, spread is the interquartile range ÷ the median, ratios are medians over rounds. "
     "Extra memory is the peak above inputs, outputs and returned gradients (bench/memory.py)."
 )

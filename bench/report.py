@@ -1,0 +1,204 @@
+"""The README's tables, from the files in bench/results/ and from nothing else.
+
+    python -m bench.report [--check]
+
+Each table lies between ``<!-- name -->`` and ``<!-- /name -->``. ``--check`` writes nothing, and exits 1 if a document is
+stale.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+
+from bench import outcome
+from rlfast import backends
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS, README = ROOT / "bench" / "results", ROOT / "README.md"
+PLACES = ("x86-64 CPU", "ARM CPU", "NVIDIA GPU")
+# Where a backend's kernels have hardware to run on; elsewhere the cell is a dash.
+HAS = {
+    "reference": PLACES,
+    "torch": PLACES,
+    "cpu": PLACES[:2],
+    "triton": (PLACES[0], PLACES[2]),
+    "cuda": PLACES[2:],
+}
+
+
+def results() -> list[dict]:
+    """Every result file, oldest first."""
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob("*.json"))]
+    return sorted(found, key=lambda result: result["date"])
+
+
+def place(result: dict) -> str:
+    """The column of the support matrix that a result belongs to."""
+    machine = result["machine"]
+    if "gpu" in machine:
+        return PLACES[2]
+    arm = re.search(r"aarch64|arm64", machine.get("system", ""))
+    return PLACES[1] if arm else PLACES[0]
+
+
+def stamp(result: dict) -> str:
+    """Date and commit."""
+    return f"{result['date']}, {result['commit']}{' + changes' if result.get('uncommitted') else ''}"
+
+
+def support(found: list[dict]) -> list[str]:
+    """The support matrix: op × backend, per kind of machine."""
+    lines = ["| op | backend | " + " | ".join(PLACES) + " |", "|---|---|" + "---|" * len(PLACES)]
+    for op, names in backends.IMPLEMENTED.items():
+        for name in names:
+            cells = [_cell(found, op, name, where) if where in HAS[name] else "–" for where in PLACES]
+            lines.append(f"| `{op}` | {name} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def _cell(found: list[dict], op: str, backend: str, where: str) -> str:
+    for result in reversed(found):
+        cells = [c for c in result.get("verify", ()) if (c["op"], c["backend"]) == (op, backend)]
+        cells = [c for c in cells if c["status"] != "not here"]
+        if not cells or place(result) != where:
+            continue
+        failed = sorted({c["dtype"] for c in cells if c["status"] == "FAILED"})
+        if failed:
+            return f"**fails parity** ({', '.join(failed)}), {stamp(result)}"
+        if all(c["status"] == "interpreted" for c in cells):
+            return f"*interpreted*, {stamp(result)}"
+        isas = list(dict.fromkeys(c.get("isa") for c in cells if c.get("isa")))
+        at = f" ({', '.join(isas)})" if isas else ""
+        return f"*run on {result['device'].split(',')[0]}*{at}, {stamp(result)}"
+    if where == PLACES[2]:
+        for result in reversed(found):
+            if any(_compiles(kernel, op, backend) for kernel in result.get("kernels", ())):
+                archs = sorted({k["arch"] for k in result["kernels"] if _compiles(k, op, backend)})
+                return f"*compiled, never run* ({', '.join(f'sm_{a}' for a in archs)}), {stamp(result)}"
+    return "*untested*" if where == PLACES[1] else "*not yet measured*"
+
+
+def _compiles(kernel: dict, op: str, backend: str) -> bool:
+    """Whether a row of ``make compile`` is a kernel of this op and backend."""
+    name = kernel["kernel"]
+    if backend == "cuda":
+        return name == f"cuda/{op}.cu"
+    return backend == "triton" and not name.startswith("cuda/") and re.search(rf"(?<!\w){op}\b", name) is not None
+
+
+def benches(found: list[dict]) -> list[dict]:
+    """The latest full benchmark of each device."""
+    latest = {result["device"]: result for result in found if result.get("cases") and not result.get("small")}
+    return list(latest.values())
+
+
+def figures(found: list[dict]) -> list[str]:
+    """Per device and case: ours, over the best plain torch first, then the others."""
+    lines = []
+    for result in benches(found):
+        lines += ["", f"{result['device']}; {stamp(result)}; torch {result['versions']['torch']}; `make bench`:", ""]
+        lines += ["| case | ms | × best plain torch | × eager | × torch.compile | × TRL | of the ceiling | extra MiB |"]
+        lines += ["|---|---|---|---|---|---|---|---|"]
+        for case in result["cases"]:
+            for name in ("rlfast", "rlfast keep", "rlfast recompute"):
+                if name in case["arms"]:
+                    lines.append(_figure(case, name))
+    return lines[1:] or ["No benchmark has been committed yet: `make bench` writes one."]
+
+
+def _figure(case: dict, name: str) -> str:
+    arms, row = case["arms"], case["arms"][name]
+    label = case["case"]["name"].replace("linear_token_logps", "`linear_token_logps`")
+    label = re.sub(r"^token_logps", "`token_logps`", label) + name.removeprefix("rlfast").replace(" ", ", ", 1)
+    cells = [f"{row['ms']:.4g}"]
+    for over in ("plain", "eager", "compile", "trl"):
+        other = outcome.rounds(arms, over)
+        cells.append(f"{1 / outcome.ratio(row['rounds'], other):.2f}" if other else "")
+    share, extra = outcome.ceiling_share(case, name), row.get("extra_bytes")
+    cells += ["" if share is None else f"{share:.0%}", "" if extra is None else f"{extra / 2**20:.1f}"]
+    return f"| {label} | " + " | ".join(cells) + " |"
+
+
+def targets(found: list[dict]) -> list[str]:
+    """What must be reached, and whether it is."""
+    lines = []
+    for result in benches(found):
+        rows = [o for case in result["cases"] for o in outcome.outcomes(case)]
+        met = sum(o.passed is True for o in rows)
+        lines += [f"{result['device']}: {met} of {len(rows)} met; {sum(o.passed is None for o in rows)} not measured."]
+        lines += ["", "| case | must reach | reached | |", "|---|---|---|---|"]
+        for o in rows:
+            state = "not measured" if o.passed is None else "met" if o.passed else "**missed**"
+            lines.append(f"| {o.case} | {o.text} | {'' if o.value is None else f'{o.value:.3g}'} | {state} |")
+        for name, micros in (result.get("overhead") or {}).get("above_raw", {}).items():
+            bound = result["overhead"]["targets"][name]
+            state = "met" if micros <= bound else "**missed**"
+            case = f"public call on a tiny input, {name}"
+            lines.append(f"| {case} | ≤ {bound:g} µs over the raw kernel | {micros:.1f} | {state} |")
+        lines.append("")
+    for result in found:
+        if "ratio" in result and "parity" in result:
+            state = "met" if result["ratio"] >= 1.3 and not result["failures"] else "**missed**"
+            lines += ["| case | must reach | reached | |", "|---|---|---|---|"]
+            wanted = "≥ 1.3× stock TRL"
+            lines += [f"| a whole GRPO step, {stamp(result)} | {wanted} | {result['ratio']:.2f} | {state} |"]
+    return lines or ["No benchmark has been committed yet: `make bench` writes one."]
+
+
+def losses(found: list[dict]) -> list[str]:
+    """Where we lose: whoever is faster than us, and every target that is missed."""
+    lines = []
+    for result in benches(found):
+        for case in result["cases"]:
+            for ours, other, ratio in outcome.faster_than_us(case):
+                lines.append(f"- {case['case']['name']}: {ours} takes {ratio:.2f}× the time of {other}.")
+            for o in outcome.outcomes(case):
+                if o.passed is False:
+                    lines.append(f"- {o.case}: wanted {o.text}, reached {o.value:.3g}.")
+    if lines:
+        return lines
+    return (
+        ["Nothing yet: no benchmark has been committed."] if not benches(found) else ["Nowhere in the cases measured."]
+    )
+
+
+SECTIONS = {"support": support, "figures": figures, "targets": targets, "losses": losses}
+
+
+def fill(text: str, found: list[dict]) -> str:
+    """The text with every marked section written anew."""
+    for name, section in SECTIONS.items():
+        pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
+        body = "\n".join(section(found)).strip("\n")
+        text = pattern.sub(lambda m, body=body: f"{m[1]}{body}\n{m[2]}", text)
+    return text
+
+
+def documents() -> list[Path]:
+    """Files that have generated sections."""
+    return [README, ROOT / "docs" / "benchmarks.md"]
+
+
+def main() -> int:
+    """Write or check."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true")
+    args = parser.parse_args()
+    found, stale = results(), []
+    for path in documents():
+        before = path.read_text(encoding="utf-8")
+        after = fill(before, found)
+        if after != before:
+            stale.append(path.name)
+            if not args.check:
+                path.write_text(after, encoding="utf-8")
+    print(f"{', '.join(stale)}: {'stale, run `make docs`' if args.check else 'written'}" if stale else "up to date")
+    return 1 if stale and args.check else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
