@@ -2,8 +2,8 @@
 
     python -m bench.report [--check]
 
-Each table lies between ``<!-- name -->`` and ``<!-- /name -->``. ``--check`` writes nothing, and exits 1 if a document is
-stale.
+Each table lies between ``<!-- name -->`` and ``<!-- /name -->``. ``--check`` writes nothing, and exits 1 if a document
+is stale.
 """
 
 from __future__ import annotations

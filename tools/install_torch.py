@@ -15,6 +15,7 @@ import json
 import os
 import pathlib
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -72,7 +73,7 @@ def write_constraints(source, target):
             continue
     lines = []
     for line in pathlib.Path(source).read_text().splitlines():
-        name = line.split("==")[0].strip()
+        name = re.split(r"[=<>~! ]", line)[0]
         lines.append(f"{name}=={here[name]}" if name in here else line)
     pathlib.Path(target).write_text("\n".join(lines) + "\n")
 
