@@ -56,7 +56,17 @@ int isa_count() { return kIsas; }
 
 const char* isa_name(Isa isa) { return kNames[static_cast<int>(isa)]; }
 
-bool isa_usable(Isa isa) { return processor_has(isa_name(isa)); }
+// Asked once: a virtual machine traps the instruction that tells, for some 20 µs.
+bool isa_usable(Isa isa) {
+  struct Usable {
+    bool by_isa[kIsas];
+    Usable() {
+      for (int i = 0; i < kIsas; ++i) by_isa[i] = processor_has(kNames[i]);
+    }
+  };
+  static const Usable usable;
+  return usable.by_isa[static_cast<int>(isa)];
+}
 
 bool isa_from_name(const char* name, Isa* isa) {
   for (int i = 0; i < kIsas; ++i) {

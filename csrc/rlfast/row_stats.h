@@ -97,22 +97,24 @@ inline const float* load_leaf(const T* x, int n, const RowScale& s, float* buffe
   return kWiden || !s.plain ? buffer : reinterpret_cast<const float*>(x);
 }
 
-// The accumulators of one leaf: four of each sum, so that additions of one chain do not wait for each other.
+// The accumulators of one leaf: four of each sum, so that additions of one chain do not wait for each other. Σy has no
+// maximum to be relative to and may cancel, so it goes to double after one addition.
 template <unsigned kSums>
 struct Accumulators {
-  F sum[4], weighted[4], squares[4], total[4];
+  F sum[4], weighted[4], squares[4];
+  D total;
 
   Accumulators() {
-    for (int u = 0; u < 4; ++u) sum[u] = weighted[u] = squares[u] = total[u] = set1(0.0f);
+    for (int u = 0; u < 4; ++u) sum[u] = weighted[u] = squares[u] = set1(0.0f);
+    total = zero_double();
   }
-  // `y` with −inf in missing lanes, `present` with 0.
-  void take(int u, F y, F present, F peak, const Log2Scale& s) {
-    const F t = max(set1(s.t_min), sub(y, peak));
-    const F e = exp_scaled(t, set1(s.hi), set1(s.lo));
+  void take(int u, F y, F peak, const Log2Scale& s) {
+    F t = sub(y, peak);
+    if constexpr ((kSums & kEntropySum) || !kSplitsInf) t = max(set1(s.t_min), t);
+    const F e = exp_term(t, set1(s.hi));
     sum[u] = add(sum[u], e);
     if constexpr (kSums & kEntropySum) weighted[u] = fma(e, t, weighted[u]);
     if constexpr (kSums & kSquareSum) squares[u] = fma(e, e, squares[u]);
-    if constexpr (kSums & kTotalSum) total[u] = add(total[u], present);
   }
   static double reduced(const F* x) { return reduce_add(add(add(x[0], x[1]), add(x[2], x[3]))); }
 };
@@ -128,21 +130,28 @@ inline LeafStats leaf_sums(const float* y, int n, float leaf_peak, const Log2Sca
 #pragma GCC unroll 4
       for (int line = 0; line < 4 * kLanes * kBytes; line += 64) prefetch(next + static_cast<int64_t>(i) * kBytes + line);
     }
+    F x[4];
 #pragma GCC unroll 4
     for (int u = 0; u < 4; ++u) {
-      const F x = load(y + i + u * kLanes);
-      a.take(u, x, x, peak, s);
+      x[u] = load(y + i + u * kLanes);
+      a.take(u, x[u], peak, s);
+    }
+    if constexpr (kSums & kTotalSum) {
+      a.total = accumulate(a.total, add(x[0], x[1]));
+      a.total = accumulate(a.total, add(x[2], x[3]));
     }
   }
-  for (; i + kLanes <= n; i += kLanes) {
-    const F x = load(y + i);
-    a.take(0, x, x, peak, s);
+  for (; i < n; i += kLanes) {
+    const int left = n - i < kLanes ? n - i : kLanes;
+    a.take(0, left == kLanes ? load(y + i) : load_part(y + i, left, -kInf), peak, s);
+    if constexpr (kSums & kTotalSum) {
+      a.total = accumulate(a.total, left == kLanes ? load(y + i) : load_part(y + i, left, 0.0f));
+    }
   }
-  if (i < n) a.take(1, load_part(y + i, n - i, -kInf), load_part(y + i, n - i, 0.0f), peak, s);
   LeafStats out{leaf_peak, a.reduced(a.sum), 0.0, 0.0, 0.0};
   if constexpr (kSums & kEntropySum) out.weighted = a.reduced(a.weighted);
   if constexpr (kSums & kSquareSum) out.squares = a.reduced(a.squares);
-  if constexpr (kSums & kTotalSum) out.total = a.reduced(a.total);
+  if constexpr (kSums & kTotalSum) out.total = reduce_add(a.total);
   return out;
 }
 

@@ -31,6 +31,12 @@ inline F scale2(F p, F n) {
   const __m256i power = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23);
   return _mm256_andnot_ps(greater(set1(-126.0f), n), mul(p, _mm256_castsi256_ps(power)));
 }
+constexpr bool kSplitsInf = false;
+inline void split(F t, F k, F* n, F* f) {
+  const F magic = set1(0x1.8p23f);
+  *n = sub(fma(t, k, magic), magic);
+  *f = fma_sub(t, k, *n);
+}
 
 inline F widen(__m128i x, bf16) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(x), 16)); }
 inline F widen(__m128i x, f16) { return _mm256_cvtph_ps(x); }
@@ -79,11 +85,18 @@ inline float reduce_max(F x) {
   y = _mm_max_ps(y, _mm_movehl_ps(y, y));
   return _mm_cvtss_f32(_mm_max_ss(y, _mm_movehdup_ps(y)));
 }
-inline double reduce_add(F x) {
-  const __m256d sum = _mm256_add_pd(_mm256_cvtps_pd(_mm256_castps256_ps128(x)), _mm256_cvtps_pd(_mm256_extractf128_ps(x, 1)));
-  const __m128d half = _mm_add_pd(_mm256_castpd256_pd128(sum), _mm256_extractf128_pd(sum, 1));
+
+using D = __m256d;
+inline D zero_double() { return _mm256_setzero_pd(); }
+inline D accumulate(D d, F x) {
+  const D low = _mm256_cvtps_pd(_mm256_castps256_ps128(x)), high = _mm256_cvtps_pd(_mm256_extractf128_ps(x, 1));
+  return _mm256_add_pd(d, _mm256_add_pd(low, high));
+}
+inline double reduce_add(D d) {
+  const __m128d half = _mm_add_pd(_mm256_castpd256_pd128(d), _mm256_extractf128_pd(d, 1));
   return _mm_cvtsd_f64(_mm_add_sd(half, _mm_unpackhi_pd(half, half)));
 }
+inline double reduce_add(F x) { return reduce_add(accumulate(zero_double(), x)); }
 
 }  // namespace RLFAST_ISA_NS
 }  // namespace rlfast

@@ -27,6 +27,12 @@ inline F select(M m, F yes, F no) { return _mm512_mask_blend_ps(m, no, yes); }
 inline uint32_t bits(M m) { return m; }
 inline bool any(M m) { return m != 0; }
 inline F scale2(F p, F n) { return _mm512_scalef_ps(p, n); }
+constexpr bool kSplitsInf = true;
+inline void split(F t, F k, F* n, F* f) {
+  const F u = mul(t, k);
+  *n = _mm512_roundscale_ps(u, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  *f = _mm512_reduce_ps(u, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);  // u − n, and 0 for an infinity
+}
 
 inline F widen(__m256i x, bf16) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16)); }
 inline F widen(__m256i x, f16) { return _mm512_cvtph_ps(x); }
@@ -70,11 +76,15 @@ inline void stream_fence() { _mm_sfence(); }
 inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
 
 inline float reduce_max(F x) { return _mm512_reduce_max_ps(x); }
-inline double reduce_add(F x) {
-  const __m512d low = _mm512_cvtps_pd(_mm512_castps512_ps256(x));
-  const __m512d high = _mm512_cvtps_pd(_mm512_extractf32x8_ps(x, 1));
-  return _mm512_reduce_add_pd(_mm512_add_pd(low, high));
+
+using D = __m512d;
+inline D zero_double() { return _mm512_setzero_pd(); }
+inline D accumulate(D d, F x) {
+  const D low = _mm512_cvtps_pd(_mm512_castps512_ps256(x)), high = _mm512_cvtps_pd(_mm512_extractf32x8_ps(x, 1));
+  return _mm512_add_pd(d, _mm512_add_pd(low, high));
 }
+inline double reduce_add(D d) { return _mm512_reduce_add_pd(d); }
+inline double reduce_add(F x) { return reduce_add(accumulate(zero_double(), x)); }
 
 }  // namespace RLFAST_ISA_NS
 }  // namespace rlfast

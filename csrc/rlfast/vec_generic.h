@@ -30,6 +30,13 @@ inline F scale2(F p, F n) {
   const M power = ((M)(n + set1(0x1.8p23f)) + 127) << 23;
   return (F)((M)(p * (F)power) & ((n >= set1(-126.0f)) | (n != n)));
 }
+constexpr bool kSplitsInf = false;
+inline void split(F t, F k, F* n, F* f) {
+  const F magic = set1(0x1.8p23f);
+  const F u = mul(t, k);  // rounded once: without a fused product, t·k − n would round differently for n
+  *n = sub(add(u, magic), magic);
+  *f = sub(u, *n);
+}
 
 inline F load(const float* p) {
   F x;
@@ -66,9 +73,14 @@ inline float reduce_max(F x) {
   const float low = x[0] > x[1] ? x[0] : x[1], high = x[2] > x[3] ? x[2] : x[3];
   return low > high ? low : high;
 }
-inline double reduce_add(F x) {
-  return (static_cast<double>(x[0]) + x[2]) + (static_cast<double>(x[1]) + x[3]);
+
+typedef double D __attribute__((vector_size(16)));
+inline D zero_double() { return D{0.0, 0.0}; }
+inline D accumulate(D d, F x) {
+  return d + (D{static_cast<double>(x[0]), static_cast<double>(x[1])} + D{static_cast<double>(x[2]), static_cast<double>(x[3])});
 }
+inline double reduce_add(D d) { return d[0] + d[1]; }
+inline double reduce_add(F x) { return reduce_add(accumulate(zero_double(), x)); }
 
 }  // namespace RLFAST_ISA_NS
 }  // namespace rlfast

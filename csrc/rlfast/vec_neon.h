@@ -35,6 +35,12 @@ inline F scale2(F p, F n) {
   const F scaled = mul(p, vreinterpretq_f32_s32(power));
   return select(greater(set1(-126.0f), n), set1(0.0f), scaled);
 }
+constexpr bool kSplitsInf = false;
+inline void split(F t, F k, F* n, F* f) {
+  const F magic = set1(0x1.8p23f);
+  *n = sub(fma(t, k, magic), magic);
+  *f = fma_sub(t, k, *n);
+}
 
 inline F widen(uint16x4_t x, bf16) { return vreinterpretq_f32_u32(vshll_n_u16(x, 16)); }
 inline F widen(uint16x4_t x, f16) { return vcvt_f32_f16(vreinterpret_f16_u16(x)); }
@@ -77,9 +83,12 @@ inline void prefetch(const void* p) { __builtin_prefetch(p); }
 
 
 inline float reduce_max(F x) { return vmaxnmvq_f32(x); }
-inline double reduce_add(F x) {
-  return vaddvq_f64(vaddq_f64(vcvt_f64_f32(vget_low_f32(x)), vcvt_high_f64_f32(x)));
-}
+
+using D = float64x2_t;
+inline D zero_double() { return vdupq_n_f64(0.0); }
+inline D accumulate(D d, F x) { return vaddq_f64(d, vaddq_f64(vcvt_f64_f32(vget_low_f32(x)), vcvt_high_f64_f32(x))); }
+inline double reduce_add(D d) { return vaddvq_f64(d); }
+inline double reduce_add(F x) { return reduce_add(accumulate(zero_double(), x)); }
 
 }  // namespace RLFAST_ISA_NS
 }  // namespace rlfast
