@@ -46,7 +46,7 @@ def main(
         temperature=temperature, beta=beta, learning_rate=learning_rate, checkpointing=checkpointing, threads=threads,
         seed=seed,
     )  # fmt: skip
-    console = Console()
+    console = Console() if sys.stdout.isatty() else Console(width=120)  # a pipe gets lines that hold a whole row
     try:
         fine = _run(settings, console, out, json_path)
     except DemoError as error:
@@ -61,7 +61,9 @@ def _run(settings: Settings, console: Console, out: Path, json_path: Path | None
     sentence = missing()
     if sentence:
         raise DemoError(sentence)
-    from rlfast.demo import model, parity, report, speed
+    from rlfast.demo import model, parity, report, speed, trainer
+
+    trainer.quiet()
 
     start = time.perf_counter()
     if model.cached() is None:

@@ -60,7 +60,9 @@ class Progress:
 
 def parity_rows(steps: list[Step]) -> list[tuple[str, ...]]:
     """A row a step, after the row of names."""
-    rows = [("step", "loss, stock", "loss, rlfast", "gradient norm", "apart", "log-probs apart", "update apart", "")]
+    rows = [
+        ("step", "loss, stock", "loss, rlfast", "gradient norm", "apart", "log-probs apart", "update apart", "steps")
+    ]
     for number, step in enumerate(steps, 1):
         stock, ours = step.grad_norm
         rows.append(

@@ -1,0 +1,524 @@
+"""``rlfast.patch("trl")``: TRL's trainers take the same steps with it, and nothing of it stays behind."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import inspect
+import logging
+import sys
+
+import pytest
+import torch
+
+import rlfast
+from rlfast.demo.parity import GRAD_NORM_TOLERANCE, LOSS_TOLERANCE, UPDATE_TOLERANCE
+from rlfast.integrations import patching
+from rlfast.integrations import trl as ours
+from tests.numerics import assert_gradient, assert_same_bits, assert_value, assert_zero
+
+trl = pytest.importorskip("trl", reason='the trl package is missing: pip install "trl==1.16.*"')
+transformers = pytest.importorskip("transformers")
+from trl.trainer import utils  # noqa: E402
+
+STEPS = 3
+WORDS = "the a cat dog sat ran on mat hill red blue big small and or then one two three four is was no".split()  # noqa: SIM905
+PROMPTS = ("the cat sat", "a dog ran on the hill", "one and two is", "big red mat", "no", "the small blue dog was not")
+VOCAB = 151  # the head has more rows than the tokenizer has words, and an odd number of them
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quiet():
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+
+
+@pytest.fixture
+def patched():
+    with rlfast.patch("trl") as patch:
+        yield patch
+
+
+@pytest.fixture
+def tokenizer():
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = ["<pad>", "<eos>", "<unk>", "user", "assistant", ":", *WORDS]
+    inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    template = (
+        "{% for message in messages %}{{ message['role'] + ' : ' + message['content'] + ' <eos> ' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant : ' }}{% endif %}"
+    )
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=inner, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>", chat_template=template
+    )
+
+
+SMALL = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+    "bos_token_id": None,
+    "initializer_range": 0.3,  # large, so that the log-probs of a random model are far from uniform
+}
+
+
+def tiny(family: str = "Llama", **options):
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{family}Config")(**{**SMALL, **options})
+    return getattr(transformers, f"{family}ForCausalLM")(config)
+
+
+def conversations(*columns):
+    """Rows of preference, completion or plain data over the tiny vocabulary."""
+    rows = []
+    for i, prompt in enumerate(PROMPTS):
+        say = lambda text: [{"role": "assistant", "content": text}]  # noqa: E731
+        row = {
+            "prompt": [{"role": "user", "content": prompt}],
+            "chosen": say("yes the " + prompt),
+            "rejected": say("no " + " ".join(WORDS[i : i + 4])),
+            "completion": say(prompt + " and then " + WORDS[-i]),
+            "label": i % 2 == 0,
+        }
+        rows.append({name: row[name] for name in columns})
+    return rows
+
+
+def rewards(completions, **_):
+    return [len(set(c[0]["content"].split())) / 8 for c in completions]
+
+
+def trainer_of(kind: str, tokenizer, folder, callback):
+    from datasets import Dataset
+
+    options = {
+        "output_dir": str(folder),
+        "per_device_train_batch_size": 4,
+        "max_steps": STEPS,
+        "learning_rate": 1e-3,
+        "bf16": False,
+        "use_cpu": True,
+        "gradient_checkpointing": False,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": [],
+        "disable_tqdm": True,
+        "dataloader_pin_memory": False,
+    }
+    online = {"num_generations": 2, "max_completion_length": 8, "beta": 0.04}
+    extra, columns = {
+        "GRPO": (online, ("prompt",)),
+        "RLOO": (online, ("prompt",)),
+        "DPO": ({"loss_type": ["sigmoid"]}, ("prompt", "chosen", "rejected")),
+        "KTO": ({}, ("prompt", "completion", "label")),
+        "SFT": ({"completion_only_loss": True}, ("prompt", "completion")),
+    }[kind]
+    reward = {"reward_funcs": rewards} if kind in ("GRPO", "RLOO") else {}
+    tiny("Qwen2", tie_word_embeddings=kind != "DPO").save_pretrained(
+        folder / "model"
+    )  # references are loaded from there
+    trainer = getattr(trl, f"{kind}Trainer")(
+        model=transformers.AutoModelForCausalLM.from_pretrained(folder / "model"),
+        processing_class=tokenizer,
+        args=getattr(trl, f"{kind}Config")(**options, **extra),
+        train_dataset=Dataset.from_list(conversations(*columns)),
+        callbacks=[callback],
+        **reward,
+    )
+    trainer.remove_callback(transformers.PrinterCallback)
+    return trainer
+
+
+class Watch(transformers.TrainerCallback):
+    """Loss, gradient norm and weights after each step; the same random numbers in each."""
+
+    def __init__(self):
+        self.loss, self.grad_norm, self.weights = [], [], []
+
+    def on_step_begin(self, args, state, control, model=None, **_):
+        torch.manual_seed(state.global_step)
+        if not self.weights:
+            self.weights.append(self._flat(model))
+
+    def on_log(self, args, state, control, logs=None, model=None, **_):
+        if "grad_norm" in logs:
+            self.loss.append(logs["loss"])
+            self.grad_norm.append(logs["grad_norm"])
+            self.weights.append(self._flat(model))
+
+    @staticmethod
+    def _flat(model):
+        return torch.cat([p.detach().reshape(-1) for p in model.parameters()])
+
+
+@pytest.mark.parametrize("kind", ("GRPO", "RLOO", "DPO", "KTO", "SFT"))
+def test_trainers_take_the_same_steps(kind, tokenizer, tmp_path, monkeypatch):
+    calls = []
+    kernel = ours.linear_token_logps
+    monkeypatch.setattr(
+        ours,
+        "linear_token_logps",
+        lambda hidden, *args, **kw: calls.append(hidden.shape[0]) or kernel(hidden, *args, **kw),
+    )
+    seen = {}
+    for arm in ("stock", "rlfast"):
+        seen[arm] = Watch()
+        trainer = trainer_of(kind, tokenizer, tmp_path / arm, seen[arm])
+        with rlfast.patch("trl") if arm == "rlfast" else contextlib.nullcontext():
+            trainer.train()
+        assert bool(calls) == (arm == "rlfast")
+    stock, mine = seen["stock"], seen["rlfast"]
+    assert len(mine.loss) == len(stock.loss) == STEPS
+    assert stock.grad_norm[0] > 1e-3, "nothing was learned, nothing was compared"
+    for k in range(STEPS):
+        # rewards are of order one, and so are advantages and the other trainers' losses
+        assert abs(mine.loss[k] - stock.loss[k]) <= LOSS_TOLERANCE * max(1.0, abs(stock.loss[k])), f"step {k}"
+        assert abs(mine.grad_norm[k] - stock.grad_norm[k]) <= GRAD_NORM_TOLERANCE * stock.grad_norm[k], f"step {k}"
+        update = stock.weights[k + 1] - stock.weights[k]
+        difference = (mine.weights[k + 1] - mine.weights[k]) - update
+        assert difference.norm() <= UPDATE_TOLERANCE * update.norm(), f"step {k}"
+
+
+FAMILIES = {
+    "Llama": {},
+    "Gemma2": {"final_logit_softcapping": 3.0, "head_dim": 8},
+    "Cohere": {"logit_scale": 0.25},
+    "Granite": {"logits_scaling": 4.0},
+}
+
+
+def z_of(config, hidden, weight, temperature):
+    """The models' own order: scale, soft-cap, temperature."""
+    z = hidden @ weight.T
+    z = z * getattr(config, "logit_scale", 1.0) / getattr(config, "logits_scaling", 1.0)
+    cap = getattr(config, "final_logit_softcapping", None)
+    return (z if cap is None else cap * torch.tanh(z / cap)) / temperature
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_fused_head_of_model_families(patched, family):
+    model = tiny(family, **FAMILIES[family])
+    fields = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
+    utils.add_fused_lm_head(model, temperature=0.7, outputs=("log_probs", *fields))
+    hidden = []
+    model.base_model.register_forward_hook(lambda *args: hidden.append(args[-1].last_hidden_state))
+    ids = torch.randint(3, VOCAB, (6, 100))  # enough rows for a largest error to mean something
+    labels = ids.clone()
+    labels[:, :5] = -100
+    labels[1, 9:] = -100
+    out = model(input_ids=ids, labels=labels, fused_lm_head=True)
+    counted, weight = labels[:, 1:] != -100, model.get_output_embeddings().weight
+    rows, targets = hidden[0][:, :-1][counted].detach(), labels[:, 1:][counted]
+
+    def plain(dtype):
+        logp = z_of(model.config, rows.to(dtype), weight.detach().to(dtype), 0.7).log_softmax(-1)
+        chosen = logp.gather(1, targets[:, None])[:, 0]
+        return {
+            "log_probs": chosen,
+            "entropy": -(logp.exp() * logp).sum(-1),
+            "log_sum_sq_probs": (2 * logp).logsumexp(-1),
+            "mean_logits": z_of(model.config, rows.to(dtype), weight.detach().to(dtype), 0.7).mean(-1),
+        }
+
+    truth, yardstick = plain(torch.float64), plain(torch.float32)
+    for name in truth:
+        got = getattr(out, name)
+        assert got.dtype == torch.float32
+        assert_zero(name, got[~counted])
+        assert_value(name, got[counted], truth[name], yardstick[name])
+    z = z_of(model.config, rows.double(), weight.detach().double(), 0.7)
+    assert_same_bits("is_top1", out.is_top1[counted], z.argmax(-1) == targets)
+    own = model(input_ids=ids).logits[:, :-1][counted] / 0.7
+    assert_value("z", own.detach(), z, z_of(model.config, rows, weight.detach(), 0.7))  # that z is the model's own
+
+
+HEADS = [
+    (dtype, bias, frozen)
+    for dtype in (torch.float32, torch.bfloat16)
+    for bias in (False, True)
+    for frozen in (False, True)
+]
+
+
+@pytest.mark.parametrize("dtype, bias, frozen", HEADS)
+def test_chunked_logprob_contract(patched, dtype, bias, frozen):
+    torch.manual_seed(1)
+    head = utils._ChunkedLogProbFunction
+    hidden, weight = torch.randn(300, 24).to(dtype), torch.randn(VOCAB, 24).to(dtype)
+    offset = torch.randn(VOCAB).to(dtype) if bias else None
+    targets, pull = torch.randint(VOCAB, (300,)), torch.randn(2, 300)
+
+    def run(function, compute):
+        leaves = [None if x is None else x.to(compute).requires_grad_() for x in (hidden, weight, offset)]
+        if frozen:
+            leaves = [leaves[0], *(None if x is None else x.detach() for x in leaves[1:])]
+        logp, entropy = function(*leaves)
+        wanted = [x for x in leaves if x is not None and x.requires_grad]
+        total = (logp * pull[0].to(logp.dtype)).sum() + (entropy * pull[1].to(entropy.dtype)).sum()
+        return logp.detach(), entropy.detach(), torch.autograd.grad(total, wanted)
+
+    def plain(h, w, b):
+        logp = ((h @ w.T if b is None else h @ w.T + b) / 0.7).log_softmax(-1)
+        return logp.gather(1, targets[:, None])[:, 0], -(logp.exp() * logp).sum(-1)
+
+    got = run(lambda h, w, b: head.apply(h, w, b, targets, 0.7, 64)[:2], dtype)
+    truth, yardstick = run(plain, torch.float64), run(plain, torch.float32)
+    for i, name in enumerate(("logp", "entropy")):
+        assert got[i].dtype == torch.float32
+        assert_value(name, got[i], truth[i], yardstick[i])
+    for g, t, y in zip(got[2], truth[2], yardstick[2], strict=True):
+        assert g.dtype == dtype
+        assert_gradient("gradient", g, t, y)
+
+
+def test_chunked_logprob_returns_only_what_is_asked_and_marks_it(patched):
+    hidden, weight = torch.randn(4, 8, requires_grad=True), torch.randn(VOCAB, 8, requires_grad=True)
+    targets = torch.randint(VOCAB, (4,))
+    out = utils._ChunkedLogProbFunction.apply(hidden, weight, None, targets, 1.0, 64)
+    assert [x.requires_grad for x in out] == [True, True, False, False, False]
+    assert [x.dtype for x in out] == [torch.float32] * 4 + [torch.bool]
+    out = utils._ChunkedLogProbFunction.apply(
+        hidden, weight, None, targets, 1.0, 64, None, 1.0, ("log_probs", "mean_logits")
+    )
+    assert [x is None for x in out] == [False, True, True, False, True]
+
+
+def test_chunked_logprob_of_no_rows_stays_differentiable(patched):
+    hidden, weight = torch.randn(0, 8, requires_grad=True), torch.randn(VOCAB, 8, requires_grad=True)
+    out = utils._ChunkedLogProbFunction.apply(hidden, weight, None, torch.empty(0, dtype=torch.int64), 1.0, 64)
+    out[0].sum().backward()
+    assert hidden.grad.shape == (0, 8)
+    assert_zero("weight.grad", weight.grad)
+
+
+def test_a_batch_without_labels_gives_a_differentiable_zero(patched):
+    model = tiny()
+    utils.add_fused_lm_head(model)
+    ids = torch.randint(3, VOCAB, (2, 6))
+    out = model(input_ids=ids, labels=torch.full_like(ids, -100), fused_lm_head=True)
+    out.loss.backward()
+    assert out.loss.item() == 0.0
+
+
+@pytest.mark.parametrize("autocast", (torch.bfloat16, torch.float16))
+def test_autocast_decides_the_dtype_of_the_projection(patched, autocast):
+    hidden, weight = torch.randn(5, 16), torch.randn(VOCAB, 16)
+    targets = torch.randint(VOCAB, (5,))
+    with torch.autocast("cpu", dtype=autocast):
+        got = utils._ChunkedLogProbFunction.apply(hidden, weight, None, targets, 1.0, 64)[0]
+    rounded = [x.to(autocast) for x in (hidden, weight)]
+    truth, yardstick = (
+        torch.log_softmax(rounded[0].to(d) @ rounded[1].to(d).T, -1).gather(1, targets[:, None])[:, 0]
+        for d in (torch.float64, torch.float32)
+    )
+    assert_value("logp", got, truth, yardstick)
+
+
+def test_selective_log_softmax_and_entropy(patched):
+    torch.manual_seed(2)
+    logits = torch.randn(2, 7, VOCAB)[:, :-1].mul(4).requires_grad_()
+    index, mask = torch.randint(VOCAB, (2, 6)), torch.rand(2, 6) > 0.4
+    many, many_mask = torch.randint(VOCAB, (2, 6, 3)), torch.rand(2, 6, 3) > 0.4
+
+    def plain(dtype):
+        logp = (logits.detach().to(dtype) / 0.7).log_softmax(-1)
+        one = logp.gather(-1, index[..., None])[..., 0] * mask
+        return one, logp.gather(-1, many) * many_mask, -(logp.exp() * logp).sum(-1)
+
+    truth, yardstick = plain(torch.float64), plain(torch.float32)
+    logp, entropy = utils.selective_log_softmax_and_entropy(logits, index, False, 0.7, mask)
+    assert logp.requires_grad and not entropy.requires_grad
+    assert_value("entropy", entropy, truth[2] * mask, yardstick[2] * mask)
+    assert_value("logp", logp, truth[0], yardstick[0])
+    assert_value("logp", utils.selective_log_softmax(logits, index, 0.7, mask), truth[0], yardstick[0])
+    assert_value("logp of many", utils.selective_log_softmax(logits, many, 0.7, many_mask), truth[1], yardstick[1])
+    assert_value("entropy", utils.entropy_from_logits(logits / 0.7, chunk_size=2), truth[2], yardstick[2])
+    kernel = sys.modules["trl.kernels"].__dict__.get("selective_log_softmax_and_entropy")
+    if kernel is not None:  # TRL has it where Triton is installed
+        assert_value("kernel's logp", kernel(logits, index, 0.7, mask)[0], truth[0], yardstick[0])
+
+
+def test_selective_log_softmax_and_entropy_reads_the_logits_once(patched, monkeypatch):
+    calls = []
+    kernel = ours.token_logps
+    monkeypatch.setattr(ours, "token_logps", lambda *args, **kw: calls.append(kw) or kernel(*args, **kw))
+    utils.selective_log_softmax_and_entropy(torch.randn(3, VOCAB), torch.zeros(3, dtype=torch.int64))
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("name", ("cpo", "orpo"))
+def test_get_batch_logps(name, patched):
+    module = importlib.import_module(f"trl.experimental.{name}.{name}_trainer")
+    trainer = getattr(module, f"{name.upper()}Trainer")
+    again = rlfast.patch("trl")  # reaches what was imported since
+    assert f"{trainer.__module__}.{trainer.__qualname__}.get_batch_logps" in again.replaced
+    logits, labels = torch.randn(3, 8, VOCAB), torch.randint(VOCAB, (3, 8))
+    labels[:, :3] = -100
+    before = labels.clone()
+    for seq2seq in (False, True):
+        scored, wanted = (logits, labels) if seq2seq else (logits[:, :-1], labels[:, 1:])
+        counted = wanted != -100
+
+        def plain(dtype, scored=scored, wanted=wanted, counted=counted):
+            logp = scored.to(dtype).log_softmax(-1).gather(-1, wanted.clamp(min=0)[..., None])[..., 0]
+            return (logp * counted).sum(-1)
+
+        got = trainer.get_batch_logps(logits, labels, is_encoder_decoder=seq2seq)
+        assert_value("sum", got, plain(torch.float64), plain(torch.float32))
+        mean = trainer.get_batch_logps(logits, labels, average_log_prob=True, is_encoder_decoder=seq2seq)
+        assert_value("mean", mean, plain(torch.float64) / counted.sum(-1), plain(torch.float32) / counted.sum(-1))
+        assert_same_bits("labels", labels, before)
+    patched.undo()
+    assert "__wrapped__" not in vars(trainer.get_batch_logps)
+
+
+def bindings():
+    """Every global of every loaded TRL module, and get_batch_logps of the trainers that have one."""
+    found = {}
+    for name, module in list(sys.modules.items()):
+        if name == "trl" or name.startswith("trl."):
+            for key, value in list(vars(module).items()):
+                found[name, key] = value
+                if inspect.isclass(value) and "get_batch_logps" in vars(value):
+                    found[name, key, "get_batch_logps"] = vars(value)["get_batch_logps"]
+    return found
+
+
+def changed(before, after):
+    return {key for key in before if after.get(key) is not before[key]}
+
+
+def test_undo_restores_everything_and_says_what_was_replaced():
+    for name in ("cpo.cpo_trainer", "sdft.loss_utils", "tpo.tpo_trainer"):
+        importlib.import_module(f"trl.experimental.{name}")
+    before = bindings()
+    undo = rlfast.patch("trl")
+    try:
+        names = {".".join(key) for key in changed(before, bindings())}
+        assert {
+            "trl.trainer.utils._ChunkedLogProbFunction",
+            "trl.trainer.utils._use_triton",
+            "trl.trainer.utils.selective_log_softmax",
+            "trl.trainer.utils.entropy_from_logits",
+            "trl.trainer.utils.selective_log_softmax_and_entropy",
+            "trl.kernels.ChunkedLogProbFunction",
+            "trl.experimental.cpo.cpo_trainer.selective_log_softmax",
+            "trl.experimental.sdft.loss_utils.selective_log_softmax",
+            "trl.experimental.tpo.tpo_trainer.selective_log_softmax_and_entropy",
+        } <= names & set(undo.replaced)
+        assert "trl.kernels.chunked_logprob._use_triton" not in names, "TRL's own kernel must still ask the device"
+        assert all(name in repr(undo) for name in undo.replaced)
+    finally:
+        undo()
+    assert not changed(before, bindings())
+    assert not undo.active and undo.replaced == () and "undone" in repr(undo)
+    undo()
+    assert not changed(before, bindings())
+
+
+def test_undo_reaches_modules_imported_meanwhile():
+    name = "trl.experimental.a2po.a2po_trainer"
+    sys.modules.pop(name, None)
+    original = utils.selective_log_softmax
+    with rlfast.patch("trl"):
+        module = importlib.import_module(name)
+        assert module.selective_log_softmax is utils.selective_log_softmax is not original
+    assert module.selective_log_softmax is original
+
+
+def test_patching_twice_is_one_patch():
+    before = bindings()
+    with rlfast.patch("trl") as outer:
+        once = bindings()
+        with rlfast.patch("trl") as inner:
+            assert not changed(once, bindings())
+            assert inner.replaced == outer.replaced
+        assert outer.active and not changed(once, bindings())
+    assert not changed(before, bindings())
+    rlfast.patch("trl")
+    rlfast.patch("trl").undo()
+    assert not changed(before, bindings())
+
+
+def test_an_exception_inside_undoes_the_patch():
+    before = bindings()
+    with pytest.raises(KeyError), rlfast.patch("trl"):
+        raise KeyError
+    assert not changed(before, bindings())
+
+
+def test_unknown_trainer():
+    with pytest.raises(ValueError, match=r"trainer: expected one of \('trl',\), got 'trlx'"):
+        rlfast.patch("trlx")
+
+
+def test_trl_not_installed(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r"pip install \"trl==1\.16\.\*\""):
+        rlfast.patch("trl")
+
+
+def test_an_untested_version_is_refused_unless_told_otherwise(monkeypatch):
+    monkeypatch.setattr(trl, "__version__", "1.17.0")
+    with pytest.raises(RuntimeError, match=r"tested with TRL 1\.16, found 1\.17\.0.*untested=True"):
+        rlfast.patch("trl")
+    with rlfast.patch("trl", untested=True) as patch:
+        assert "trl.trainer.utils._ChunkedLogProbFunction" in patch.replaced
+
+
+def test_a_changed_signature_is_left_alone(monkeypatch, caplog):
+    monkeypatch.setattr(utils, "entropy_from_logits", lambda logits, rows_at_once=1: logits)
+    with pytest.raises(
+        RuntimeError, match=r"entropy_from_logits takes \(logits, rows_at_once\), expected \(logits, chunk_size\)"
+    ):
+        rlfast.patch("trl")
+    with caplog.at_level(logging.WARNING, "rlfast.integrations"), rlfast.patch("trl", untested=True) as patch:
+        assert "trl.trainer.utils.entropy_from_logits" not in patch.replaced
+        assert "trl.trainer.utils.selective_log_softmax" in patch.replaced
+    assert "it is left alone" in caplog.text
+
+
+class Wrapped(torch.Tensor):
+    """Stands for the tensor subclasses that sharding and quantisation bring."""
+
+
+@pytest.mark.parametrize("why", ("subclass", "device"))
+def test_the_original_runs_where_rlfast_cannot_and_says_so_once(patched, caplog, why):
+    patching._say_once.cache_clear()
+    logits, index = torch.randn(3, VOCAB), torch.randint(VOCAB, (3,))
+    if why == "subclass":
+        logits = logits.as_subclass(Wrapped)
+    else:
+        logits, index = logits.to("meta"), index.to("meta")
+    with caplog.at_level(logging.WARNING, "rlfast.integrations"):
+        for _ in range(2):
+            got = utils.selective_log_softmax(logits, index)
+    assert got.shape == index.shape
+    assert len(caplog.records) == 1
+    assert "selective_log_softmax runs as it is" in caplog.text
+
+
+def test_zero3_keeps_the_original_head(patched, caplog, monkeypatch):
+    patching._say_once.cache_clear()
+    hidden, weight, targets = torch.randn(3, 8), torch.randn(VOCAB, 8), torch.randint(VOCAB, (3,))
+    expected = patched_original(hidden, weight, targets)
+    monkeypatch.setattr("transformers.integrations.deepspeed.is_deepspeed_zero3_enabled", lambda: True)
+    monkeypatch.setattr(utils, "maybe_gather_lm_head_ctx", lambda *_: contextlib.nullcontext())
+    with caplog.at_level(logging.WARNING, "rlfast.integrations"):
+        got = utils._ChunkedLogProbFunction.apply(hidden, weight, None, targets, 1.0, 64)[0]
+    assert_same_bits("logp", got, expected)
+    assert "ZeRO-3" in caplog.text
+
+
+def patched_original(hidden, weight, targets):
+    """What TRL's own head gives, whatever is patched: the patched class derives from it."""
+    original = utils._ChunkedLogProbFunction.__bases__[0]
+    return original.apply(hidden, weight, None, targets, 1.0, 64)[0]
