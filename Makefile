@@ -13,7 +13,7 @@ STEP = $(PYTHON) tools/step.py
 SOURCES := $(shell find csrc -type f 2>/dev/null) setup.py pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all check compile sanitize mutate test-arm bench docs test-gpu bench-gpu clean
+.PHONY: help demo test test-all check format compile sanitize mutate test-arm bench docs test-gpu bench-gpu clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -35,6 +35,11 @@ check: doctor-build $(VENV)/.dev  ## ruff, clang-format and the pre-commit check
 	$(PY) -m ruff format --check .
 	git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' 'csrc/*.inc' | xargs -r $(VENV)/bin/clang-format --dry-run -Werror
 	$(PY) tools/hygiene.py
+
+format: doctor-build $(VENV)/.dev  ## rewrite the sources as ruff and clang-format want them
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+	git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' 'csrc/*.inc' | xargs -r $(VENV)/bin/clang-format -i
 
 compile: doctor-build $(VENV)/.dev  ## every Triton kernel to cubin and the CUDA sources, with no GPU; registers and spills
 	$(PY) tools/compile_kernels.py $(if $(JSON),--json $(JSON))
