@@ -104,12 +104,21 @@ def counts(tokens, sizes, row, inside):
 
 @jit
 def row_start(place, row, ALIGNED: tl.constexpr):
-    """The offset of a row's first column, in elements."""
-    offset = (row // place.inner) * tl.cast(place.stride_outer, tl.int64)
-    offset += (row % place.inner) * tl.cast(place.stride_inner, tl.int64)
+    """The offset of a row's first column, in elements. The row is int32: a 64-bit division is a subroutine."""
+    outer = row // place.inner
+    offset = outer.to(tl.int64) * place.stride_outer + (row - outer * place.inner).to(tl.int64) * place.stride_inner
     if ALIGNED:
-        offset = tl.multiple_of(offset, 16)
+        offset = offset // 16 * 16  # unlike the hint tl.multiple_of, this survives inlining
     return offset
+
+
+@jit
+def inside_of(place, column, ALIGNED: tl.constexpr):
+    """Which columns are there. A mask that might change within 16 columns would split a wide load."""
+    limit = place.columns
+    if ALIGNED:
+        limit = limit // 16 * 16
+    return column < limit
 
 
 @jit
@@ -123,10 +132,11 @@ def temperature_of(tokens, scalars, row):
 @jit
 def load_logits(x_ptr, place, tokens, row, column, ALIGNED: tl.constexpr):
     """x [·] of a row's columns in float32, the bias added."""
-    inside = column < place.columns
+    inside = inside_of(place, column, ALIGNED)
     x = tl.load(x_ptr + row_start(place, row, ALIGNED) + column, mask=inside, other=0.0).to(tl.float32)
     if tokens.bias is not None:
-        x += tl.load(tokens.bias + place.start + column, mask=inside, other=0.0).to(tl.float32)
+        first = place.start // LEAF * LEAF  # as it is, but known to be a multiple
+        x += tl.load(tokens.bias + first + column, mask=inside, other=0.0).to(tl.float32)
     return x
 
 
@@ -146,15 +156,15 @@ def fold(
     place = Place(inner, stride_outer, stride_inner, start, columns, first_row)
     sizes = Sizes(candidates, rows, vocab, leaves)
     groups = tl.cdiv(tl.cdiv(place.columns, LEAF), per_program)
-    local_row = (tl.program_id(0) // groups).to(tl.int64)
-    row = local_row + place.first_row
+    local_row = tl.program_id(0) // groups
+    row = local_row.to(tl.int64) + first_row
     if counts(tokens, sizes, row, True):
         temperature = temperature_of(tokens, scalars, row)
         softcap, logit_scale = tl.cast(scalars.softcap, tl.float32), tl.cast(scalars.logit_scale, tl.float32)
         group = tl.program_id(0) % groups
         for leaf in range(group * per_program, tl.minimum((group + 1) * per_program, tl.cdiv(place.columns, LEAF))):
             column = leaf * LEAF + tl.arange(0, LEAF)
-            inside = column < place.columns
+            inside = inside_of(place, column, ALIGNED)
             x = load_logits(x_ptr, place, tokens, local_row, column, ALIGNED)
             z = tl.where(inside, transformed(x, temperature, softcap, logit_scale, KIND), float("-inf"))
             global_leaf = place.start // LEAF + leaf
@@ -323,8 +333,8 @@ def merge_chosen(total, top_leaf, live, inside, row, tokens, sizes, scratch, mer
 
 
 def alignment(x: torch.Tensor) -> bool:
-    """Whether every row of x starts on 16 elements, so that loads may be wide."""
-    return all(stride % 16 == 0 for stride in x.stride()[:-1])
+    """Whether every row of x starts and ends on 16 elements, so that loads may be wide."""
+    return all(stride % 16 == 0 for stride in (*x.stride()[:-1], x.shape[-1]))
 
 
 def place_of(x: torch.Tensor, start: int = 0, first_row: int = 0) -> Place:

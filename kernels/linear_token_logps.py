@@ -158,7 +158,7 @@ def tile_gradient(tile, buffers, column: int, row: int, tokens: Tokens, sizes: S
     return g
 
 
-COMPILE = tuple(case for case in token_logps.COMPILE if case.full or case.dtype != torch.float16)
+COMPILE = tuple(case for case in token_logps.COMPILE if case.full or case.dtype == torch.bfloat16)
 
 
 def launch_to_compile(case: token_logps.CompileCase) -> None:

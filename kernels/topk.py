@@ -17,6 +17,7 @@ from rlfast.kernels.leaves import (
     Sizes,
     counts,
     finite,
+    inside_of,
     load_logits,
     scaled_leaf,
     temperature_of,
@@ -52,12 +53,12 @@ def fold_topk(
     place = Place(inner, stride_outer, stride_inner, start, columns, first_row)
     sizes = Sizes(candidates, rows, vocab, leaves)
     leaves_here = tl.cdiv(columns, LEAF)
-    local_row = (tl.program_id(0) // leaves_here).to(tl.int64)
+    local_row = tl.program_id(0) // leaves_here
     leaf = tl.program_id(0) % leaves_here
-    row = local_row + place.first_row
+    row = local_row.to(tl.int64) + first_row
     if counts(tokens, sizes, row, True):
         column = leaf * LEAF + tl.arange(0, LEAF)
-        inside = column < columns
+        inside = inside_of(place, column, ALIGNED)
         x = load_logits(x_ptr, place, tokens, local_row, column, ALIGNED)
         softcap, logit_scale = tl.cast(scalars.softcap, tl.float32), tl.cast(scalars.logit_scale, tl.float32)
         z = transformed(x, temperature_of(tokens, scalars, row), softcap, logit_scale, KIND)

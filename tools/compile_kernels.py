@@ -2,9 +2,10 @@
 
 python tools/compile_kernels.py [--arch 80 90 100] [--only bfloat16] [--every] [--json PATH]
 
-Triton: each ``kernels/<op>.py`` has ``COMPILE``, a list of calls, and ``launch_to_compile``, which makes one. They run on CPU
-tensors under a driver that compiles each launch and does not make it, so that what is compiled is what a GPU would be
-given. A kernel that no call reaches is an error. CUDA C++: ``nvcc`` and ``ptxas`` on every ``csrc/cuda/*.cu``.
+Triton: each ``kernels/<op>.py`` has ``COMPILE``, a list of calls, and ``launch_to_compile``, which makes one. They
+run on CPU tensors under a driver that compiles each launch and does not make it, so that what is compiled is what a
+GPU would be given. A kernel that no call reaches is an error. CUDA C++: ``nvcc`` and ``ptxas`` on every
+``csrc/cuda/*.cu``.
 
 A kernel that does not compile, or that spills registers to memory, fails.
 """

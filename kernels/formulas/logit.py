@@ -66,7 +66,7 @@ def softplus(x):
 
 @jit
 def tanh(x):
-    """tanh x to 1.4 ulps: an odd polynomial below 0.625 (Moshier's Cephes, tanhf), else 1 − 2q / (1 + q), q = e^−2|x|."""
+    """tanh x to 1.4 ulps: a polynomial below 0.625 (Moshier's Cephes, tanhf), else 1 − 2q / (1 + q), q = e^−2|x|."""
     a = tl.abs(x)
     u = x * x
     t = 2.06390887954e-2 - 5.70498872745e-3 * u

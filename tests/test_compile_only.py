@@ -1,0 +1,124 @@
+"""Triton kernels without a GPU: they compile for one, do not compile anew for every shape, and miss no kernel.
+
+Launches are compiled and not made; ``make compile`` does the same for every variant and every architecture.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from rlfast import backends
+from rlfast.ops.records import ENTROPY, Transform, Wanted
+
+ROOT = Path(__file__).resolve().parent.parent
+
+pytestmark = [
+    pytest.mark.unpoisoned,  # nothing runs: every output is garbage
+    pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION"),
+]
+
+
+@pytest.fixture(scope="module")
+def tool():
+    assert not backends.interpreting(), "the interpreter compiles nothing: run without TRITON_INTERPRET=1"
+    pytest.importorskip("triton")
+    from tools import compile_kernels
+
+    return compile_kernels
+
+
+def _variants(launched) -> dict:
+    """How often each kernel was compiled."""
+    count = {}
+    for _, kernel in {kernel.hash: (function, kernel) for function, kernel in launched}.values():
+        count[kernel.metadata.name] = count.get(kernel.metadata.name, 0) + 1
+    return count
+
+
+def _forward_and_backward(rows, vocab: int = 1008, temperature: float = 0.7):
+    from rlfast.kernels import token_logps
+
+    transform = Transform(temperature, 0.0, 1.0)
+    logits = torch.zeros(*rows, vocab, dtype=torch.bfloat16)
+    targets, row = torch.zeros(rows, dtype=torch.int64), torch.zeros(rows)
+    out = token_logps.forward(logits, targets, None, transform, Wanted(ENTROPY, 0))
+    token_logps.backward(logits, targets, None, transform, out.aux, (row, None, None), logits)
+
+
+def test_no_kernel_spills_and_none_is_missed(tool):
+    done, reached = tool.compile_triton(90, "bfloat16 scaled wide all outputs", lambda text: None)
+    assert tool.grid_kernels() == reached
+    assert not [x for x in done if x.spill]
+    assert all(0 < x.registers <= 255 for x in done)
+
+
+def test_every_op_has_cases(tool):
+    ops = {m.__name__.rpartition(".")[2] for m in tool.modules() if hasattr(m, "COMPILE")}
+    assert ops == {op for op, names in backends.IMPLEMENTED.items() if "triton" in names}
+
+
+def test_a_kernel_that_no_case_launches_is_noticed(tool, monkeypatch):
+    from rlfast.kernels import linear_token_logps, token_logps
+
+    for module in (token_logps, linear_token_logps):
+        monkeypatch.setattr(module, "COMPILE", ())
+    assert tool.grid_kernels() - tool.compile_triton(90, "", lambda text: None)[1]
+
+
+def test_row_12_no_recompilation_per_length_or_temperature(tool):
+    with tool.compile_only(90) as launched:
+        for length in range(1, 51):
+            _forward_and_backward((1, length))
+            _forward_and_backward((3, length), temperature=0.5 + length / 150)
+    assert _variants(launched) == {"fold": 1, "merge": 1, "gradient": 1}
+
+
+def test_row_12_vocabularies_compile_twice_for_wide_and_narrow_loads(tool):
+    with tool.compile_only(90) as launched:
+        for vocab in (1000, 1008, 1009, 4097, 8192, 9000):
+            _forward_and_backward((2, 2), vocab)
+    assert _variants(launched) == {"fold": 2, "merge": 1, "gradient": 2}
+
+
+def test_launches_do_not_grow_with_the_batch(tool):
+    for rows in ((1, 1), (3, 40)):
+        with tool.compile_only(90) as launched:
+            _forward_and_backward(rows)
+        assert [function.__name__ for function, _ in launched] == ["fold", "merge", "gradient"]
+
+
+def test_wide_rows_are_loaded_16_bytes_at_a_time(tool):
+    with tool.compile_only(90) as launched:
+        _forward_and_backward((2, 2), 4096)
+    for function, kernel in launched:
+        if function.__name__ != "merge":
+            assert "ld.global.v4.b32" in kernel.asm["ptx"], function.__name__
+
+
+def test_products_and_sums_are_not_fused(tool):
+    with tool.compile_only(90) as launched:
+        _forward_and_backward((2, 2))
+    for _, kernel in launched:
+        assert kernel.metadata.enable_fp_fusion is False
+
+
+def test_formulas_without_triton():
+    """What ``lang`` hands out when Triton cannot be imported, in a process of its own."""
+    program = """
+import sys
+sys.modules["triton"] = None
+import torch
+from rlfast.kernels import lang
+from rlfast.kernels.formulas import logit
+assert not lang.NATIVE and lang.tl is lang.TorchVocabulary
+x = torch.tensor([-30.0, -1.0, 0.0, 2.0])
+for f in (logit.softplus, lang.torch_version(logit.softplus)):
+    torch.testing.assert_close(f(x), torch.nn.functional.softplus(x, threshold=1e9))
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
