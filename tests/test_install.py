@@ -45,6 +45,8 @@ def environment(path: Path) -> Path:
     """A new environment that finds torch and the rest in this one's packages; its Python."""
     venv.create(path, with_pip=True)
     packages = Path(sysconfig.get_paths(vars={"base": str(path), "platbase": str(path)})["purelib"])
+    for old in (*packages.glob("setuptools*"), *packages.glob("*distutils*")):  # Python 3.11's is older than is needed
+        shutil.rmtree(old) if old.is_dir() else old.unlink()
     (packages / "borrowed.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
     return path / "bin" / "python"
 
