@@ -21,13 +21,13 @@ def train_on_command(channel, arm: str, settings: Settings) -> None:
         def on_step_begin(self, args, state, control, **_):
             channel.recv()
             torch.manual_seed(settings.seed + state.global_step)  # both arms draw the same random numbers
-            memory.__enter__()
+            memory.start()
             clock.take()
             self.start = time.perf_counter()
 
         def on_step_end(self, args, state, control, **_):
             self.whole = time.perf_counter() - self.start
-            memory.__exit__()
+            memory.stop()
 
         def on_log(self, args, state, control, logs=None, **_):
             if "grad_norm" not in logs:

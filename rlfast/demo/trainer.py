@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import tempfile
 import threading
 import time
 import warnings
 from collections import Counter
+from pathlib import Path
 
 from rlfast.demo.settings import Settings
 
@@ -46,7 +46,7 @@ def build(settings: Settings, steps: int, callbacks=()):
     if settings.threads:
         torch.set_num_threads(settings.threads)
     config = GRPOConfig(
-        output_dir=tempfile.mkdtemp(prefix="rlfast-demo-"),
+        output_dir=str(Path(settings.model) / "runs"),  # TRL makes the folder; nothing is saved to it
         per_device_train_batch_size=settings.batch,
         num_generations=settings.generations,
         max_completion_length=settings.max_completion,
@@ -139,25 +139,24 @@ class Clock:
 
 
 class PeakMemory:
-    """The largest resident memory of this process inside a ``with`` block, sampled every 10 ms."""
+    """The largest resident memory of this process between ``start`` and ``stop``, sampled every 10 ms."""
 
     def __init__(self):
         import psutil
 
         self._process, self.bytes = psutil.Process(), 0
 
-    def __enter__(self):
-        self.bytes, self._stop = 0, threading.Event()
+    def start(self) -> None:
+        self.bytes, self._ended = 0, threading.Event()
         self._thread = threading.Thread(target=self._sample, daemon=True)
         self._thread.start()
-        return self
 
     def _sample(self):
         while True:
             self.bytes = max(self.bytes, self._process.memory_info().rss)
-            if self._stop.wait(0.01):
+            if self._ended.wait(0.01):
                 return
 
-    def __exit__(self, *_):
-        self._stop.set()
+    def stop(self) -> None:
+        self._ended.set()
         self._thread.join()

@@ -53,7 +53,7 @@ def _run(channel, target, args) -> None:
         target(channel, *args)
     except EOFError:
         pass  # the parent is gone
-    except BaseException:
+    except Exception:  # whatever it was, the parent ends with it
         channel.send(Failed(traceback.format_exc()))
         raise SystemExit(1) from None
     finally:
