@@ -23,7 +23,8 @@ void backward(RLFAST_BACKWARD_ARGS, int device, Address stream) {
 
 PYBIND11_MODULE(_cuda, m) {
   m.doc() = "The CUDA C++ kernels of rlfast.";
-  m.def("token_logps_scratch", &cuda::token_logps_scratch, py::arg("rows"), py::arg("vocab"), py::arg("top_k"), py::arg("device"),
+  m.def("token_logps_scratch", &cuda::token_logps_scratch, py::arg("rows"), py::arg("vocab"), py::arg("top_k"),
+        py::arg("device"),
         "Floats of scratch that a forward needs: leaf statistics, where a row is split over several blocks.");
   m.def("token_logps_forward", &forward);
   m.def("token_logps_backward", &backward);

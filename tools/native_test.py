@@ -38,7 +38,8 @@ def build(compiler: list[str], machine: str, folder: Path, kernel_flags=(), test
     for isa, flags in isas.items():
         for source in sorted((CSRC / "cpu").glob("*.cpp")):
             if source.stem != "dispatch":
-                command = [*compiler, *setup.KERNEL, "-fopenmp", *flags, defined, f"-DRLFAST_ISA_NS={isa}", *kernel_flags]
+                named = f"-DRLFAST_ISA_NS={isa}"
+                command = [*compiler, *setup.KERNEL, "-fopenmp", *flags, defined, named, *kernel_flags]
                 jobs.append((source, folder / isa / f"{source.stem}.o", command))
     for source in (CSRC / "cpu" / "dispatch.cpp", *sorted((CSRC / "tests").glob("*.cpp"))):
         command = [*compiler, "-std=c++17", *WARNINGS, "-ffp-contract=off", defined, *test_flags]

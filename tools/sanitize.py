@@ -1,8 +1,8 @@
-"""make sanitize: the C++ kernels under the address and undefined-behaviour sanitizers, and the CUDA kernels where there is a GPU.
+"""make sanitize: the C++ kernels under ASan and UBSan, and the CUDA kernels where there is a GPU.
 
-The stand-alone test csrc/tests runs every instruction set of this processor over the adversarial shapes, in buffers of exact
-size, and the source of the CUDA kernels through csrc/tests/simt.h. Where nvidia-smi sees a GPU and compute-sanitizer is
-installed, a short call of the real CUDA kernels runs under its memcheck, racecheck and synccheck.
+The stand-alone test csrc/tests runs every instruction set of this processor over the adversarial shapes, in buffers of
+exact size, and the source of the CUDA kernels through csrc/tests/simt.h. Where nvidia-smi sees a GPU and
+compute-sanitizer is installed, a short call of the real CUDA kernels runs under its memcheck, racecheck and synccheck.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import time
 
 from native_test import ROOT, build, load_setup, run
 
-# -O1 keeps the time under three minutes; frame pointers name the line in a report. A kernel's deliberate wrap-around is unsigned.
+# -O1 keeps the time under three minutes; frame pointers name the line in a report.
 SANITIZE = ("-O1", "-g", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
 COMPUTE_SANITIZER_TOOLS = ("memcheck", "racecheck", "synccheck")
 
@@ -69,7 +69,7 @@ def sanitize_gpu() -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--plain", action="store_true", help="an optimised build without sanitizers, real vocabulary included")
+    parser.add_argument("--plain", action="store_true", help="optimised, without sanitizers, a real vocabulary too")
     plain = parser.parse_args().plain
     sanitize_cpu(plain)
     if not plain:

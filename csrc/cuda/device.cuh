@@ -183,8 +183,8 @@ RLFAST_DEVICE void store16(void* p, const Vector& v) {
 template <bool ReadOnly>
 RLFAST_DEVICE Vector load16_shifted(const char* p, int shift) {
   Vector low = load16<ReadOnly>(p - shift), high = load16<ReadOnly>(p - shift + 16);
-  uint32_t w[9] = {low.word[0],  low.word[1],  low.word[2],  low.word[3], high.word[0],
-                   high.word[1], high.word[2], high.word[3], 0};
+  uint32_t w[9] = {
+      low.word[0], low.word[1], low.word[2], low.word[3], high.word[0], high.word[1], high.word[2], high.word[3], 0};
 #pragma unroll
   for (int i = 0; i < 7; ++i) w[i] = shift & 8 ? w[i + 2] : w[i];
 #pragma unroll

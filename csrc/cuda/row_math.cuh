@@ -9,8 +9,8 @@ namespace rlfast::cuda {
 // Below this many nats under its peak a term is 0: exp(−104) < 2^-150. It also keeps −inf out of the arithmetic below.
 constexpr float kFloor = -104.0f;
 
-// exp(x) for kFloor ≤ x ≤ 0. x·log2(e) is rounded to fp32, which loses up to |x|·2^-24 of relative precision; its remainder, exact
-// by fmaf, puts it back. What is left is the error of ex2.approx, 2 ulps, as in CUDA's expf.
+// exp(x) for kFloor ≤ x ≤ 0. x·log2(e) is rounded to fp32, which loses up to |x|·2^-24 of relative precision; its remainder,
+// exact by fmaf, puts it back. What is left is the error of ex2.approx, 2 ulps, as in CUDA's expf.
 RLFAST_DEVICE float exponential(float x) {
   constexpr float log2e = 1.44269504088896341f, log2e_low = 1.92596299e-8f, ln2 = 0.693147180559945309f;
   float t = product(x, log2e);
@@ -43,7 +43,8 @@ struct RowTransform {
     return divided(x);
   }
 
-  // ∂z/∂x: through the temperature, the soft-cap (1 − tanh²u = 4e^(−2|u|) / (1 + e^(−2|u|))², which keeps its digits) and the scale.
+  // ∂z/∂x: through the temperature, the soft-cap and the scale.
+  // 1 − tanh²u = 4e^(−2|u|) / (1 + e^(−2|u|))² keeps its digits.
   RLFAST_DEVICE float slope(float x) const {
     float d = divided(scale);
     if (softcap == 0.0f) return d;

@@ -10,11 +10,11 @@ namespace rlfast::cuda {
 // logits are asked for; else 0.
 int64_t token_logps_scratch(int64_t rows, int64_t vocab, int64_t top_k, int device);
 
-void token_logps_forward(const Logits& logits, const Transform& transform, const Targets& targets, const ForwardOut& out,
-                         float* scratch, int device, void* stream);
+void token_logps_forward(const Logits& logits, const Transform& transform, const Targets& targets,
+                         const ForwardOut& out, float* scratch, int device, void* stream);
 
 // `gradient` may be the logits themselves.
-void token_logps_backward(const Logits& logits, const Transform& transform, const Targets& targets, const BackwardIn& in,
-                          const Logits& gradient, int device, void* stream);
+void token_logps_backward(const Logits& logits, const Transform& transform, const Targets& targets,
+                          const BackwardIn& in, const Logits& gradient, int device, void* stream);
 
 }  // namespace rlfast::cuda

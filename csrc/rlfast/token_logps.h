@@ -47,11 +47,11 @@ struct Targets {
 // Null where an output is not asked for. `aux` is the op's [Row.rows, rows] record: peak, log_sum, logp of each candidate, then
 // entropy, log_sum_sq_probs, mean_logits and tail_mass as asked; each pointer below points at its row of it.
 struct ForwardOut {
-  float* logp;     // [rows, candidates]
-  float* lse;      // [rows]
-  float* entropy;  // [rows]
-  uint8_t* is_top1;  // [rows, candidates]
-  float* topk_logp;  // [rows, top_k], descending
+  float* logp;        // [rows, candidates]
+  float* lse;         // [rows]
+  float* entropy;     // [rows]
+  uint8_t* is_top1;   // [rows, candidates]
+  float* topk_logp;   // [rows, top_k], descending
   int64_t* topk_ids;  // [rows, top_k]
   int64_t top_k;
   float* peak;

@@ -144,9 +144,7 @@ inline F exp_term(F t, F hi) {
 }
 
 // exp(x) for any x ≤ 88: 0 for −inf, NaN for NaN.
-inline F exp(F x) {
-  return exp_scaled(max(set1(-115.0f), x), set1(1.44269502f), set1(1.92596303e-8f));
-}
+inline F exp(F x) { return exp_scaled(max(set1(-115.0f), x), set1(1.44269502f), set1(1.92596303e-8f)); }
 
 // y = tanh(k·x) and the part of its derivative that depends on x, 1 − y² = 4E/(1 + E)² with E = exp(−2|k·x|), which keeps
 // its digits where 1 − y² would cancel.

@@ -17,12 +17,12 @@ void test_token_logps(const Kernels& k, const std::string& isa, bool large) {
     for (int threads : {1, 2}) {
       if (threads == 2 && s.vocab * s.inner < 10000) continue;
       TokenCase c(s);
-      Report r{isa + ", token_logps, " + s.name + ", dtype " + std::to_string(int(s.dtype)) + ", V = " +
-               std::to_string(s.vocab) + ", fill " + std::to_string(int(s.fill))};
+      Report r{isa + ", token_logps, " + s.name + ", dtype " + std::to_string(int(s.dtype)) +
+               ", V = " + std::to_string(s.vocab) + ", fill " + std::to_string(int(s.fill))};
       k.token_logps_forward(c.records(c.logits.get()), c.transform(), c.targets(), c.forward_out(), threads);
       c.check_forward(r);
-      k.token_logps_backward(c.records(c.logits.get()), c.transform(), c.targets(), c.backward_in(), c.gradient_records(),
-                             threads);
+      k.token_logps_backward(c.records(c.logits.get()), c.transform(), c.targets(), c.backward_in(),
+                             c.gradient_records(), threads);
       c.check_backward(r);
     }
 }
@@ -36,8 +36,9 @@ void timed(const std::string& name, Test test) {
   auto start = std::chrono::steady_clock::now();
   int64_t checks_before = checks, failures_before = failures;
   test();
-  std::printf("%-44s %9lld checks %6lld failures %6.1f s\n", name.c_str(), static_cast<long long>(checks - checks_before),
-              static_cast<long long>(failures - failures_before), seconds_since(start));
+  std::printf("%-44s %9lld checks %6lld failures %6.1f s\n", name.c_str(),
+              static_cast<long long>(checks - checks_before), static_cast<long long>(failures - failures_before),
+              seconds_since(start));
   std::fflush(stdout);
 }
 

@@ -35,7 +35,7 @@ struct Matrix {
 };
 
 class LinearCase {
- public:
+public:
   explicit LinearCase(const LinearShape& shape)
       : s(shape),
         hidden(s.dtype, s.rows, s.depth, s.pad),
@@ -72,7 +72,8 @@ class LinearCase {
   }
 
   void run(const Kernels& k, Report& r) {
-    Head head{hidden.data.get(), weight.data.get(), bias.data.get(), s.dtype, s.rows, s.depth, s.vocab, hidden.stride, weight.stride};
+    Head head{hidden.data.get(), weight.data.get(), bias.data.get(), s.dtype,      s.rows,
+              s.depth,           s.vocab,           hidden.stride,   weight.stride};
     Transform transform{nullptr, float(s.options.temperature), float(s.options.softcap), float(s.options.scale)};
     Targets targets{ids.get(), mask.get(), s.candidates};
     ForwardOut o{};
@@ -88,7 +89,7 @@ class LinearCase {
     check(r);
   }
 
- private:
+private:
   bool live(int64_t row) { return ids[row * s.candidates] != kIgnoreIndex && (!s.masked || mask[row]); }
   bool wild(int64_t row) { return s.wild && row == 1; }
 
@@ -102,14 +103,17 @@ class LinearCase {
   }
 
   void check(Report& r) {
-    std::vector<double> gh(s.rows * s.depth), gw(s.vocab * s.depth), gb(s.vocab), size_w(s.vocab * s.depth), size_b(s.vocab);
+    std::vector<double> gh(s.rows * s.depth), gw(s.vocab * s.depth), gb(s.vocab), size_w(s.vocab * s.depth),
+        size_b(s.vocab);
     double noise = 4e-7 * std::sqrt(double(s.depth)) + 4e-6;
     for (int64_t row = 0; row < s.rows; ++row) {
       std::string at = " of row " + std::to_string(row);
       if (!live(row) || wild(row)) {
         if (!live(row)) r.same("skipped lse" + at, lse[row], 0);
-        for (int64_t k = 0; k < s.candidates; ++k) r.same("logp" + at, logp[row * s.candidates + k], live(row) ? NAN : 0);
-        for (int64_t d = 0; !live(row) && d < s.depth && g_hidden.rows; ++d) r.same("skipped gradient" + at, g_hidden(row, d), 0);
+        for (int64_t k = 0; k < s.candidates; ++k)
+          r.same("logp" + at, logp[row * s.candidates + k], live(row) ? NAN : 0);
+        for (int64_t d = 0; !live(row) && d < s.depth && g_hidden.rows; ++d)
+          r.same("skipped gradient" + at, g_hidden(row, d), 0);
         continue;
       }
       std::vector<double> x = logits(row);
@@ -121,7 +125,8 @@ class LinearCase {
       if (s.top_k) {
         std::vector<double> sorted = truth.log_p;
         std::sort(sorted.begin(), sorted.end(), std::greater<>());
-        for (int64_t k = 0; k < s.top_k; ++k) r.near("topk logp" + at, topk_logp[row * s.top_k + k], sorted[k], noise * 4);
+        for (int64_t k = 0; k < s.top_k; ++k)
+          r.near("topk logp" + at, topk_logp[row * s.top_k + k], sorted[k], noise * 4);
       }
       std::vector<double> size_h(s.depth);
       for (int64_t v = 0; v < s.vocab; ++v) {
@@ -176,13 +181,14 @@ void test_linear(const Kernels& k, const std::string& isa) {
       all.push_back({type, 29, 64, 1100, 1, 0, true, keep, false, false, {0.7, 0, 1}, 7, 3, 2});
       all.push_back({type, 9, 67, 2100, 2, 3, true, keep, false, true, {1.2, 20, 0.5}, 7, 1, 2});
     }
-    for (int needs = 0; needs < 7; ++needs) all.push_back({type, 7, 19, 130, 1, 0, true, needs % 2 == 0, false, false, {}, needs});
+    for (int needs = 0; needs < 7; ++needs)
+      all.push_back({type, 7, 19, 130, 1, 0, true, needs % 2 == 0, false, false, {}, needs});
     all.push_back({type, 0, 8, 40});
   }
   for (const LinearShape& s : all) {
     Report r{isa + ", linear_token_logps, dtype " + std::to_string(int(s.dtype)) + ", " + std::to_string(s.rows) + "x" +
-             std::to_string(s.depth) + "x" + std::to_string(s.vocab) + (s.keep ? ", kept" : ", recomputed") + ", needs " +
-             std::to_string(s.needs)};
+             std::to_string(s.depth) + "x" + std::to_string(s.vocab) + (s.keep ? ", kept" : ", recomputed") +
+             ", needs " + std::to_string(s.needs)};
     LinearCase(s).run(k, r);
   }
 }

@@ -65,7 +65,13 @@ struct TokenCase {
   }
 
   Logits records(void* data) const {
-    return {static_cast<char*>(data) + s.lead * width(s.dtype), s.dtype, s.outer, s.inner, s.vocab, stride_outer, stride_inner};
+    return {static_cast<char*>(data) + s.lead * width(s.dtype),
+            s.dtype,
+            s.outer,
+            s.inner,
+            s.vocab,
+            stride_outer,
+            stride_inner};
   }
   Logits gradient_records() {
     if (s.inplace) return records(logits.get());
@@ -93,7 +99,13 @@ struct TokenCase {
   }
   BackwardIn backward_in() {
     ForwardOut o = forward_out();
-    return {o.peak, o.log_sum, o.saved_logp, o.saved_entropy, g_logp.get(), g_lse.get(), s.moments ? g_entropy.get() : nullptr};
+    return {o.peak,
+            o.log_sum,
+            o.saved_logp,
+            o.saved_entropy,
+            g_logp.get(),
+            g_lse.get(),
+            s.moments ? g_entropy.get() : nullptr};
   }
 
   bool counted(int64_t row, int64_t k) { return ids[row * s.candidates + k] != kIgnoreIndex; }
@@ -116,15 +128,32 @@ struct TokenCase {
     double common = s.dtype == DType::f32 ? 1e6 : 3e4;
     for (int64_t j = 0; j < s.vocab; ++j) {
       switch (s.fill) {
-        case Fill::normal: break;
-        case Fill::large_offset: v[j] += common; break;
-        case Fill::negative_offset: v[j] -= s.dtype == DType::f32 ? 1e6 : 1e4; break;
-        case Fill::leading_block: v[j] = j < std::min<int64_t>(4096, s.vocab - 1) ? -kInfinity : v[j]; break;
-        case Fill::half_masked: v[j] = j % 2 && j != target ? -kInfinity : v[j]; break;
-        case Fill::margins: v[j] = j == target ? kMargins[row % 5] + std::log(double(s.vocab)) : 0; break;
-        case Fill::nan_row: v[j] = row == 1 && j == s.vocab / 2 ? NAN : v[j]; break;
-        case Fill::inf_row: v[j] = row == 1 && j == s.vocab / 2 ? kInfinity : v[j]; break;
-        case Fill::ties: v[j] = std::round(v[j]); break;
+        case Fill::normal:
+          break;
+        case Fill::large_offset:
+          v[j] += common;
+          break;
+        case Fill::negative_offset:
+          v[j] -= s.dtype == DType::f32 ? 1e6 : 1e4;
+          break;
+        case Fill::leading_block:
+          v[j] = j < std::min<int64_t>(4096, s.vocab - 1) ? -kInfinity : v[j];
+          break;
+        case Fill::half_masked:
+          v[j] = j % 2 && j != target ? -kInfinity : v[j];
+          break;
+        case Fill::margins:
+          v[j] = j == target ? kMargins[row % 5] + std::log(double(s.vocab)) : 0;
+          break;
+        case Fill::nan_row:
+          v[j] = row == 1 && j == s.vocab / 2 ? NAN : v[j];
+          break;
+        case Fill::inf_row:
+          v[j] = row == 1 && j == s.vocab / 2 ? kInfinity : v[j];
+          break;
+        case Fill::ties:
+          v[j] = std::round(v[j]);
+          break;
       }
     }
     RowOptions o = s.options;
@@ -196,7 +225,8 @@ struct TokenCase {
       r.same("skipped saved logp" + at, o.saved_logp[k * rows + row], 0);
       r.same("skipped is_top1" + at, o.is_top1[row * s.candidates + k], 0);
     }
-    for (const float* out : {o.lse, o.peak, o.log_sum, o.entropy, o.saved_entropy, o.log_sum_sq_probs, o.mean_logits, o.tail_mass})
+    for (const float* out :
+         {o.lse, o.peak, o.log_sum, o.entropy, o.saved_entropy, o.log_sum_sq_probs, o.mean_logits, o.tail_mass})
       if (out) r.same("skipped" + at, out[row], 0);
     for (int64_t k = 0; k < s.top_k; ++k) {
       r.same("skipped topk_ids" + at, double(o.topk_ids[row * s.top_k + k]), -1);
@@ -244,7 +274,8 @@ struct TokenCase {
       int64_t begin = (s.lead + g.offset(row)) * bytes;
       std::memcpy(expected.get() + begin, logits.get() + begin, s.vocab * bytes);
     }
-    if (std::memcmp(expected.get(), logits.get(), logits.n) != 0) r.fail("bytes outside the rows were written", 1, 0, 0);
+    if (std::memcmp(expected.get(), logits.get(), logits.n) != 0)
+      r.fail("bytes outside the rows were written", 1, 0, 0);
   }
 
   // ∂L/∂z_j = g_logp·(1[j = target] − p_j) + g_lse·p_j − g_entropy·p_j·(log p_j + H), then ∂z/∂x.

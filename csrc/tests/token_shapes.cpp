@@ -66,7 +66,8 @@ void add_transforms(std::vector<Shape>& all) {
     for (const RowOptions& o : options)
       for (bool per_row : {false, true}) {
         Shape s;
-        s.name = "transform", s.dtype = type, s.vocab = 1100, s.inner = 4, s.options = o, s.per_row_temperature = per_row;
+        s.name = "transform", s.dtype = type, s.vocab = 1100, s.inner = 4, s.options = o,
+        s.per_row_temperature = per_row;
         s.top_k = 3, s.fill = per_row ? Fill::half_masked : Fill::normal;
         if (s.fill == Fill::half_masked && o.scale < 0) s.fill = Fill::normal;
         all.push_back(s);
