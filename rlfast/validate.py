@@ -41,7 +41,7 @@ def positive(name: str, x) -> float:
     """A finite float > 0."""
     if isinstance(x, bool) or not isinstance(x, numbers.Real):
         fail(name, "a float > 0", repr(x), TypeError)
-    if not (x > 0 and math.isfinite(x)):
+    if not 0 < x < math.inf:  # no isfinite: Dynamo cannot trace it for a float that it made symbolic
         fail(name, "a finite float > 0", repr(x))
     return float(x)
 
@@ -50,6 +50,6 @@ def finite(name: str, x) -> float:
     """A finite float."""
     if isinstance(x, bool) or not isinstance(x, numbers.Real):
         fail(name, "a float", repr(x), TypeError)
-    if not math.isfinite(x):
+    if not -math.inf < x < math.inf:
         fail(name, "a finite float", repr(x))
     return float(x)

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import torch
 
-from tests.cases import ALL, DIFFERENTIABLE, Problem, as_head, f32, head_of, interpreted, logits_of, targets_of
+from tests.cases import ALL, DIFFERENTIABLE, Problem, as_head, f32, few, head_of, logits_of, targets_of
+
+ROW_COUNT, NAN_ROWS = few(12, 3), few(24, 4)
 
 
 def _problem(op: str, logits, targets=None, **fields) -> Problem:
@@ -28,19 +30,19 @@ def _dense(op: str, rows: int, vocab: int, dtype, spread: float = 2.0, **fields)
 
 def leading_minus_inf(op: str) -> Problem:
     """A running maximum that is still −inf after the first block: Liger's GRPO, Unsloth, fla, flash-attn#1930."""
-    logits = logits_of(8, 6000)
+    logits = logits_of(ROW_COUNT, 6000)
     logits[:, :4096] = -torch.inf
-    return _problem(op, logits, 4096 + targets_of(8, 6000 - 4096))
+    return _problem(op, logits, 4096 + targets_of(ROW_COUNT, 6000 - 4096))
 
 
 def half_minus_inf(op: str) -> Problem:
     """0·(−inf) in the entropy and in its gradient: TRL, Unsloth, VeOmni#720, SkyRL#2259."""
-    logits = logits_of(8, 3000)
+    logits = logits_of(ROW_COUNT, 3000)
     if op == "token_logps":
-        logits[torch.rand(8, 3000, generator=torch.Generator().manual_seed(4)) < 0.5] = -torch.inf
+        logits[torch.rand(ROW_COUNT, 3000, generator=torch.Generator().manual_seed(4)) < 0.5] = -torch.inf
     else:
         logits[:, ::2] = -torch.inf
-    return _problem(op, logits, targets_of(8, 1500) * 2 + 1)
+    return _problem(op, logits, targets_of(ROW_COUNT, 1500) * 2 + 1)
 
 
 def target_minus_inf(op: str) -> Problem:
@@ -59,94 +61,96 @@ def one_possible_token(op: str) -> Problem:
 
 def far_below_zero(op: str) -> Problem:
     """A running maximum that starts at 0: verl, SkyRL#2141."""
-    return _problem(op, logits_of(8, 3000) - 1e4)
+    return _problem(op, logits_of(ROW_COUNT, 3000) - 1e4)
 
 
 def offset_1e6(op: str) -> Problem:
     """log-sum-exp rounded to the offset's ulp: PyTorch's own log_softmax is right, lse − x is not."""
-    return _problem(op, logits_of(8, 3000) + 1e6)
+    return _problem(op, logits_of(ROW_COUNT, 3000) + 1e6)
 
 
 def offset_3e4_bf16(op: str) -> Problem:
     """The same where an ulp of the logits is 128."""
-    return _problem(op, logits_of(8, 3000, spread=300.0).add(3e4).bfloat16())
+    return _problem(op, logits_of(ROW_COUNT, 3000, spread=300.0).add(3e4).bfloat16())
 
 
 def offset_3e4_f16(op: str) -> Problem:
     """The same near the largest float16."""
-    return _problem(op, logits_of(8, 3000, spread=30.0).add(3e4).half())
+    return _problem(op, logits_of(ROW_COUNT, 3000, spread=30.0).add(3e4).half())
 
 
 def beyond_32(op: str) -> Problem:
     """Logits staged in float16 or exponentials without a maximum: Liger SM90."""
-    return _dense(op, 8, 3000, torch.float32, spread=60.0)
+    return _dense(op, ROW_COUNT, 3000, torch.float32, spread=60.0)
 
 
 def beyond_32_bf16(op: str) -> Problem:
     """The same from bfloat16 inputs."""
-    return _dense(op, 8, 3000, torch.bfloat16, spread=60.0)
+    return _dense(op, ROW_COUNT, 3000, torch.bfloat16, spread=60.0)
 
 
 def beyond_float16(op: str) -> Problem:
     """Logits that float16 cannot hold, from inputs that it can."""
     if op == "token_logps":
-        return _problem(op, logits_of(8, 3000, spread=2e4).clamp(-6e4, 6e4).half())
-    inputs = head_of(8, 48, 3000, torch.float16)
-    return Problem({k: x * 200 for k, x in inputs.items()}, targets_of(8, 3000), {}, ALL, DIFFERENTIABLE)
+        return _problem(op, logits_of(ROW_COUNT, 3000, spread=2e4).clamp(-6e4, 6e4).half())
+    inputs = head_of(ROW_COUNT, 48, 3000, torch.float16)
+    return Problem({k: x * 200 for k, x in inputs.items()}, targets_of(ROW_COUNT, 3000), {}, ALL, DIFFERENTIABLE)
 
 
 def temperature_06(op: str) -> Problem:
     """Temperature applied in bf16, or not to the entropy: miles#1554, OpenRLHF#1319, TRL#3029."""
-    return _dense(op, 8, 3000, torch.bfloat16, options={"temperature": f32(0.6)})
+    return _dense(op, ROW_COUNT, 3000, torch.bfloat16, options={"temperature": f32(0.6)})
 
 
 def temperature_13(op: str) -> Problem:
     """The same with a temperature above 1."""
-    return _dense(op, 8, 3000, torch.bfloat16, options={"temperature": f32(1.3)})
+    return _dense(op, ROW_COUNT, 3000, torch.bfloat16, options={"temperature": f32(1.3)})
 
 
 def temperature_per_token(op: str) -> Problem:
     """The same with one temperature a token."""
-    return _dense(op, 8, 3000, torch.bfloat16, options={"temperature": torch.linspace(0.3, 2.0, 8)})
+    return _dense(op, ROW_COUNT, 3000, torch.bfloat16, options={"temperature": torch.linspace(0.3, 2.0, ROW_COUNT)})
 
 
 def gemma2_softcap(op: str) -> Problem:
     """A soft-cap that is dropped, or left out of the gradient: unsloth#11277, #10616."""
-    return _dense(op, 8, 3000, torch.bfloat16, spread=20.0, options={"softcap": 30.0, "temperature": f32(0.7)})
+    return _dense(op, ROW_COUNT, 3000, torch.bfloat16, spread=20.0, options={"softcap": 30.0, "temperature": f32(0.7)})
 
 
 def softcap_saturated(op: str) -> Problem:
     """tanh at ±1: its derivative underflows, and must not become NaN."""
-    return _dense(op, 8, 3000, torch.float32, spread=2000.0, options={"softcap": 30.0})
+    return _dense(op, ROW_COUNT, 3000, torch.float32, spread=2000.0, options={"softcap": 30.0})
 
 
 def cohere_scale(op: str) -> Problem:
     """A logit scale that is dropped."""
-    return _dense(op, 8, 3000, torch.bfloat16, spread=40.0, options={"logit_scale": 0.0625})
+    return _dense(op, ROW_COUNT, 3000, torch.bfloat16, spread=40.0, options={"logit_scale": 0.0625})
 
 
 def granite_scale(op: str) -> Problem:
     """logits / logits_scaling, with a temperature."""
     options = {"logit_scale": f32(1 / 6), "temperature": f32(1.3)}
-    return _dense(op, 8, 3000, torch.bfloat16, spread=20.0, options=options)
+    return _dense(op, ROW_COUNT, 3000, torch.bfloat16, spread=20.0, options=options)
 
 
 def negative_scale(op: str) -> Problem:
     """The largest logit becomes the smallest: a maximum taken before the scale would be wrong."""
-    return _dense(op, 8, 3000, torch.float32, options={"logit_scale": -0.5, "top_k": 3})
+    return _dense(op, ROW_COUNT, 3000, torch.float32, options={"logit_scale": -0.5, "top_k": 3})
 
 
 def all_masked(op: str) -> Problem:
     """Nothing to normalise by: Liger#1082, #1298."""
-    return _dense(op, 8, 300, torch.float32, options={"mask": torch.zeros(8, dtype=torch.bool), "top_k": 2})
+    return _dense(
+        op, ROW_COUNT, 300, torch.float32, options={"mask": torch.zeros(ROW_COUNT, dtype=torch.bool), "top_k": 2}
+    )
 
 
 def all_ignored(op: str) -> Problem:
     """The same by −100."""
     return (
-        _dense(op, 8, 300, torch.float32, targets=torch.full((8,), -100))
+        _dense(op, ROW_COUNT, 300, torch.float32, targets=torch.full((ROW_COUNT,), -100))
         if op == "token_logps"
-        else Problem(head_of(8, 48, 300), torch.full((8,), -100), {}, ALL, DIFFERENTIABLE)
+        else Problem(head_of(ROW_COUNT, 48, 300), torch.full((ROW_COUNT,), -100), {}, ALL, DIFFERENTIABLE)
     )
 
 
@@ -161,23 +165,23 @@ def masked_sequence(op: str) -> Problem:
 def garbage_in_masked_rows(op: str) -> Problem:
     """Padding may hold anything; a NaN times a zero gradient is still a NaN."""
     rows = torch.tensor([0, 3, 4])
-    mask = torch.ones(8, dtype=torch.bool)
+    mask = torch.ones(6, dtype=torch.bool)
     mask[rows[:2]] = False
-    targets = targets_of(8, 2100)
+    targets = targets_of(6, 2100)
     targets[4] = -100
-    inputs = {"logits": logits_of(8, 2100)} if op == "token_logps" else head_of(8, 48, 2100, bias=True)
+    inputs = {"logits": logits_of(6, 2100)} if op == "token_logps" else head_of(6, 48, 2100, bias=True)
     garbage = torch.tensor([torch.nan, torch.inf, -torch.inf]).unsqueeze(-1)
     inputs["logits" if op == "token_logps" else "hidden"][rows] = garbage
-    options = {"mask": mask, "softcap": 20.0, "temperature": torch.linspace(0.5, 1.5, 8), "top_k": 2}
+    options = {"mask": mask, "softcap": 20.0, "temperature": torch.linspace(0.5, 1.5, 6), "top_k": 2}
     return Problem(inputs, targets, options, ALL, DIFFERENTIABLE)
 
 
 def nan_row(op: str) -> Problem:
     """NaN in is NaN out, for that row only."""
-    inputs = {"logits": logits_of(24, 3000)} if op == "token_logps" else head_of(24, 48, 3000)
+    inputs = {"logits": logits_of(NAN_ROWS, 3000)} if op == "token_logps" else head_of(NAN_ROWS, 48, 3000)
     inputs["logits" if op == "token_logps" else "hidden"][2, 17] = torch.nan
     outputs = tuple(name for name in ALL if name != "is_top1")
-    return Problem(inputs, targets_of(24, 3000), {}, outputs, DIFFERENTIABLE, needs=("logits", "hidden"))
+    return Problem(inputs, targets_of(NAN_ROWS, 3000), {}, outputs, DIFFERENTIABLE, needs=("logits", "hidden"))
 
 
 def nan_in_a_later_leaf(op: str) -> Problem:
@@ -201,9 +205,10 @@ def all_minus_inf_row(op: str) -> Problem:
 
 def near_certain(op: str) -> Problem:
     """log p > 0 by rounding: verl#2656."""
-    logits = logits_of(64, 500, spread=0.5)
-    targets = targets_of(64, 500)
-    logits[torch.arange(64), targets] += torch.linspace(8, 30, 64)
+    n = few(64, 6)
+    logits = logits_of(n, 500, spread=0.5)
+    targets = targets_of(n, 500)
+    logits[torch.arange(n), targets] += torch.linspace(8, 30, n)
     return _problem(op, logits, targets)
 
 
@@ -228,7 +233,7 @@ def one_token_vocabulary(op: str) -> Problem:
 
 def two_token_vocabulary(op: str) -> Problem:
     """A binary choice: log p = −softplus of a difference."""
-    return _problem(op, logits_of(30, 2, spread=6.0), options={"top_k": 1, "temperature": f32(0.6)})
+    return _problem(op, logits_of(few(30, 6), 2, spread=6.0), options={"top_k": 1, "temperature": f32(0.6)})
 
 
 def uniform(op: str) -> Problem:
@@ -240,7 +245,7 @@ def odd_vocabulary(vocab: int):
     """A vocabulary that no block divides: quack, verl#2899."""
 
     def build(op: str) -> Problem:
-        rows = 2 if interpreted() else 5
+        rows = few(5, 2)
         if op == "token_logps":
             return _dense(op, rows, vocab, torch.bfloat16, options={"top_k": 3})
         return Problem(
@@ -253,7 +258,7 @@ def odd_vocabulary(vocab: int):
 
 def entropy_of_256k_bf16(op: str) -> Problem:
     """Entropy that drifts in bf16: TRL's own docstring."""
-    rows = 1 if interpreted() else 4
+    rows = few(4, 1)
     if op == "token_logps":
         return _dense(op, rows, 256_000, torch.bfloat16, spread=1.0, grads=("entropy",))
     return Problem(head_of(rows, 16, 256_000, torch.bfloat16), targets_of(rows, 256_000), {}, ALL, ("entropy",))
@@ -261,13 +266,32 @@ def entropy_of_256k_bf16(op: str) -> Problem:
 
 def head_gradient_over_many_rows(op: str) -> Problem:
     """Gradients that accumulate in bf16 across chunks and splits: verl, NeMo-RL, prime-rl, Liger."""
-    rows = 96 if interpreted() else 3000
+    rows = few(3000, 20)
     call = {} if op == "token_logps" else {"memory_budget": 0}
     logits, head = {"logits": logits_of(rows, 130, torch.bfloat16)}, head_of(rows, 40, 130, torch.bfloat16)
     inputs = logits if op == "token_logps" else head
     return Problem(inputs, targets_of(rows, 130), {}, ("logp",), ("logp",), upstream="ones", call=call)
 
 
+# The problems whose logits are the sums of a projection: a head of one-hot states gives the others exactly.
+PROJECTED = (
+    beyond_32,
+    beyond_32_bf16,
+    beyond_float16,
+    temperature_06,
+    temperature_13,
+    temperature_per_token,
+    gemma2_softcap,
+    softcap_saturated,
+    cohere_scale,
+    granite_scale,
+    negative_scale,
+    masked_sequence,
+    garbage_in_masked_rows,
+    nan_row,
+    head_gradient_over_many_rows,
+    entropy_of_256k_bf16,
+)
 ROWS = {
     f"{number:02d}-{build.__name__}": build
     for number, build in (

@@ -17,6 +17,7 @@ from __future__ import annotations
 from contextlib import nullcontext
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from rlfast import backends
 from rlfast.ops.records import Transform, Wanted, allocate
@@ -99,6 +100,7 @@ class _LinearTokenLogps(torch.autograd.Function):
         return (*asked, kept)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, *grads):
         grads, needs = differentiable(grads, ctx.wanted), list(ctx.needs_input_grad[:3])
         if all(g is None for g in grads):

@@ -15,6 +15,7 @@ logits themselves. ``grads`` is (g_logp, g_lse, g_entropy), each contiguous, or 
 from __future__ import annotations
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from rlfast import backends
 from rlfast.ops.records import Outputs, Transform, Wanted, allocate
@@ -92,6 +93,7 @@ class _TokenLogps(torch.autograd.Function):
         return tuple(asked)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, *grads):
         if ctx.spent:
             raise RuntimeError(

@@ -1,0 +1,102 @@
+"""What must hold for any shape and any options, found by hypothesis."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import rlfast
+from rlfast import backends
+from tests.cases import ALL, DIFFERENTIABLE, Problem, check, f32, head_of, interpreted, logits_of, run, targets_of
+from tests.numerics import assert_value
+
+OP = "linear_token_logps"  # whose backends both ops have
+CALM = settings(
+    max_examples=8 if interpreted() else 40,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+
+
+@st.composite
+def problems(draw, op: str):
+    """A call of the op with a shape, a dtype and options of any kind."""
+    most = 3 if interpreted() else 40
+    rows, vocab = draw(st.integers(16, 40) if most == 40 else st.integers(1, 3)), draw(st.integers(3, 2300))
+    dtype = draw(st.sampled_from((torch.float32, torch.bfloat16, torch.float16)))
+    seed = draw(st.integers(0, 2**16))
+    if op == "token_logps":
+        inputs = {"logits": logits_of(rows, vocab, dtype, seed, draw(st.sampled_from((0.1, 2.0, 30.0))))}
+    else:
+        inputs = head_of(rows, draw(st.integers(8, 80)), max(vocab, 64), dtype, draw(st.booleans()), seed)
+        vocab = max(vocab, 64)
+    targets = targets_of(rows, vocab, draw(st.sampled_from((0, 2))), seed)
+    options = {
+        "temperature": f32(draw(st.floats(0.2, 5.0))),
+        "softcap": draw(st.sampled_from((None, 5.0, 30.0))),
+        "logit_scale": f32(draw(st.sampled_from((1.0, 0.1, 3.0)))),
+        "top_k": draw(st.sampled_from((None, 3))),
+    }
+    if draw(st.booleans()):
+        options["mask"] = torch.rand(rows, generator=torch.Generator().manual_seed(seed)) < 0.7
+    grads = draw(st.sampled_from((("logp",), ("entropy",), DIFFERENTIABLE)))
+    return Problem(inputs, targets, options, ALL, grads)
+
+
+@pytest.mark.parametrize("op", tuple(backends.IMPLEMENTED))
+def test_any_problem_is_right(backend, device, op):
+    @CALM
+    @given(problems(op))
+    def holds(problem):
+        check(problem, backend, device)
+
+    holds()
+
+
+@CALM
+@given(rows=st.integers(1, 6), vocab=st.integers(2, 1500), spread=st.floats(0.0, 300.0), seed=st.integers(0, 999))
+def test_what_a_distribution_obeys(backend, device, rows, vocab, spread, seed):
+    """Σp = 1, log p ≤ 0, 0 ≤ H ≤ log V, −log V ≤ log Σp² ≤ 0, H ≥ −log Σp²; top-1 is the largest log p."""
+    logits = logits_of(rows, vocab, seed=seed, spread=spread)
+    every = torch.arange(vocab).expand(rows, vocab)
+    if interpreted():
+        every = every[:, :4].contiguous()
+    problem = Problem({"logits": logits}, every, {"top_k": min(3, vocab)}, ALL, ())
+    out, _ = run(problem, backend, device)
+    logp, bound = out.logp.cpu(), torch.tensor(float(vocab)).log() * (1 + 1e-6) + 1e-6
+    assert (logp <= 0).all() and (out.entropy >= 0).all() and (out.entropy.cpu() <= bound).all()
+    assert (out.log_sum_sq_probs.cpu() <= 1e-6).all() and (out.log_sum_sq_probs.cpu() >= -bound).all()
+    if not interpreted():
+        total = logp.double().exp().sum(-1)
+        own = torch.log_softmax(logits, -1).double().exp().sum(-1)
+        assert_value("Σp", total, torch.ones_like(total), own)
+        assert (out.is_top1.sum(-1) == 1).all()
+        assert torch.equal(logp.gather(-1, out.topk_ids.cpu()).argmax(-1), torch.zeros(rows).long())
+
+
+@CALM
+@given(offset=st.floats(-1e4, 1e4), seed=st.integers(0, 999))
+def test_a_common_offset_changes_nothing_but_lse(backend, device, offset, seed):
+    """log p, entropy and gradients of (z + c) are those of z, where z + c is exact."""
+    logits = torch.randint(-40, 40, (3, 700), generator=torch.Generator().manual_seed(seed)).float() / 4
+    moved = logits + round(offset)
+    problem = Problem({"logits": logits}, targets_of(3, 700, seed=seed), {}, ("logp", "entropy"), ("logp", "entropy"))
+    here, grads = run(problem, backend, device)
+    there, moved_grads = run(
+        Problem({"logits": moved}, problem.targets, {}, problem.outputs, problem.grads), backend, device
+    )
+    for name in ("logp", "entropy"):
+        a, b = getattr(there, name).cpu(), getattr(here, name).cpu()
+        assert_value(name, a, b.double(), b)
+    assert_value("gradient", moved_grads["logits"].cpu(), grads["logits"].cpu().double(), grads["logits"].cpu())
+
+
+def test_the_poison_works():
+    """Memory that nothing wrote is NaN, garbage or True here."""
+    assert torch.empty(3).isnan().all() and torch.empty_like(torch.ones(2)).isnan().all()
+    assert torch.ones(1).new_empty(2).isnan().all() and (torch.empty(2, dtype=torch.int64) < -(1 << 40)).all()
+    assert torch.empty(2, dtype=torch.bool).all()
+    assert rlfast.token_logps(torch.zeros(2, 3), torch.tensor([0, 1])).logp.isfinite().all()
