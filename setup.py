@@ -17,7 +17,7 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
@@ -172,6 +172,12 @@ class Build(build_ext):
 
 if __name__ == "__main__":  # tools/native_test.py imports the flags above
     setup(
+        packages=[
+            *find_packages(include=["rlfast", "rlfast.*"]),
+            "rlfast.kernels",
+            *(f"rlfast.kernels.{name}" for name in find_packages("kernels")),
+        ],
+        package_dir={"rlfast.kernels": "kernels"},
         ext_modules=[Extension("rlfast._cpu", []), Extension("rlfast._cuda", [])],
         cmdclass={"build_ext": Build},
     )
