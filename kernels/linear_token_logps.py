@@ -5,11 +5,11 @@ so that ``merge`` sees what it would see of the whole tensor. Backward: a tile i
 ``gradient`` turns it into ∂L/∂logits, and two GEMMs use it up. dHidden accumulates in float32 over tiles, dWeight
 within a tile of the vocabulary.
 
-Precision. Logits are float32 accumulators, never rounded to the inputs' dtype. ∂L/∂logits goes into the GEMMs as two
-bfloat16 numbers (high + low: 16 significant bits, relative error 2⁻¹⁷ a term, a 256th of what the result's bfloat16
-keeps), which costs two bfloat16 GEMMs where float32 would cost the tensor cores. float16 operands are themselves
-split in two, exactly, because their range would lose small probabilities; low·low (2⁻¹⁸) is left out: three GEMMs.
-float32 inputs use float32 GEMMs, under the caller's own ``torch.backends.cuda.matmul`` precision.
+Precision. Logits are float32 accumulators, never rounded to the inputs' dtype. ∂L/∂logits goes into the GEMMs as
+three bfloat16 numbers, which hold all 24 bits of a float32: with two, an error of 2⁻¹⁷ a term shows where a
+gradient's terms cancel. That is three bfloat16 GEMMs where float32 would give up the tensor cores. float16 operands
+are split in two, exactly, because their range would lose small probabilities; products below 2⁻²⁴ are left out: five
+GEMMs. float32 inputs use float32 GEMMs, under the caller's own ``torch.backends.cuda.matmul`` precision.
 
 Rows that are skipped cost their share of the GEMMs: gathering the others would synchronise with the host.
 """
@@ -22,8 +22,8 @@ from rlfast.kernels.token_logps import Saved, batch_of, launch_fold, launch_grad
 from rlfast.kernels.topk import allocate_heads
 from rlfast.ops.records import Transform, Wanted, allocate
 
-# A tile is at most this, and at most a 24th of the logits: with ∂L/∂logits beside it, under a tenth. 256 MiB is 4096 ×
-# 16384 float32, whose GEMM is long enough (0.5 TFLOP at D = 4096) to hide its launch and its tail.
+# A tile is at most this, and at most a 32nd of the logits: with ∂L/∂logits beside it (6 bytes for 4), under a tenth.
+# 256 MiB is 4096 × 16384 float32, whose GEMM is long enough (0.5 TFLOP at D = 4096) to hide its launch and its tail.
 TILE_BYTES = 256 << 20
 TILE_ROWS = 4096
 FEWEST_ROWS = 128  # one row of cuBLAS's own tiles
@@ -31,7 +31,7 @@ FEWEST_ROWS = 128  # one row of cuBLAS's own tiles
 
 def tile_shape(rows: int, vocab: int) -> tuple[int, int]:
     """(rows, columns) of a tile; the columns are whole leaves."""
-    room = min(TILE_BYTES, 4 * rows * vocab // 24) // 4
+    room = min(TILE_BYTES, 4 * rows * vocab // 32) // 4
     tile_rows = min(rows, TILE_ROWS)
     columns = room // tile_rows // LEAF.value * LEAF.value
     if columns == 0:
@@ -58,10 +58,10 @@ def pieces(x) -> list[torch.Tensor]:
 
 
 def add_products(total, left, right) -> None:
-    """total += Σ left_i·right_j, without the products of two low parts."""
+    """total += Σ left_i·right_j, each part being 2⁻⁸ of the one before, without what is below 2⁻²⁴."""
     for i, a in enumerate(left):
         for j, b in enumerate(right):
-            if i + j <= 1:
+            if i + j <= 2:
                 total += product(a, b)
 
 
@@ -136,10 +136,10 @@ def without_skipped(hidden, targets, mask) -> torch.Tensor:
 
 
 def allocate_tiles(hidden, rows: int, columns: int, kept) -> tuple:
-    """(logits, [high, low] or [gradient]): float32 gradients overwrite the logits unless those are kept."""
+    """(logits, [high, middle, low] or [gradient]): float32 gradients overwrite the logits unless those are kept."""
     logits = None if kept.numel() else hidden.new_empty((rows, columns), dtype=torch.float32)
     if hidden.dtype != torch.float32:
-        return logits, [hidden.new_empty((rows, columns), dtype=torch.bfloat16) for _ in range(2)]
+        return logits, [hidden.new_empty((rows, columns), dtype=torch.bfloat16) for _ in range(3)]
     return logits, [hidden.new_empty((rows, columns), dtype=torch.float32) if logits is None else logits]
 
 
@@ -151,10 +151,10 @@ def logits_tile(hidden, head, kept, buffers, rows: slice, columns: slice) -> tor
 
 
 def tile_gradient(tile, buffers, column: int, row: int, tokens: Tokens, sizes: Sizes, transform, saved: Saved) -> list:
-    """∂L/∂logits of a tile, as one float32 tensor or as high and low bfloat16."""
+    """∂L/∂logits of a tile, as one float32 tensor or as high, middle and low bfloat16."""
     g = [x[: tile.shape[0], : tile.shape[1]] for x in buffers[1]]
-    place, low = place_of(tile, column, row), g[1] if len(g) > 1 else None
-    launch_gradient(tile, g[0], low, place, tokens, sizes, transform, saved)
+    place, rest = place_of(tile, column, row), g[1:] or (None, None)
+    launch_gradient(tile, g[0], rest, place, tokens, sizes, transform, saved)
     return g
 
 

@@ -68,11 +68,11 @@ class Saved(NamedTuple):
 
 @jit(do_not_specialize=["out_outer", "out_inner", *INTS])
 def gradient(
-    x_ptr, out_ptr, low_ptr, tokens, scalars, saved, out_outer, out_inner,
+    x_ptr, out_ptr, middle_ptr, low_ptr, tokens, scalars, saved, out_outer, out_inner,
     inner, stride_outer, stride_inner, start, columns, first_row, candidates, rows, vocab, leaves,
     KIND: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    """∂L/∂x of BLOCK columns of a row; grid: rows × blocks. With ``low_ptr``, as the sum of two numbers of out's dtype.
+    """∂L/∂x of BLOCK columns of a row; grid: rows × blocks. With ``low_ptr``, as a sum of three numbers.
 
     ∂L/∂z_j = Σ_k g_k·(1[j = t_k] − p_j) + g_lse·p_j − g_entropy·p_j·(log p_j + H)
     """
@@ -95,7 +95,10 @@ def gradient(
     high = g.to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + at, high, mask=inside)
     if low_ptr is not None:
-        tl.store(low_ptr + at, (g - high.to(tl.float32)).to(low_ptr.dtype.element_ty), mask=inside)
+        rest = g - high.to(tl.float32)
+        middle = rest.to(middle_ptr.dtype.element_ty)
+        tl.store(middle_ptr + at, middle, mask=inside)
+        tl.store(low_ptr + at, (rest - middle.to(tl.float32)).to(low_ptr.dtype.element_ty), mask=inside)
 
 
 @jit
@@ -179,11 +182,11 @@ def launch_merge(tokens: Tokens, sizes: Sizes, scratch, heads, out: Outputs, wan
         )  # fmt: skip
 
 
-def launch_gradient(x, out, low, place: Place, tokens, sizes: Sizes, transform: Transform, saved: Saved) -> None:
+def launch_gradient(x, out, rest, place: Place, tokens, sizes: Sizes, transform: Transform, saved: Saved) -> None:
     """∂L/∂logits of a tensor or a tile."""
     rows, blocks, to = x.numel() // place.columns, -(-place.columns // BLOCK.value), place_of(out)
     gradient[(rows * blocks,)](
-        x, out, low, tokens, scalars_of(transform), saved, to.stride_outer, to.stride_inner, *place, *sizes,
+        x, out, *rest, tokens, scalars_of(transform), saved, to.stride_outer, to.stride_inner, *place, *sizes,
         KIND=kind_of(transform), ALIGNED=alignment(x) and alignment(out), **OPTIONS,
     )  # fmt: skip
 
@@ -210,7 +213,7 @@ def backward(logits, targets, mask, transform: Transform, aux, grads, out) -> No
     rows = logits.numel() // logits.shape[-1]
     tokens, sizes = batch_of(targets, mask, transform, None, rows, logits.shape[-1])
     with torch.cuda.device_of(logits):
-        launch_gradient(logits, out, None, place_of(logits), tokens, sizes, transform, Saved(aux, *grads))
+        launch_gradient(logits, out, (None, None), place_of(logits), tokens, sizes, transform, Saved(aux, *grads))
 
 
 class CompileCase(NamedTuple):
