@@ -1,6 +1,6 @@
 """Builds the compiled extensions; everything else is in pyproject.toml.
 
-``rlfast._cpu`` is built from csrc/cpu/*.cpp, each file once per instruction set, and ``rlfast._cuda`` from csrc/cuda/*.cu
+``rlfast._cpu`` is built from csrc/cpu/*.cpp, each file once per instruction set, ``rlfast._cuda`` from csrc/cuda/*.cu
 where ``nvcc`` is found. Neither needs torch. What cannot be built does not stop the install: the reason goes to
 rlfast/_build_record.py, and ``rlfast info`` shows it. RLFAST_BUILD_CUDA=0 leaves the CUDA extension out.
 """
@@ -24,7 +24,8 @@ ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
 RECORD = "rlfast/_build_record.py"
 
-COMMON = ("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-fno-math-errno", "-fno-trapping-math")
+COMMON = ("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra")
+COMMON += ("-fno-math-errno", "-fno-trapping-math")
 # One text must give the same bits wherever it is inlined: a compiler may not fuse products and sums on its own.
 KERNEL = (*COMMON, "-ffp-contract=off", "-Wno-uninitialized", "-Wno-maybe-uninitialized")
 AVX2 = ("-mavx2", "-mfma", "-mf16c")

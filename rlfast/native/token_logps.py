@@ -27,7 +27,8 @@ def _inputs(logits, targets, mask, transform: Transform) -> tuple:
     temperature, tensor = transform.temperature, isinstance(transform.temperature, torch.Tensor)
     return (
         logits.data_ptr(), DTYPES[logits.dtype], shape[0] if lead == 2 else 1, shape[-2], shape[-1], *_strides(logits),
-        temperature.data_ptr() if tensor else 0, 1.0 if tensor else temperature, transform.softcap, transform.logit_scale,
+        temperature.data_ptr() if tensor else 0, 1.0 if tensor else temperature,
+        transform.softcap, transform.logit_scale,
         targets.data_ptr(), _address(mask), targets.shape[-1] if targets.dim() > lead else 1,
     )  # fmt: skip
 
@@ -61,6 +62,7 @@ def backward(logits, targets, mask, transform: Transform, aux, grads, out) -> No
     """See ``rlfast/ops/token_logps.py``."""
     extension, last = _extension(logits)
     extension.token_logps_backward(
-        *_inputs(logits, targets, mask, transform), aux.data_ptr(), *map(_address, grads), out.data_ptr(), *_strides(out),
+        *_inputs(logits, targets, mask, transform), aux.data_ptr(), *map(_address, grads), out.data_ptr(),
+        *_strides(out),
         *last,
     )  # fmt: skip
