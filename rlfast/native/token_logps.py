@@ -34,7 +34,7 @@ def _inputs(logits, targets, mask, transform: Transform) -> tuple:
 
 
 def _extension(logits):
-    """The extension for these logits, and what its kernels take last: an instruction set and threads, or a device and stream."""
+    """The extension, and what its kernels take last: an instruction set and threads, or a device and a stream."""
     if logits.is_cuda:
         device = logits.device
         return backends.extension("cuda"), (device.index, torch.cuda.current_stream(device).cuda_stream)
