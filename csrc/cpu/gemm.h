@@ -33,9 +33,7 @@ struct Float32Words {
 #if defined(__AVX512BF16__)
 // A word holds two bf16: c + a₁·b₁ + a₀·b₀, with exact products and float32 sums.
 struct Bf16Words {
-  static F fma(const float* a, F b, F c) {
-    return _mm512_dpbf16_ps(c, (__m512bh)_mm512_set1_ps(*a), (__m512bh)b);
-  }
+  static F fma(const float* a, F b, F c) { return _mm512_dpbf16_ps(c, (__m512bh)_mm512_set1_ps(*a), (__m512bh)b); }
 };
 #endif
 
@@ -93,8 +91,8 @@ GemmTile gemm_tile_of(int64_t rows, std::integer_sequence<int, kRows...>) {
 
 // The last columns of C, fewer than a tile has, by way of a whole tile beside it.
 template <class Words>
-void gemm_edge(GemmTile tile, int64_t rows, int64_t cols, int64_t depth, Strided a, const float* b, float* c, int64_t ldc,
-               bool accumulate) {
+void gemm_edge(GemmTile tile, int64_t rows, int64_t cols, int64_t depth, Strided a, const float* b, float* c,
+               int64_t ldc, bool accumulate) {
   alignas(64) float whole[kTileRows * kTileCols];
   tile(depth, a, b, whole, kTileCols, false);
   for (int64_t i = 0; i < rows; ++i) {

@@ -65,7 +65,8 @@ void pack_transposed(const typename Row::Element* x, int64_t ldx, int64_t rows, 
     float* block = panel + Row::words(i) * kTileCols;
     int64_t k = 0;
     for (; k + 4 <= words; k += 4) {
-      for (int r = 0; r < kTileCols; r += 4) transpose_4x4(staged + r * kElements + k, kElements, block + k * kTileCols + r, kTileCols);
+      for (int r = 0; r < kTileCols; r += 4)
+        transpose_4x4(staged + r * kElements + k, kElements, block + k * kTileCols + r, kTileCols);
     }
     for (; k < words; ++k) {
       for (int r = 0; r < kTileCols; ++r) block[k * kTileCols + r] = staged[r * kElements + k];

@@ -34,7 +34,7 @@ inline void prefer_huge_pages(void* data, int64_t bytes) {
 // instruction sets.
 template <class T>
 class Buffer {
- public:
+public:
   explicit Buffer(int64_t n) : data_(static_cast<T*>(::operator new(static_cast<size_t>(n) * sizeof(T), kLine))) {
     prefer_huge_pages(data_, n * static_cast<int64_t>(sizeof(T)));
   }
@@ -44,7 +44,7 @@ class Buffer {
   T* get() const { return data_; }
   T& operator[](int64_t i) const { return data_[i]; }
 
- private:
+private:
   static constexpr std::align_val_t kLine{64};
   T* data_;
 };
@@ -95,7 +95,7 @@ template <class T>
 class LinearHead {
   using Row = typename RowOf<T>::type;
 
- public:
+public:
   LinearHead(const Head& head, const CountedRows& rows)
       : head_(head), rows_(rows), words_(Row::words(head.depth)), lda_(pitch(words_)), hidden_(rows.count * lda_) {}
 
@@ -119,12 +119,12 @@ class LinearHead {
   // The logits of counted rows i to i + rows in one leaf, to c [rows, kLeafPitch].
   void project(int64_t leaf, const float* packed, int64_t i, int64_t rows, float* c) const {
     const int64_t columns = round_up(width(leaf), kTileCols);
-    gemm<typename Row::Words>(rows, columns, words_, {hidden_.get() + i * lda_, lda_, 1}, {packed, kTileCols * words_}, c,
-                              kLeafPitch, false);
+    gemm<typename Row::Words>(rows, columns, words_, {hidden_.get() + i * lda_, lda_, 1}, {packed, kTileCols * words_},
+                              c, kLeafPitch, false);
     if (head_.bias) add_bias(leaf, rows, c);
   }
 
- private:
+private:
   void add_bias(int64_t leaf, int64_t rows, float* c) const {
     const T* bias = static_cast<const T*>(head_.bias) + leaf * kLeaf;
     const int64_t n = width(leaf);

@@ -43,7 +43,7 @@ struct Grid {
 
 template <class T>
 class Forward {
- public:
+public:
   Forward(const Head& head, const Transform& transform, const Targets& targets, const ForwardOut& out, float* kept,
           int threads)
       : targets_(targets),
@@ -85,8 +85,8 @@ class Forward {
 #pragma omp for schedule(static)
       for (int64_t i = 0; i < count_; ++i) {
         write_row(&leaves_[i * grid_.leaves], head.vocab, &found_[i * targets_.candidates], targets_.candidates,
-                  out_.top_k ? &best_[i] : nullptr, scales_[i], sums_, &merge_[thread() * grid_.leaves], out_, rows_.at[i],
-                  head.rows);
+                  out_.top_k ? &best_[i] : nullptr, scales_[i], sums_, &merge_[thread() * grid_.leaves], out_,
+                  rows_.at[i], head.rows);
       }
     }
     for (int64_t row = 0; row < head.rows; ++row) {
@@ -94,7 +94,7 @@ class Forward {
     }
   }
 
- private:
+private:
   void run_job(int64_t job, float* scratch) {
     const int64_t leaves_each = grid_.leaves / grid_.leaf_groups;
     const int64_t first = job / grid_.row_groups * leaves_each, begin = job % grid_.row_groups * grid_.rows_each;
@@ -159,9 +159,9 @@ constexpr int64_t kBlockCols = 192;
 
 template <class T>
 class Backward {
- public:
-  Backward(const Head& head, const Transform& transform, const Targets& targets, const BackwardIn& in, const float* kept,
-           const HeadGradients& out, int threads)
+public:
+  Backward(const Head& head, const Transform& transform, const Targets& targets, const BackwardIn& in,
+           const float* kept, const HeadGradients& out, int threads)
       : targets_(targets),
         in_(in),
         out_(out),
@@ -174,8 +174,7 @@ class Backward {
         kept_(kept),
         linear_(head, rows_),
         dlogits_(count_ * kLeafPitch),
-        packed_(kept ? 0 : linear_.packed_size()),
-        weight_(out.hidden ? kLeaf * depth_ : 0),
+        weight_(std::max(out.hidden ? kLeaf * depth_ : 0, kept ? 0 : linear_.packed_size())),
         hidden_(out.weight ? count_ * depth_ : 0),
         d_hidden_(out.hidden ? count_ * depth_ : 0),
         tiles_(threads * kBlockRows * kBlockCols),
@@ -204,22 +203,16 @@ class Backward {
 #pragma omp for schedule(static)
       for (int64_t p = 0; p < (out_.weight ? panels_ : 0); ++p) pack_hidden(p);
       for (int64_t leaf = 0; leaf * kLeaf < head.vocab; ++leaf) {
-        const int64_t transposed = kept_ ? 0 : ceil_div(linear_.width(leaf), kTileCols);
-        const int64_t packing = transposed + (out_.hidden ? panels_ : 0);
-        // Kept logits need no packed weights: their dlogits are made beside the packing, without a barrier between.
+        if (!kept_) make_dlogits_again(leaf, row_jobs);
+        const int64_t packing = out_.hidden ? panels_ : 0;
+        // Kept logits become dlogits beside the packing, without a barrier between.
 #pragma omp for schedule(dynamic, 1)
         for (int64_t job = 0; job < packing + (kept_ ? row_jobs : 0); ++job) {
-          if (job < transposed) {
-            linear_.pack(leaf, job, packed_.get());
-          } else if (job < packing) {
-            pack_weight(leaf, job - transposed);
+          if (job < packing) {
+            pack_weight(leaf, job);
           } else {
             make_dlogits(leaf, job - packing);
           }
-        }
-        if (!kept_) {
-#pragma omp for schedule(dynamic, 1)
-          for (int64_t job = 0; job < row_jobs; ++job) make_dlogits(leaf, job);
         }
         const int64_t for_hidden = out_.hidden ? ceil_div(count_, kBlockRows) * groups_ : 0;
         const int64_t for_weight = out_.weight ? ceil_div(linear_.width(leaf), kBlockRows) * groups_ : 0;
@@ -239,18 +232,29 @@ class Backward {
       if (out_.hidden) {
 #pragma omp for schedule(static)
         for (int64_t i = 0; i < count_; ++i) {
-          write_row_of(d_hidden_.get() + i * depth_, head.depth, false, static_cast<T*>(out_.hidden) + rows_.at[i] * head.depth);
+          write_row_of(d_hidden_.get() + i * depth_, head.depth, false,
+                       static_cast<T*>(out_.hidden) + rows_.at[i] * head.depth);
         }
       }
     }
     if (!out_.hidden) return;
     for (int64_t row = 0; row < head.rows; ++row) {
-      if (skipped(targets_, row)) std::memset(static_cast<T*>(out_.hidden) + row * head.depth, 0, head.depth * sizeof(T));
+      if (skipped(targets_, row))
+        std::memset(static_cast<T*>(out_.hidden) + row * head.depth, 0, head.depth * sizeof(T));
     }
   }
 
- private:
+private:
   const int64_t* ids(int64_t row) const { return targets_.ids + row * targets_.candidates; }
+
+  // Called by every thread.
+  void make_dlogits_again(int64_t leaf, int64_t row_jobs) {
+    const int64_t transposed = ceil_div(linear_.width(leaf), kTileCols);
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t p = 0; p < transposed; ++p) linear_.pack(leaf, p, weight_.get());
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t job = 0; job < row_jobs; ++job) make_dlogits(leaf, job);
+  }
 
   void pack_hidden(int64_t p) {
     const int64_t cols = std::min<int64_t>(kTileCols, linear_.head().depth - p * kTileCols);
@@ -267,7 +271,7 @@ class Backward {
   void make_dlogits(int64_t leaf, int64_t job) {
     const int64_t begin = job * rows_each_, end = std::min(count_, begin + rows_each_), n = linear_.width(leaf);
     const int64_t vocab = linear_.head().vocab, rows = linear_.head().rows, candidates = targets_.candidates;
-    if (!kept_) linear_.project(leaf, packed_.get(), begin, end - begin, dlogits_.get() + begin * kLeafPitch);
+    if (!kept_) linear_.project(leaf, weight_.get(), begin, end - begin, dlogits_.get() + begin * kLeafPitch);
     float* at_target = &at_target_[thread() * candidates];
     for (int64_t i = begin; i < end; ++i) {
       float* d = dlogits_.get() + i * kLeafPitch;
@@ -276,7 +280,8 @@ class Backward {
       const auto here = [&](int64_t k) { return id[k] >= leaf * kLeaf && id[k] < leaf * kLeaf + n; };
       for (int64_t k = 0; k < candidates; ++k) {
         if (!here(k)) continue;
-        at_target[k] = target_dlogit(x[id[k] % kLeaf], k, scales_[i], grads_[i], in_, id, candidates, rows_.at[i], rows);
+        at_target[k] =
+            target_dlogit(x[id[k] % kLeaf], k, scales_[i], grads_[i], in_, id, candidates, rows_.at[i], rows);
       }
       dlogits_span<Store::cached>(x, d, n, scales_[i], grads_[i]);
       for (int64_t k = 0; k < candidates; ++k) {
@@ -329,8 +334,7 @@ class Backward {
   const float* kept_;
   LinearHead<T> linear_;
   Buffer<float> dlogits_;   // [count, kLeafPitch]: of one leaf
-  Buffer<float> packed_;    // a leaf's weight, transposed: only where logits are made again
-  Buffer<float> weight_;    // [panels, kLeaf, kTileCols]
+  Buffer<float> weight_;    // a leaf's, transposed while logits are made again, then [panels, kLeaf, kTileCols]
   Buffer<float> hidden_;    // [panels, count, kTileCols]
   Buffer<float> d_hidden_;  // [count, depth]
   Buffer<float> tiles_;     // [threads, kBlockRows, kBlockCols]
@@ -349,30 +353,34 @@ void zero_gradients(const Head& head, const HeadGradients& out) {
 
 }  // namespace
 
-void linear_token_logps_forward(
-    const Head& head, const Transform& transform, const Targets& targets, const ForwardOut& out, float* kept, int threads) {
+void linear_token_logps_forward(const Head& head, const Transform& transform, const Targets& targets,
+                                const ForwardOut& out, float* kept, int threads) {
   switch (head.dtype) {
-    case DType::f32: return Forward<float>(head, transform, targets, out, kept, threads).run();
-    case DType::bf16: return Forward<bf16>(head, transform, targets, out, kept, threads).run();
-    case DType::f16: return Forward<f16>(head, transform, targets, out, kept, threads).run();
+    case DType::f32:
+      return Forward<float>(head, transform, targets, out, kept, threads).run();
+    case DType::bf16:
+      return Forward<bf16>(head, transform, targets, out, kept, threads).run();
+    case DType::f16:
+      return Forward<f16>(head, transform, targets, out, kept, threads).run();
   }
 }
 
 template <class T>
-void run_backward(
-    const Head& head, const Transform& transform, const Targets& targets, const BackwardIn& in, const float* kept,
-    const HeadGradients& out, int threads) {
+void run_backward(const Head& head, const Transform& transform, const Targets& targets, const BackwardIn& in,
+                  const float* kept, const HeadGradients& out, int threads) {
   if (CountedRows(targets, head.rows).count == 0) return zero_gradients<T>(head, out);
   Backward<T>(head, transform, targets, in, kept, out, threads).run();
 }
 
-void linear_token_logps_backward(
-    const Head& head, const Transform& transform, const Targets& targets, const BackwardIn& in, const float* kept,
-    const HeadGradients& out, int threads) {
+void linear_token_logps_backward(const Head& head, const Transform& transform, const Targets& targets,
+                                 const BackwardIn& in, const float* kept, const HeadGradients& out, int threads) {
   switch (head.dtype) {
-    case DType::f32: return run_backward<float>(head, transform, targets, in, kept, out, threads);
-    case DType::bf16: return run_backward<bf16>(head, transform, targets, in, kept, out, threads);
-    case DType::f16: return run_backward<f16>(head, transform, targets, in, kept, out, threads);
+    case DType::f32:
+      return run_backward<float>(head, transform, targets, in, kept, out, threads);
+    case DType::bf16:
+      return run_backward<bf16>(head, transform, targets, in, kept, out, threads);
+    case DType::f16:
+      return run_backward<f16>(head, transform, targets, in, kept, out, threads);
   }
 }
 
