@@ -1,7 +1,7 @@
 """Token log-probs from hidden states by the compiled kernels: the ``cpu`` backend.
 
-The arguments are listed in ``csrc/bindings.h``. ``kept`` holds the float32 logits, before the transform, of the rows that
-count, one after the other from its first row on.
+The arguments are listed in ``csrc/bindings.h``. ``kept`` holds the float32 logits, before the transform, of the rows
+that count, one after the other from its first row on.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ def _inputs(hidden, weight, bias, targets, mask, transform: Transform) -> tuple:
     temperature, tensor = transform.temperature, isinstance(transform.temperature, torch.Tensor)
     return (
         hidden.data_ptr(), weight.data_ptr(), _address(bias), DTYPES[hidden.dtype], *hidden.shape, weight.shape[0],
-        _row_stride(hidden), _row_stride(weight), temperature.data_ptr() if tensor else 0, 1.0 if tensor else temperature,
-        transform.softcap, transform.logit_scale, targets.data_ptr(), _address(mask),
+        _row_stride(hidden), _row_stride(weight),
+        temperature.data_ptr() if tensor else 0, 1.0 if tensor else temperature, transform.softcap, transform.logit_scale, targets.data_ptr(), _address(mask),
         targets.shape[1] if targets.dim() > 1 else 1,
     )  # fmt: skip
 
@@ -49,7 +49,7 @@ def backward(hidden, weight, bias, targets, mask, transform: Transform, aux, gra
         torch.empty(x.shape if need else (0,), dtype=hidden.dtype) for x, need in zip(like, needs, strict=True)
     )
     backends.extension("cpu").linear_token_logps_backward(
-        *_inputs(hidden, weight, bias, targets, mask, transform), aux.data_ptr(), *map(_address, grads), kept.data_ptr(),
-        *(x.data_ptr() for x in out), backends.isa(), torch.get_num_threads(),
+        *_inputs(hidden, weight, bias, targets, mask, transform), aux.data_ptr(), *map(_address, grads),
+        kept.data_ptr(), *(x.data_ptr() for x in out), backends.isa(), torch.get_num_threads(),
     )  # fmt: skip
     return out
