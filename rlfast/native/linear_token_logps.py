@@ -22,8 +22,8 @@ def _inputs(hidden, weight, bias, targets, mask, transform: Transform) -> tuple:
     return (
         hidden.data_ptr(), weight.data_ptr(), _address(bias), DTYPES[hidden.dtype], *hidden.shape, weight.shape[0],
         _row_stride(hidden), _row_stride(weight),
-        temperature.data_ptr() if tensor else 0, 1.0 if tensor else temperature, transform.softcap, transform.logit_scale, targets.data_ptr(), _address(mask),
-        targets.shape[1] if targets.dim() > 1 else 1,
+        temperature.data_ptr() if tensor else 0, 1.0 if tensor else temperature, transform.softcap,
+        transform.logit_scale, targets.data_ptr(), _address(mask), targets.shape[1] if targets.dim() > 1 else 1,
     )  # fmt: skip
 
 
