@@ -61,7 +61,7 @@ def one_possible_token(op: str) -> Problem:
 
 def far_below_zero(op: str) -> Problem:
     """A running maximum that starts at 0: verl, SkyRL#2141."""
-    return _problem(op, logits_of(ROW_COUNT, 3000) - 1e4)
+    return _problem(op, logits_of(ROW_COUNT, 3003) - 1e4)
 
 
 def offset_1e6(op: str) -> Problem:

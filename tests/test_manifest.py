@@ -1,4 +1,4 @@
-"""`make test` and `make test-all` together run every op on every backend: what they collect is looked at, not trusted."""
+"""`make test` and `make test-all` each run every op on every backend: what they collect is looked at, not trusted."""
 
 from __future__ import annotations
 
@@ -34,6 +34,7 @@ def collected(line: str) -> set[tuple[str, str]]:
     arguments = words[words.index("pytest") + 1 :]
     while "-n" in arguments:  # no workers for a listing
         del arguments[arguments.index("-n") : arguments.index("-n") + 2]
+    arguments = [word for word in arguments if word != "-q"]  # a second -q would list files only
     command = [sys.executable, "-m", "pytest", *arguments, "--collect-only", "-q"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
