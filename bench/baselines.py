@@ -64,7 +64,7 @@ class ChunkedLogps(torch.autograd.Function):
         out = torch.empty_like(logits)
         for at in range(0, logits.shape[0], ROWS):
             rows = slice(at, at + ROWS)
-            x = logits[rows].float().sub_(lse[rows, None]).exp_().mul_(-g[rows, None])
+            x = (logits[rows].float() - lse[rows, None]).exp_().mul_(-g[rows, None])
             x.scatter_add_(-1, targets[rows, None], g[rows, None])
             out[rows] = x
         return out, None

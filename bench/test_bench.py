@@ -41,6 +41,16 @@ def test_time(benchmark, prepared, case, name):
     benchmark(run)
 
 
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+def test_no_arm_changes_its_inputs(case):
+    data = suite.inputs(case)
+    before = {name: x.clone() for name, x in data.items()}
+    for name, run in arms.build(case, data).items():
+        if "compile" not in name:  # compiling takes most of a minute a case
+            run()
+            assert all(torch.equal(x, before[key]) for key, x in data.items()), name
+
+
 def test_a_wrong_answer_gets_no_time():
     case = CASES[0]
     data = suite.inputs(case)
