@@ -65,7 +65,7 @@ def run(command) -> None:
 
 def find_compiler() -> list[str]:
     named = os.environ.get("CXX", "").split()
-    for command in ([named] if named else [["g++"], ["clang++"], ["c++"]]):
+    for command in [named] if named else [["g++"], ["clang++"], ["c++"]]:
         if shutil.which(command[0]):
             return command
     raise NotBuilt(f"no C++ compiler: {' '.join(named) or 'g++'} is not on PATH")

@@ -18,9 +18,8 @@ T* at(Address address) {
 }
 
 // The rows of the op's `aux` [rows of the record, n] in their order: Row.of in rlfast/ops/records.py.
-inline ForwardOut forward_out(
-    Address logp, Address lse, Address entropy, Address is_top1, Address topk_logp, Address topk_ids, int64_t top_k,
-    Address aux, int bits, int64_t candidates, int64_t n) {
+inline ForwardOut forward_out(Address logp, Address lse, Address entropy, Address is_top1, Address topk_logp,
+                              Address topk_ids, int64_t top_k, Address aux, int bits, int64_t candidates, int64_t n) {
   float* row = at<float>(aux);
   const auto next = [&](bool there) {
     float* here = there ? row : nullptr;
@@ -46,8 +45,8 @@ inline ForwardOut forward_out(
   return out;
 }
 
-inline BackwardIn backward_in(
-    Address aux, Address g_logp, Address g_lse, Address g_entropy, int64_t candidates, int64_t n) {
+inline BackwardIn backward_in(Address aux, Address g_logp, Address g_lse, Address g_entropy, int64_t candidates,
+                              int64_t n) {
   const float* row = at<const float>(aux);
   BackwardIn in{};
   in.peak = row;
@@ -61,19 +60,20 @@ inline BackwardIn backward_in(
 }
 
 // What a forward and a backward share: the logits, the transform, the targets.
-#define RLFAST_INPUT_ARGS                                                                                           \
+#define RLFAST_INPUT_ARGS                                                                                             \
   Address logits, int dtype, int64_t outer, int64_t inner, int64_t vocab, int64_t stride_outer, int64_t stride_inner, \
       Address temperatures, float temperature, float softcap, float logit_scale, Address ids, Address mask,           \
       int64_t candidates
 
-#define RLFAST_INPUT_RECORDS                                                                              \
-  Logits{at<void>(logits), static_cast<DType>(dtype), outer, inner, vocab, stride_outer, stride_inner},   \
-      Transform{at<const float>(temperatures), temperature, softcap, logit_scale},                        \
-      Targets { at<const int64_t>(ids), at<const uint8_t>(mask), candidates }
+#define RLFAST_INPUT_RECORDS                                                                            \
+  Logits{at<void>(logits), static_cast<DType>(dtype), outer, inner, vocab, stride_outer, stride_inner}, \
+      Transform{at<const float>(temperatures), temperature, softcap, logit_scale}, Targets {            \
+    at<const int64_t>(ids), at<const uint8_t>(mask), candidates                                         \
+  }
 
-#define RLFAST_FORWARD_OUT_ARGS                                                                        \
-  Address logp, Address lse, Address entropy, Address is_top1, Address topk_logp, Address topk_ids,    \
-      int64_t top_k, Address aux, int bits
+#define RLFAST_FORWARD_OUT_ARGS                                                                                    \
+  Address logp, Address lse, Address entropy, Address is_top1, Address topk_logp, Address topk_ids, int64_t top_k, \
+      Address aux, int bits
 
 #define RLFAST_FORWARD_ARGS RLFAST_INPUT_ARGS, RLFAST_FORWARD_OUT_ARGS
 
@@ -81,24 +81,33 @@ inline BackwardIn backward_in(
   RLFAST_INPUT_RECORDS,        \
       forward_out(logp, lse, entropy, is_top1, topk_logp, topk_ids, top_k, aux, bits, candidates, outer* inner)
 
-#define RLFAST_BACKWARD_ARGS                                                                                     \
+#define RLFAST_BACKWARD_ARGS                                                                                        \
   RLFAST_INPUT_ARGS, Address aux, Address g_logp, Address g_lse, Address g_entropy, Address out, int64_t out_outer, \
       int64_t out_inner
 
-#define RLFAST_BACKWARD_RECORDS                                                              \
-  RLFAST_INPUT_RECORDS, backward_in(aux, g_logp, g_lse, g_entropy, candidates, outer* inner), \
-      Logits { at<void>(out), static_cast<DType>(dtype), outer, inner, vocab, out_outer, out_inner }
+#define RLFAST_BACKWARD_RECORDS                                                                        \
+  RLFAST_INPUT_RECORDS, backward_in(aux, g_logp, g_lse, g_entropy, candidates, outer* inner), Logits { \
+    at<void>(out), static_cast<DType>(dtype), outer, inner, vocab, out_outer, out_inner                \
+  }
 
 // linear_token_logps: rlfast/native/linear_token_logps.py passes them.
-#define RLFAST_HEAD_ARGS                                                                                             \
-  Address hidden, Address weight, Address bias, int dtype, int64_t rows, int64_t depth, int64_t vocab,               \
-      int64_t stride_hidden, int64_t stride_weight, Address temperatures, float temperature, float softcap,          \
+#define RLFAST_HEAD_ARGS                                                                                    \
+  Address hidden, Address weight, Address bias, int dtype, int64_t rows, int64_t depth, int64_t vocab,      \
+      int64_t stride_hidden, int64_t stride_weight, Address temperatures, float temperature, float softcap, \
       float logit_scale, Address ids, Address mask, int64_t candidates
 
-#define RLFAST_HEAD_RECORDS                                                                                          \
-  Head{at<const void>(hidden), at<const void>(weight), at<const void>(bias), static_cast<DType>(dtype), rows, depth, \
-       vocab, stride_hidden, stride_weight},                                                                         \
-      Transform{at<const float>(temperatures), temperature, softcap, logit_scale},                                   \
-      Targets { at<const int64_t>(ids), at<const uint8_t>(mask), candidates }
+#define RLFAST_HEAD_RECORDS                                                                  \
+  Head{at<const void>(hidden),                                                               \
+       at<const void>(weight),                                                               \
+       at<const void>(bias),                                                                 \
+       static_cast<DType>(dtype),                                                            \
+       rows,                                                                                 \
+       depth,                                                                                \
+       vocab,                                                                                \
+       stride_hidden,                                                                        \
+       stride_weight},                                                                       \
+      Transform{at<const float>(temperatures), temperature, softcap, logit_scale}, Targets { \
+    at<const int64_t>(ids), at<const uint8_t>(mask), candidates                              \
+  }
 
 }  // namespace rlfast

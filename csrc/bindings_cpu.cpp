@@ -44,18 +44,17 @@ void linear_forward(RLFAST_HEAD_ARGS, RLFAST_FORWARD_OUT_ARGS, Address kept, con
   py::gil_scoped_release release;
   k.linear_token_logps_forward(
       RLFAST_HEAD_RECORDS,
-      forward_out(logp, lse, entropy, is_top1, topk_logp, topk_ids, top_k, aux, bits, candidates, rows), at<float>(kept),
-      threads);
+      forward_out(logp, lse, entropy, is_top1, topk_logp, topk_ids, top_k, aux, bits, candidates, rows),
+      at<float>(kept), threads);
 }
 
-void linear_backward(
-    RLFAST_HEAD_ARGS, Address aux, Address g_logp, Address g_lse, Address g_entropy, Address kept, Address g_hidden,
-    Address g_weight, Address g_bias, const char* isa, int threads) {
+void linear_backward(RLFAST_HEAD_ARGS, Address aux, Address g_logp, Address g_lse, Address g_entropy, Address kept,
+                     Address g_hidden, Address g_weight, Address g_bias, const char* isa, int threads) {
   const Kernels& k = kernels_of(isa);
   py::gil_scoped_release release;
-  k.linear_token_logps_backward(
-      RLFAST_HEAD_RECORDS, backward_in(aux, g_logp, g_lse, g_entropy, candidates, rows), at<const float>(kept),
-      HeadGradients{at<void>(g_hidden), at<void>(g_weight), at<void>(g_bias)}, threads);
+  k.linear_token_logps_backward(RLFAST_HEAD_RECORDS, backward_in(aux, g_logp, g_lse, g_entropy, candidates, rows),
+                                at<const float>(kept),
+                                HeadGradients{at<void>(g_hidden), at<void>(g_weight), at<void>(g_bias)}, threads);
 }
 
 double read_bandwidth(Address data, size_t bytes, int threads) {
@@ -73,7 +72,6 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("token_logps_backward", &backward);
   m.def("linear_token_logps_forward", &linear_forward);
   m.def("linear_token_logps_backward", &linear_backward);
-  m.def(
-      "read_bandwidth", &read_bandwidth, py::arg("data"), py::arg("bytes"), py::arg("threads"),
-      "Reads every byte once and returns the sum of them as float32: the ceiling of a kernel that reads once.");
+  m.def("read_bandwidth", &read_bandwidth, py::arg("data"), py::arg("bytes"), py::arg("threads"),
+        "Reads every byte once and returns the sum of them as float32: the ceiling of a kernel that reads once.");
 }

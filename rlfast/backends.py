@@ -36,8 +36,8 @@ ISAS = ("baseline", "avx2", "avx512", "avx512_bf16", "neon")
 
 _requested: ContextVar[str] = ContextVar("rlfast_backend", default="")
 _isa: ContextVar[str] = ContextVar("rlfast_isa", default="")
-# Dynamo cannot trace a ContextVar, but it guards on a module global: the innermost request, mirrored, so that a compiled
-# function is compiled once per requested backend and its backward uses the backend of its forward.
+# Dynamo cannot trace a ContextVar, but it guards on a module global: the innermost request, mirrored, so that a
+# compiled function is compiled once per requested backend and its backward uses the backend of its forward.
 _mirror = ""
 
 

@@ -69,7 +69,7 @@ def token_logps(
         mask: [*], zero where a row is skipped: its outputs are 0 and its gradient is 0.
         outputs: what to compute: "logp", "lse", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1"; with ``top_k``
             also "topk_logp", "topk_ids", "tail_mass" (all three come together).
-        inplace_backward: write the gradient over the logits; they must not be used afterwards. A second backward raises.
+        inplace_backward: write the gradient over the logits, which must not be used afterwards; a second backward raises.
         top_k: how many of the largest log-probs to return.
 
     Returns:
@@ -129,12 +129,12 @@ def linear_token_logps(
         targets: [*] or [*, K] int32 or int64 in [0, V); −100 marks a token to skip. Skipped tokens are not projected on
             the CPU.
         bias: [V] of hidden's dtype, or None.
-        memory_budget: bytes that the forward may keep for the backward. If the float32 logits fit (4·N·V), they are kept and the backward
-            has two GEMMs; else it recomputes them in tiles and has three. 0 always recomputes.
+        memory_budget: bytes that the forward may keep for the backward. If the float32 logits fit (4·N·V), they are
+            kept and the backward has two GEMMs; else it recomputes them in tiles and has three. 0 always recomputes.
         temperature, softcap, logit_scale, mask, outputs, top_k: as in ``token_logps``.
 
     Returns:
-        TokenLogps, float32. ``logp``, ``lse`` and ``entropy`` are differentiable with respect to hidden, weight and bias.
+        TokenLogps, float32. ``logp``, ``lse`` and ``entropy`` are differentiable in hidden, weight and bias.
         Under autocast, hidden, weight and bias are cast as ``torch.nn.functional.linear`` casts them.
 
     Raises:
@@ -158,8 +158,8 @@ def linear_token_logps(
     needs_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (hidden, weight, bias))
     keep = needs_grad and 4 * hidden.shape[0] * vocab <= budget
     asked = linear_op.op(
-        _unit_stride(hidden), _unit_stride(weight), bias, targets, mask, temperatures, temperature, softcap, logit_scale,
-        *wanted, keep, backends.requested(),
+        _unit_stride(hidden), _unit_stride(weight), bias, targets, mask, temperatures, temperature, softcap,
+        logit_scale, *wanted, keep, backends.requested(),
     )  # fmt: skip
     return _named(asked[:-1], lead, outputs, wanted, candidates)
 
@@ -193,7 +193,9 @@ def _rows(lead, vocab: int, targets, mask, temperature, source):
     name, x = source
     validate.tensor("targets", targets, _INTS)
     if targets.shape[: len(lead)] != lead or targets.dim() > len(lead) + 1:
-        validate.fail("targets", f"shape {tuple(lead)} or {(*lead, 'K')} like the rows of {name}", validate.shape(targets))
+        validate.fail(
+            "targets", f"shape {tuple(lead)} or {(*lead, 'K')} like the rows of {name}", validate.shape(targets)
+        )
     if targets.dim() > len(lead) and targets.shape[-1] == 0:
         validate.fail("targets", "at least one candidate a row", validate.shape(targets))
     validate.same_device("targets", targets, name, x)
@@ -235,7 +237,9 @@ def _in_range(targets, vocab: int) -> None:
         wrong = ((targets < 0) & (targets != validate.IGNORE_INDEX)) | (targets >= vocab)
         if wrong.any():
             at = tuple(wrong.nonzero()[0].tolist())
-            validate.fail("targets", f"values in [0, {vocab}) or {validate.IGNORE_INDEX}", f"{targets[at].item()} at {at}")
+            validate.fail(
+                "targets", f"values in [0, {vocab}) or {validate.IGNORE_INDEX}", f"{targets[at].item()} at {at}"
+            )
 
 
 def _head(hidden, weight, bias):
@@ -267,7 +271,7 @@ def _rows_flattened(x, lead: int, targets, mask, temperatures):
 
 
 def _named(asked, lead, outputs, wanted: Wanted, candidates: int) -> TokenLogps:
-    """What was asked for, by name, with the leading dimensions of the input. ``candidates`` is 0 for targets [*lead]."""
+    """What was asked for, by name, with the input's leading dimensions. ``candidates`` is 0 for targets [*lead]."""
     if len(asked) == 3 and "lse" not in outputs and asked[1].shape == lead and not wanted.outputs:
         return TokenLogps(asked[0])
     out, row = Outputs.named(asked, wanted), Row.of(candidates or 1, wanted)

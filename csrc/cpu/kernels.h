@@ -12,22 +12,21 @@
 
 namespace rlfast {
 
-#define RLFAST_DECLARE(isa)                                                                                          \
-  namespace isa {                                                                                                    \
-  /* logits → every output whose pointer is not null */                                                              \
-  void token_logps_forward(const Logits&, const Transform&, const Targets&, const ForwardOut&, int threads);         \
-  /* ∂L/∂logits into `out` [outer, inner, vocab] of logits' dtype, with its own strides; it may be the logits */     \
-  void token_logps_backward(                                                                                         \
-      const Logits&, const Transform&, const Targets&, const BackwardIn&, const Logits& out, int threads);           \
+#define RLFAST_DECLARE(isa)                                                                                             \
+  namespace isa {                                                                                                       \
+  /* logits → every output whose pointer is not null */                                                                 \
+  void token_logps_forward(const Logits&, const Transform&, const Targets&, const ForwardOut&, int threads);            \
+  /* ∂L/∂logits into `out` [outer, inner, vocab] of logits' dtype, with its own strides; it may be the logits */        \
+  void token_logps_backward(const Logits&, const Transform&, const Targets&, const BackwardIn&, const Logits& out,      \
+                            int threads);                                                                               \
   /* hidden·weightᵀ + bias → the same outputs; the float32 logits of the rows that count to `kept` if it is not null */ \
-  void linear_token_logps_forward(                                                                                   \
-      const Head&, const Transform&, const Targets&, const ForwardOut&, float* kept, int threads);                   \
-  /* the gradients whose pointers are not null; `kept` as the forward left it, or null: the logits are made again */ \
-  void linear_token_logps_backward(                                                                                  \
-      const Head&, const Transform&, const Targets&, const BackwardIn&, const float* kept, const HeadGradients&,     \
-      int threads);                                                                                                  \
-  /* a sum over every byte as float32 vectors: what one read costs */                                                \
-  double read_sum(const void* data, size_t bytes, int threads);                                                      \
+  void linear_token_logps_forward(const Head&, const Transform&, const Targets&, const ForwardOut&, float* kept,        \
+                                  int threads);                                                                         \
+  /* the gradients whose pointers are not null; `kept` as the forward left it, or null: the logits are made again */    \
+  void linear_token_logps_backward(const Head&, const Transform&, const Targets&, const BackwardIn&,                    \
+                                   const float* kept, const HeadGradients&, int threads);                               \
+  /* a sum over every byte as float32 vectors: what one read costs */                                                   \
+  double read_sum(const void* data, size_t bytes, int threads);                                                         \
   }
 RLFAST_ISAS(RLFAST_DECLARE)
 #undef RLFAST_DECLARE

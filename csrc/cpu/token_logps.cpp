@@ -55,9 +55,8 @@ LeafStats one_leaf(const T* x, int64_t vocab, int64_t leaf, const RowScale& s, u
 
 // The targets and the top-k of a row whose leaves are known, then its outputs.
 template <class T>
-void finish_row(
-    const T* x, int64_t vocab, const LeafStats* leaf, const Targets& targets, const RowScale& s, unsigned sums,
-    const ForwardOut& out, int64_t row, int64_t rows, Scratch& w) {
+void finish_row(const T* x, int64_t vocab, const LeafStats* leaf, const Targets& targets, const RowScale& s,
+                unsigned sums, const ForwardOut& out, int64_t row, int64_t rows, Scratch& w) {
   const int64_t leaves = leaf_count(vocab), candidates = targets.candidates;
   float peak;
   w.target.resize(static_cast<size_t>(candidates));
@@ -84,7 +83,8 @@ void finish_row(
       best.offer(load_leaf(x + l * kLeaf, n, s, w.buffer, &peak), n, l, leaf[l], s, w.copy);
     }
   }
-  write_row(leaf, vocab, w.target.data(), candidates, out.top_k ? &best : nullptr, s, sums, w.scale.data(), out, row, rows);
+  write_row(leaf, vocab, w.target.data(), candidates, out.top_k ? &best : nullptr, s, sums, w.scale.data(), out, row,
+            rows);
 }
 
 template <class T>
@@ -124,9 +124,8 @@ void forward(const Logits& x, const Transform& t, const Targets& targets, const 
 }
 
 template <class T>
-void backward_row(
-    const T* x, T* out, int64_t vocab, const Transform& t, const Targets& targets, const BackwardIn& in, bool streamed,
-    int64_t row, int64_t rows, Scratch& w) {
+void backward_row(const T* x, T* out, int64_t vocab, const Transform& t, const Targets& targets, const BackwardIn& in,
+                  bool streamed, int64_t row, int64_t rows, Scratch& w) {
   const int64_t candidates = targets.candidates;
   const int64_t* ids = targets.ids + row * candidates;
   const RowScale s = row_scale(t, row);
@@ -148,7 +147,8 @@ void backward_row(
 }
 
 template <class T>
-void backward(const Logits& x, const Transform& t, const Targets& targets, const BackwardIn& in, const Logits& to, int threads) {
+void backward(const Logits& x, const Transform& t, const Targets& targets, const BackwardIn& in, const Logits& to,
+              int threads) {
   const int64_t rows = x.rows();
   if (rows * x.vocab < kSerial) threads = 1;
   const bool streamed = to.data != x.data && rows * x.vocab * static_cast<int64_t>(sizeof(T)) > kStreamBytes;
@@ -170,20 +170,27 @@ void backward(const Logits& x, const Transform& t, const Targets& targets, const
 
 }  // namespace
 
-void token_logps_forward(const Logits& x, const Transform& t, const Targets& targets, const ForwardOut& out, int threads) {
+void token_logps_forward(const Logits& x, const Transform& t, const Targets& targets, const ForwardOut& out,
+                         int threads) {
   switch (x.dtype) {
-    case DType::f32: return forward<float>(x, t, targets, out, threads);
-    case DType::bf16: return forward<bf16>(x, t, targets, out, threads);
-    case DType::f16: return forward<f16>(x, t, targets, out, threads);
+    case DType::f32:
+      return forward<float>(x, t, targets, out, threads);
+    case DType::bf16:
+      return forward<bf16>(x, t, targets, out, threads);
+    case DType::f16:
+      return forward<f16>(x, t, targets, out, threads);
   }
 }
 
-void token_logps_backward(
-    const Logits& x, const Transform& t, const Targets& targets, const BackwardIn& in, const Logits& out, int threads) {
+void token_logps_backward(const Logits& x, const Transform& t, const Targets& targets, const BackwardIn& in,
+                          const Logits& out, int threads) {
   switch (x.dtype) {
-    case DType::f32: return backward<float>(x, t, targets, in, out, threads);
-    case DType::bf16: return backward<bf16>(x, t, targets, in, out, threads);
-    case DType::f16: return backward<f16>(x, t, targets, in, out, threads);
+    case DType::f32:
+      return backward<float>(x, t, targets, in, out, threads);
+    case DType::bf16:
+      return backward<bf16>(x, t, targets, in, out, threads);
+    case DType::f16:
+      return backward<f16>(x, t, targets, in, out, threads);
   }
 }
 

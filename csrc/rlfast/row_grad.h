@@ -17,8 +17,8 @@ struct RowGrad {
 };
 
 // ids [candidates] and the row's gradients; NaN for the whole row where a target is out of range.
-inline RowGrad row_grad(
-    const RowScale& s, const BackwardIn& in, const int64_t* ids, int64_t candidates, int64_t vocab, int64_t row) {
+inline RowGrad row_grad(const RowScale& s, const BackwardIn& in, const int64_t* ids, int64_t candidates, int64_t vocab,
+                        int64_t row) {
   RowGrad g{};
   for (int64_t k = 0; k < candidates && in.g_logp; ++k) {
     if (ids[k] == kIgnoreIndex) continue;
@@ -62,7 +62,8 @@ inline void dlogits_loop(const In* x, Out* out, int64_t n, const RowScale& s, co
     const uintptr_t width = kLanes * sizeof(Out), past = reinterpret_cast<uintptr_t>(out) % width;
     const int64_t head = past ? static_cast<int64_t>((width - past) / sizeof(Out)) : 0;
     if (head && head <= n) {
-      store_part(out, dlogits<kEntropy, kSoftcap>(load_part(x, static_cast<int>(head), 0.0f), s, g), static_cast<int>(head));
+      store_part(out, dlogits<kEntropy, kSoftcap>(load_part(x, static_cast<int>(head), 0.0f), s, g),
+                 static_cast<int>(head));
       i = head;
     }
     if (head > n) return dlogits_loop<kEntropy, kSoftcap, Store::cached>(x, out, n, s, g);
@@ -89,9 +90,8 @@ inline void dlogits_span(const In* x, Out* out, int64_t n, const RowScale& s, co
 
 // ∂L/∂x at the k-th target, whole: 1 − p = −expm1(log p) keeps its digits as p → 1. `x` is its logit before the backward.
 // A target that occurs several times takes the sum of its gradients.
-inline float target_dlogit(
-    float x, int64_t k, const RowScale& s, const RowGrad& g, const BackwardIn& in, const int64_t* ids, int64_t candidates,
-    int64_t row, int64_t rows) {
+inline float target_dlogit(float x, int64_t k, const RowScale& s, const RowGrad& g, const BackwardIn& in,
+                           const int64_t* ids, int64_t candidates, int64_t row, int64_t rows) {
   double own = 0.0;
   for (int64_t j = 0; j < candidates && in.g_logp; ++j) {
     if (ids[j] == ids[k]) own += in.g_logp[row * candidates + j];

@@ -37,8 +37,8 @@ inline RowTotals merge_leaves(const LeafStats* leaf, int64_t leaves, const RowSc
 }
 
 // log p = −softplus(lse of the others − z_t): exact as p → 1, and never positive.
-inline double target_logp(
-    const TargetStats& t, const LeafStats* leaf, int64_t leaves, const RowTotals& r, const RowScale& s, const double* scale) {
+inline double target_logp(const TargetStats& t, const LeafStats* leaf, int64_t leaves, const RowTotals& r,
+                          const RowScale& s, const double* scale) {
   if (t.leaf < 0) return t.leaf == -1 ? 0.0 : kNaN;
   double others = 0.0;
   for (int64_t l = 0; l < leaves; ++l) {
@@ -57,11 +57,13 @@ inline bool target_is_first(const TargetStats& t, const LeafStats* leaf, const R
   return true;
 }
 
-inline void write_top_k(TopK& best, int64_t leaves, const RowTotals& r, const RowScale& s, const ForwardOut& out, int64_t row) {
+inline void write_top_k(TopK& best, int64_t leaves, const RowTotals& r, const RowScale& s, const ForwardOut& out,
+                        int64_t row) {
   std::sort_heap(best.heap, best.heap + best.count, Better{});
   for (int64_t j = 0; j < best.k; ++j) {
     out.topk_ids[row * best.k + j] = best.heap[j].id;
-    out.topk_logp[row * best.k + j] = static_cast<float>(s.c * (static_cast<double>(best.heap[j].y) - r.peak) - r.log_sum);
+    out.topk_logp[row * best.k + j] =
+        static_cast<float>(s.c * (static_cast<double>(best.heap[j].y) - r.peak) - r.log_sum);
   }
   double outside = 0.0;
   for (int64_t l = 0; l < leaves; ++l) outside += leaf_scale(best.rest[l].peak, r, s) * best.rest[l].sum;
@@ -69,9 +71,9 @@ inline void write_top_k(TopK& best, int64_t leaves, const RowTotals& r, const Ro
 }
 
 // Every output of a row. targets [candidates]; `best` is null without top-k; `scale` [leaves] is scratch.
-inline void write_row(
-    const LeafStats* leaf, int64_t vocab, const TargetStats* targets, int64_t candidates, TopK* best, const RowScale& s,
-    unsigned sums, double* scale, const ForwardOut& out, int64_t row, int64_t rows) {
+inline void write_row(const LeafStats* leaf, int64_t vocab, const TargetStats* targets, int64_t candidates, TopK* best,
+                      const RowScale& s, unsigned sums, double* scale, const ForwardOut& out, int64_t row,
+                      int64_t rows) {
   const int64_t leaves = (vocab + kLeaf - 1) / kLeaf;
   const RowTotals r = merge_leaves(leaf, leaves, s, sums, scale);
   out.peak[row] = r.peak;

@@ -128,7 +128,8 @@ inline LeafStats leaf_sums(const float* y, int n, float leaf_peak, const Log2Sca
   for (; i + 4 * kLanes <= n; i += 4 * kLanes) {
     if constexpr (kBytes > 0) {
 #pragma GCC unroll 4
-      for (int line = 0; line < 4 * kLanes * kBytes; line += 64) prefetch(next + static_cast<int64_t>(i) * kBytes + line);
+      for (int line = 0; line < 4 * kLanes * kBytes; line += 64)
+        prefetch(next + static_cast<int64_t>(i) * kBytes + line);
     }
     F x[4];
 #pragma GCC unroll 4
@@ -156,16 +157,25 @@ inline LeafStats leaf_sums(const float* y, int n, float leaf_peak, const Log2Sca
 }
 
 template <int kBytes = 0>
-inline LeafStats leaf_stats(const float* y, int n, float peak, const Log2Scale& s, unsigned sums, const char* next = nullptr) {
+inline LeafStats leaf_stats(const float* y, int n, float peak, const Log2Scale& s, unsigned sums,
+                            const char* next = nullptr) {
   switch (sums) {
-    case 0: return leaf_sums<0, kBytes>(y, n, peak, s, next);
-    case 1: return leaf_sums<1, kBytes>(y, n, peak, s, next);
-    case 2: return leaf_sums<2, kBytes>(y, n, peak, s, next);
-    case 3: return leaf_sums<3, kBytes>(y, n, peak, s, next);
-    case 4: return leaf_sums<4, kBytes>(y, n, peak, s, next);
-    case 5: return leaf_sums<5, kBytes>(y, n, peak, s, next);
-    case 6: return leaf_sums<6, kBytes>(y, n, peak, s, next);
-    default: return leaf_sums<7, kBytes>(y, n, peak, s, next);
+    case 0:
+      return leaf_sums<0, kBytes>(y, n, peak, s, next);
+    case 1:
+      return leaf_sums<1, kBytes>(y, n, peak, s, next);
+    case 2:
+      return leaf_sums<2, kBytes>(y, n, peak, s, next);
+    case 3:
+      return leaf_sums<3, kBytes>(y, n, peak, s, next);
+    case 4:
+      return leaf_sums<4, kBytes>(y, n, peak, s, next);
+    case 5:
+      return leaf_sums<5, kBytes>(y, n, peak, s, next);
+    case 6:
+      return leaf_sums<6, kBytes>(y, n, peak, s, next);
+    default:
+      return leaf_sums<7, kBytes>(y, n, peak, s, next);
   }
 }
 

@@ -47,7 +47,7 @@ struct TopK {
     leave_out(y, n, leaf, s, buffer);
   }
 
- private:
+private:
   void insert(float y, int64_t id, int64_t base, const RowScale& s) {
     if (!(y > heap[0].y)) return;
     std::pop_heap(heap, heap + k, Better{});

@@ -77,7 +77,8 @@ inline float reduce_max(F x) {
 typedef double D __attribute__((vector_size(16)));
 inline D zero_double() { return D{0.0, 0.0}; }
 inline D accumulate(D d, F x) {
-  return d + (D{static_cast<double>(x[0]), static_cast<double>(x[1])} + D{static_cast<double>(x[2]), static_cast<double>(x[3])});
+  return d + (D{static_cast<double>(x[0]), static_cast<double>(x[1])} +
+              D{static_cast<double>(x[2]), static_cast<double>(x[3])});
 }
 inline double reduce_add(D d) { return d[0] + d[1]; }
 inline double reduce_add(F x) { return reduce_add(accumulate(zero_double(), x)); }

@@ -81,7 +81,6 @@ inline void stream(T* p, F x) {
 inline void stream_fence() {}
 inline void prefetch(const void* p) { __builtin_prefetch(p); }
 
-
 inline float reduce_max(F x) { return vmaxnmvq_f32(x); }
 
 using D = float64x2_t;

@@ -45,9 +45,7 @@ def backward(hidden, weight, bias, targets, mask, transform: Transform, aux, gra
     """See ``rlfast/ops/linear_token_logps.py``."""
     bias = bias if bias is None else bias.contiguous()
     like = (hidden, weight, bias)
-    out = tuple(
-        torch.empty(x.shape if need else (0,), dtype=hidden.dtype) for x, need in zip(like, needs, strict=True)
-    )
+    out = tuple(torch.empty(x.shape if need else (0,), dtype=hidden.dtype) for x, need in zip(like, needs, strict=True))
     backends.extension("cpu").linear_token_logps_backward(
         *_inputs(hidden, weight, bias, targets, mask, transform), aux.data_ptr(), *map(_address, grads),
         kept.data_ptr(), *(x.data_ptr() for x in out), backends.isa(), torch.get_num_threads(),

@@ -7,7 +7,7 @@ A backend module provides
 
 with hidden [N, D] and weight [V, D] of one dtype, rows of any stride, the last dimension contiguous; bias [V] or None;
 targets int64 [N] or [N, K]; mask bool [N] or None. ``keep`` asks for the float32 logits [N, V] to be kept for the
-backward (``kept`` has no elements otherwise); the backend says how its rows are laid out, and only reads them, so that a
+backward (``kept`` has no elements otherwise); the backend says how its rows lie, and only reads them, so that a
 second backward is right. ``needs`` is three bools; a gradient that is not needed comes back with no elements and costs
 nothing. Gradients accumulate in float32.
 """
@@ -28,8 +28,8 @@ NAME = "linear_token_logps"
 _HEAD = "Tensor hidden, Tensor weight, Tensor? bias"
 _TAGS = (torch.Tag.needs_fixed_stride_order,)
 LIB.define(
-    f"linear_token_logps({_HEAD}, Tensor targets, Tensor? mask, {OPTIONS}, int outputs, int top_k, bool keep, str backend)"
-    " -> Tensor[]",
+    f"linear_token_logps({_HEAD}, Tensor targets, Tensor? mask, {OPTIONS}, int outputs, int top_k, bool keep,"
+    " str backend) -> Tensor[]",
     tags=_TAGS,
 )
 LIB.define(

@@ -1,4 +1,4 @@
-"""The ``reference`` backend: the oracles of ``rlfast/reference`` behind the interface of a kernel, by autograd alone."""
+"""The ``reference`` backend: the oracles of ``rlfast/reference`` behind a kernel's interface, by autograd alone."""
 
 from __future__ import annotations
 

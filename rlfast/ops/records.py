@@ -29,8 +29,8 @@ class Row(NamedTuple):
     """Indices into ``aux`` [rows, *lead] float32: what the backward needs, then what is only returned.
 
     The log-sum-exp is kept as ``peak`` + ``log_sum`` (the row's maximum and log Σ exp(z − peak)), so that
-    p = exp((z − peak) − log_sum) keeps its digits under a large common offset. The log-probs and the entropy are copies,
-    because callers change the returned ones in place.
+    p = exp((z − peak) − log_sum) keeps its digits under a large common offset. The log-probs and the entropy are
+    copies, because callers change the returned ones in place.
     """
 
     peak: int  # 0
@@ -46,7 +46,12 @@ class Row(NamedTuple):
     def of(candidates: int, wanted: Wanted) -> Row:
         """The layout for K candidates a row and the wanted outputs."""
         at, where = 2 + candidates, []
-        for there in (wanted.outputs & ENTROPY, wanted.outputs & LOG_SUM_SQ_PROBS, wanted.outputs & MEAN_LOGITS, wanted.top_k):
+        for there in (
+            wanted.outputs & ENTROPY,
+            wanted.outputs & LOG_SUM_SQ_PROBS,
+            wanted.outputs & MEAN_LOGITS,
+            wanted.top_k,
+        ):
             where.append(at if there else -1)
             at += bool(there)
         return Row(0, 1, 2, *where, at)

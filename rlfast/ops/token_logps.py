@@ -24,13 +24,12 @@ NAME = "token_logps"
 LIB = torch.library.Library("rlfast", "FRAGMENT")
 OPTIONS = "Tensor? temperatures, float temperature, float softcap, float logit_scale"
 
-_BACKWARD = (
-    f"Tensor targets, Tensor? mask, {OPTIONS}, Tensor aux, Tensor? g_logp, Tensor? g_lse, Tensor? g_entropy, str backend"
-)
+_GRADS = "Tensor? g_logp, Tensor? g_lse, Tensor? g_entropy"
+_BACKWARD = f"Tensor targets, Tensor? mask, {OPTIONS}, Tensor aux, {_GRADS}, str backend"
 _TAGS = (torch.Tag.needs_fixed_stride_order,)
 LIB.define(
-    f"token_logps(Tensor logits, Tensor targets, Tensor? mask, {OPTIONS}, int outputs, int top_k, bool inplace_backward,"
-    " str backend) -> Tensor[]",
+    f"token_logps(Tensor logits, Tensor targets, Tensor? mask, {OPTIONS}, int outputs, int top_k,"
+    " bool inplace_backward, str backend) -> Tensor[]",
     tags=_TAGS,
 )
 LIB.define(f"token_logps_backward(Tensor logits, {_BACKWARD}) -> Tensor", tags=_TAGS)

@@ -1,0 +1,207 @@
+"""The mistakes that ``mutate.py`` plants: a file, what stands there, what is put in its place, and perhaps which tests.
+
+In ``old``, «…» marks the expression that changes, where it alone would occur more than once.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Mutant(NamedTuple):
+    """One planted mistake."""
+
+    kind: str  # a key of mutate.RUNS
+    file: str
+    marked: str
+    changed: str
+    tests: str = ""  # a pytest -k expression; empty: all of the kind
+
+    def parts(self) -> tuple[str, str, str]:
+        """(before, the expression, after) of what stands in the file."""
+        if "«" not in self.marked:
+            return "", self.marked, ""
+        before, rest = self.marked.split("«")
+        old, after = rest.split("»")
+        return before, old, after
+
+    @property
+    def old(self) -> str:
+        return "".join(self.parts())
+
+    @property
+    def new(self) -> str:
+        before, _, after = self.parts()
+        return self.changed if self.kind == "cpp" else before + self.changed + after
+
+    def __str__(self) -> str:
+        return f"{self.file}: {self.parts()[1].strip()} → {self.changed.strip() or 'nothing'}"
+
+
+def _cpp(file: str, *rows) -> list[Mutant]:
+    return [Mutant("cpp", file, *row) for row in rows]
+
+
+def _python(kind: str, file: str, *rows) -> list[Mutant]:
+    return [Mutant(kind, file, *row) for row in rows]
+
+
+CPP = [
+    *_cpp(
+        "csrc/rlfast/row_grad.h",
+        ("(«g.g_lse - g.g_sum - centre»)", "g.g_lse + g.g_sum - centre"),
+        ("g.b = static_cast<float>(«-scale * g.g_entropy * s.c»)", "scale * g.g_entropy * s.c"),
+        ("g.g_entropy * («g.saved_entropy - log_sum»)", "g.saved_entropy"),
+        ("scale = «std::exp(-log_sum) * s.chain»;", "std::exp(-log_sum)"),
+        ("+ («g.g_lse - (g.g_sum - own)») * p", "g.g_lse - g.g_sum"),
+        ("d = «-own * std::expm1(logp)» +", "own * (1.0f - static_cast<float>(p))"),
+        ("if («ids[j] == ids[k]») own", "j == k"),
+        ("d *= «4.0 * e» /", "2.0 * e"),
+        ("«p * (logp + g.saved_entropy)»", "p * logp"),
+        ("«kSoftcap ? mul(d, slope) : d»", "d"),
+        ("static_cast<float>(«d * s.chain»)", "d"),
+    ),
+    *_cpp(
+        "csrc/rlfast/row_outputs.h",
+        ("s.c * («static_cast<double>(t.y) - r.peak»);", "static_cast<double>(t.y)"),
+        ("l == t.leaf ? «leaf_scale(t.rest.peak, r, s) * t.rest.sum» :", "scale[l] * leaf[l].sum"),
+        ("static_cast<float>(«r.log_sum - s.c * r.weighted / r.sum»)", "r.log_sum + s.c * r.weighted / r.sum"),
+        ("«std::log(r.squares) - 2.0 * r.log_sum»", "std::log(r.squares) - r.log_sum"),
+        ("«scale[l] * scale[l] * leaf[l].squares»", "scale[l] * leaf[l].squares"),
+        ("s.c * r.total / «static_cast<double>(vocab)»", "static_cast<double>(vocab + 1)"),
+        ("(«leaf[l].weighted + shift * leaf[l].sum»)", "leaf[l].weighted"),
+        ("static_cast<float>(«s.c * r.peak + r.log_sum»)", "r.peak + r.log_sum"),
+        ("if («leaf[l].peak == r.top») return false;", "false"),
+        ("- r.peak) - «r.log_sum»);", "0.0"),
+        ("static_cast<float>(«outside / r.sum»)", "outside"),
+        ("if («t.mask && !t.mask[row]»)", "false"),
+        ("if («t.ids[row * t.candidates + k] != kIgnoreIndex»)", "true"),
+        ("return «t.leaf == -1 ? 0.0 : kNaN»;", "0.0"),
+        ("«r.log_sum = std::log(r.sum)»;", "r.log_sum = std::log(r.sum) / std::log(2.0)"),
+    ),
+    *_cpp(
+        "csrc/rlfast/row_stats.h",
+        ("s.c = «(s.softcap ? cap : scale == 0 ? 1.0 : std::fabs(scale)) / temperature»;",
+         "s.softcap ? cap : scale == 0 ? 1.0 : std::fabs(scale)"),
+        ("s.chain = «scale / temperature»;", "scale"),
+        ("t.temperatures ? t.temperatures[«row»]", "row ? row - 1 : row"),
+        ("load_part(y + i, left, «-kInf»)", "0.0f"),
+        ("padded(y, n - i, «-kInf»)", "0.0f"),
+        ("t.first &= «y[i] < t.y»;", "true"),
+        ("scale > 0 ? 1.0f : scale < 0 ? «-1.0f» : 0.0f", "1.0f"),
+    ),
+    *_cpp(
+        "csrc/cpu/linear_token_logps.cpp",
+        ("depth_, «leaf > 0»);", "false"),
+        ("r < «std::min(count_, i + 16)»;", "std::min(count_, i + 15)"),
+        ("id[k] < «leaf * kLeaf + n»;", "leaf * kLeaf + n - 1"),
+        ("kept_ + «i» * vocab + leaf * kLeaf : d", "(i ? i - 1 : i)"),
+        ("«id / kLeaf == leaf»", "id / kLeaf == leaf && id % kLeaf != n - 1"),
+    ),
+]  # fmt: skip
+
+PYTHON = [
+    *_python(
+        "torch", "rlfast/fallback/token_logps.py",
+        ("logp = -torch.logaddexp(", "logp = torch.logaddexp("),
+        ("others = e.scatter(-1, one, 0.0).sum(-1)", "others = e.sum(-1)"),
+        ("entropy = log_sum - (", "entropy = log_sum + ("),
+        ("(e * e).sum(-1).log() - 2 * log_sum", "(e * e).sum(-1).log() - log_sum"),
+        ("x = z - peak.unsqueeze(-1)", "x = z"),
+        ("put(\"aux\", row.mean_logits, z.mean(-1))", "put(\"aux\", row.mean_logits, x.mean(-1))"),
+        ("x == 0, index, z.shape[-1]).amin(-1", "x == 0, index, -1).amax(-1"),
+        ("e.scatter(-1, head, 0.0).sum(-1) / total", "e.scatter(-1, head, 0.0).sum(-1)"),
+        ("p * (log_p + aux[row.entropy][rows].unsqueeze(-1))", "p * log_p"),
+        ("g = -g_entropy *", "g = g_entropy *"),
+        ("g = g + g_lse * p", "g = g_lse * p"),
+        ("own * torch.expm1(logp)", "own * (logp.exp() - 1)"),
+        (" - others * logp.exp()", ""),
+        ("g = g - g_logp.sum(-1, keepdim=True) * p", "g = g - g_logp[:, :1] * p"),
+        ("g = g / torch.cosh(x).square()", "g = g / torch.cosh(x)"),
+        ("return g * transform.logit_scale if", "return g if"),
+        ("counted = counted & mask.reshape(-1, 1)", "counted = counted"),
+        ("ids != -100", "ids != -101"),
+        ("torch.where(counted.any(-1, keepdim=True), g, torch.zeros_like(g))", "g"),
+        ("z = z * transform.logit_scale", "z = z"),
+        ("peak == -torch.inf, torch.zeros_like(peak), peak", "peak == torch.inf, torch.zeros_like(peak), peak"),
+    ),
+    *_python(
+        "torch", "rlfast/fallback/linear_token_logps.py",
+        ("sums[1].addmm_(g.T,", "sums[1].copy_(g.T @ hidden[rows].to(dtype)) if rows.start else sums[1].addmm_(g.T,"),
+        ("torch.where(live, hidden[rows].to(dtype), 0.0)", "hidden[rows].to(dtype)"),
+        ("sums[2] += g.sum(0)", "sums[2] += g[:-1].sum(0)"),
+        ("else z.add_(bias.to(dtype))", "else z"),
+        ("z = hidden.to(dtype) @ weight.to(dtype).T", "z = (hidden @ weight.T).to(dtype)"),
+        ("kept[rows] = logits", "kept[rows] = logits.bfloat16()"),
+    ),
+    *_python(
+        "ops", "rlfast/ops/token_logps.py",
+        ("ctx.spent = True", "ctx.spent = False"),
+        ("return out.logp, out.lse, out.entropy", "return out.lse, out.logp, out.entropy"),
+    ),
+    *_python(
+        "ops", "rlfast/ops/linear_token_logps.py",
+        ("return torch.autocast(device, enabled=False) if", "return nullcontext() if"),
+    ),
+    *_python(
+        "ops", "rlfast/logps.py",
+        ("mask if mask.dtype == torch.bool else mask != 0", "mask if mask.dtype == torch.bool else mask > 1"),
+        ("high >= vocab or low < 0", "high > vocab or low < 0"),
+        ("saved(row.mean_logits)", "saved(row.log_sum)"),
+    ),
+    *_python(
+        "ops", "rlfast/validate.py",
+        ("if not 0 < x < math.inf:", "if not 0 <= x < math.inf:"),
+    ),
+    *_python(
+        "triton", "kernels/formulas/logit.py",
+        ("return -softplus((peak - z) + tl.log(total))", "return softplus((peak - z) + tl.log(total))", "pairwise"),
+        ("return -softplus((peak - z)", "return -softplus((z - peak)", "pairwise"),
+        ("return g_lse * p - g_entropy", "return g_lse * p + g_entropy", "pairwise"),
+        ("p * (log_p + entropy)", "p * log_p", "pairwise"),
+        ("tl.div_rn(4.0 * q,", "tl.div_rn(2.0 * q,", "pairwise"),
+        ("g = tl.div_rn(g, temperature)", "g = g", "pairwise"),
+        ("g = g * logit_scale", "g = g", "pairwise"),
+        ("z = z * logit_scale", "z = z", "pairwise"),
+    ),
+    *_python(
+        "triton", "kernels/leaves.py",
+        ("squares += weight * weight *", "squares += weight *", "pairwise"),
+        (" + distance * part)", ")", "pairwise"),
+        ("entropy = tl.where(live, log_sum - tl", "entropy = tl.where(live, log_sum + tl", "pairwise"),
+        ("tl.log(squares) - 2.0 * log_sum", "tl.log(squares) - log_sum", "pairwise"),
+        ("others = tl.where(chosen, float(\"-inf\"), z)", "others = z", "pairwise or row_05"),
+        ("live = live & (tl.load(tokens.mask", "live = live | (tl.load(tokens.mask", "pairwise"),
+        ("first = tl.where(here > peak, leaf, first)", "first = tl.where(here >= peak, leaf, first)", "ties"),
+        ("tl.where(peak == float(\"-inf\"), 0.0, peak)", "peak", "minus_inf or possible"),
+        ("return column < limit", "return column <= limit", "pairwise"),
+        ("mean = tl.div_rn(plain, tl.cast(sizes.vocab,", "mean = tl.div_rn(plain, tl.cast(sizes.leaves,", "pairwise"),
+    ),
+    *_python(
+        "triton", "kernels/token_logps.py",
+        ("(g + g_k * p) - g_k * expm1(logp)", "(g + g_k * p) + g_k * expm1(logp)", "pairwise"),
+        ("(g + g_k * p) - g_k * expm1(logp)", "g + g_k", "row_05"),
+        ("g = -total * p", "g = total * p", "pairwise"),
+    ),
+    *_python(
+        "triton", "kernels/linear_token_logps.py",
+        (
+            "hidden_pieces = pieces(without_skipped(hidden, targets, mask))",
+            "hidden_pieces = pieces(hidden)",
+            "garbage or absent",
+        ),
+        ("g_weight[columns] = total_weight", "g_weight[columns] = total_weight.bfloat16()", "pairwise"),
+    ),
+    *_python(
+        "triton", "kernels/topk.py",
+        ("tl.store(out.tail_mass + row, mass * exp(-log_sum))", "tl.store(out.tail_mass + row, mass)", "pairwise"),
+        ("(best - peak) - log_sum", "(best - peak)", "pairwise"),
+        ("tl.where(value == best, ids, NO_ID)", "tl.where(value == best, NO_ID - ids, NO_ID)", "pairwise or ties"),
+    ),
+    *_python(
+        "trl", "rlfast/integrations/trl.py",
+        ("softcap=final_logit_softcapping", "softcap=None"),
+        ("logit_scale=logit_scale,", "logit_scale=1.0,"),
+        ("            temperature=temperature,", "            temperature=1.0,"),
+    ),
+]  # fmt: skip

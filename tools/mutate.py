@@ -1,0 +1,154 @@
+"""Plant mistakes in the formulas and kernels, one at a time: the tests must notice every one.
+
+    python tools/mutate.py            all (under 20 minutes on 2 cores)
+    python tools/mutate.py --quick    every third
+    python tools/mutate.py --only triton
+
+Everything happens in temporary copies of the tree. The C++ mutants are compiled once, all together: each is an
+expression that a variable of the process chooses. What survives is listed, and the exit status is 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from mutants import CPP, PYTHON, Mutant
+
+ROOT = Path(__file__).resolve().parent.parent
+SWITCH = "RLFAST_MUTANT"
+OPS = ("tests/test_token_logps.py", "tests/test_linear_token_logps.py")
+SLOW = "not (isa or 2_31 or seventy or 151669 or 50257 or 32003 or 256k or twenty or tile or many_rows)"
+
+# How each kind is tested: pytest's arguments, and the environment.
+RUNS = {
+    "torch": ((*OPS, "--backend", "torch", "-k", SLOW), {}),
+    "ops": ((*OPS, "tests/test_validate.py", "--backend", "torch", "-k", SLOW), {}),
+    "cpp": ((*OPS, "--backend", "cpu", "-k", SLOW), {}),
+    "triton": ((*OPS, "--backend", "triton", "-k", SLOW), {"TRITON_INTERPRET": "1"}),
+    "trl": (("tests/test_integrations_trl.py",), {}),
+}
+
+
+def copy_of_tree(target: Path) -> Path:
+    """What a commit of this tree would hold, and the built extensions."""
+    listed = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    built = [
+        str(path.relative_to(ROOT)) for path in (*(ROOT / "rlfast").glob("*.so"), ROOT / "rlfast" / "_build_record.py")
+    ]
+    for name in (*listed, *built):
+        if (ROOT / name).is_file():
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, target / name)
+    return target
+
+
+def replaced(text: str, mutant: Mutant, new: str) -> str:
+    """The text with the mutant's one occurrence of ``old`` replaced; the table is wrong if there is not exactly one."""
+    if text.count(mutant.old) != 1:
+        raise SystemExit(
+            f"{mutant.file}: {text.count(mutant.old)} occurrences of {mutant.old!r}, expected 1: mend tools/mutants.py"
+        )
+    return text.replace(mutant.old, new)
+
+
+def plant_cpp(tree: Path) -> None:
+    """Every C++ mutant, as ``(mutant(i) ? wrong : right)``, and one instruction set, to compile once and quickly."""
+    declared = tree / "csrc" / "rlfast" / "token_logps.h"
+    function = (
+        "#include <cstdlib>\nnamespace rlfast {\ninline bool mutant(int i) {\n"
+        f'  static const int chosen = std::atoi(std::getenv("{SWITCH}") ? std::getenv("{SWITCH}") : "0");\n'
+        "  return chosen == i;\n}\n}  // namespace rlfast\n"
+    )
+    declared.write_text(declared.read_text().replace("#pragma once\n", "#pragma once\n" + function, 1))
+    for number, mutant in enumerate(CPP, 1):
+        path = tree / mutant.file
+        text = path.read_text()
+        before, old, after = mutant.parts()
+        new = f"{before}(mutant({number}) ? ({mutant.new}) : ({old})){after}"
+        path.write_text(replaced(text, mutant, new))
+    setup = tree / "setup.py"
+    text = setup.read_text()
+    setup.write_text(re.sub(r'^        "(avx512|avx512_bf16)": .*\n', "", text, flags=re.MULTILINE))
+
+
+def build(tree: Path) -> None:
+    environment = os.environ | {"RLFAST_BUILD_CUDA": "0"}
+    command = [sys.executable, "setup.py", "build_ext", "--inplace", "--force"]
+    done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True)
+    if done.returncode or "_cpu: built" not in done.stdout + done.stderr:
+        raise SystemExit(f"the C++ mutants do not compile:\n{done.stderr[-4000:]}")
+
+
+def test(tree: Path, mutant: Mutant | None, kind: str, number: int = 0) -> tuple[bool, str]:
+    """(whether the tests of this kind pass, the first line that says why not)."""
+    arguments, extra = RUNS[kind]
+    if mutant is not None and mutant.tests:
+        arguments = (*arguments[: arguments.index("-k")], "-k", f"({mutant.tests}) and {SLOW}")
+    environment = os.environ | extra | {SWITCH: str(number), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "pytest", *arguments, "-x", "-q", "--tb=line", "-p", "no:cacheprovider"]
+    done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True)
+    if done.returncode not in (0, 1):
+        raise SystemExit(f"pytest itself failed on {mutant}:\n{done.stdout[-3000:]}{done.stderr[-2000:]}")
+    why = next((line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))), "")
+    return done.returncode == 0, why.removeprefix("FAILED ")[:110]
+
+
+def try_cpp(tree: Path, number: int) -> tuple[Mutant, bool, str]:
+    mutant = CPP[number - 1]
+    survived, why = test(tree, mutant, "cpp", number)
+    return mutant, survived, why
+
+
+def try_python(mutant: Mutant) -> tuple[Mutant, bool, str]:
+    with tempfile.TemporaryDirectory(prefix="mutant-") as folder:
+        tree = copy_of_tree(Path(folder))
+        path = tree / mutant.file
+        path.write_text(replaced(path.read_text(), mutant, mutant.new))
+        survived, why = test(tree, mutant, mutant.kind)
+        return mutant, survived, why
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="every third mutant")
+    parser.add_argument("--only", choices=tuple(RUNS), help="one kind")
+    options = parser.parse_args()
+    step = 3 if options.quick else 1
+    python = [m for m in PYTHON if options.only in (None, m.kind)][::step]
+    cpp = list(range(1, len(CPP) + 1, step)) if options.only in (None, "cpp") else []
+    start, survivors = time.monotonic(), []
+    with tempfile.TemporaryDirectory(prefix="mutants-") as folder, ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        tree = copy_of_tree(Path(folder))
+        if cpp:
+            plant_cpp(tree)
+            build(tree)
+        for kind in {m.kind for m in python} | ({"cpp"} if cpp else set()):
+            passed, why = test(tree, None, kind)
+            if not passed:
+                raise SystemExit(f"{kind}: the tests fail with no mutant planted: {why}")
+        tried = [pool.submit(try_cpp, tree, number) for number in cpp] + [pool.submit(try_python, m) for m in python]
+        for done, future in enumerate(tried, 1):
+            mutant, survived, why = future.result()
+            print(f"[{done}/{len(tried)}] {'SURVIVED' if survived else 'killed  '} {mutant}  {why}", flush=True)
+            survivors += [mutant] * survived
+    print(f"{len(tried) - len(survivors)} of {len(tried)} mutants killed in {time.monotonic() - start:.0f} s")
+    for mutant in survivors:
+        print(f"survived: {mutant}")
+    return 1 if survivors else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
