@@ -69,7 +69,7 @@ def token_logps(
         mask: [*], zero where a row is skipped: its outputs are 0 and its gradient is 0.
         outputs: what to compute: "logp", "lse", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1"; with ``top_k``
             also "topk_logp", "topk_ids", "tail_mass" (all three come together).
-        inplace_backward: write the gradient over the logits, which must not be used afterwards; a second backward raises.
+        inplace_backward: write the gradient over the logits, not to be used afterwards; a second backward raises.
         top_k: how many of the largest log-probs to return.
 
     Returns:
@@ -100,7 +100,7 @@ def token_logps(
         logits, targets, mask, temperatures = _rows_flattened(logits, len(lead), targets, mask, temperatures)
     if logits.stride(-1) != 1 and vocab > 1:
         logits = logits.contiguous()
-    asked = logits_op.op(
+    asked = logits_op.call(
         logits, targets, mask, temperatures, temperature, softcap, logit_scale, *wanted,
         bool(inplace_backward), backends.requested(),
     )  # fmt: skip

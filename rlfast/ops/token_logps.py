@@ -131,6 +131,11 @@ def _with_autograd(*args):
         return op(*args)
 
 
+def call(*args):
+    """The op. In eager mode its autograd kernel is called from here, which saves the dispatcher's way to it (5 µs)."""
+    return op(*args) if torch.compiler.is_compiling() else _with_autograd(*args)
+
+
 for _key in ("CPU", "CUDA"):
     LIB.impl("token_logps", _forward, _key)
     LIB.impl("token_logps_backward", _backward, _key)
