@@ -9,7 +9,7 @@ import torch
 
 from tests.cases import ALL, DIFFERENTIABLE, Problem, as_head, f32, few, head_of, logits_of, targets_of
 
-ROW_COUNT, NAN_ROWS = few(12, 3), few(24, 4)
+ROW_COUNT, NAN_ROWS = few(12, 6), few(24, 6)
 
 
 def _problem(op: str, logits, targets=None, **fields) -> Problem:
@@ -214,11 +214,12 @@ def near_certain(op: str) -> Problem:
 
 def ties(op: str) -> Problem:
     """Equal maxima: the first one is top-1, and top-k orders them by id."""
-    logits = torch.zeros(4, 2500)
+    logits = torch.zeros(5, 2500)
+    logits[4, [2047, 2040]] = 5.0
     logits[0, [3, 1024, 2400]] = 5.0
     logits[1, [1023, 1024]] = 5.0
     logits[2, 2499] = 5.0
-    return _problem(op, logits, torch.tensor([3, 1024, 2499, 0]), options={"top_k": 5})
+    return _problem(op, logits, torch.tensor([3, 1024, 2499, 0, 2047]), options={"top_k": 5})
 
 
 def top_k_is_the_vocabulary(op: str) -> Problem:

@@ -79,6 +79,8 @@ def pytest_collection_modifyitems(config, items):
             return False
         if config.getoption("--backend") and "backend" not in getattr(item, "fixturenames", ()):
             return False
+        if backends.interpreting() and item.get_closest_marker("gpu"):
+            return False  # `make test-gpu` runs it
         return everything or all(m in expression or not item.get_closest_marker(m) for m in ("large", "slow"))
 
     config.hook.pytest_deselected(items=[item for item in items if not stays(item)])

@@ -88,9 +88,9 @@ def test_recomputed_and_kept_logits(backend, device, dtype):
 @pytest.mark.parametrize("budget", (RECOMPUTE, KEEP), ids=("recompute", "keep"))
 def test_row_10_strided_inputs(backend, device, budget):
     """Rows of any stride of hidden states and head, columns that are not contiguous, and `.sum()` upstream."""
-    head = head_of((3, 9), 40, 1100)
+    head = head_of((3, few(33, 3)), 40, 1100)
     wide = head_of(1, 64, 2200, seed=3)["weight"]
-    for hidden in (head["hidden"][:, :-1], head["hidden"].transpose(0, 1), head["hidden"][:1].expand(3, 9, 40)):
+    for hidden in (head["hidden"][:, :-1], head["hidden"].transpose(0, 1), head["hidden"][:1].expand(3, -1, 40)):
         for weight in (wide[::2, :40], wide[:1100, 3:43], head["weight"].T.contiguous().T):
             targets = targets_of(tuple(hidden.shape[:-1]), 1100)
             inputs = {"hidden": hidden, "weight": weight}
@@ -107,7 +107,7 @@ def test_row_on_every_isa(backend, device, row, isa):
             shared.check_row(OP, row, backend, device)
 
 
-@pytest.mark.parametrize("isa", backends.isas())
+@pytest.mark.parametrize("isa", [name for name in backends.isas() if name != "baseline"])
 @pytest.mark.parametrize("combination", COMBINATIONS, ids=label)
 @pytest.mark.backends("cpu")
 def test_options_on_every_isa(backend, device, combination, isa):
