@@ -231,6 +231,15 @@ def test_shapes(backend, device, lead, budget):
         check(problem, backend, device)
 
 
+@pytest.mark.parametrize("budget", (RECOMPUTE, KEEP), ids=("recompute", "keep"))
+@pytest.mark.backends("torch")
+def test_many_chunks_of_rows(backend, device, budget, monkeypatch):
+    """The torch backend's chunks, a few rows each: every one adds to the head's gradients."""
+    monkeypatch.setattr("rlfast.fallback.linear_token_logps.CHUNK_ELEMENTS", 200)
+    inputs = head_of(50, 20, 300, bias=True)
+    check(Problem(inputs, targets_of(50, 300), upstream="ones", call={"memory_budget": budget}), backend, device)
+
+
 @pytest.mark.parametrize("rows", (1, 2, 15, 16, 17, 31, 33, 64, 65, 130))
 @pytest.mark.parametrize("dtype", ("f32", "bf16"))
 def test_row_counts_around_a_tile(backend, device, rows, dtype):

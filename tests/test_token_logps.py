@@ -305,6 +305,14 @@ def test_row_11_a_gradient_of_more_than_2_31_elements(backend, device):
     assert int(sum(torch.count_nonzero(part) for part in gradient[:-2].split(500))) == 0
 
 
+@pytest.mark.parametrize("lead", ((50,), (5, 10)), ids=str)
+@pytest.mark.backends("torch")
+def test_many_chunks_of_rows(backend, device, lead, monkeypatch):
+    """The torch backend's chunks, a few rows each."""
+    monkeypatch.setattr("rlfast.fallback.token_logps.CHUNK_ELEMENTS", 900)
+    check(Problem({"logits": logits_of(lead, 300)}, targets_of(lead, 300), {}, ALL, DIFFERENTIABLE), backend, device)
+
+
 def test_entropy_of_known_distributions(backend, device):
     """log V for a uniform row, log 2 for two equal tokens, 0 for a certain one."""
     logits = torch.full((3, 1200), -torch.inf)
