@@ -21,6 +21,7 @@ from tests.cases import (
     call,
     check,
     cotangents,
+    few,
     hold,
     label,
     moved,
@@ -51,8 +52,8 @@ def check_row(op: str, row: str, backend: str, device: str) -> None:
 
 
 def check_product(op: str, backend: str, device: str, dtype: str, vocab: int) -> None:
-    """Every combination of the axes that can interact."""
-    combinations, failures = product(PRODUCT_AXES), []
+    """Every combination of the axes that can interact; every eighth under the interpreter, which is 50 times slower."""
+    combinations, failures = product(PRODUCT_AXES)[:: few(1, 8)], []
     for combination in combinations:
         try:
             check(problem_of(op, combination | {"dtype": dtype, "vocab": vocab}), backend, device)
