@@ -86,7 +86,7 @@ def row_statistics(z, ids, counted, out: dict, row: Row, rows, wanted: Wanted) -
         put("aux", row.entropy, entropy)
         out["entropy"][rows] = torch.where(live, entropy, torch.zeros_like(entropy))
     if row.log_sum_sq_probs >= 0:
-        put("aux", row.log_sum_sq_probs, (e * e).sum(-1).log() - 2 * log_sum)
+        put("aux", row.log_sum_sq_probs, torch.logsumexp(2 * (x - log_sum.unsqueeze(-1)), -1))
     if row.mean_logits >= 0:
         put("aux", row.mean_logits, z.mean(-1))
     if wanted.outputs & IS_TOP1:
