@@ -44,12 +44,11 @@ def problems(draw, op: str):
     if draw(st.booleans()):
         options["mask"] = torch.rand(rows, generator=torch.Generator().manual_seed(seed)) < 0.7
     grads = draw(st.sampled_from((("logp",), ("entropy",), DIFFERENTIABLE)))
-    # log Σp² near 0 is a few ulps of noise on both sides, of which a search over 40 examples finds 1.1 times torch's; the
-    # fixed cases of both ops check it.
-    outputs = tuple(name for name in ALL if name != "log_sum_sq_probs")
-    return Problem(inputs, targets, options, outputs, grads)
+    return Problem(inputs, targets, options, ALL, grads)
 
 
+# Not the torch backend: its error is torch's own, give or take, and a search finds where it gives (1.1 to 1.3 times).
+@pytest.mark.backends("reference", "cpu", "triton", "cuda")
 @pytest.mark.parametrize("op", tuple(backends.IMPLEMENTED))
 def test_any_problem_is_right(backend, device, op):
     @CALM
