@@ -100,7 +100,11 @@ def figures(found: list[dict]) -> list[str]:
     """Per device and case: ours, over the best plain torch first, then the others."""
     lines = []
     for result in benches(found):
-        lines += ["", f"{result['device']}; {stamp(result)}; torch {result['versions']['torch']}; `make bench`:", ""]
+        lines += [
+            "",
+            f"{result['device']}; {stamp(result)}; torch {result['versions']['torch']}; `{result['command']}`:",
+            "",
+        ]
         lines += ["| case | ms | × best plain torch | × eager | × torch.compile | × TRL | of the ceiling | extra MiB |"]
         lines += ["|---|---|---|---|---|---|---|---|"]
         for case in result["cases"]:
