@@ -55,6 +55,8 @@ PROGRAMS = 2112
 LEAVES_PER_PROGRAM = 4
 
 OPTIONS = {"num_warps": 8, "enable_fp_fusion": False}
+# Narrow loads have an address and a predicate an element: half the elements a thread, or registers spill.
+NARROW = {**OPTIONS, "num_warps": 16}
 
 
 class Saved(NamedTuple):
@@ -160,7 +162,7 @@ def launch_fold(x, place: Place, tokens, sizes: Sizes, transform: Transform, scr
     kind, scalars, aligned = kind_of(transform), scalars_of(transform), alignment(x)
     fold[(rows * -(-leaves // per_program),)](
         x, tokens, scalars, scratch, per_program, *place, *sizes,
-        KIND=kind, OUTPUTS=wanted.outputs, ALIGNED=aligned, **OPTIONS,
+        KIND=kind, OUTPUTS=wanted.outputs, ALIGNED=aligned, **(OPTIONS if aligned else NARROW),
     )  # fmt: skip
     if heads is not None:
         fold_topk[(rows * leaves,)](
