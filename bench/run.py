@@ -141,6 +141,10 @@ def run(ops=None, cases=None, small=False, device="cpu", json_path=None, every_i
     )
     command += " --small" * small + " --every-isa" * every_isa + (f" --device {device}" if device != "cpu" else "")
     result = stamp(device, command) | {"small": small, "cases": []}
+    whole = not (ops or cases)
+    path = Path(json_path) if json_path else None
+    if path is None and whole and not small:
+        path = RESULTS / f"{slug(result['machine'])}.json"
     started = time.perf_counter()
     for number, case in enumerate(chosen, 1):
         if every_isa:
@@ -150,18 +154,23 @@ def run(ops=None, cases=None, small=False, device="cpu", json_path=None, every_i
         with_peak = with_memory and (device == "cuda" or memory.available())
         result["cases"].append(run_case(case, device, small, with_peak, say))
         print_case(result["cases"][-1])
-    if device == "cpu" and not (ops or cases):
+        _write(path, result)
+    if device == "cpu" and whole:
         result["overhead"] = overhead.measure()
         print("overhead:", result["overhead"])
-    if not (ops or cases):
+        _write(path, result)
+    if whole:
         result["verify"] = [cell._asdict() for cell in verification.verify(every_isa=True)]
-    complete = not (ops or cases or small)
-    path = Path(json_path) if json_path else RESULTS / f"{slug(result['machine'])}.json" if complete else None
+        _write(path, result)
+    print(f"{f'wrote {path.name} in ' if path else ''}{time.perf_counter() - started:.0f} s")
+    return 0
+
+
+def _write(path: Path | None, result: dict) -> None:
+    """After every case: a run that is cut off has measured what it measured."""
     if path:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
-        print(f"wrote {path.name} in {time.perf_counter() - started:.0f} s")
-    return 0
 
 
 def _progress(head: str, started: float):

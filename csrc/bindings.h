@@ -10,7 +10,7 @@ namespace rlfast {
 using Address = uintptr_t;
 
 // The optional outputs, as bits; the same as in rlfast/ops/records.py.
-enum OutputBits : int { kEntropy = 1, kLogSumSqProbs = 2, kMeanLogits = 4, kIsTop1 = 8 };
+enum OutputBits : int { kEntropy = 1, kLogSumSqProbs = 2, kMeanLogits = 4, kIsTop1 = 8, kLse = 16 };
 
 template <class T>
 T* at(Address address) {
@@ -28,7 +28,7 @@ inline ForwardOut forward_out(Address logp, Address lse, Address entropy, Addres
   };
   ForwardOut out{};
   out.logp = at<float>(logp);
-  out.lse = at<float>(lse);
+  out.lse = bits & kLse ? at<float>(lse) : nullptr;
   out.entropy = bits & kEntropy ? at<float>(entropy) : nullptr;
   out.is_top1 = bits & kIsTop1 ? at<uint8_t>(is_top1) : nullptr;
   out.topk_logp = top_k ? at<float>(topk_logp) : nullptr;

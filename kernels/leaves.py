@@ -21,7 +21,7 @@ LEAF = tl.constexpr(4096)
 LANES = tl.constexpr(1024)
 MERGED_ROWS = tl.constexpr(32)  # rows of a merge program: one warp, a row a thread
 
-ENTROPY, LOG_SUM_SQ_PROBS, MEAN_LOGITS, IS_TOP1 = (tl.constexpr(1 << i) for i in range(4))  # as in ops/records.py
+ENTROPY, LOG_SUM_SQ_PROBS, MEAN_LOGITS, IS_TOP1, LSE = (tl.constexpr(1 << i) for i in range(5))  # as in ops/records.py
 IGNORE = tl.constexpr(-100)
 
 
@@ -297,7 +297,8 @@ def merge(tokens, scratch, merged, candidates, rows, vocab, leaves, OUTPUTS: tl.
     log_sum = tl.log(total)
     tl.store(merged.aux + row, tl.where(live, peak, 0.0), mask=inside)
     tl.store(merged.aux + rows + row, tl.where(live, log_sum, 0.0), mask=inside)
-    tl.store(merged.lse + row, tl.where(live, peak + log_sum, 0.0), mask=inside)
+    if LSE & OUTPUTS:
+        tl.store(merged.lse + row, tl.where(live, peak + log_sum, 0.0), mask=inside)
     merge_chosen(total, top_leaf, live, inside, row, tokens, sizes, scratch, merged, OUTPUTS)
     aux = merged.aux + (2 + tl.cast(sizes.candidates, tl.int64)) * rows + row
     if ENTROPY & OUTPUTS:

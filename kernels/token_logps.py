@@ -45,7 +45,7 @@ from rlfast.kernels.leaves import (
     temperature_of,
 )
 from rlfast.kernels.topk import TopK, allocate_heads, fold_topk, merge_topk
-from rlfast.ops.records import Outputs, Row, Transform, Wanted, allocate
+from rlfast.ops.records import LSE, Outputs, Row, Transform, Wanted, allocate
 
 BLOCK = tl.constexpr(2048)  # columns of a gradient program: 16 a thread of 128, read once and written once
 
@@ -162,7 +162,7 @@ def launch_fold(x, place: Place, tokens, sizes: Sizes, transform: Transform, scr
     kind, scalars, aligned = kind_of(transform), scalars_of(transform), alignment(x)
     fold[(rows * -(-leaves // per_program),)](
         x, tokens, scalars, scratch, per_program, *place, *sizes,
-        KIND=kind, OUTPUTS=wanted.outputs, ALIGNED=aligned, **(OPTIONS if aligned else NARROW),
+        KIND=kind, OUTPUTS=wanted.outputs & ~LSE, ALIGNED=aligned, **(OPTIONS if aligned else NARROW),
     )  # fmt: skip
     if heads is not None:
         fold_topk[(rows * leaves,)](
@@ -250,7 +250,7 @@ def batch_to_compile(case: CompileCase, rows: int):
     transform = case.transform
     if kind_of(transform) != IDENTITY.value:
         transform = transform._replace(temperature=torch.ones(rows))
-    return targets, torch.ones(rows, dtype=torch.bool), transform, Wanted(15, 5), (row, row, row)
+    return targets, torch.ones(rows, dtype=torch.bool), transform, Wanted(31, 5), (row, row, row)
 
 
 def launch_to_compile(case: CompileCase) -> None:

@@ -32,7 +32,7 @@ def samples(backend: str):
         options = (t, *options[1:])
         args = (logits.clone().requires_grad_(), targets, mask, *options, outputs, top_k, False, backend)
         yield logits_op.op, args
-        aux = logits_op.op(*args)[2].detach()
+        aux = logits_op.op(*args)[1].detach()
         grads = (torch.ones(targets.shape), torch.ones(6), torch.ones(6) if outputs & ENTROPY else None)
         backward = (targets, mask, *options, aux, *grads, backend)
         yield logits_op.op_backward, (logits.clone(), *backward)
@@ -43,7 +43,7 @@ def samples(backend: str):
             args = (*leaves, targets, mask, *options, outputs, top_k, keep, backend)
             yield linear_op.op, args
             *_, kept = out = linear_op.op(*args)
-            rest = (targets, mask, *options, out[2].detach(), kept.detach(), *grads, [True, keep, True], backend)
+            rest = (targets, mask, *options, out[1].detach(), kept.detach(), *grads, [True, keep, True], backend)
             yield linear_op.op_backward, (h.clone(), w.clone(), b.clone(), *rest)
 
 

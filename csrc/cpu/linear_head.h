@@ -4,31 +4,15 @@
 #include <omp.h>
 #endif
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 #include <new>
 
 #include "../rlfast/linear_token_logps.h"
 #include "../rlfast/row_outputs.h"
 #include "gemm_pack.h"
+#include "pages.h"
 
 namespace rlfast {
 namespace RLFAST_ISA_NS {
-
-// A hint for memory that is about to be touched for the first time: pages of 2 MiB where the system has them. Else the page
-// faults of 100 MB of logits and 113 MB of a weight's gradient take a tenth of a forward and backward.
-inline void prefer_huge_pages(void* data, int64_t bytes) {
-#if defined(__linux__)
-  constexpr uintptr_t kPage = 2 << 20;
-  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kPage - 1) / kPage * kPage;
-  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + static_cast<uintptr_t>(bytes)) / kPage * kPage;
-  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#else
-  (void)data, (void)bytes;
-#endif
-}
 
 // Uninitialised, from the start of a cache line. Not std::vector, whose functions the linker would merge across the
 // instruction sets.

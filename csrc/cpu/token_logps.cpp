@@ -9,6 +9,7 @@
 #include "../rlfast/row_grad.h"
 #include "../rlfast/row_outputs.h"
 #include "kernels.h"
+#include "pages.h"
 
 namespace rlfast {
 namespace RLFAST_ISA_NS {
@@ -152,6 +153,9 @@ void backward(const Logits& x, const Transform& t, const Targets& targets, const
   const int64_t rows = x.rows();
   if (rows * x.vocab < kSerial) threads = 1;
   const bool streamed = to.data != x.data && rows * x.vocab * static_cast<int64_t>(sizeof(T)) > kStreamBytes;
+  if (streamed && to.offset(rows - 1) == (rows - 1) * x.vocab) {
+    prefer_huge_pages(to.data, rows * x.vocab * static_cast<int64_t>(sizeof(T)));
+  }
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
     std::unique_ptr<Scratch> w(new Scratch);

@@ -148,7 +148,7 @@ RLFAST_DEVICE RowSums merge_row(const Forward& f, const float* stats, int64_t ro
     }
   }
   if (lane == 0) {
-    o.lse[row] = peak + log_sum;
+    if (o.lse) o.lse[row] = peak + log_sum;
     o.peak[row] = peak;
     o.log_sum[row] = log_sum;
   }

@@ -78,7 +78,7 @@ inline void write_row(const LeafStats* leaf, int64_t vocab, const TargetStats* t
   const RowTotals r = merge_leaves(leaf, leaves, s, sums, scale);
   out.peak[row] = r.peak;
   out.log_sum[row] = static_cast<float>(r.log_sum);
-  out.lse[row] = static_cast<float>(s.c * r.peak + r.log_sum);
+  if (out.lse) out.lse[row] = static_cast<float>(s.c * r.peak + r.log_sum);
   for (int64_t k = 0; k < candidates; ++k) {
     const float logp = static_cast<float>(target_logp(targets[k], leaf, leaves, r, s, scale));
     out.logp[row * candidates + k] = out.saved_logp[k * rows + row] = logp;
@@ -95,7 +95,8 @@ inline void write_row(const LeafStats* leaf, int64_t vocab, const TargetStats* t
 
 // A skipped row: zeros, and −1 for ids.
 inline void write_skipped_row(int64_t candidates, const ForwardOut& out, int64_t row, int64_t rows) {
-  out.peak[row] = out.log_sum[row] = out.lse[row] = 0.0f;
+  out.peak[row] = out.log_sum[row] = 0.0f;
+  if (out.lse) out.lse[row] = 0.0f;
   for (int64_t k = 0; k < candidates; ++k) {
     out.logp[row * candidates + k] = out.saved_logp[k * rows + row] = 0.0f;
     if (out.is_top1) out.is_top1[row * candidates + k] = 0;

@@ -39,7 +39,7 @@ def forward(hidden, weight, bias, targets, mask, transform: Transform, wanted: W
     out = allocate(hidden, (n,), targets, wanted)
     ids, counted = counted_rows(targets, mask, n)
     row, flat = Row.of(ids.shape[1], wanted), flattened(out, n)
-    kept = hidden.new_empty((n, vocab) if keep else (0,), dtype=out.lse.dtype)
+    kept = hidden.new_empty((n, vocab) if keep else (0,), dtype=out.logp.dtype)
     for rows in _slices(n, vocab):
         logits = logits_of(hidden[rows], weight, bias)
         if keep:

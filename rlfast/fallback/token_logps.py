@@ -9,7 +9,7 @@ import math
 
 import torch
 
-from rlfast.ops.records import ENTROPY, IS_TOP1, Outputs, Row, Transform, Wanted, allocate
+from rlfast.ops.records import ENTROPY, IS_TOP1, LSE, Outputs, Row, Transform, Wanted, allocate
 
 CHUNK_ELEMENTS = 1 << 22  # 16 MiB of float32 temporaries a tensor: stays in a last-level cache, costs nothing on a GPU
 
@@ -69,7 +69,8 @@ def row_statistics(z, ids, counted, out: dict, row: Row, rows, wanted: Wanted) -
 
     put("aux", row.peak, peak)
     put("aux", row.log_sum, log_sum)
-    out["lse"][rows] = torch.where(live, peak + log_sum, torch.zeros_like(peak))
+    if wanted.outputs & LSE:
+        out["lse"][rows] = torch.where(live, peak + log_sum, torch.zeros_like(peak))
     safe = ids.clamp(0, z.shape[-1] - 1)
     for k in range(ids.shape[1]):
         one = safe[:, k : k + 1]
@@ -104,8 +105,7 @@ def row_statistics(z, ids, counted, out: dict, row: Row, rows, wanted: Wanted) -
 
 def flattened(out: Outputs, rows: int) -> dict:
     """The outputs with one row dimension: views, to be written into."""
-    flat = {"aux": out.aux.view(out.aux.shape[0], rows), "lse": out.lse.view(rows)}
-    flat["entropy"] = out.entropy.view(-1)
+    flat = {"aux": out.aux.view(out.aux.shape[0], rows), "lse": out.lse.view(-1), "entropy": out.entropy.view(-1)}
     for name in ("logp", "is_top1", "topk_logp", "topk_ids"):
         x = getattr(out, name)
         flat[name] = x.view(rows, x.numel() // rows) if x.numel() else x

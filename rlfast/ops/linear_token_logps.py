@@ -64,7 +64,7 @@ def _fake_forward(
 ):
     wanted = Wanted(outputs, top_k)
     out = allocate(hidden, (hidden.shape[0],), targets, wanted)
-    kept = hidden.new_empty((hidden.shape[0], weight.shape[0]) if keep else (0,), dtype=out.lse.dtype)
+    kept = hidden.new_empty((hidden.shape[0], weight.shape[0]) if keep else (0,), dtype=out.logp.dtype)
     return [*out.asked(wanted), kept]
 
 
@@ -95,7 +95,7 @@ class _LinearTokenLogps(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         wanted = Wanted(outputs, top_k)
         ctx.mark_non_differentiable(*non_differentiable(asked, wanted), kept)
-        ctx.save_for_backward(hidden, weight, bias, targets, mask, temperatures, asked[2], kept)
+        ctx.save_for_backward(hidden, weight, bias, targets, mask, temperatures, asked[1], kept)
         ctx.options, ctx.wanted, ctx.backend = options, wanted, backend
         return (*asked, kept)
 

@@ -25,11 +25,10 @@ def _fill(like, lead, targets, wanted: Wanted, values: dict) -> Outputs:
     out.aux.zero_()
     row = Row.of(targets.shape[-1] if targets.dim() > len(lead) else 1, wanted)
     out.logp.copy_(values["logp"])
-    out.lse.copy_(values["lse"])
     for name in ("entropy", "log_sum_sq_probs", "mean_logits", "tail_mass"):
         if getattr(row, name) >= 0:
             out.aux[getattr(row, name)] = values[name]
-    for name in ("entropy", "is_top1", "topk_logp", "topk_ids"):
+    for name in ("lse", "entropy", "is_top1", "topk_logp", "topk_ids"):
         if getattr(out, name).numel():
             getattr(out, name).copy_(values[name])
     return out
@@ -56,7 +55,7 @@ def _linear_forward(hidden, weight, bias, targets, mask, transform, wanted, keep
     options = _options(mask, transform)
     values = linear_oracle(hidden, weight, targets, bias, top_k=wanted.top_k or None, **options)
     out = _fill(hidden, (hidden.shape[0],), targets, wanted, values)
-    return out, hidden.new_empty((hidden.shape[0], weight.shape[0]) if keep else (0,), dtype=out.lse.dtype)
+    return out, hidden.new_empty((hidden.shape[0], weight.shape[0]) if keep else (0,), dtype=out.logp.dtype)
 
 
 def _linear_backward(hidden, weight, bias, targets, mask, transform, aux, grads, needs, kept):
