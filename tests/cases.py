@@ -11,6 +11,7 @@ import torch
 
 import rlfast
 from rlfast import backends
+from rlfast.parity import ORDERS, reordered
 from rlfast.reference.linear_token_logps import linear_token_logps as linear_reference
 from rlfast.reference.token_logps import token_logps as reference
 from tests.numerics import assert_gradient, assert_value, assert_zero
@@ -98,34 +99,18 @@ def oracle(problem: Problem, dtype: torch.dtype, upstream: list | None = None, p
     return {name: x.detach() for name, x in values.items()}, gradients
 
 
-def yardsticks(problem: Problem, orders: int = 4) -> tuple[dict, dict]:
+def yardsticks(problem: Problem) -> tuple[dict, dict]:
     """(values, gradients) by PyTorch in float32, each as a list: one per order of its sums."""
-    runs = [oracle(problem, torch.float32)] + [_reordered(problem, seed) for seed in range(1, orders)]
+    runs = [oracle(problem, torch.float32)] + [_reordered(problem, seed) for seed in range(1, ORDERS)]
     return tuple({name: [run[i][name] for run in runs] for name in runs[0][i]} for i in (0, 1))
 
 
 def _reordered(problem: Problem, seed: int) -> tuple[dict, dict]:
-    """The float32 oracle with the vocabulary and the hidden dimension shuffled, and its gradients put back in order.
+    """The float32 oracle in another order of its sums.
 
     A head is padded, since for a handful of columns torch takes dot products, which round less than its GEMM.
     """
-    rng, inputs = torch.Generator().manual_seed(seed), dict(problem.inputs)
-    if problem.op == "token_logps":
-        ids = torch.randperm(inputs["logits"].shape[-1], generator=rng)
-        inputs["logits"] = inputs["logits"][..., ids]
-        back = {"logits": lambda g: g[..., ids.argsort()]}
-    else:
-        vocab, dim = inputs["weight"].shape
-        ids, columns = torch.randperm(vocab, generator=rng), torch.randperm(dim, generator=rng)
-        inputs |= {"hidden": inputs["hidden"][..., columns], "weight": inputs["weight"][ids][:, columns]}
-        if inputs.get("bias") is not None:
-            inputs["bias"] = inputs["bias"][ids]
-        back = {
-            "hidden": lambda g: g[..., columns.argsort()],
-            "weight": lambda g: g[ids.argsort()][:, columns.argsort()],
-            "bias": lambda g: g[ids.argsort()],
-        }
-    targets = torch.where(problem.targets == -100, -100, ids.argsort()[problem.targets.long().clamp(min=0)])
+    inputs, targets, back = reordered(problem.inputs, problem.targets, seed)
     pad = 0 if problem.op == "token_logps" else 64
     values, gradients = oracle(replace(problem, inputs=inputs, targets=targets), torch.float32, pad=pad)
     return values, {name: back[name](g) for name, g in gradients.items()}

@@ -47,12 +47,11 @@ def problems(draw, op: str):
     return Problem(inputs, targets, options, ALL, grads)
 
 
-# Not the torch backend: a search found its log Σp² at 1.14 times torch's own error, not known yet to be chance.
+# Not the torch backend: it computes log Σp² as the yardstick does, and a search would find the unlucky order of two.
 @pytest.mark.backends("reference", "cpu", "triton", "cuda")
 @pytest.mark.parametrize("op", tuple(backends.IMPLEMENTED))
 def test_any_problem_is_right(backend, device, op):
-    # With 40 the C++ head's entropy is found at 1.28 times torch's own error: not known yet to be chance.
-    @settings(CALM, max_examples=8)
+    @CALM
     @given(problems(op))
     def holds(problem):
         check(problem, backend, device)
