@@ -125,7 +125,7 @@ def _memory_matters(case: suite.Case, name: str) -> bool:
     """Not the forced instruction sets, which allocate alike; of a minute-long case only ours."""
     if name.endswith((" avx2", " baseline")) or "compile" in name:
         return False
-    return name.startswith("rlfast") or case.budget_s < 60
+    return name.startswith("rlfast") or case.budget_s < 100
 
 
 def run(ops=None, cases=None, small=False, device="cpu", json_path=None, every_isa=False, with_memory=True) -> int:

@@ -19,7 +19,7 @@ from rlfast.reference import token_logps as logits_reference
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 OUTPUTS = ("logp", "lse", "entropy", "log_sum_sq_probs", "mean_logits")
-# Rows, hidden width, vocabulary: rows enough that the largest error is no accident; small where the interpreter runs it.
+# Rows, hidden width, vocabulary: rows enough that the largest error is no accident, few where the interpreter runs.
 SIZES = {True: (64, 24, 2053), False: (65, 160, 50257)}
 
 
