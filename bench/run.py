@@ -146,6 +146,9 @@ def run(ops=None, cases=None, small=False, device="cpu", json_path=None, every_i
     if path is None and whole and not small:
         path = RESULTS / f"{slug(result['machine'])}.json"
     started = time.perf_counter()
+    if device == "cpu" and whole:  # first: torch.compile and large buffers leave a slower process behind
+        result["overhead"] = overhead.measure()
+        print("overhead:", result["overhead"])
     for number, case in enumerate(chosen, 1):
         if every_isa:
             case = replace(case, isas=True)
@@ -154,10 +157,6 @@ def run(ops=None, cases=None, small=False, device="cpu", json_path=None, every_i
         with_peak = with_memory and (device == "cuda" or memory.available())
         result["cases"].append(run_case(case, device, small, with_peak, say))
         print_case(result["cases"][-1])
-        _write(path, result)
-    if device == "cpu" and whole:
-        result["overhead"] = overhead.measure()
-        print("overhead:", result["overhead"])
         _write(path, result)
     if whole:
         result["verify"] = [cell._asdict() for cell in verification.verify(every_isa=True)]
