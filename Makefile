@@ -65,7 +65,7 @@ docs: doctor-build $(VENV)/.dev  ## the tables that are generated from result fi
 # On a GPU machine: this Python as it is. No network, no install; the extensions are built in place.
 test-gpu:  ## on a GPU: build in place with PYTHON as it is, and run the GPU tests
 	$(PYTHON) setup.py build_ext --inplace
-	$(PYTHON) -m pytest tests -q -m gpu
+	$(PYTHON) -m pytest tests -q -m "gpu and (large or not large)"
 
 bench-gpu:  ## on a GPU: build in place with PYTHON as it is, and run the benchmark there
 	$(PYTHON) setup.py build_ext --inplace

@@ -47,6 +47,14 @@ def _at_isa(run, isa: str):
     return forced
 
 
+def _on_backend(run, backend: str):
+    def forced():
+        with backends.use_backend(backend):
+            return run()
+
+    return forced
+
+
 def _ours(case: Case, data: dict) -> dict:
     """rlfast's arms at the best instruction set."""
     outputs = ("logp", "entropy", "log_sum_sq_probs") if case.entropy else ("logp",)
@@ -106,6 +114,10 @@ def build(case: Case, data: dict, device: str = "cpu") -> dict:
         for isa in ("avx2", "baseline"):
             if isa in backends.isas()[:-1]:
                 arms |= {f"{name} {isa}": _at_isa(run, isa) for name, run in ours.items() if name != "rlfast logp"}
+    if device == "cuda":
+        for backend in ("triton", "cuda"):  # one of them is what "rlfast" runs on
+            if backend in backends.IMPLEMENTED[case.op] and not backends.why_not(backend):
+                arms |= {f"{name} {backend}": _on_backend(run, backend) for name, run in ours.items()}
     arms |= {name: _arm(case, data, function) for name, function in _plain(case).items()}
     theirs = peers.from_hidden(device) if case.width else peers.from_logits(case.entropy, device)
     return arms | {name: _arm(case, data, function) for name, function in theirs.items()}

@@ -21,7 +21,8 @@ class Outcome(NamedTuple):
 def case_of(result: dict) -> Case:
     """The Case that a result was measured for."""
     fields = dict(result["case"])
-    fields["targets"] = tuple(Target(**t) for t in fields["targets"])
+    for name in ("targets", "gpu_targets"):
+        fields[name] = tuple(Target(**t) for t in fields.get(name, ()))
     return Case(**fields)
 
 
@@ -69,6 +70,9 @@ def outcome(result: dict, target: Target) -> Outcome:
         accumulator = 4 * case.vocab * case.width if case.dtype != "float32" else 0
         value = max(0, arm["extra_bytes"] - accumulator) / case.logits_bytes
         return Outcome(case.name, text, value, value <= target.bound)
+    if target.over == "copy":  # it moves every byte twice
+        share = ceiling_share(result, target.arm) if "copy" in arms else None
+        return Outcome(case.name, text, share, None if share is None else share >= target.bound)
     other = rounds(arms, target.over)
     if other is None:
         return Outcome(case.name, text, None, None, result["failures"].get(target.over, f"{target.over}: not here"))

@@ -152,6 +152,8 @@ def run(ops=None, cases=None, small=False, device="cpu", json_path=None, every_i
     for number, case in enumerate(chosen, 1):
         if every_isa:
             case = replace(case, isas=True)
+        if device == "cuda":
+            case = replace(case, targets=case.gpu_targets)
         case = suite.small(case) if small else case
         say = _progress(f"[{number}/{len(chosen)}] {case.name}", started)
         with_peak = with_memory and (device == "cuda" or memory.available())

@@ -25,8 +25,8 @@ class Target:
         name = OVER.get(self.over, self.over)
         if self.kind == "memory":
             return f"{self.arm}: extra memory ≤ {self.bound:g}× {name}"
-        if self.over == "read":
-            return f"{self.arm}: ≥ {self.bound:.0%} of the read bandwidth"
+        if self.over in ("read", "copy"):
+            return f"{self.arm}: ≥ {self.bound:.0%} of the {self.over} bandwidth"
         return f"{self.arm}: {'≥' if self.kind == 'speed' else '≤'} {self.bound:g}× {name}"
 
 
@@ -34,6 +34,7 @@ OVER = {
     "eager": "eager torch",
     "compile": "torch.compile",
     "trl": "TRL",
+    "liger": "Liger",
     "gemms keep": "its three bare GEMMs",
     "gemms recompute": "its four bare GEMMs",
     "logits": "the logits in float32",
@@ -55,6 +56,7 @@ class Case:
     backward: bool = False
     targets: tuple[Target, ...] = ()
     budget_s: float = 40.0  # time for the interleaved loop on the machine below; every arm gets a sample at least
+    gpu_targets: tuple[Target, ...] = ()  # in place of ``targets`` on a GPU
     isas: bool = True  # also with the instruction set forced to avx2 and to baseline
 
     @property
@@ -72,6 +74,14 @@ class Case:
     def gemm_flops(self) -> int:
         """Floating-point operations of one GEMM of a linear op."""
         return 2 * self.rows * self.width * self.vocab
+
+
+LOGITS_ON_GPU = (Target("rlfast", "copy", 0.85), Target("rlfast", "trl", 1.0), Target("rlfast", "liger", 1.0))
+HEAD_ON_GPU = (
+    Target("rlfast keep", "gemms keep", 1.1, "cost"),
+    Target("rlfast recompute", "gemms recompute", 1.1, "cost"),
+    Target("rlfast keep", "trl", 1.0),
+)
 
 
 def inputs(case: Case, device: str = "cpu") -> dict[str, torch.Tensor]:
@@ -103,7 +113,8 @@ def _forward(dtype: str, reach: float) -> Case:
         Target("rlfast", "read", reach),
         Target("rlfast", "plain", 1.2),
     )
-    return Case(f"token_logps forward {dtype}", "token_logps", 1024, 49152, 0, dtype, targets=ours + isa)
+    name = f"token_logps forward {dtype}"
+    return Case(name, "token_logps", 1024, 49152, 0, dtype, targets=ours + isa, gpu_targets=LOGITS_ON_GPU)
 
 
 def _statistics(dtype: str) -> Case:
@@ -139,7 +150,7 @@ def _linear(rows: int, width: int, vocab: int, dtype: str, budget_s: float, isas
     name = f"linear_token_logps forward+backward {rows}×{width}×{vocab} {dtype}"
     return Case(
         name, "linear_token_logps", rows, vocab, width, dtype, backward=True, targets=keep + recompute + isa,
-        budget_s=budget_s, isas=isas,
+        budget_s=budget_s, gpu_targets=HEAD_ON_GPU, isas=isas,
     )  # fmt: skip
 
 

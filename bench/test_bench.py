@@ -73,7 +73,7 @@ def test_targets_name_arms_that_exist():
 
 def test_a_target_is_met_missed_or_not_measured():
     case = suite.CASES[0]
-    result = {"case": {**case.__dict__, "targets": [t.__dict__ for t in case.targets]}, "failures": {}}
+    result = {"case": asdict(case), "failures": {}}
     result["arms"] = {
         name: {"ms": ms, "rounds": [ms]}
         for name, ms in (("rlfast", 10.0), ("eager", 90.0), ("compile", 12.0), ("read", 7.0))

@@ -136,6 +136,13 @@ def bench(
             file=sys.stderr,
         )
         raise typer.Exit(1)
+    if device not in ("cpu", "cuda"):
+        raise typer.BadParameter(f"expected cpu or cuda, got {device!r}", param_hint="--device")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise typer.BadParameter("cuda: torch sees no CUDA device", param_hint="--device")
+    for name in op or ():
+        if name not in backends.IMPLEMENTED:
+            raise typer.BadParameter(f"expected one of {tuple(backends.IMPLEMENTED)}, got {name!r}", param_hint="--op")
     sys.path.insert(0, str(clone))
     runner = importlib.import_module("bench.run")
     raise typer.Exit(runner.run(ops=op, cases=case, small=small, device=device, json_path=json_path))

@@ -40,6 +40,7 @@ _BITS = {
     "is_top1": IS_TOP1,
 }
 _TOPK = ("topk_logp", "topk_ids", "tail_mass")
+_PLAIN = (torch.Tensor, torch.nn.Parameter)  # tensors with values to look at: a fake one has none
 _INTS = (torch.int64, torch.int32)
 _MASKS = (torch.bool, torch.int64, torch.int32, torch.uint8, torch.int8, torch.float32, torch.bfloat16, torch.float16)
 
@@ -69,7 +70,8 @@ def token_logps(
         mask: [*], zero where a row is skipped: its outputs are 0 and its gradient is 0.
         outputs: what to compute: "logp", "lse", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1"; with ``top_k``
             also "topk_logp", "topk_ids", "tail_mass" (all three come together).
-        inplace_backward: write the gradient over the logits, not to be used afterwards; a second backward raises.
+        inplace_backward: write the gradient over the logits, not to be used afterwards: a second backward, or another
+            one that saved them, raises. Logits that share memory among rows get a gradient of their own all the same.
         top_k: how many of the largest log-probs to return.
 
     Returns:
@@ -77,7 +79,7 @@ def token_logps(
 
     Raises:
         TypeError, ValueError: an argument is of the wrong type, shape, dtype, device or range. On a GPU a target out of
-            range is not looked for (that would synchronise): its row is NaN.
+            range is not looked for (that would synchronise), nor in compiled code: its row is NaN.
 
     Reference:
         The numerics contract in docs/numerics.md; −softplus(lse_others − z_t) keeps log p ≤ 0 and exact as p → 1.
@@ -102,7 +104,7 @@ def token_logps(
         logits = logits.contiguous()
     asked = logits_op.call(
         logits, targets, mask, temperatures, temperature, softcap, logit_scale, *wanted,
-        bool(inplace_backward), backends.requested(),
+        bool(inplace_backward) and not _overlaps(logits), backends.requested(),
     )  # fmt: skip
     return _named(asked, lead, wanted, candidates)
 
@@ -118,6 +120,7 @@ def linear_token_logps(
     logit_scale=1.0,
     mask=None,
     outputs=("logp",),
+    inplace_backward=False,
     top_k=None,
     memory_budget=MEMORY_BUDGET,
 ) -> TokenLogps:
@@ -132,6 +135,7 @@ def linear_token_logps(
         memory_budget: bytes that the forward may keep for the backward. If the float32 logits fit (4·N·V), they are
             kept and the backward has two GEMMs; else it recomputes them in tiles and has three. 0 always recomputes.
         temperature, softcap, logit_scale, mask, outputs, top_k: as in ``token_logps``.
+        inplace_backward: as in ``token_logps``, so that a call can be swapped; there are no logits to write over.
 
     Returns:
         TokenLogps, float32. ``logp``, ``lse`` and ``entropy`` are differentiable in hidden, weight and bias.
@@ -162,6 +166,17 @@ def linear_token_logps(
         logit_scale, *wanted, keep, backends.requested(),
     )  # fmt: skip
     return _named(asked[:-1], lead, wanted, candidates)
+
+
+def _overlaps(x) -> bool:
+    """Whether two elements may be in one place, as in an expanded tensor."""
+    extent = 1
+    for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
+        if size > 1:
+            if stride < extent:
+                return True
+            extent += stride * (size - 1)
+    return False
 
 
 def _unit_stride(x):
@@ -203,7 +218,7 @@ def _rows(lead, vocab: int, targets, mask, temperature, source):
         targets = targets.long()
     if not targets.is_contiguous():
         targets = targets.contiguous()
-    if x.device.type == "cpu" and not torch.compiler.is_compiling():
+    if x.device.type == "cpu" and type(targets) in _PLAIN and not torch.compiler.is_compiling():
         _in_range(targets, vocab)
     if mask is not None:
         validate.tensor("mask", mask, _MASKS)

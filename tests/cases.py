@@ -142,7 +142,7 @@ def call(problem: Problem, leaves: dict, device: str) -> rlfast.TokenLogps:
 
 def _copy_with_strides(x):
     if any(s == 0 for s in x.stride()):
-        return x * 1.0
+        return x.view_as(x)  # no backward may write over rows that share memory
     flat = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
     return flat.copy_(x)
 

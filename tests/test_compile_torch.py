@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import rlfast
 from rlfast import backends
@@ -184,6 +186,48 @@ def test_gradcheck_in_float64(backend, device, softcap, candidates):
 
     assert torch.autograd.gradcheck(from_logits, logits_of(4, 7).double().requires_grad_())
     assert torch.autograd.gradcheck(from_hidden, (head["hidden"], head["weight"], head["bias"]))
+
+
+def test_forward_mode_is_refused():
+    """A tangent that would be lost says so."""
+    x, head, targets = logits_of(3, 20), head_of(3, 8, 20), targets_of(3, 20)
+    for function, primal in (
+        (lambda z: rlfast.token_logps(z, targets).logp, x),
+        (lambda h: rlfast.linear_token_logps(h, head["weight"], targets).logp, head["hidden"]),
+    ):
+        with pytest.raises(NotImplementedError, match="forward-mode"):
+            torch.func.jvp(function, (primal,), (primal,))
+
+
+class _Seen(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.ops = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.ops.append(func)
+        return func(*args, **(kwargs or {}))
+
+
+def test_who_watches_sees_the_op():
+    """In plain eager mode the kernel is called past the dispatcher; not where a mode or a profiler would miss it."""
+    x, targets = logits_of(3, 20), targets_of(3, 20)
+    assert logits_op._unobserved(x, targets, None, None)
+    with _Seen() as seen:
+        assert not logits_op._unobserved(x, targets, None, None)
+        rlfast.token_logps(x, targets)
+    assert logits_op.op in seen.ops
+    with torch.profiler.profile() as profile:
+        rlfast.token_logps(x, targets)
+    assert any(event.key == "rlfast::token_logps" for event in profile.key_averages())
+    with FakeTensorMode() as mode:
+        fake = rlfast.token_logps(mode.from_tensor(x), mode.from_tensor(targets)).logp
+    assert type(fake) is not torch.Tensor and fake.shape == (3,)
+
+
+def test_a_lazily_negated_tensor():
+    x, targets = logits_of(3, 20), targets_of(3, 20)
+    assert_same_bits("logp", rlfast.token_logps(torch._neg_view(x), targets).logp, rlfast.token_logps(-x, targets).logp)
 
 
 def test_a_double_backward_is_refused():

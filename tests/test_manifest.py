@@ -60,4 +60,11 @@ def test_every_op_on_every_backend(target):
 
 def test_the_gpu_target_runs_the_kernels_of_a_gpu():
     (line,) = pytest_lines("test-gpu")
-    assert re.search(r"-m ['\"]?gpu", line.split("pytest", 1)[1]), line
+    arguments = shlex.split(line.split("-m pytest", 1)[1])
+    assert "gpu and (large or not large)" in arguments, line
+    command = [sys.executable, "-m", "pytest", *[x for x in arguments if x != "-q"], "--collect-only", "-q"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    for op, name in PAIRS:
+        if name == "cuda":  # Triton's tests are of a GPU only where there is one
+            full = re.search(rf"test_{op}\.py::test_full_size\w*\[{name}\b", done.stdout)
+            assert full, f"{op} on {name}: no full size"

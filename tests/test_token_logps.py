@@ -155,6 +155,32 @@ def test_row_14_inplace_writes_over_the_logits(backend, device):
     assert_same_bits("what the logits hold", logits.detach(), other.grad)
 
 
+@pytest.mark.parametrize("second", ("another call", "another use"))
+def test_row_14_inplace_with_logits_that_are_used_twice(backend, device, second):
+    """Autograd is told that the logits were changed: an error, not the gradient of something else."""
+    logits = logits_of(5, 300).to(device).requires_grad_() * 1.0
+    targets = targets_of(5, 300).to(device)
+    with rlfast.use_backend(backend):
+        # autograd goes backwards from the last: what was first finds the logits changed
+        first = rlfast.token_logps(logits, targets).logp if second == "another call" else logits * logits
+        loss = first.sum() + rlfast.token_logps(logits, targets, inplace_backward=True).logp.sum()
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+
+
+@pytest.mark.parametrize("strides", ((0, 1), (10, 1)), ids=str)
+def test_row_10_inplace_where_rows_share_memory(backend, device, strides):
+    """Their gradient gets memory of its own."""
+    base = logits_of(1, 2000)[0].to(device)
+    shared_rows = base.as_strided((4, 300), strides).requires_grad_()
+    dense = shared_rows.detach().contiguous().requires_grad_()
+    targets = targets_of(4, 300).to(device)
+    with rlfast.use_backend(backend):
+        rlfast.token_logps(shared_rows, targets, inplace_backward=True).logp.sum().backward()
+        rlfast.token_logps(dense, targets).logp.sum().backward()
+    assert_same_bits("gradient", shared_rows.grad, dense.grad)
+
+
 def test_changed_outputs_do_not_change_the_gradient(backend, device):
     """Callers change the returned log-probs in place; the backward must not have saved them."""
     gradients = []

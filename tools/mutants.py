@@ -32,7 +32,7 @@ class Mutant(NamedTuple):
     @property
     def new(self) -> str:
         before, _, after = self.parts()
-        return self.changed if self.kind == "cpp" else before + self.changed + after
+        return self.changed if self.kind in ("cpp", "cuda") else before + self.changed + after
 
     def __str__(self) -> str:
         return f"{self.file}: {self.parts()[1].strip()} → {self.changed.strip() or 'nothing'}"
@@ -40,6 +40,10 @@ class Mutant(NamedTuple):
 
 def _cpp(file: str, *rows) -> list[Mutant]:
     return [Mutant("cpp", file, *row) for row in rows]
+
+
+def _cuda(file: str, *rows) -> list[Mutant]:
+    return [Mutant("cuda", file, *row) for row in rows]
 
 
 def _python(kind: str, file: str, *rows) -> list[Mutant]:
@@ -98,6 +102,50 @@ CPP = [
         ("kept_ + «i» * vocab + leaf * kLeaf : d", "(i ? i - 1 : i)"),
         ("«id / kLeaf == leaf»", "id / kLeaf == leaf && id % kLeaf != n - 1"),
     ),
+    *_cpp(
+        "csrc/cpu/gemm.h",
+        ("const bool more = «accumulate || k > 0»;", "accumulate"),
+        ("c[i * ldc + j] = accumulate ? «c[i * ldc + j] + x» : x;", "x"),
+        ("const int64_t deep = «std::min(partial, depth - k)»;", "depth - k > partial ? partial : depth - k - 1"),
+    ),
+    *_cpp(
+        "csrc/cpu/linear_head.h",
+        ("head_.weight) + «v * head_.stride_weight»;", "v * head_.depth"),
+        ("c[j] += «to_float(bias[j])»;", "0.0f"),
+    ),
+    *_cpp(
+        "csrc/cpu/token_logps.cpp",
+        ("return static_cast<int>(«left < kLeaf ? left : kLeaf»);", "left < kLeaf ? left - 1 : kLeaf"),
+    ),
+]  # fmt: skip
+
+# The CUDA source as C++, under csrc/tests/simt.h.
+CUDA = [
+    *_cuda(
+        "csrc/cuda/row_math.cuh",
+        ("x = product(softcap, «tanhf(x / softcap)»);", "x / softcap"),
+        ("return {d, «exponential(d)»};", "1.0f"),
+        ("float d = «divided(scale)»;", "scale"),
+        ("return product(d, «4.0f * t» /", "2.0f * t"),
+    ),
+    *_cuda(
+        "csrc/cuda/forward.cuh",
+        ("float sum = inside && «l == id / kLeaf» ?", "false"),
+        ("beaten |= «l < id / kLeaf» &&", "false"),
+        ("sums.ex = fmaf(w.weight, «fmaf(e, w.distance, stats[kSumEX * f.leaves + l])», sums.ex);",
+         "stats[kSumEX * f.leaves + l]"),
+        ("fmaf(«product(w.weight, w.weight)», stats[kSumEE", "w.weight"),
+        ("float entropy = «log_sum - ex / total»;", "log_sum + ex / total"),
+        ("o.log_sum_sq_probs[row] = «logf(ee) - 2.0f * log_sum»;", "logf(ee) - log_sum"),
+        ("z / «float(f.logits.vocab)» + poison", "float(f.logits.vocab + 1)"),
+        ("o.lse[row] = «peak + log_sum»;", "log_sum"),
+    ),
+    *_cuda(
+        "csrc/cuda/backward.cuh",
+        ("if («ids[other] == ids[k]») hit", "other == k"),
+        ("t.plain ? g(v[j]) : product(g(t(v[j])), «t.slope(v[j])»);", "1.0f"),
+        ("v[j] = «ids[k] == column + j» ? exact : v[j];", "false"),
+    ),
 ]  # fmt: skip
 
 PYTHON = [
@@ -106,7 +154,7 @@ PYTHON = [
         ("logp = -torch.logaddexp(", "logp = torch.logaddexp("),
         ("others = e.scatter(-1, one, 0.0).sum(-1)", "others = e.sum(-1)"),
         ("entropy = log_sum - (", "entropy = log_sum + ("),
-        ("(e * e).sum(-1).log() - 2 * log_sum", "(e * e).sum(-1).log() - log_sum"),
+        ("torch.logsumexp(2 * (x - log_sum.unsqueeze(-1)), -1)", "torch.logsumexp(x - log_sum.unsqueeze(-1), -1)"),
         ("x = z - peak.unsqueeze(-1)", "x = z"),
         ("put(\"aux\", row.mean_logits, z.mean(-1))", "put(\"aux\", row.mean_logits, x.mean(-1))"),
         ("x == 0, index, z.shape[-1]).amin(-1", "x == 0, index, -1).amax(-1"),

@@ -5,7 +5,8 @@
     python tools/mutate.py --only triton
 
 Everything happens in temporary copies of the tree. The C++ mutants are compiled once, all together: each is an
-expression that a variable of the process chooses. What survives is listed, and the exit status is 1.
+expression that a variable of the process chooses; the CUDA ones too, in the C++ test program. What survives is
+listed, and the exit status is 1.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from mutants import CPP, PYTHON, Mutant
+from mutants import CPP, CUDA, PYTHON, Mutant
 
 ROOT = Path(__file__).resolve().parent.parent
 SWITCH = "RLFAST_MUTANT"
@@ -35,6 +36,7 @@ RUNS = {
     "torch": ((*OPS, "--backend", "torch", "-k", SLOW), {}),
     "ops": ((*OPS, "tests/test_validate.py", "--backend", "torch", "-k", SLOW), {}),
     "cpp": ((*OPS, "--backend", "cpu", "-k", SLOW), {}),
+    "cuda": ((), {}),  # the C++ test program
     "triton": ((*OPS, "--backend", "triton", "-k", SLOW), {"TRITON_INTERPRET": "1"}),
     "trl": (("tests/test_integrations_trl.py",), {}),
 }
@@ -73,7 +75,7 @@ def plant_cpp(tree: Path) -> None:
         "  return chosen == i;\n}\n}  // namespace rlfast\n"
     )
     declared.write_text(declared.read_text().replace("#pragma once\n", "#pragma once\n" + function, 1))
-    for number, mutant in enumerate(CPP, 1):
+    for number, mutant in enumerate((*CPP, *CUDA), 1):
         path = tree / mutant.file
         text = path.read_text()
         before, old, after = mutant.parts()
@@ -92,8 +94,30 @@ def build(tree: Path) -> None:
         raise SystemExit(f"the C++ mutants do not compile:\n{done.stderr[-4000:]}")
 
 
+def build_program(tree: Path) -> None:
+    """The C++ test program with every CUDA mutant in it."""
+    code = (
+        "import native_test, pathlib, platform\n"
+        "native_test.build(['g++'], platform.machine(), pathlib.Path('program'), ('-O1',), ('-O1',))"
+    )
+    environment = os.environ | {"PYTHONPATH": str(tree / "tools")}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tree, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"the CUDA mutants do not compile:\n{done.stdout[-2000:]}{done.stderr[-4000:]}")
+
+
+def test_program(tree: Path, number: int) -> tuple[bool, str]:
+    """(whether the CUDA kernels pass under simt.h, the first line that says why not)."""
+    command = [str(tree / "program" / "test_kernels"), "simt"]
+    done = subprocess.run(command, env=os.environ | {SWITCH: str(number)}, capture_output=True, text=True)
+    why = next((line for line in (done.stdout + done.stderr).splitlines() if "checks" not in line), "")
+    return done.returncode == 0, why[:110]
+
+
 def test(tree: Path, mutant: Mutant | None, kind: str, number: int = 0) -> tuple[bool, str]:
     """(whether the tests of this kind pass, the first line that says why not)."""
+    if kind == "cuda":
+        return test_program(tree, number)
     arguments, extra = RUNS[kind]
     if mutant is not None and mutant.tests:
         arguments = (*arguments[: arguments.index("-k")], "-k", f"({mutant.tests}) and {SLOW}")
@@ -106,9 +130,9 @@ def test(tree: Path, mutant: Mutant | None, kind: str, number: int = 0) -> tuple
     return done.returncode == 0, why.removeprefix("FAILED ")[:110]
 
 
-def try_cpp(tree: Path, number: int) -> tuple[Mutant, bool, str]:
-    mutant = CPP[number - 1]
-    survived, why = test(tree, mutant, "cpp", number)
+def try_compiled(tree: Path, number: int) -> tuple[Mutant, bool, str]:
+    mutant = (*CPP, *CUDA)[number - 1]
+    survived, why = test(tree, mutant, mutant.kind, number)
     return mutant, survived, why
 
 
@@ -128,18 +152,23 @@ def main() -> int:
     options = parser.parse_args()
     step = 3 if options.quick else 1
     python = [m for m in PYTHON if options.only in (None, m.kind)][::step]
-    cpp = list(range(1, len(CPP) + 1, step)) if options.only in (None, "cpp") else []
+    compiled = [i for i, m in enumerate((*CPP, *CUDA), 1) if options.only in (None, m.kind)][::step]
     start, survivors = time.monotonic(), []
     with tempfile.TemporaryDirectory(prefix="mutants-") as folder, ThreadPoolExecutor(os.cpu_count() or 1) as pool:
         tree = copy_of_tree(Path(folder))
-        if cpp:
+        kinds = {m.kind for m in python} | {(*CPP, *CUDA)[i - 1].kind for i in compiled}
+        if compiled:
             plant_cpp(tree)
+        if "cuda" in kinds:
+            build_program(tree)
+        if "cpp" in kinds:
             build(tree)
-        for kind in {m.kind for m in python} | ({"cpp"} if cpp else set()):
+        for kind in sorted(kinds):
             passed, why = test(tree, None, kind)
             if not passed:
                 raise SystemExit(f"{kind}: the tests fail with no mutant planted: {why}")
-        tried = [pool.submit(try_cpp, tree, number) for number in cpp] + [pool.submit(try_python, m) for m in python]
+        tried = [pool.submit(try_compiled, tree, number) for number in compiled]
+        tried += [pool.submit(try_python, mutant) for mutant in python]
         for done, future in enumerate(tried, 1):
             mutant, survived, why = future.result()
             print(f"[{done}/{len(tried)}] {'SURVIVED' if survived else 'killed  '} {mutant}  {why}", flush=True)

@@ -1,5 +1,5 @@
 // Stand-alone test of the C++ kernels, for sanitizers and for machines without Python: every instruction set in turn, then the
-// CUDA kernels under simt.h. Arguments: `large` adds a real vocabulary, `no-simt` leaves the CUDA kernels out.
+// CUDA kernels under simt.h. Arguments: `large` adds a real vocabulary, `no-simt` leaves the CUDA kernels out, `simt` all else.
 #include <chrono>
 
 #include "../cpu/kernels.h"
@@ -43,12 +43,13 @@ void timed(const std::string& name, Test test) {
 }
 
 int run(int argc, char** argv) {
-  bool large = false, simt = true;
+  bool large = false, simt = true, isas = true;
   for (int i = 1; i < argc; ++i) {
     large |= !std::strcmp(argv[i], "large");
     simt &= std::strcmp(argv[i], "no-simt") != 0;
+    isas &= std::strcmp(argv[i], "simt") != 0;
   }
-  for (int i = 0; i < isa_count(); ++i) {
+  for (int i = 0; isas && i < isa_count(); ++i) {
     Isa isa = static_cast<Isa>(i);
     if (!isa_usable(isa)) {
       std::printf("%-44s not on this processor\n", isa_name(isa));

@@ -18,7 +18,7 @@ class Settings:
     """One run of the demo; the trainer's options are the same in both arms."""
 
     steps: int = 5  # timed steps an arm, after one that warms up
-    parity_steps: int = 3
+    parity_steps: int = 2
     batch: int = 16  # completions a step
     generations: int = 4  # completions a prompt: the group
     max_completion: int = 32  # tokens

@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 
 from rlfast import backends
 from rlfast.ops.records import Transform, Wanted, allocate
-from rlfast.ops.token_logps import LIB, OPTIONS, differentiable, non_differentiable
+from rlfast.ops.token_logps import LIB, OPTIONS, differentiable, non_differentiable, refuse_forward_mode
 
 NAME = "linear_token_logps"
 
@@ -111,6 +111,7 @@ class _LinearTokenLogps(torch.autograd.Function):
 
 
 def _with_autograd(*args):
+    refuse_forward_mode(NAME, *args[:3])
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in args[:3]):
         return list(_LinearTokenLogps.apply(*args))
     with torch._C._AutoDispatchBelowAutograd():

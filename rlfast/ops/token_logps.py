@@ -15,6 +15,7 @@ logits themselves. ``grads`` is (g_logp, g_lse, g_entropy), each contiguous, or 
 from __future__ import annotations
 
 import torch
+from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 from rlfast import backends
@@ -75,26 +76,42 @@ def _fake_backward(logits, *_):
     return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
 
 
-# What the dispatcher includes where no mode, functional transform or tracer is on.
-_KEY = torch._C.DispatchKey
-_EAGER = torch._C.DispatchKeySet(_KEY.BackendSelect).add(_KEY.ADInplaceOrView).raw_repr()
-_PLAIN = (torch.Tensor, torch.nn.Parameter)
+def _key_sets() -> tuple:
+    """(what the dispatcher includes in plain eager mode, the keys of a plain tensor per device): private to torch.
+
+    Without them nothing goes past the dispatcher.
+    """
+    try:
+        key = torch._C.DispatchKey
+        eager = torch._C.DispatchKeySet(key.BackendSelect).add(key.ADInplaceOrView).raw_repr()
+        plain = [
+            torch._C.DispatchKeySet(a).add(b).add(c).add(key.ADInplaceOrView).raw_repr()
+            for a, b, c in (
+                (key.CPU, key.AutogradCPU, key.AutocastCPU),
+                (key.CUDA, key.AutogradCUDA, key.AutocastCUDA),
+            )
+        ]
+    except (AttributeError, TypeError):
+        return None, ()
+    return eager, tuple(plain)
 
 
-def _unobserved(logits, targets) -> bool:
-    """Whether nobody is there to see the op: no mode, transform, tracer or profiler, and no tensor subclass."""
+_EAGER, _PLAIN = _key_sets()
+
+
+def _unobserved(*tensors) -> bool:
+    """Whether nobody is there to see the op: no mode, transform, tracer or profiler, and plain tensors alone."""
     return (
         torch._C._dispatch_tls_local_include_set().raw_repr() == _EAGER
-        and type(logits) in _PLAIN
-        and type(targets) in _PLAIN
-        and (logits.is_cpu or logits.is_cuda)
+        and all(x is None or torch._C._dispatch_keys(x).raw_repr() in _PLAIN for x in tensors)
+        and not torch._C._is_torch_function_mode_enabled()
         and not torch.autograd._profiler_enabled()
     )
 
 
 def _below_autograd(*args):
     """The op without its derivative; past the dispatcher, which takes 12 µs, where nobody would see it there."""
-    if _unobserved(*args[:2]):
+    if _unobserved(*args[:4]):
         return _forward(*args)
     with torch._C._AutoDispatchBelowAutograd():
         return op(*args)
@@ -133,6 +150,7 @@ class _TokenLogps(torch.autograd.Function):
         ctx.spent = True
         gradient = logits.detach()
         op_backward_(gradient, *args)
+        torch.autograd.graph.increment_version(logits)  # whoever saved the logits too is told by autograd
         return (gradient, *(None,) * 10)
 
 
@@ -148,7 +166,16 @@ def non_differentiable(asked, wanted: Wanted) -> list:
     return [x for x in (out.aux, out.is_top1, out.topk_logp, out.topk_ids) if x is not None]
 
 
+def refuse_forward_mode(name: str, *tensors) -> None:
+    """A tangent would be lost without a word."""
+    if forward_ad._current_level < 0:
+        return
+    if any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors):
+        raise NotImplementedError(f"{name}: forward-mode derivatives are not implemented, expected reverse mode")
+
+
 def _with_autograd(*args):
+    refuse_forward_mode(NAME, args[0])
     if torch.is_grad_enabled() and args[0].requires_grad:
         return list(_TokenLogps.apply(*args))
     return _below_autograd(*args)
