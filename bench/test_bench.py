@@ -3,6 +3,8 @@
 pytest bench/ --benchmark-json=out.json
 """
 
+from dataclasses import asdict
+
 import pytest
 import torch
 
