@@ -88,7 +88,7 @@ def _compiles(kernel: dict, op: str, backend: str) -> bool:
     name = kernel["kernel"]
     if backend == "cuda":
         return name == f"cuda/{op}.cu"
-    return backend == "triton" and not name.startswith("cuda/") and re.search(rf"(?<!\w){op}\b", name) is not None
+    return backend == "triton" and not name.startswith("cuda/") and kernel["variant"].startswith(f"{op}:")
 
 
 def benches(found: list[dict]) -> list[dict]:
@@ -119,6 +119,7 @@ def _figure(case: dict, name: str) -> str:
     arms, row = case["arms"], case["arms"][name]
     label = case["case"]["name"].replace("linear_token_logps", "`linear_token_logps`")
     label = re.sub(r"^token_logps", "`token_logps`", label) + name.removeprefix("rlfast").replace(" ", ", ", 1)
+    label += f" ({case['stamp']})" if "stamp" in case else ""
     cells = [f"{row['ms']:.4g}"]
     for over in ("plain", "eager", "compile", "trl"):
         other = outcome.rounds(arms, over)

@@ -1,6 +1,7 @@
 """Run the cases of ``bench/suite.py`` on this machine and write ``bench/results/<device>.json``.
 
-python -m bench.run [--op OP] [--case WORD] [--small] [--device cuda] [--json PATH] [--every-isa] [--no-memory]
+python -m bench.run [--op OP] [--case WORD] [--small] [--device cuda] [--json PATH | --update] [--every-isa]
+                    [--no-memory]
 """
 
 from __future__ import annotations
@@ -128,8 +129,13 @@ def _memory_matters(case: suite.Case, name: str) -> bool:
     return name.startswith("rlfast") or case.budget_s < 100
 
 
-def run(ops=None, cases=None, small=False, device="cpu", json_path=None, every_isa=False, with_memory=True) -> int:
-    """Run, print, write. Returns the exit status."""
+def run(
+    ops=None, cases=None, small=False, device="cpu", json_path=None, every_isa=False, with_memory=True, update=False
+) -> int:
+    """Run, print, write. Returns the exit status.
+
+    ``update`` puts the chosen cases in the place of those in this device's own file, each with its own stamp.
+    """
     chosen = suite.selected(ops, cases)
     if not chosen:
         print(f"bench: no case matches; there are: {', '.join(c.name for c in suite.CASES)}", file=sys.stderr)
@@ -142,11 +148,10 @@ def run(ops=None, cases=None, small=False, device="cpu", json_path=None, every_i
     command += " --small" * small + " --every-isa" * every_isa + (f" --device {device}" if device != "cpu" else "")
     result = stamp(device, command) | {"small": small, "cases": []}
     whole = not (ops or cases)
-    path = Path(json_path) if json_path else None
-    if path is None and whole and not small:
-        path = RESULTS / f"{slug(result['machine'])}.json"
+    own = RESULTS / f"{slug(result['machine'])}.json"
+    path = Path(json_path) if json_path else own if whole and not small else None
     started = time.perf_counter()
-    if device == "cpu" and whole:  # first: torch.compile and large buffers leave a slower process behind
+    if device == "cpu" and (whole or update):  # first: torch.compile and large buffers leave a slower process behind
         result["overhead"] = overhead.measure()
         print("overhead:", result["overhead"])
     for number, case in enumerate(chosen, 1):
@@ -157,14 +162,27 @@ def run(ops=None, cases=None, small=False, device="cpu", json_path=None, every_i
         case = suite.small(case) if small else case
         say = _progress(f"[{number}/{len(chosen)}] {case.name}", started)
         with_peak = with_memory and (device == "cuda" or memory.available())
-        result["cases"].append(run_case(case, device, small, with_peak, say))
-        print_case(result["cases"][-1])
+        measured = run_case(case, device, small, with_peak, say)
+        print_case(measured)
+        result["cases"].append(measured)
         _write(path, result)
+        if update:
+            _write(own, _updated(own, measured, result))
     if whole:
         result["verify"] = [cell._asdict() for cell in verification.verify(every_isa=True)]
         _write(path, result)
     print(f"{f'wrote {path.name} in ' if path else ''}{time.perf_counter() - started:.0f} s")
     return 0
+
+
+def _updated(path: Path, measured: dict, now: dict) -> dict:
+    """The file's result with one case in the place of the one of its name."""
+    result = json.loads(path.read_text(encoding="utf-8"))
+    measured = measured | {"stamp": f"{now['date']}, {now['commit']}{' + changes' if now['uncommitted'] else ''}"}
+    name = measured["case"]["name"]
+    result["overhead"] = now.get("overhead")
+    result["cases"] = [measured if c["case"]["name"] == name else c for c in result["cases"]]
+    return result
 
 
 def _write(path: Path | None, result: dict) -> None:
@@ -193,8 +211,10 @@ def main() -> int:
         "--every-isa", action="store_true", help="force the lower instruction sets on the largest case too (minutes)"
     )
     parser.add_argument("--no-memory", action="store_true")
+    parser.add_argument("--update", action="store_true", help="replace these cases in the file of this device")
     args = parser.parse_args()
-    return run(args.op, args.case, args.small, args.device, args.json, args.every_isa, not args.no_memory)
+    options = (args.small, args.device, args.json, args.every_isa, not args.no_memory, args.update)
+    return run(args.op, args.case, *options)
 
 
 if __name__ == "__main__":
