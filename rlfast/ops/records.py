@@ -54,14 +54,14 @@ class Row(NamedTuple):
             wanted.top_k,
         ):
             where.append(at if there else -1)
-            at += bool(there)
+            at += 1 if there else 0  # not a bool: torch 2.11 adds that to a symbolic size as a sympy truth
         return Row(0, 1, 2, *where, at)
 
 
 def aux_rows(candidates: int, wanted: Wanted) -> int:
     """``Row.of(candidates, wanted).rows``, without the µs that the layout takes."""
     kept = wanted.outputs & (ENTROPY | LOG_SUM_SQ_PROBS | MEAN_LOGITS)
-    return 2 + candidates + kept.bit_count() + bool(wanted.top_k)
+    return 2 + candidates + kept.bit_count() + (1 if wanted.top_k else 0)
 
 
 class Outputs(NamedTuple):
