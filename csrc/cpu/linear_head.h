@@ -9,7 +9,6 @@
 #include "../rlfast/linear_token_logps.h"
 #include "../rlfast/row_outputs.h"
 #include "gemm_pack.h"
-#include "pages.h"
 
 namespace rlfast {
 namespace RLFAST_ISA_NS {
@@ -19,9 +18,7 @@ namespace RLFAST_ISA_NS {
 template <class T>
 class Buffer {
 public:
-  explicit Buffer(int64_t n) : data_(static_cast<T*>(::operator new(static_cast<size_t>(n) * sizeof(T), kLine))) {
-    prefer_huge_pages(data_, n * static_cast<int64_t>(sizeof(T)));
-  }
+  explicit Buffer(int64_t n) : data_(static_cast<T*>(::operator new(static_cast<size_t>(n) * sizeof(T), kLine))) {}
   ~Buffer() { ::operator delete(data_, kLine); }
   Buffer(const Buffer&) = delete;
   Buffer& operator=(const Buffer&) = delete;

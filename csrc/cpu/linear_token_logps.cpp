@@ -65,7 +65,6 @@ public:
         heaps_(count_ * out.top_k),
         rests_(out.top_k ? count_ * grid_.leaves : 0),
         best_(out.top_k ? count_ : 0) {
-    if (kept) prefer_huge_pages(kept, count_ * head.vocab * 4);
     for (int64_t i = 0; i < count_; ++i) {
       scales_[i] = row_scale(transform, rows_.at[i]);
       if (out.top_k) best_[i] = {&heaps_[i * out.top_k], &rests_[i * grid_.leaves], out.top_k, 0};
@@ -181,7 +180,6 @@ public:
         at_target_(threads * targets.candidates),
         scales_(count_),
         grads_(count_) {
-    if (out.weight) prefer_huge_pages(out.weight, head.vocab * head.depth * static_cast<int64_t>(sizeof(T)));
     // Four jobs a thread, so that a slow one is not waited for; at most what a product's block takes.
     const int64_t rows = round_up(ceil_div(count_, 4 * threads), kTileRows);
     rows_each_ = std::clamp<int64_t>(rows, kTileRows, kBlockRows);

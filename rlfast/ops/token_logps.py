@@ -103,7 +103,7 @@ def _unobserved(*tensors) -> bool:
     """Whether nobody is there to see the op: no mode, transform, tracer or profiler, and plain tensors alone."""
     return (
         torch._C._dispatch_tls_local_include_set().raw_repr() == _EAGER
-        and all(x is None or torch._C._dispatch_keys(x).raw_repr() in _PLAIN for x in tensors)
+        and all([x is None or torch._C._dispatch_keys(x).raw_repr() in _PLAIN for x in tensors])
         and not torch._C._is_torch_function_mode_enabled()
         and not torch.autograd._profiler_enabled()
     )
