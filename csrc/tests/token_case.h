@@ -152,7 +152,8 @@ struct TokenCase {
           v[j] = row == 1 && j == s.vocab / 2 ? kInfinity : v[j];
           break;
         case Fill::ties:
-          v[j] = std::round(v[j]);
+          // the target holds the maximum, and is the first of its own leaf that does; earlier leaves hold it too
+          v[j] = j == target || (j % 128 == 0 && j + 1024 < target) ? 15.0 : std::round(v[j]);
           break;
       }
     }
