@@ -194,11 +194,14 @@ PYTHON = [
     *_python(
         "ops", "rlfast/logps.py",
         ("mask if mask.dtype == torch.bool else mask != 0", "mask if mask.dtype == torch.bool else mask > 1"),
-        ("high >= vocab or low < 0", "high > vocab or low < 0"),
         ("saved(row.mean_logits)", "saved(row.log_sum)"),
     ),
     *_python(
-        "ops", "rlfast/validate.py",
+        "validate", "rlfast/logps.py",
+        ("high >= vocab or low < 0", "high > vocab or low < 0"),
+    ),
+    *_python(
+        "validate", "rlfast/validate.py",
         ("if not 0 < x < math.inf:", "if not 0 <= x < math.inf:"),
     ),
     *_python(

@@ -34,7 +34,8 @@ SLOW = "not (isa or 2_31 or seventy or 151669 or 50257 or 32003 or 256k or twent
 # How each kind is tested: pytest's arguments, and the environment.
 RUNS = {
     "torch": ((*OPS, "--backend", "torch", "-k", SLOW), {}),
-    "ops": ((*OPS, "tests/test_validate.py", "--backend", "torch", "-k", SLOW), {}),
+    "ops": ((*OPS, "--backend", "torch", "-k", SLOW), {}),
+    "validate": (("tests/test_validate.py",), {}),  # not with --backend, which leaves out what does not depend on it
     "cpp": ((*OPS, "--backend", "cpu", "-k", SLOW), {}),
     "cuda": ((), {}),  # the C++ test program
     "triton": ((*OPS, "--backend", "triton", "-k", SLOW), {"TRITON_INTERPRET": "1"}),
