@@ -105,7 +105,6 @@ CPP = [
     *_cpp(
         "csrc/cpu/gemm.h",
         ("const bool more = «accumulate || k > 0»;", "accumulate"),
-        ("c[i * ldc + j] = accumulate ? «c[i * ldc + j] + x» : x;", "x"),
         ("const int64_t deep = «std::min(partial, depth - k)»;", "depth - k > partial ? partial : depth - k - 1"),
     ),
     *_cpp(

@@ -89,21 +89,7 @@ GemmTile gemm_tile_of(int64_t rows, std::integer_sequence<int, kRows...>) {
   return tiles[rows - 1];
 }
 
-// The last columns of C, fewer than a tile has, by way of a whole tile beside it.
-template <class Words>
-void gemm_edge(GemmTile tile, int64_t rows, int64_t cols, int64_t depth, Strided a, const float* b, float* c,
-               int64_t ldc, bool accumulate) {
-  alignas(64) float whole[kTileRows * kTileCols];
-  tile(depth, a, b, whole, kTileCols, false);
-  for (int64_t i = 0; i < rows; ++i) {
-    for (int64_t j = 0; j < cols; ++j) {
-      const float x = whole[i * kTileCols + j];
-      c[i * ldc + j] = accumulate ? c[i * ldc + j] + x : x;
-    }
-  }
-}
-
-// C [rows, cols] = A [rows, depth]·B [depth, cols], added to what C holds if `accumulate`.
+// C [rows, cols] = A [rows, depth]·B [depth, cols], added to what C holds if `accumulate`; cols is whole tiles.
 template <class Words>
 void gemm(int64_t rows, int64_t cols, int64_t depth, Strided a, Panels b, float* c, int64_t ldc, bool accumulate) {
   const int64_t partial = partial_depth(depth);
@@ -116,12 +102,7 @@ void gemm(int64_t rows, int64_t cols, int64_t depth, Strided a, Panels b, float*
         const int64_t height = std::min<int64_t>(kTileRows, rows - i);
         const GemmTile tile = gemm_tile_of<Words>(height, std::make_integer_sequence<int, kTileRows>{});
         const Strided block{a.data + i * a.row + k * a.depth, a.row, a.depth};
-        float* corner = c + i * ldc + j;
-        if (cols - j >= kTileCols) {
-          tile(deep, block, panel, corner, ldc, more);
-        } else {
-          gemm_edge<Words>(tile, height, cols - j, deep, block, panel, corner, ldc, more);
-        }
+        tile(deep, block, panel, c + i * ldc + j, ldc, more);
       }
     }
   }
