@@ -18,6 +18,7 @@ import torch
 ORDERS = 4  # yardsticks, each with its own order of summation
 FACTORS = {"value": 1.0, "gradient": 1.2}
 ULPS = 4
+PIECE = 1 << 24  # elements that are compared at a time: 128 MiB a temporary
 
 _FORMATS = {  # explicit mantissa bits, exponent of the smallest subnormal
     torch.float64: (52, -1074),
@@ -53,8 +54,15 @@ def ulp(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return torch.ldexp(torch.ones_like(x), exponent)
 
 
-def _largest_error(x, truth, finite):
-    return torch.where(finite & x.isfinite(), (x - truth).abs(), 0.0).max()
+def _pieces(*tensors):
+    """The tensors side by side as flat float64 pieces on the CPU: the temporaries of a head's gradient stay small."""
+    for parts in zip(*(x.detach().reshape(-1).split(PIECE) for x in tensors), strict=True):
+        yield [x.cpu().double() for x in parts]
+
+
+def _largest_error(x, truth) -> float:
+    errors = (torch.where(t.isfinite() & x.isfinite(), (x - t).abs(), 0.0).max() for x, t in _pieces(x, truth))
+    return max(float(e) for e in errors)
 
 
 def measure(got, truth, yardstick, kind: str = "value", dtype: torch.dtype | None = None) -> Parity:
@@ -75,32 +83,44 @@ def measure(got, truth, yardstick, kind: str = "value", dtype: torch.dtype | Non
     """
     dtype = dtype or got.dtype
     yardsticks = yardstick if isinstance(yardstick, list) else [yardstick]
-    got, truth = (x.detach().cpu().double() for x in (got, truth))
     if not got.shape == truth.shape == yardsticks[0].shape:
         raise ValueError(f"got: expected shape {tuple(truth.shape)}, got {tuple(got.shape)}")
     if not got.numel():
         return Parity(True, 0.0, (), 0.0, 0.0, 0.0)
+    own = max(_largest_error(x, truth) for x in yardsticks)
+    start, worst, error, largest, found = 0, -1.0, 0.0, 0.0, None
+    for x, t in _pieces(got, truth):
+        excess, errors, allowed = _excess(x, t, FACTORS[kind] * own, dtype)
+        error, largest = (
+            max(error, float(errors.max())),
+            max(largest, float(torch.where(t.isfinite(), t.abs(), 0.0).max())),
+        )
+        here = int(excess.argmax())
+        if float(excess[here]) > worst:
+            worst, found = float(excess[here]), (start + here, *(y[here].item() for y in (x, t, allowed)))
+        start += x.numel()
+    index, *flat = found
+    at = tuple(int(i) for i in torch.unravel_index(torch.tensor(index), got.shape))
+    # a perfect result rounded to float32 is off by half an ulp: the least that the yardstick is taken for
+    least = 0.5 * float(ulp(torch.tensor(largest), torch.float32))
+    return Parity(worst <= 1.0, error / max(own, least), at, *flat)
+
+
+def _excess(got, truth, bound: float, dtype: torch.dtype):
+    """(error ÷ allowed, error, allowed) of each element; infinite where a NaN or an infinity is not met."""
     finite = truth.isfinite()
     safe = torch.where(finite, truth, 0.0)
     error = torch.where(finite, (got - safe).abs(), 0.0)
-    own = torch.stack([_largest_error(x.detach().cpu().double(), safe, finite) for x in yardsticks]).max()
-    allowed = FACTORS[kind] * own + ULPS * ulp(safe, torch.float32)
+    allowed = bound + ULPS * ulp(safe, torch.float32)
     if dtype in (torch.bfloat16, torch.float16):
         largest = torch.finfo(dtype).max
         # a truth that rounds to an infinity of this dtype is met by that infinity
-        error = torch.where(
-            (got == got.sign() * torch.inf) & (safe.abs() >= largest) & (got.sign() == safe.sign()), 0.0, error
-        )
+        met = (got == got.sign() * torch.inf) & (safe.abs() >= largest) & (got.sign() == safe.sign())
+        error = torch.where(met, 0.0, error)
         allowed = allowed + ulp(safe, dtype)
     same = (got == truth) | (got.isnan() & truth.isnan())
-    excess = torch.where(finite, error / allowed, torch.where(same, 0.0, torch.inf)).nan_to_num(nan=torch.inf)
-    worst = int(excess.argmax())
-    at = tuple(int(i) for i in torch.unravel_index(torch.tensor(worst), got.shape))
-    # a perfect result rounded to float32 is off by half an ulp: the least that the yardstick is taken for
-    least = 0.5 * float(ulp(safe.abs().max(), torch.float32))
-    ratio = float(error.nan_to_num(nan=torch.inf).max()) / max(float(own), least)
-    flat = (x.reshape(-1)[worst].item() for x in (got, truth, allowed))
-    return Parity(bool(excess.max() <= 1.0), ratio, at, *flat)
+    excess = torch.where(finite, error / allowed, torch.where(same, 0.0, torch.inf))
+    return excess.nan_to_num(nan=torch.inf), error.nan_to_num(nan=torch.inf), allowed
 
 
 def reordered(leaves: dict, targets, seed: int) -> tuple[dict, torch.Tensor, dict]:
