@@ -10,7 +10,8 @@ from typing import NamedTuple
 
 import torch
 
-from rlfast.kernels.formulas.logit import exp, logp_of, transformed
+from rlfast.kernels.formulas.elementary import exp
+from rlfast.kernels.formulas.logit import logp_of, transformed
 from rlfast.kernels.lang import jit, tl
 
 # Columns of a leaf. A program keeps one leaf in registers: 32 float32 a thread of 128. It is 8 KiB of bf16, so that 3

@@ -13,16 +13,8 @@ from typing import NamedTuple
 
 import torch
 
-from rlfast.kernels.formulas.logit import (
-    IDENTITY,
-    SCALED,
-    SOFTCAPPED,
-    exp,
-    expm1,
-    pulled_back,
-    transformed,
-    z_gradient,
-)
+from rlfast.kernels.formulas.elementary import exp, expm1
+from rlfast.kernels.formulas.logit import IDENTITY, SCALED, SOFTCAPPED, pulled_back, transformed, z_gradient
 from rlfast.kernels.lang import jit, tl
 from rlfast.kernels.leaves import (
     INTS,

@@ -8,7 +8,8 @@ from typing import NamedTuple
 
 import torch
 
-from rlfast.kernels.formulas.logit import exp, transformed
+from rlfast.kernels.formulas.elementary import exp
+from rlfast.kernels.formulas.logit import transformed
 from rlfast.kernels.lang import jit, tl
 from rlfast.kernels.leaves import (
     INTS,

@@ -13,8 +13,24 @@ if not (_root / "kernels").exists():  # in a source tree, the Triton kernels are
 
 from rlfast import backends  # noqa: E402
 from rlfast.backends import use_backend  # noqa: E402
+from rlfast.corrections import Correction  # noqa: E402
 from rlfast.integrations import patch  # noqa: E402
 from rlfast.logps import TokenLogps, linear_token_logps, token_logps  # noqa: E402
+from rlfast.loss_table import LOSSES, loss  # noqa: E402
+from rlfast.losses import Loss, LossMetrics, LossOutput  # noqa: E402
 
 __version__ = "0.1.0"
-__all__ = ["TokenLogps", "backends", "linear_token_logps", "patch", "token_logps", "use_backend"]
+__all__ = [
+    "LOSSES",
+    "Correction",
+    "Loss",
+    "LossMetrics",
+    "LossOutput",
+    "TokenLogps",
+    "backends",
+    "linear_token_logps",
+    "loss",
+    "patch",
+    "token_logps",
+    "use_backend",
+]

@@ -28,6 +28,7 @@ NAMES = ("reference", "torch", "cpu", "triton", "cuda")
 IMPLEMENTED = {
     "token_logps": ("reference", "torch", "cpu", "triton", "cuda"),
     "linear_token_logps": ("reference", "torch", "cpu", "triton"),
+    "token_loss": ("torch",),
 }
 PREFERENCE = {"cpu": ("cpu", "torch"), "cuda": ("triton", "cuda", "torch")}
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -53,3 +53,10 @@ def finite(name: str, x) -> float:
     if not -math.inf < x < math.inf:
         fail(name, "a finite float", repr(x))
     return float(x)
+
+
+def one_of(name: str, x, choices):
+    """One of these values."""
+    if x not in choices:
+        fail(name, f"one of {', '.join(repr(c) for c in choices)}", repr(x))
+    return x

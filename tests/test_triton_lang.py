@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rlfast.kernels import lang
-from rlfast.kernels.formulas import logit
+from rlfast.kernels.formulas import elementary, logit
 from rlfast.kernels.lang import TorchVocabulary, torch_version
 from tests.numerics import assert_gradient, assert_value
 
@@ -14,17 +14,18 @@ NEGATIVE = -torch.logspace(-6, 1.9, 4001)
 BOTH = torch.cat((NEGATIVE, -NEGATIVE))
 FORMULAS = {
     "exp": (NEGATIVE, torch.exp),
-    "expm1": (NEGATIVE, torch.expm1),
+    "expm1": (BOTH, torch.expm1),
     "log1p": (torch.linspace(0, 1, 1001), torch.log1p),
     "softplus": (BOTH, lambda x: torch.nn.functional.softplus(x, threshold=1e9)),
     "tanh": (BOTH, torch.tanh),
+    "sigmoid": (BOTH, torch.sigmoid),
 }
 
 
 @pytest.mark.parametrize("name", FORMULAS)
 def test_accuracy(name):
     x, torch_function = FORMULAS[name]
-    assert_value(name, torch_version(getattr(logit, name))(x), torch_function(x.double()), torch_function(x))
+    assert_value(name, torch_version(getattr(elementary, name))(x), torch_function(x.double()), torch_function(x))
 
 
 @pytest.mark.parametrize("name", ("expm1", "softplus"))
@@ -32,7 +33,7 @@ def test_derivative_by_autograd(name):
     x, torch_function = FORMULAS[name]
     x = x[x.abs() > 1e-3]
     grads = []
-    for function, dtype in ((torch_version(getattr(logit, name)), None), (torch_function, torch.float64)):
+    for function, dtype in ((torch_version(getattr(elementary, name)), None), (torch_function, torch.float64)):
         leaf = x.to(dtype or torch.float32).requires_grad_()
         (g,) = torch.autograd.grad(function(leaf).sum(), leaf)
         grads.append(g)
@@ -55,16 +56,16 @@ def test_pulled_back_is_the_derivative_of_transformed(kind):
 def test_edges():
     inf, nan = torch.inf, torch.nan
     x = torch.tensor([-inf, -200.0, 0.0, nan])
-    assert torch_version(logit.exp)(x).tolist()[:3] == [0.0, 0.0, 1.0]
-    assert torch_version(logit.softplus)(torch.tensor([-inf, inf])).tolist() == [0.0, inf]
-    assert torch_version(logit.expm1)(x).tolist()[:3] == [-1.0, -1.0, 0.0]
-    assert torch_version(logit.tanh)(torch.tensor([-inf, inf, 0.0])).tolist() == [-1.0, 1.0, 0.0]
-    for f in (logit.exp, logit.softplus, logit.expm1, logit.tanh):
+    assert torch_version(elementary.exp)(x).tolist()[:3] == [0.0, 0.0, 1.0]
+    assert torch_version(elementary.softplus)(torch.tensor([-inf, inf])).tolist() == [0.0, inf]
+    assert torch_version(elementary.expm1)(x).tolist()[:3] == [-1.0, -1.0, 0.0]
+    assert torch_version(elementary.tanh)(torch.tensor([-inf, inf, 0.0])).tolist() == [-1.0, 1.0, 0.0]
+    for f in (elementary.exp, elementary.softplus, elementary.expm1, elementary.tanh):
         assert torch_version(f)(x)[3].isnan()
 
 
 def test_a_nested_helper_is_rebuilt_and_keeps_its_name():
-    rebuilt = torch_version(logit.softplus)
+    rebuilt = torch_version(elementary.softplus)
     assert rebuilt.__name__ == "softplus" and rebuilt.__doc__
     assert rebuilt.__globals__["tl"] is TorchVocabulary
     assert rebuilt.__globals__["log1p"].__globals__["tl"] is TorchVocabulary

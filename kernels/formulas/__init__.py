@@ -1,1 +1,30 @@
-"""Formulas: pure arithmetic, written once, run by Triton, by torch and by the C++ that is printed from them."""
+"""Formulas: pure arithmetic, written once, run by Triton, by torch and by the C++ that is printed from them.
+
+``SURROGATES`` and ``ESTIMATORS`` are what a loss may name.
+"""
+
+from typing import NamedTuple
+
+from rlfast.kernels.formulas import kl, token, value
+
+
+class Formula(NamedTuple):
+    """A ``@jit`` formula and the NamedTuple of its hyper-parameters."""
+
+    function: object
+    hyper: type
+
+
+def _formulas(module) -> dict[str, Formula]:
+    """Every formula of a module that a kernel calls: its last argument is the record ``h``."""
+    found = {}
+    for name, function in vars(module).items():
+        source = getattr(function, "fn", function)
+        annotations = getattr(source, "__annotations__", {})
+        if getattr(source, "__module__", "") == module.__name__ and "h" in annotations and len(annotations) == 2:
+            found[name] = Formula(function, annotations["h"])
+    return found
+
+
+SURROGATES = _formulas(token) | _formulas(value)
+ESTIMATORS = {name: getattr(kl, name) for name in ("k1", "k2", "k3", "absolute")}

@@ -20,8 +20,9 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from rlfast import backends
+from rlfast.ops.dispatch import LIB, refuse_forward_mode
 from rlfast.ops.records import Transform, Wanted, allocate
-from rlfast.ops.token_logps import LIB, OPTIONS, differentiable, non_differentiable, refuse_forward_mode
+from rlfast.ops.token_logps import OPTIONS, differentiable, non_differentiable
 
 NAME = "linear_token_logps"
 

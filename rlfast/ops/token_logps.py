@@ -15,14 +15,13 @@ logits themselves. ``grads`` is (g_logp, g_lse, g_entropy), each contiguous, or 
 from __future__ import annotations
 
 import torch
-from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 from rlfast import backends
+from rlfast.ops.dispatch import LIB, refuse_forward_mode, unobserved
 from rlfast.ops.records import Outputs, Transform, Wanted, allocate
 
 NAME = "token_logps"
-LIB = torch.library.Library("rlfast", "FRAGMENT")
 OPTIONS = "Tensor? temperatures, float temperature, float softcap, float logit_scale"
 
 _GRADS = "Tensor? g_logp, Tensor? g_lse, Tensor? g_entropy"
@@ -76,42 +75,9 @@ def _fake_backward(logits, *_):
     return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
 
 
-def _key_sets() -> tuple:
-    """(what the dispatcher includes in plain eager mode, the keys of a plain tensor per device): private to torch.
-
-    Without them nothing goes past the dispatcher.
-    """
-    try:
-        key = torch._C.DispatchKey
-        eager = torch._C.DispatchKeySet(key.BackendSelect).add(key.ADInplaceOrView).raw_repr()
-        plain = [
-            torch._C.DispatchKeySet(a).add(b).add(c).add(key.ADInplaceOrView).raw_repr()
-            for a, b, c in (
-                (key.CPU, key.AutogradCPU, key.AutocastCPU),
-                (key.CUDA, key.AutogradCUDA, key.AutocastCUDA),
-            )
-        ]
-    except (AttributeError, TypeError):
-        return None, ()
-    return eager, tuple(plain)
-
-
-_EAGER, _PLAIN = _key_sets()
-
-
-def _unobserved(*tensors) -> bool:
-    """Whether nobody is there to see the op: no mode, transform, tracer or profiler, and plain tensors alone."""
-    return (
-        torch._C._dispatch_tls_local_include_set().raw_repr() == _EAGER
-        and all([x is None or torch._C._dispatch_keys(x).raw_repr() in _PLAIN for x in tensors])
-        and not torch._C._is_torch_function_mode_enabled()
-        and not torch.autograd._profiler_enabled()
-    )
-
-
 def _below_autograd(*args):
     """The op without its derivative; past the dispatcher, which takes 12 µs, where nobody would see it there."""
-    if _unobserved(*args[:4]):
+    if unobserved(*args[:4]):
         return _forward(*args)
     with torch._C._AutoDispatchBelowAutograd():
         return op(*args)
@@ -164,14 +130,6 @@ def non_differentiable(asked, wanted: Wanted) -> list:
     """The other outputs."""
     out = Outputs.named(asked, wanted)
     return [x for x in (out.aux, out.is_top1, out.topk_logp, out.topk_ids) if x is not None]
-
-
-def refuse_forward_mode(name: str, *tensors) -> None:
-    """A tangent would be lost without a word."""
-    if forward_ad._current_level < 0:
-        return
-    if any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors):
-        raise NotImplementedError(f"{name}: forward-mode derivatives are not implemented, expected reverse mode")
 
 
 def _with_autograd(*args):

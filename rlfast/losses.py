@@ -1,0 +1,223 @@
+"""Policy losses: a surrogate, and the choices around it that trainers make differently."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, fields, replace
+from typing import NamedTuple
+
+import torch
+
+from rlfast import backends, loss_inputs, validate
+from rlfast.corrections import CORRECTIONS, Correction
+from rlfast.kernels.formulas import ESTIMATORS, SURROGATES
+from rlfast.kernels.formulas.kl import KlBounds
+from rlfast.ops import token_loss as op
+from rlfast.ops.loss_records import LEVELS, METRICS, REDUCTIONS, SEQ_SUM_OVER_MAX_LEN, UNITS, Plan, Settings
+
+KL_KINDS = (*ESTIMATORS, *(f"{name}+" for name in ESTIMATORS))
+KL_RATIOS = (None, "unit", "token")
+INFINITE = math.inf
+
+
+class LossMetrics:
+    """What a loss saw of its tokens: one float32 tensor on the device. Only reading a number synchronises.
+
+    ``metrics["clip_low"]`` is a 0-dim tensor, ``metrics.as_dict()`` floats. ``rlfast.ops.loss_records.Metrics`` says
+    what each is, and over what it is a mean.
+    """
+
+    __slots__ = ("values",)
+
+    def __init__(self, values: torch.Tensor):
+        self.values = values
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        if name not in METRICS:
+            raise KeyError(f"metric: expected one of {', '.join(METRICS)}, got {name!r}")
+        return self.values[METRICS.index(name)]
+
+    def keys(self) -> tuple[str, ...]:
+        """The names."""
+        return METRICS
+
+    def as_dict(self) -> dict[str, float]:
+        """Every metric as a float; one synchronisation."""
+        return dict(zip(METRICS, self.values.tolist(), strict=True))
+
+
+class LossOutput(NamedTuple):
+    """The loss, with its gradient, and the metrics of the same launch."""
+
+    loss: torch.Tensor  # []
+    metrics: LossMetrics
+
+
+@dataclass(frozen=True)
+class Loss:
+    """One objective. ``rlfast.loss(name)`` makes those of the table; this makes any other.
+
+        loss = factor/n · Σ_t m_t·c_t·(s_t·ρ_t·w_t + beta·KL_t − entropy_coef·H_t)
+
+    Args:
+        surrogate: name of a formula of ``rlfast.kernels.formulas``, or one made with ``rlfast.formula``.
+        hyper: its hyper-parameters by name; those not named have the formula's defaults.
+        unit: "token", "seq_mean", "seq_sum" or "seq_mean_through": whose log-ratio the surrogate sees.
+        reduce: "token_mean", "token_sum", "seq_mean_token_mean", "seq_mean_token_sum" or "seq_sum_over_max_len".
+        kl: "k1", "k2", "k3", "absolute" or None; with a "+", its value with the gradient of k2.
+        beta: weight of the KL; a 0-dim tensor stays on its device.
+        kl_d_max, kl_max: bounds of |log π_ref − log π| and of the estimate.
+        kl_ratio: multiplies the estimate by r, and differentiates through it: None, "unit" or "token".
+        entropy_coef: weight of the entropy bonus; a 0-dim tensor stays on its device.
+        entropy_mean: the bonus is a mean over the kept tokens, whatever ``reduce`` is.
+        correction: a ``Correction``, or the name of one.
+        weight_in_ratio: log ρ is added to the sequence's log-ratio, and multiplies nothing.
+        off_policy: δ of the off-policy sequence mask; inf is off.
+        log_ratio_low, log_ratio_high: bounds of a token's log-ratio.
+        unit_low, unit_high: bounds of the unit's.
+        signed: a token's log-ratio is bounded from above where A > 0, and from below where A < 0.
+        mean_adv: each token has its sequence's mean advantage.
+        count_empty: sequences without a token that counts are counted in a mean over sequences.
+        needs: names of fields without which the objective is another one.
+        paper: arXiv id.
+
+    Raises:
+        ValueError, TypeError: an argument is not one of the above; the message names it.
+
+    Example:
+        >>> objective = rlfast.Loss("ppo_clip", {"eps_high": 0.28}, reduce="token_mean")
+        >>> logp = torch.tensor([[-1.0, -2.0]], requires_grad=True)
+        >>> out = objective(logp, adv=torch.tensor([1.0]), old_logp=logp.detach())
+        >>> round(out.loss.item(), 4)
+        -1.0
+    """
+
+    surrogate: str
+    hyper: dict = field(default_factory=dict)
+    unit: str = "token"
+    reduce: str = "token_mean"
+    kl: str | None = None
+    beta: float | torch.Tensor = 0.0
+    kl_d_max: float = INFINITE
+    kl_max: float = INFINITE
+    kl_ratio: str | None = None
+    entropy_coef: float | torch.Tensor = 0.0
+    entropy_mean: bool = False
+    correction: Correction | str | None = None
+    weight_in_ratio: bool = False
+    off_policy: float = INFINITE
+    log_ratio_low: float = -INFINITE
+    log_ratio_high: float = INFINITE
+    unit_low: float = -INFINITE
+    unit_high: float = INFINITE
+    signed: bool = False
+    mean_adv: bool = False
+    count_empty: bool = False
+    needs: tuple[str, ...] = ()
+    name: str = "loss"
+    paper: str = ""
+
+    def __post_init__(self):
+        formula = SURROGATES.get(getattr(self.surrogate, "name", self.surrogate))
+        if formula is None:
+            validate.fail("surrogate", f"one of {', '.join(SURROGATES)}", repr(self.surrogate))
+        unknown = set(self.hyper) - set(formula.hyper._fields)
+        if unknown:
+            known = ", ".join(formula.hyper._fields)
+            validate.fail("hyper", f"names among {known} for {self.surrogate}", ", ".join(sorted(unknown)))
+        validate.one_of("unit", self.unit, UNITS)
+        validate.one_of("reduce", self.reduce, REDUCTIONS)
+        validate.one_of("kl_ratio", self.kl_ratio, KL_RATIOS)
+        if self.kl is not None:
+            validate.one_of("kl", self.kl, KL_KINDS)
+        if isinstance(self.correction, str):
+            validate.one_of("correction", self.correction, tuple(CORRECTIONS))
+            object.__setattr__(self, "correction", CORRECTIONS[self.correction]())
+        object.__setattr__(self, "_prepared", self._prepare(formula))
+
+    def _prepare(self, formula) -> tuple:
+        """The op's arguments that no tensor changes."""
+        c = self.correction or Correction()
+        has_kl = self.kl is not None and (isinstance(self.beta, torch.Tensor) or self.beta != 0.0)
+        kl = self.kl if has_kl else ""
+        plan = Plan(
+            UNITS.index(self.unit), int(self.signed), int(self.mean_adv), int(kl.endswith("+")),
+            KL_RATIOS.index(self.kl_ratio), REDUCTIONS.index(self.reduce), int(self.count_empty),
+            int(self.entropy_mean), LEVELS.index(c.weight), int(self.weight_in_ratio), LEVELS.index(c.gate),
+            int(c.gate_kind[1]), int(c.masks),
+        )  # fmt: skip
+        beta, entropy = ((1.0 if isinstance(x, torch.Tensor) else float(x)) for x in (self.beta, self.entropy_coef))
+        settings = Settings(
+            beta, entropy, float(self.log_ratio_low), float(self.log_ratio_high), float(self.unit_low),
+            float(self.unit_high), c.low, c.high, c.gate_low, c.gate_high, float(self.off_policy),
+        )  # fmt: skip
+        hyper = [float(x) for x in formula.hyper(**self.hyper)]
+        bounds = [float(x) for x in KlBounds(self.kl_d_max, self.kl_max)]
+        needs = tuple(self.needs) + (("ref_logp",) if kl else ()) + (("entropy",) if self._has_bonus() else ())
+        needs += ("rollout_logp",) if c.weight or c.gate else ()
+        name = getattr(self.surrogate, "name", self.surrogate)
+        return name, kl.removesuffix("+"), plan, settings, hyper, bounds, needs
+
+    def _has_bonus(self) -> bool:
+        return isinstance(self.entropy_coef, torch.Tensor) or self.entropy_coef != 0.0
+
+    def with_options(self, **options) -> Loss:
+        """The same objective with some options changed; a hyper-parameter of the surrogate by its own name."""
+        names = {f.name for f in fields(self)} - {"hyper", "name", "paper", "needs"}
+        surrogate = options.get("surrogate", self.surrogate)
+        formula = SURROGATES.get(getattr(surrogate, "name", surrogate))
+        known = names | (set(formula.hyper._fields) if formula else set())
+        for option in options:
+            if option not in known:
+                validate.fail(
+                    option, f"an option of {self.name}: {', '.join(sorted(known))}", "an unknown name", TypeError
+                )
+        given = {k: v for k, v in options.items() if k in names}
+        base = {} if "surrogate" in options else self.hyper
+        return replace(self, **given, hyper=base | {k: v for k, v in options.items() if k not in names})
+
+    def __call__(
+        self, logp, *, adv=None, old_logp=None, mask=None, ref_logp=None, rollout_logp=None, entropy=None, weights=None,
+        extra=None, keep=None, cu_seqlens=None, num_items=None, max_len=None, world_size=1, accumulation=1,
+    ) -> LossOutput:  # fmt: skip
+        """The loss of a batch, in one launch with its gradient by ``logp`` and ``entropy``.
+
+        Args:
+            logp: [B, T] padded, or [N] packed with ``cu_seqlens``; float. log π of the tokens, with gradient.
+            adv: [B, T] or [B]; [N] or [B] when packed. Advantages.
+            old_logp: like logp. log π_old; None is the value of logp itself (on-policy).
+            mask: like logp, bool or number. 0 takes a token out; what it holds has no effect.
+            ref_logp: like logp. log π_ref, for the KL.
+            rollout_logp: like logp. log-probs of the engine that sampled, for the correction.
+            entropy: like logp. Entropies in nats, with gradient, for the bonus and the metric.
+            weights: like logp, or [B]. Multiply the surrogate; no gradient.
+            extra: like logp. What the surrogate calls ``extra``.
+            keep: like logp, bool. Tokens whose surrogate counts; the others keep their KL and their place in n.
+            cu_seqlens: int [B + 1]. Where packed sequences begin and end.
+            num_items: number or 0-dim tensor in place of this batch's own count of tokens (or of sequences) in n.
+            max_len: the length of ``seq_sum_over_max_len``; T if None.
+            world_size, accumulation: the loss is multiplied by the one and divided by the other.
+
+        Returns:
+            LossOutput(loss, metrics).
+
+        Raises:
+            ValueError, TypeError: a field is missing, or has another shape, dtype or device; the message names it.
+        """
+        surrogate, kl, plan, settings, hyper, bounds, needs = self._prepared
+        given = loss_inputs.Given(
+            logp, old_logp, ref_logp, rollout_logp, adv, entropy, weights, extra, mask, keep, cu_seqlens, num_items
+        )
+        batch = loss_inputs.checked(given, self.name, needs, (self.beta, self.entropy_coef))
+        if world_size != 1 or accumulation != 1:
+            factor = validate.positive("world_size", world_size) / validate.positive("accumulation", accumulation)
+            settings = settings._replace(factor=factor, entropy_factor=1.0 / accumulation)
+        if plan.reduce == SEQ_SUM_OVER_MAX_LEN:
+            if max_len is None and cu_seqlens is not None:
+                validate.fail("max_len", "the length that packed sequences are divided by", "None")
+            length = logp.shape[-1] if max_len is None else max_len
+            settings = settings._replace(max_len=validate.positive("max_len", length) if length else 1.0)
+        want = torch.is_grad_enabled()
+        wanted = (want and logp.requires_grad, want and entropy is not None and entropy.requires_grad)
+        out = op.call(*batch, surrogate, kl, plan, settings, hyper, bounds, wanted, backends.requested())
+        return LossOutput(out.loss, LossMetrics(out.metrics))

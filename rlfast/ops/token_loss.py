@@ -1,0 +1,129 @@
+"""The ``rlfast::token_loss`` op: schema, backend choice, fake kernel, autograd.
+
+A backend module provides
+
+    forward(fields, surrogate, estimator, plan, settings, hyper, kl_hyper, needs) -> Output
+
+with the records of ``loss_records``; ``surrogate`` and ``estimator`` ("" for none) name formulas, ``hyper`` and
+``kl_hyper`` are their hyper-parameters in order; ``needs`` is two bools, for logp and entropy. A backend that has not
+got every surrogate has ``why_not(surrogate)`` too: a reason, or None. Per token, where m is the mask, u the unit's
+log-ratio and everything of ρ, its gate, keep and weights is detached:
+
+    x_t = clamp(lp − lp_old, inner)            u = clamp(x of the unit (+ Σ log ρ), unit),  r = e^u
+    s_t = surrogate(lp, lp_old, u, r, A, extra)
+    ℓ_t = s_t · keep·gate·off-policy · ρ · weights + beta·KL·(r) − entropy_coef·H
+    loss = factor/n · Σ_t m_t·c_t·ℓ_t,   c_t = 1/L of the sequence for seq_mean_token_mean, else 1
+
+The gradient comes out of the same launch, divided by factor/n, which is known only when every token has been counted;
+``metrics.scale`` brings it back. Masked tokens have no effect, whatever they hold. Sums are in a fixed order.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from rlfast import backends
+from rlfast.ops.dispatch import LIB, refuse_forward_mode, unobserved
+from rlfast.ops.loss_records import METRICS, Fields, Output, allocate
+
+NAME = "token_loss"
+SCALE, ENTROPY_SCALE = METRICS.index("scale"), METRICS.index("entropy_scale")
+
+LIB.define(
+    "token_loss(Tensor logp, Tensor? old_logp, Tensor? ref_logp, Tensor? rollout_logp, Tensor adv, Tensor? entropy,"
+    " Tensor? weights, Tensor? extra, Tensor? mask, Tensor? keep, Tensor? cu_seqlens, Tensor? num_items, Tensor? coefs,"
+    " str surrogate, str estimator, int[] plan, float[] settings, float[] hyper, float[] kl_hyper, bool[2] needs,"
+    " str backend) -> (Tensor, Tensor, Tensor, Tensor)",
+    tags=(torch.Tag.needs_fixed_stride_order,),
+)
+LIB.define("token_loss_backward(Tensor gradient, Tensor scale, Tensor g, ScalarType dtype) -> Tensor")
+
+op = torch.ops.rlfast.token_loss.default
+op_backward = torch.ops.rlfast.token_loss_backward.default
+FIELDS = len(Fields._fields)
+
+
+def _forward(*args):
+    fields, (surrogate, estimator, plan, settings, hyper, kl_hyper, needs, backend) = (
+        Fields(*args[:FIELDS]),
+        args[FIELDS:],
+    )
+    kernel = backends.implementation(NAME, backends.select(NAME, args[0].device.type, args[0].dtype, backend))
+    return tuple(kernel.forward(fields, surrogate, estimator, plan, settings, hyper, kl_hyper, tuple(needs)))
+
+
+def _fake_forward(*args):
+    return tuple(allocate(Fields(*args[:FIELDS]), args[-2]))
+
+
+def _backward(gradient, scale, g, dtype):
+    return (gradient * (scale * g)).to(dtype)
+
+
+def _fake_backward(gradient, scale, g, dtype):
+    return torch.empty_like(gradient, dtype=dtype)
+
+
+def _below_autograd(*args):
+    if unobserved(*args[:FIELDS]):
+        return _forward(*args)
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(*args)
+
+
+def _scaled(gradient, scale, g, dtype):
+    """gradient·scale·g. On a CPU a factor of 1 costs nothing: the saved gradient is the answer."""
+    if not unobserved(gradient, g):
+        return op_backward(gradient, scale, g, dtype)
+    if gradient.device.type == "cpu" and gradient.dtype == dtype and scale.item() * g.item() == 1.0:
+        return gradient
+    return _backward(gradient, scale, g, dtype)
+
+
+class _TokenLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, *args):
+        loss, metrics, dlogp, dentropy = _below_autograd(*args)
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(metrics, dlogp, dentropy)
+        ctx.save_for_backward(metrics, dlogp, dentropy)
+        ctx.dtypes = args[0].dtype, args[5].dtype if args[5] is not None else None
+        return loss, metrics, dlogp, dentropy
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g, *_):
+        grads = [None] * (FIELDS + 8)
+        if g is None:
+            return tuple(grads)
+        metrics, dlogp, dentropy = ctx.saved_tensors
+        if ctx.needs_input_grad[0]:
+            grads[0] = _scaled(dlogp, metrics[SCALE], g, ctx.dtypes[0])
+        if ctx.needs_input_grad[5]:
+            grads[5] = _scaled(dentropy, metrics[ENTROPY_SCALE], g, ctx.dtypes[1])
+        return tuple(grads)
+
+
+def _needs(x) -> bool:
+    return x is not None and x.requires_grad
+
+
+def _with_autograd(*args):
+    refuse_forward_mode(NAME, args[0], args[5])
+    if torch.is_grad_enabled() and (_needs(args[0]) or _needs(args[5])):
+        return _TokenLoss.apply(*args)
+    return _below_autograd(*args)
+
+
+def call(*args) -> Output:
+    """The op. In eager mode its autograd kernel is called from here, which saves the dispatcher's way to it (5 µs)."""
+    return Output(*(op(*args) if torch.compiler.is_compiling() else _with_autograd(*args)))
+
+
+for _key in ("CPU", "CUDA"):
+    LIB.impl("token_loss", _forward, _key)
+    LIB.impl("token_loss_backward", _backward, _key)
+LIB.impl("token_loss", _with_autograd, "Autograd")
+torch.library.register_fake("rlfast::token_loss", _fake_forward, lib=LIB)
+torch.library.register_fake("rlfast::token_loss_backward", _fake_backward, lib=LIB)
