@@ -19,6 +19,7 @@ struct Clip {
 };
 
 // ℓ = max(−A·min(r, δ), −A·clip(r, 1 − ε_low, 1 + ε_high)), and ℓ ≤ −c·A where A < 0.
+// ∂ℓ/∂x = −A·r, and 0 where a bound is active.
 // PPO, arXiv 1707.06347; dual clip, 1912.09729; δ, 2505.07291.
 template <class V>
 RLFAST_FORMULA auto ppo_clip(const Token<V>& t, const Clip& h) {
@@ -36,7 +37,8 @@ RLFAST_FORMULA auto ppo_clip(const Token<V>& t, const Clip& h) {
   return Surrogate<V>{loss, d, 0.0f, select<V>(((d == 0.0f) & (slope != 0.0f)), 1.0f, 0.0f)};
 }
 
-// ℓ = −A·log p. Williams 1992.
+// ℓ = −A·log p.
+// ∂ℓ/∂log p = −A. Williams 1992.
 template <class V>
 RLFAST_FORMULA auto reinforce(const Token<V>& t, const NoHyper& h) {
   (void)h;
@@ -44,20 +46,23 @@ RLFAST_FORMULA auto reinforce(const Token<V>& t, const NoHyper& h) {
 }
 
 // ℓ = −log p.
+// ∂ℓ/∂log p = −1.
 template <class V>
 RLFAST_FORMULA auto nll(const Token<V>& t, const NoHyper& h) {
   (void)h;
   return Surrogate<V>{-t.logp, 0.0f, -1.0f, 0.0f};
 }
 
-// ℓ = −A·r. GMPO, arXiv 2507.20673, where r is the geometric mean of clipped ratios.
+// ℓ = −A·r.
+// ∂ℓ/∂x = −A·r. GMPO, arXiv 2507.20673, where r is the geometric mean of clipped ratios.
 template <class V>
 RLFAST_FORMULA auto ratio_weighted(const Token<V>& t, const NoHyper& h) {
   (void)h;
   return Surrogate<V>{(-t.adv * t.ratio), (-t.adv * t.ratio), 0.0f, 0.0f};
 }
 
-// ℓ = −sg(clip(r, 1 − ε_low, 1 + ε_high))·A·log p. arXiv 2506.13585.
+// ℓ = −sg(clip(r, 1 − ε_low, 1 + ε_high))·A·log p.
+// ∂ℓ/∂log p = −clip(r, 1 − ε_low, 1 + ε_high)·A. arXiv 2506.13585.
 template <class V>
 RLFAST_FORMULA auto cispo(const Token<V>& t, const Clip& h) {
   auto weight = minimum(maximum(t.ratio, (1.0f - h.eps_low)), (1.0f + h.eps_high));
@@ -69,14 +74,16 @@ struct Cap {
   float cap;
 };
 
-// ℓ = −sg(min(r, cap))·A·log p: the bound is absolute, not 1 + ε.
+// ℓ = −sg(min(r, cap))·A·log p.
+// ∂ℓ/∂log p = −min(r, cap)·A. arXiv 2506.13585, with an absolute bound instead of 1 + ε.
 template <class V>
 RLFAST_FORMULA auto cispo_capped(const Token<V>& t, const Cap& h) {
   auto weight = minimum(t.ratio, h.cap);
   return Surrogate<V>{((-weight * t.adv) * t.logp), 0.0f, (-weight * t.adv), select<V>((weight != t.ratio), 1.0f, 0.0f)};
 }
 
-// ℓ = −A·log p where A > 0, else −sg(min(r, cap))·A·log p. arXiv 2503.14286.
+// ℓ = −A·log p where A > 0, else −sg(min(r, cap))·A·log p.
+// ∂ℓ/∂log p = −A where A > 0, else −min(r, cap)·A. arXiv 2503.14286.
 template <class V>
 RLFAST_FORMULA auto topr(const Token<V>& t, const Cap& h) {
   auto weight = select<V>((t.adv > 0.0f), 1.0f, minimum(t.ratio, h.cap));
@@ -90,7 +97,8 @@ struct Sapo {
   float tau_neg;
 };
 
-// ℓ = −A·σ(τ(r − 1))·4/τ, with dσ/du = σ(u)·σ(−u). arXiv 2511.20347.
+// ℓ = −A·σ(τ(r − 1))·4/τ.
+// ∂ℓ/∂x = −4·A·r·σ(τ(r − 1))·σ(−τ(r − 1)). arXiv 2511.20347.
 template <class V>
 RLFAST_FORMULA auto sapo(const Token<V>& t, const Sapo& h) {
   auto tau = select<V>((t.adv > 0.0f), h.tau_pos, h.tau_neg);
@@ -108,7 +116,8 @@ struct Vespo {
   float lambda_neg;
 };
 
-// ℓ = −sg(φ)·A·log p, log φ = λ + k·x − λ·r, x the sequence's summed log-ratio. arXiv 2602.10693.
+// ℓ = −sg(φ)·A·log p, log φ = λ + k·x − λ·r.
+// ∂ℓ/∂log p = −φ·A. x is the sequence's summed log-ratio. arXiv 2602.10693.
 template <class V>
 RLFAST_FORMULA auto vespo(const Token<V>& t, const Vespo& h) {
   auto k = select<V>((t.adv >= 0.0f), h.k_pos, h.k_neg);
@@ -124,14 +133,16 @@ struct Squared {
   float scale;
 };
 
-// ℓ = scale·(A − τ·x)². Kimi k1.5, arXiv 2501.12599; DRO, 2405.19107 (½); A*-PO, 2505.20686.
+// ℓ = scale·(A − τ·x)².
+// ∂ℓ/∂x = −2·scale·τ·(A − τ·x). Kimi k1.5, arXiv 2501.12599; DRO, 2405.19107 (½); A*-PO, 2505.20686.
 template <class V>
 RLFAST_FORMULA auto squared_residual(const Token<V>& t, const Squared& h) {
   auto residual = (t.adv - (h.tau * t.log_ratio));
   return Surrogate<V>{((h.scale * residual) * residual), (((-2.0f * h.scale) * h.tau) * residual), 0.0f, 0.0f};
 }
 
-// ℓ = −A·log p + (τ/2)·x²: the gradient of the squared residual, up to its factor 2τ.
+// ℓ = scale·(−A·log p + (τ/2)·x²).
+// ∂ℓ/∂x = scale·τ·x, ∂ℓ/∂log p = −scale·A: the gradient of the squared residual, up to its factor 2τ.
 template <class V>
 RLFAST_FORMULA auto quadratic_penalty(const Token<V>& t, const Squared& h) {
   auto loss = ((-t.adv * t.logp) + (((0.5f * h.tau) * t.log_ratio) * t.log_ratio));
@@ -143,7 +154,8 @@ struct Apa {
   float inv_lambda;
 };
 
-// ℓ = (x − A/λ)². arXiv 2306.02231.
+// ℓ = (x − A/λ)².
+// ∂ℓ/∂x = 2·(x − A/λ). arXiv 2306.02231.
 template <class V>
 RLFAST_FORMULA auto apa(const Token<V>& t, const Apa& h) {
   auto residual = (t.log_ratio - (t.adv * h.inv_lambda));
@@ -156,14 +168,16 @@ struct Awr {
   float max_weight;
 };
 
-// ℓ = −min(e^(c·A), w_max)·log p. arXiv 1910.00177.
+// ℓ = −min(e^(c·A), w_max)·log p.
+// ∂ℓ/∂log p = −min(e^(c·A), w_max). arXiv 1910.00177.
 template <class V>
 RLFAST_FORMULA auto awr(const Token<V>& t, const Awr& h) {
   auto weight = minimum(exp(minimum((h.coef * t.adv), 88.0f)), h.max_weight);
   return Surrogate<V>{(-weight * t.logp), 0.0f, -weight, 0.0f};
 }
 
-// ℓ = −sg(clip(r, 1 − ε_low, 1 + ε_high))·max(A, 0)·log p, r of the whole sequence. arXiv 2305.14718.
+// ℓ = −sg(clip(r, 1 − ε_low, 1 + ε_high))·max(A, 0)·log p.
+// ∂ℓ/∂log p = −clip(r, 1 − ε_low, 1 + ε_high)·max(A, 0), r of the whole sequence. arXiv 2305.14718.
 template <class V>
 RLFAST_FORMULA auto a_lol(const Token<V>& t, const Clip& h) {
   auto weight = minimum(maximum(t.ratio, (1.0f - h.eps_low)), (1.0f + h.eps_high));
@@ -178,7 +192,8 @@ struct Dppo {
   float cap;
 };
 
-// ℓ = −A·sg(min(r, cap))·log p, dropped where p moved by more than ε against the trust region. arXiv 2602.04879.
+// ℓ = −A·sg(min(r, cap))·log p, and 0 where p has already moved beyond ε in the direction of A.
+// ∂ℓ/∂log p = −A·min(r, cap), or 0. arXiv 2602.04879.
 template <class V>
 RLFAST_FORMULA auto dppo_tv(const Token<V>& t, const Dppo& h) {
   auto moved = (exp(t.logp) - exp(t.old_logp));
@@ -189,7 +204,8 @@ RLFAST_FORMULA auto dppo_tv(const Token<V>& t, const Dppo& h) {
   return Surrogate<V>{((-t.adv * weight) * t.logp), 0.0f, (-t.adv * weight), (1.0f - kept)};
 }
 
-// As ``dppo_tv``, by the binary KL(old‖new) = q·log(q/p) + (1 − q)·log((1 − q)/(1 − p)). arXiv 2602.04879.
+// ℓ = −A·sg(min(r, cap))·log p, and 0 where KL = q·log(q/p) + (1 − q)·log((1 − q)/(1 − p)) > ε on A's side.
+// ∂ℓ/∂log p = −A·min(r, cap), or 0. q is the old probability. arXiv 2602.04879.
 template <class V>
 RLFAST_FORMULA auto dppo_kl(const Token<V>& t, const Dppo& h) {
   auto p = exp(t.logp);
@@ -208,7 +224,8 @@ struct KlCov {
   float coef;
 };
 
-// ℓ = −A·r + coef·|x| on the tokens whose ``extra`` is 1, −A·r on the others. arXiv 2505.22617.
+// ℓ = −A·r + coef·extra·|x|.
+// ∂ℓ/∂x = −A·r + coef·extra·sign(x). ``extra`` is 1 on the tokens of largest covariance. arXiv 2505.22617.
 template <class V>
 RLFAST_FORMULA auto kl_cov(const Token<V>& t, const KlCov& h) {
   auto coef = (h.coef * t.extra);
@@ -223,7 +240,8 @@ struct Cpgd {
   float alpha;
 };
 
-// ℓ = −min(x·A, clip(x, log(1 − ε_low), log(1 + ε_high))·A) + α·(e^x − 1 − x). arXiv 2505.12504.
+// ℓ = −min(x·A, clip(x, log(1 − ε_low), log(1 + ε_high))·A) + α·(e^x − 1 − x).
+// ∂ℓ/∂x = −A, and 0 where the bound is active; + α·(e^x − 1). arXiv 2505.12504.
 template <class V>
 RLFAST_FORMULA auto cpgd(const Token<V>& t, const Cpgd& h) {
   auto low = log((1.0f - h.eps_low));
@@ -241,7 +259,8 @@ struct ValueClip {
   float clip;
 };
 
-// ℓ = ½·max((V − R)², (clip(V, V_old ± c) − R)²). PPO2.
+// ℓ = ½·max((V − R)², (clip(V, V_old ± c) − R)²).
+// ∂ℓ/∂V = V − R, and 0 where the second is larger. PPO2.
 template <class V>
 RLFAST_FORMULA auto value_clipped(const Token<V>& t, const ValueClip& h) {
   auto error = (t.logp - t.adv);
@@ -256,7 +275,8 @@ struct Huber {
   float delta;
 };
 
-// ℓ = ½·e² where |e| ≤ δ, else δ·(|e| − ½δ), e = V − R. Huber 1964.
+// ℓ = ½·e² where |e| ≤ δ, else δ·(|e| − ½δ), e = V − R.
+// ∂ℓ/∂V = clip(e, −δ, δ). Huber 1964.
 template <class V>
 RLFAST_FORMULA auto value_huber(const Token<V>& t, const Huber& h) {
   auto error = (t.logp - t.adv);
@@ -278,21 +298,21 @@ RLFAST_FORMULA auto bounded(V value, V derivative, V d, const KlBounds& h) {
   return Estimate<V>{minimum(maximum(value, -h.kl_max), h.kl_max), select<V>(open_, derivative, 0.0f)};
 }
 
-// −d: unbiased.
+// −d: unbiased. Derivative 1.
 template <class V>
 RLFAST_FORMULA auto k1(V d, const KlBounds& h) {
   auto c = minimum(maximum(d, -h.d_max), h.d_max);
   return bounded<V>(-c, 1.0f, d, h);
 }
 
-// d²/2: its gradient is that of the KL, on-policy.
+// d²/2: its gradient is that of the KL, on-policy. Derivative −d.
 template <class V>
 RLFAST_FORMULA auto k2(V d, const KlBounds& h) {
   auto c = minimum(maximum(d, -h.d_max), h.d_max);
   return bounded<V>(((0.5f * c) * c), -c, d, h);
 }
 
-// e^d − d − 1: unbiased, and never negative.
+// e^d − d − 1: unbiased, and never negative. Derivative −(e^d − 1).
 template <class V>
 RLFAST_FORMULA auto k3(V d, const KlBounds& h) {
   auto c = minimum(maximum(d, -h.d_max), h.d_max);
@@ -300,7 +320,7 @@ RLFAST_FORMULA auto k3(V d, const KlBounds& h) {
   return bounded<V>((grown - c), -grown, d, h);
 }
 
-// |d|.
+// |d|. Derivative −sign(d).
 template <class V>
 RLFAST_FORMULA auto absolute(V d, const KlBounds& h) {
   auto c = minimum(maximum(d, -h.d_max), h.d_max);

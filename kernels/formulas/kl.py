@@ -26,21 +26,21 @@ def bounded(value, derivative, d, h: KlBounds):
 
 @jit
 def k1(d, h: KlBounds):
-    """−d: unbiased."""
+    """−d: unbiased. Derivative 1."""
     c = tl.minimum(tl.maximum(d, -h.d_max), h.d_max)
     return bounded(-c, 1.0, d, h)
 
 
 @jit
 def k2(d, h: KlBounds):
-    """d²/2: its gradient is that of the KL, on-policy."""
+    """d²/2: its gradient is that of the KL, on-policy. Derivative −d."""
     c = tl.minimum(tl.maximum(d, -h.d_max), h.d_max)
     return bounded(0.5 * c * c, -c, d, h)
 
 
 @jit
 def k3(d, h: KlBounds):
-    """e^d − d − 1: unbiased, and never negative."""
+    """e^d − d − 1: unbiased, and never negative. Derivative −(e^d − 1)."""
     c = tl.minimum(tl.maximum(d, -h.d_max), h.d_max)
     grown = expm1(c)
     return bounded(grown - c, -grown, d, h)
@@ -48,7 +48,7 @@ def k3(d, h: KlBounds):
 
 @jit
 def absolute(d, h: KlBounds):
-    """|d|."""
+    """|d|. Derivative −sign(d)."""
     c = tl.minimum(tl.maximum(d, -h.d_max), h.d_max)
     sign = tl.where(d > 0.0, -1.0, tl.where(d < 0.0, 1.0, 0.0))
     return bounded(tl.abs(c), sign, d, h)

@@ -48,6 +48,7 @@ class Clip(NamedTuple):
 def ppo_clip(t: Token, h: Clip):
     """ℓ = max(−A·min(r, δ), −A·clip(r, 1 − ε_low, 1 + ε_high)), and ℓ ≤ −c·A where A < 0.
 
+    ∂ℓ/∂x = −A·r, and 0 where a bound is active.
     PPO, arXiv 1707.06347; dual clip, 1912.09729; δ, 2505.07291.
     """
     low, high = 1.0 - h.eps_low, 1.0 + h.eps_high
@@ -65,25 +66,37 @@ def ppo_clip(t: Token, h: Clip):
 
 @jit
 def reinforce(t: Token, h: NoHyper):
-    """ℓ = −A·log p. Williams 1992."""
+    """ℓ = −A·log p.
+
+    ∂ℓ/∂log p = −A. Williams 1992.
+    """
     return -t.adv * t.logp, 0.0, -t.adv, 0.0
 
 
 @jit
 def nll(t: Token, h: NoHyper):
-    """ℓ = −log p."""
+    """ℓ = −log p.
+
+    ∂ℓ/∂log p = −1.
+    """
     return -t.logp, 0.0, -1.0, 0.0
 
 
 @jit
 def ratio_weighted(t: Token, h: NoHyper):
-    """ℓ = −A·r. GMPO, arXiv 2507.20673, where r is the geometric mean of clipped ratios."""
+    """ℓ = −A·r.
+
+    ∂ℓ/∂x = −A·r. GMPO, arXiv 2507.20673, where r is the geometric mean of clipped ratios.
+    """
     return -t.adv * t.ratio, -t.adv * t.ratio, 0.0, 0.0
 
 
 @jit
 def cispo(t: Token, h: Clip):
-    """ℓ = −sg(clip(r, 1 − ε_low, 1 + ε_high))·A·log p. arXiv 2506.13585."""
+    """ℓ = −sg(clip(r, 1 − ε_low, 1 + ε_high))·A·log p.
+
+    ∂ℓ/∂log p = −clip(r, 1 − ε_low, 1 + ε_high)·A. arXiv 2506.13585.
+    """
     weight = tl.minimum(tl.maximum(t.ratio, 1.0 - h.eps_low), 1.0 + h.eps_high)
     return -weight * t.adv * t.logp, 0.0, -weight * t.adv, tl.where(weight != t.ratio, 1.0, 0.0)
 
@@ -96,14 +109,20 @@ class Cap(NamedTuple):
 
 @jit
 def cispo_capped(t: Token, h: Cap):
-    """ℓ = −sg(min(r, cap))·A·log p: the bound is absolute, not 1 + ε."""
+    """ℓ = −sg(min(r, cap))·A·log p.
+
+    ∂ℓ/∂log p = −min(r, cap)·A. arXiv 2506.13585, with an absolute bound instead of 1 + ε.
+    """
     weight = tl.minimum(t.ratio, h.cap)
     return -weight * t.adv * t.logp, 0.0, -weight * t.adv, tl.where(weight != t.ratio, 1.0, 0.0)
 
 
 @jit
 def topr(t: Token, h: Cap):
-    """ℓ = −A·log p where A > 0, else −sg(min(r, cap))·A·log p. arXiv 2503.14286."""
+    """ℓ = −A·log p where A > 0, else −sg(min(r, cap))·A·log p.
+
+    ∂ℓ/∂log p = −A where A > 0, else −min(r, cap)·A. arXiv 2503.14286.
+    """
     weight = tl.where(t.adv > 0.0, 1.0, tl.minimum(t.ratio, h.cap))
     clipped = (t.adv < 0.0) & (t.ratio > h.cap)
     return -weight * t.adv * t.logp, 0.0, -weight * t.adv, tl.where(clipped, 1.0, 0.0)
@@ -118,7 +137,10 @@ class Sapo(NamedTuple):
 
 @jit
 def sapo(t: Token, h: Sapo):
-    """ℓ = −A·σ(τ(r − 1))·4/τ, with dσ/du = σ(u)·σ(−u). arXiv 2511.20347."""
+    """ℓ = −A·σ(τ(r − 1))·4/τ.
+
+    ∂ℓ/∂x = −4·A·r·σ(τ(r − 1))·σ(−τ(r − 1)). arXiv 2511.20347.
+    """
     tau = tl.where(t.adv > 0.0, h.tau_pos, h.tau_neg)
     u = tau * (t.ratio - 1.0)
     gate = sigmoid(u)
@@ -137,7 +159,10 @@ class Vespo(NamedTuple):
 
 @jit
 def vespo(t: Token, h: Vespo):
-    """ℓ = −sg(φ)·A·log p, log φ = λ + k·x − λ·r, x the sequence's summed log-ratio. arXiv 2602.10693."""
+    """ℓ = −sg(φ)·A·log p, log φ = λ + k·x − λ·r.
+
+    ∂ℓ/∂log p = −φ·A. x is the sequence's summed log-ratio. arXiv 2602.10693.
+    """
     k = tl.where(t.adv >= 0.0, h.k_pos, h.k_neg)
     rate = tl.maximum(tl.where(t.adv >= 0.0, h.lambda_pos, h.lambda_neg), 1e-4)
     phi = exp(rate + k * t.log_ratio - rate * t.ratio)
@@ -154,14 +179,20 @@ class Squared(NamedTuple):
 
 @jit
 def squared_residual(t: Token, h: Squared):
-    """ℓ = scale·(A − τ·x)². Kimi k1.5, arXiv 2501.12599; DRO, 2405.19107 (½); A*-PO, 2505.20686."""
+    """ℓ = scale·(A − τ·x)².
+
+    ∂ℓ/∂x = −2·scale·τ·(A − τ·x). Kimi k1.5, arXiv 2501.12599; DRO, 2405.19107 (½); A*-PO, 2505.20686.
+    """
     residual = t.adv - h.tau * t.log_ratio
     return h.scale * residual * residual, -2.0 * h.scale * h.tau * residual, 0.0, 0.0
 
 
 @jit
 def quadratic_penalty(t: Token, h: Squared):
-    """ℓ = −A·log p + (τ/2)·x²: the gradient of the squared residual, up to its factor 2τ."""
+    """ℓ = scale·(−A·log p + (τ/2)·x²).
+
+    ∂ℓ/∂x = scale·τ·x, ∂ℓ/∂log p = −scale·A: the gradient of the squared residual, up to its factor 2τ.
+    """
     loss = -t.adv * t.logp + 0.5 * h.tau * t.log_ratio * t.log_ratio
     return h.scale * loss, h.scale * h.tau * t.log_ratio, -h.scale * t.adv, 0.0
 
@@ -174,7 +205,10 @@ class Apa(NamedTuple):
 
 @jit
 def apa(t: Token, h: Apa):
-    """ℓ = (x − A/λ)². arXiv 2306.02231."""
+    """ℓ = (x − A/λ)².
+
+    ∂ℓ/∂x = 2·(x − A/λ). arXiv 2306.02231.
+    """
     residual = t.log_ratio - t.adv * h.inv_lambda
     return residual * residual, 2.0 * residual, 0.0, 0.0
 
@@ -188,14 +222,20 @@ class Awr(NamedTuple):
 
 @jit
 def awr(t: Token, h: Awr):
-    """ℓ = −min(e^(c·A), w_max)·log p. arXiv 1910.00177."""
+    """ℓ = −min(e^(c·A), w_max)·log p.
+
+    ∂ℓ/∂log p = −min(e^(c·A), w_max). arXiv 1910.00177.
+    """
     weight = tl.minimum(exp(tl.minimum(h.coef * t.adv, 88.0)), h.max_weight)
     return -weight * t.logp, 0.0, -weight, 0.0
 
 
 @jit
 def a_lol(t: Token, h: Clip):
-    """ℓ = −sg(clip(r, 1 − ε_low, 1 + ε_high))·max(A, 0)·log p, r of the whole sequence. arXiv 2305.14718."""
+    """ℓ = −sg(clip(r, 1 − ε_low, 1 + ε_high))·max(A, 0)·log p.
+
+    ∂ℓ/∂log p = −clip(r, 1 − ε_low, 1 + ε_high)·max(A, 0), r of the whole sequence. arXiv 2305.14718.
+    """
     weight = tl.minimum(tl.maximum(t.ratio, 1.0 - h.eps_low), 1.0 + h.eps_high)
     gain = tl.maximum(t.adv, 0.0)
     return -weight * gain * t.logp, 0.0, -weight * gain, tl.where(weight != t.ratio, 1.0, 0.0)
@@ -211,7 +251,10 @@ class Dppo(NamedTuple):
 
 @jit
 def dppo_tv(t: Token, h: Dppo):
-    """ℓ = −A·sg(min(r, cap))·log p, dropped where p moved by more than ε against the trust region. arXiv 2602.04879."""
+    """ℓ = −A·sg(min(r, cap))·log p, and 0 where p has already moved beyond ε in the direction of A.
+
+    ∂ℓ/∂log p = −A·min(r, cap), or 0. arXiv 2602.04879.
+    """
     moved = exp(t.logp) - exp(t.old_logp)
     up, down = tl.where(moved <= h.eps_high, 1.0, 0.0), tl.where(moved >= -h.eps_low, 1.0, 0.0)
     kept = tl.where(t.adv > 0.0, up, down)
@@ -221,7 +264,10 @@ def dppo_tv(t: Token, h: Dppo):
 
 @jit
 def dppo_kl(t: Token, h: Dppo):
-    """As ``dppo_tv``, by the binary KL(old‖new) = q·log(q/p) + (1 − q)·log((1 − q)/(1 − p)). arXiv 2602.04879."""
+    """ℓ = −A·sg(min(r, cap))·log p, and 0 where KL = q·log(q/p) + (1 − q)·log((1 − q)/(1 − p)) > ε on A's side.
+
+    ∂ℓ/∂log p = −A·min(r, cap), or 0. q is the old probability. arXiv 2602.04879.
+    """
     p, q = exp(t.logp), exp(t.old_logp)
     others = tl.log((1.0 - q + 1e-8) / (1.0 - p + 1e-8))
     divergence = q * (t.old_logp - t.logp) + (1.0 - q) * others
@@ -240,7 +286,10 @@ class KlCov(NamedTuple):
 
 @jit
 def kl_cov(t: Token, h: KlCov):
-    """ℓ = −A·r + coef·|x| on the tokens whose ``extra`` is 1, −A·r on the others. arXiv 2505.22617."""
+    """ℓ = −A·r + coef·extra·|x|.
+
+    ∂ℓ/∂x = −A·r + coef·extra·sign(x). ``extra`` is 1 on the tokens of largest covariance. arXiv 2505.22617.
+    """
     coef = h.coef * t.extra
     sign = tl.where(t.log_ratio > 0.0, 1.0, tl.where(t.log_ratio < 0.0, -1.0, 0.0))
     return -t.adv * t.ratio + coef * tl.abs(t.log_ratio), -t.adv * t.ratio + coef * sign, 0.0, 0.0
@@ -256,7 +305,10 @@ class Cpgd(NamedTuple):
 
 @jit
 def cpgd(t: Token, h: Cpgd):
-    """ℓ = −min(x·A, clip(x, log(1 − ε_low), log(1 + ε_high))·A) + α·(e^x − 1 − x). arXiv 2505.12504."""
+    """ℓ = −min(x·A, clip(x, log(1 − ε_low), log(1 + ε_high))·A) + α·(e^x − 1 − x).
+
+    ∂ℓ/∂x = −A, and 0 where the bound is active; + α·(e^x − 1). arXiv 2505.12504.
+    """
     low, high = tl.log(1.0 - h.eps_low), tl.log(1.0 + h.eps_high)
     unclipped = -t.adv * t.log_ratio
     clipped = -t.adv * tl.minimum(tl.maximum(t.log_ratio, low), high)

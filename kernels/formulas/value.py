@@ -14,7 +14,10 @@ class ValueClip(NamedTuple):
 
 @jit
 def value_clipped(t: Token, h: ValueClip):
-    """ℓ = ½·max((V − R)², (clip(V, V_old ± c) − R)²). PPO2."""
+    """ℓ = ½·max((V − R)², (clip(V, V_old ± c) − R)²).
+
+    ∂ℓ/∂V = V − R, and 0 where the second is larger. PPO2.
+    """
     error = t.logp - t.adv
     bounded = tl.minimum(tl.maximum(t.logp, t.old_logp - h.clip), t.old_logp + h.clip) - t.adv
     active = error * error >= bounded * bounded
@@ -30,7 +33,10 @@ class Huber(NamedTuple):
 
 @jit
 def value_huber(t: Token, h: Huber):
-    """ℓ = ½·e² where |e| ≤ δ, else δ·(|e| − ½δ), e = V − R. Huber 1964."""
+    """ℓ = ½·e² where |e| ≤ δ, else δ·(|e| − ½δ), e = V − R.
+
+    ∂ℓ/∂V = clip(e, −δ, δ). Huber 1964.
+    """
     error = t.logp - t.adv
     size = tl.abs(error)
     loss = tl.where(size <= h.delta, 0.5 * error * error, h.delta * (size - 0.5 * h.delta))
