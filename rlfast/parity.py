@@ -121,30 +121,3 @@ def _excess(got, truth, bound: float, dtype: torch.dtype):
     same = (got == truth) | (got.isnan() & truth.isnan())
     excess = torch.where(finite, error / allowed, torch.where(same, 0.0, torch.inf))
     return excess.nan_to_num(nan=torch.inf), error.nan_to_num(nan=torch.inf), allowed
-
-
-def reordered(leaves: dict, targets, seed: int) -> tuple[dict, torch.Tensor, dict]:
-    """The same log-probs by another order of summation: the vocabulary and the hidden dimension shuffled.
-
-    Args:
-        leaves: ``logits`` [*, V], or ``hidden`` [*, D], ``weight`` [V, D] and perhaps ``bias`` [V].
-        targets: ids, −100 for none.
-
-    Returns:
-        The shuffled leaves, the targets' new ids, and for each leaf the function that puts its gradient in order.
-    """
-    draw = torch.Generator().manual_seed(seed)
-    vocab = leaves["logits"].shape[-1] if "logits" in leaves else leaves["weight"].shape[0]
-    ids = torch.randperm(vocab, generator=draw).to(targets.device)
-    place = ids.argsort()
-    moved, back = dict(leaves), {"logits": lambda g: g[..., place], "bias": lambda g: g[place]}
-    if "logits" in leaves:
-        moved["logits"] = leaves["logits"][..., ids]
-    else:
-        columns = torch.randperm(leaves["weight"].shape[1], generator=draw).to(targets.device)
-        order = columns.argsort()
-        back |= {"hidden": lambda g: g[..., order], "weight": lambda g: g[place][:, order]}
-        moved |= {"hidden": leaves["hidden"][..., columns], "weight": leaves["weight"][ids][:, columns]}
-        if leaves.get("bias") is not None:
-            moved["bias"] = leaves["bias"][ids]
-    return moved, torch.where(targets == -100, -100, place[targets.long().clamp(min=0)]), back

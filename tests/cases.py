@@ -11,9 +11,10 @@ import torch
 
 import rlfast
 from rlfast import backends
-from rlfast.parity import ORDERS, reordered
+from rlfast.parity import ORDERS
 from rlfast.reference.linear_token_logps import linear_token_logps as linear_reference
 from rlfast.reference.token_logps import token_logps as reference
+from rlfast.verify.log_probs import reordered
 from tests.numerics import assert_gradient, assert_value, assert_zero
 
 DIFFERENTIABLE = ("logp", "lse", "entropy")

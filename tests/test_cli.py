@@ -14,7 +14,7 @@ runner = CliRunner()
 
 
 def small(monkeypatch):
-    monkeypatch.setattr(verify, "SIZES", dict.fromkeys((True, False), (16, 8, 1031)))
+    monkeypatch.setattr(verify, "small", lambda backend: True)
 
 
 def test_info():
@@ -50,6 +50,18 @@ def test_verify_exits_1_on_a_wrong_backend(monkeypatch):
     done = runner.invoke(cli.app, ["verify", "--op", "token_logps", "--backend", "torch"])
     assert done.exit_code == 1
     assert "FAILED" in done.stdout and "allowed" in done.stdout
+
+
+def test_verify_names_the_way_that_is_wrong(monkeypatch):
+    """An op with several ways to call it, and without a backward."""
+    small(monkeypatch)
+    (whole,) = verify.SUBJECTS["token_logps"]
+    right = whole._replace(inputs=lambda *where: whole.inputs(*where)._replace(upstream={}))
+    wrong = right._replace(name="off", public=lambda *given: {k: right.public(*given)[k] + 1 for k in right.outputs})
+    monkeypatch.setitem(verify.SUBJECTS, "token_logps", (right, wrong))
+    found = verify.cell("token_logps", "torch", "float32", "cpu")
+    assert found.status == "FAILED" and found.gradient_ratio is None
+    assert len(found.detail.split("; off ")) == len(right.outputs) and found.detail.startswith("off logp")
 
 
 def test_verify_says_why_a_backend_is_not_here():

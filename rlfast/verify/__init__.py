@@ -13,14 +13,13 @@ from typing import NamedTuple
 
 import torch
 
-from rlfast import backends, logps, parity
-from rlfast.reference import linear_token_logps as linear_reference
-from rlfast.reference import token_logps as logits_reference
+from rlfast import backends, parity
+from rlfast.verify import log_probs
+from rlfast.verify.subject import Problem, Subject
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-OUTPUTS = ("logp", "lse", "entropy", "log_sum_sq_probs", "mean_logits")
-# Rows, hidden width, vocabulary: rows enough that the largest error is no accident, few where the interpreter runs.
-SIZES = {True: (64, 24, 2053), False: (65, 160, 50257)}
+# op → the ways to call it, each family of ops in a module of its own.
+SUBJECTS: dict[str, tuple[Subject, ...]] = {**log_probs.SUBJECTS}
 
 
 class Cell(NamedTuple):
@@ -37,93 +36,61 @@ class Cell(NamedTuple):
     isa: str = ""  # the instruction set of the cpu backend
 
 
-def inputs(op: str, dtype: torch.dtype, device: str, small: bool) -> dict:
-    """Leaves, targets and options of one case: soft-cap, a temperature a row, a mask, an ignored target."""
-    rows, width, vocab = SIZES[small]
-    draw = torch.Generator().manual_seed(0)
-    if op == "token_logps":
-        leaves = {"logits": torch.randn(rows, vocab, generator=draw) * 4}
-    else:
-        leaves = {
-            "hidden": torch.randn(rows, width, generator=draw),
-            "weight": torch.randn(vocab, width, generator=draw) * (4 / width**0.5),
-            "bias": torch.randn(vocab, generator=draw),
-        }
-    targets = torch.randint(vocab, (rows,), generator=draw)
-    targets[1] = -100
-    mask = torch.ones(rows, dtype=torch.bool)
-    mask[2] = False
-    options = {
-        "temperature": (torch.rand(rows, generator=draw) + 0.5).to(device),
-        "softcap": 30.0,
-        "logit_scale": 1.25,
-        "mask": mask.to(device),
-    }
-    upstream = {name: torch.randn(rows, generator=draw).to(device) for name in ("logp", "lse", "entropy")}
-    leaves = {name: x.to(device, dtype) for name, x in leaves.items()}
-    return {"leaves": leaves, "targets": targets.to(device), "options": options, "upstream": upstream}
-
-
-def _run(function, case: dict, cast: torch.dtype | None) -> tuple[dict, dict]:
+def _run(function, problem: Problem, cast: torch.dtype | None) -> tuple[dict, dict]:
     """(values, gradients) of one implementation, with the leaves cast first if ``cast`` is given."""
-    leaves = {k: x.detach().to(cast or x.dtype).requires_grad_() for k, x in case["leaves"].items()}
-    values = function(leaves, case["targets"], case["options"])
-    loss = sum((values[k] * g.to(values[k].dtype)).sum() for k, g in case["upstream"].items())
+    leaves = {
+        k: x.detach().to(cast or x.dtype).requires_grad_(bool(problem.upstream)) for k, x in problem.leaves.items()
+    }
+    values = function(leaves, problem.rest)
+    if not problem.upstream:
+        return values, {}
+    loss = sum((values[k] * g.to(values[k].dtype)).sum() for k, g in problem.upstream.items())
     grads = torch.autograd.grad(loss, list(leaves.values()))
     return values, dict(zip(leaves, grads, strict=True))
 
 
-def _yardsticks(op: str, case: dict) -> tuple[dict, dict]:
+def _reference(subject: Subject, problem: Problem, dtype: torch.dtype) -> tuple[dict, dict]:
+    return _run(lambda leaves, rest: subject.reference(leaves, rest, dtype), problem, dtype)
+
+
+def _yardsticks(subject: Subject, problem: Problem) -> tuple[dict, dict]:
     """(values, gradients) by PyTorch in float32, each as a list: one per order of its sums."""
-    runs = [_run(_reference(op, torch.float32), case, torch.float32)]
-    for seed in range(1, parity.ORDERS):
-        leaves, targets, back = parity.reordered(case["leaves"], case["targets"], seed)
-        moved = case | {"leaves": leaves, "targets": targets}
-        values, grads = _run(_reference(op, torch.float32), moved, torch.float32)
-        runs.append((values, {name: back[name](g) for name, g in grads.items()}))
+    runs = [_reference(subject, problem, torch.float32)]
+    for seed in range(1, parity.ORDERS) if subject.reordered else ():
+        moved, back = subject.reordered(problem, seed)
+        found = _reference(subject, moved, torch.float32)
+        runs.append(tuple({k: back[k](x) if k in back else x for k, x in part.items()} for part in found))
     return tuple({name: [run[i][name] for run in runs] for name in runs[0][i]} for i in (0, 1))
 
 
-def _ordered(leaves: dict) -> tuple:
-    return tuple(leaves[k] for k in ("logits", "hidden", "weight") if k in leaves)
-
-
-def _ours(op: str):
-    public = getattr(logps, op)
-
-    def call(leaves, targets, options):
-        bias = {"bias": leaves["bias"]} if "bias" in leaves else {}
-        return public(*_ordered(leaves), targets, **bias, **options, outputs=OUTPUTS)._asdict()
-
-    return call
-
-
-def _reference(op: str, dtype: torch.dtype):
-    module = {"token_logps": logits_reference, "linear_token_logps": linear_reference}[op]
-
-    def call(leaves, targets, options):
-        bias = {"bias": leaves["bias"]} if "bias" in leaves else {}
-        return getattr(module, op)(*_ordered(leaves), targets, **bias, **options, dtype=dtype)
-
-    return call
+def small(backend: str) -> bool:
+    """Whether ``backend`` gets inputs that its interpreter can manage."""
+    return backend == "triton" and backends.interpreting()
 
 
 def cell(op: str, backend: str, dtype: str, device: str) -> Cell:
-    """Measure one op on one backend that is here."""
+    """Measure one op on one backend that is here: the worst of the ways to call it."""
+    values, gradients, wrong = [], [], []
+    for subject in SUBJECTS[op]:
+        value, gradient = _measure(subject, backend, DTYPES[dtype], device)
+        values.append(value.ratio)
+        gradients += [] if gradient is None else [gradient.ratio]
+        failed = value.wrong + (gradient.wrong if gradient else [])
+        wrong += [f"{subject.name} {what}".lstrip() for what in failed]
     interpreted = backend == "triton" and backends.interpreting()
-    case = inputs(op, DTYPES[dtype], device, small=interpreted)
-    truth, truth_grads = _run(_reference(op, torch.float64), case, torch.float64)
-    own, own_grads = _yardsticks(op, case)
-    with backends.use_backend(backend):
-        got, got_grads = _run(_ours(op), case, None)
-    value, gradient = (
-        _compare(got, truth, own, OUTPUTS, "value"),
-        _compare(got_grads, truth_grads, own_grads, truth_grads, "gradient"),
-    )
-    wrong = value.wrong + gradient.wrong
     status = "FAILED" if wrong else ("interpreted" if interpreted else "ok")
     isa = backends.isa() if backend == "cpu" else ""
-    return Cell(op, backend, dtype, device, status, value.ratio, gradient.ratio, "; ".join(wrong), isa)
+    return Cell(op, backend, dtype, device, status, max(values), max(gradients, default=None), "; ".join(wrong), isa)
+
+
+def _measure(subject: Subject, backend: str, dtype: torch.dtype, device: str) -> tuple[_Compared, _Compared | None]:
+    problem = subject.inputs(dtype, device, small(backend))
+    truth, truth_grads = _reference(subject, problem, torch.float64)
+    own, own_grads = _yardsticks(subject, problem)
+    with backends.use_backend(backend):
+        got, got_grads = _run(subject.public, problem, None)
+    value = _compare(got, truth, own, subject.outputs, "value")
+    return value, _compare(got_grads, truth_grads, own_grads, truth_grads, "gradient") if problem.upstream else None
 
 
 class _Compared(NamedTuple):
