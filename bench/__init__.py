@@ -1,1 +1,1 @@
-"""Benchmarks: ``suite`` the cases, ``arms`` what runs in each, ``measure`` how, ``run`` and ``report`` the output."""
+"""Benchmarks: ``families`` the cases, ``suite`` all of them, ``measure`` how, ``run`` and ``report`` the output."""

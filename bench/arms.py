@@ -1,140 +1,74 @@
-"""What runs in a case: rlfast at each instruction set, eager, torch.compile, plain torch, peers, and the bare ceilings.
-
-An arm is a function of no arguments that returns ``{"logp": ..., "entropy": ..., "grad_hidden": ...}``: everything it
-computed, so that it can be checked before it is timed.
-"""
+"""What runs in a case, and how a family makes an arm of a function."""
 
 from __future__ import annotations
 
+import importlib.util
+from functools import partial
+
 import torch
 
-import rlfast
-from bench import baselines, gemms, peers
-from bench.suite import Case
+from bench.case import Case
 from rlfast import backends
 
 
-def leaves(case: Case, data: dict) -> dict:
-    """The tensors that gradients are asked of."""
-    names = ("hidden", "weight") if case.width else ("logits",)
-    return {name: data[name].detach().requires_grad_(case.backward) for name in names}
-
-
-def _arm(case: Case, data: dict, function):
-    """``function(*leaves, targets)`` → logp or a tuple of outputs; with its backward if the case has one."""
-    inputs = leaves(case, data)
+def arm(function, leaves: dict, rest: tuple, outputs: tuple[str, ...], upstream: torch.Tensor | None = None):
+    """``function(*leaves, *rest)`` → a tensor or a tuple of them, named by ``outputs``; with an ``upstream`` gradient
+    of the first, the gradients ``grad_<leaf>`` too. Of rows that it leaves out at the end, the upstream is left out.
+    """
+    backward = upstream is not None
+    tensors = {name: x.detach().requires_grad_(backward) for name, x in leaves.items()}
 
     def run():
-        with torch.set_grad_enabled(case.backward):
-            out = function(*inputs.values(), data["targets"])
+        with torch.set_grad_enabled(backward):
+            out = function(*tensors.values(), *rest)
         out = out if isinstance(out, tuple) else (out,)
-        found = dict(zip(("logp", "entropy", "log_sum_sq_probs"), out, strict=False))
-        if case.backward:
-            grads = torch.autograd.grad(
-                out[0], list(inputs.values()), data["g_logp"][: out[0].numel()].to(out[0].dtype)
-            )
-            found |= {f"grad_{name}": g for name, g in zip(inputs, grads, strict=True)}
+        found = dict(zip(outputs, out, strict=False))
+        if backward:
+            g = (upstream[: len(out[0])] if upstream.dim() else upstream).to(out[0].dtype)
+            grads = torch.autograd.grad(out[0], list(tensors.values()), g)
+            found |= {f"grad_{name}": x for name, x in zip(tensors, grads, strict=True)}
         return found
 
     return run
 
 
-def _at_isa(run, isa: str):
+def has(module: str) -> bool:
+    """Whether a peer is installed."""
+    return importlib.util.find_spec(module) is not None
+
+
+def bandwidth(x: torch.Tensor) -> dict:
+    """The ceilings of an op that streams ``x``: "read", by the same threads; on a GPU "copy"."""
+    if x.device.type == "cuda":
+        target = torch.empty_like(x)
+        return {"copy": lambda: target.copy_(x)}
+    if backends.why_not("cpu"):
+        return {}
+    extension, threads = backends.extension("cpu"), torch.get_num_threads()
+    return {"read": lambda: extension.read_bandwidth(x.data_ptr(), x.numel() * x.element_size(), threads)}
+
+
+def _within(scope, run):
     def forced():
-        with backends.use_isa(isa):
+        with scope():
             return run()
 
     return forced
-
-
-def _on_backend(run, backend: str):
-    def forced():
-        with backends.use_backend(backend):
-            return run()
-
-    return forced
-
-
-def _ours(case: Case, data: dict) -> dict:
-    """rlfast's arms at the best instruction set."""
-    outputs = ("logp", "entropy", "log_sum_sq_probs") if case.entropy else ("logp",)
-
-    def from_logits(names):
-        def run(logits, targets):
-            out = rlfast.token_logps(logits, targets, outputs=names)
-            return tuple(getattr(out, name) for name in names)
-
-        return run
-
-    def from_hidden(budget):
-        return lambda hidden, weight, targets: (
-            rlfast.linear_token_logps(hidden, weight, targets, memory_budget=budget).logp
-        )
-
-    if case.width:
-        return {
-            "rlfast keep": _arm(case, data, from_hidden(1 << 40)),
-            "rlfast recompute": _arm(case, data, from_hidden(0)),
-        }
-    arms = {"rlfast": _arm(case, data, from_logits(outputs))}
-    if case.entropy:
-        arms["rlfast logp"] = _arm(case, data, from_logits(("logp",)))
-    return arms
-
-
-def _plain(case: Case) -> dict:
-    """name → function: eager, torch.compile of eager, and the strongest plain torch."""
-    compile_ = torch.compile(dynamic=False)
-    if case.width:
-        linear = baselines.LinearLogps.apply
-        found = {
-            "eager": baselines.linear_eager,
-            "compile": compile_(baselines.linear_eager),
-            "plain in place": lambda h, w, t: linear(h, w, t, baselines.mm),
-        }
-        if case.dtype == "float32" and gemms.onednn_works():
-            found["plain in place, oneDNN"] = lambda h, w, t: linear(h, w, t, baselines.onednn)
-        return found
-    eager = baselines.eager_statistics if case.entropy else baselines.eager
-    found = {"eager": eager, "compile": compile_(eager)}
-    if case.backward:
-        return found | {"plain chunked": baselines.ChunkedLogps.apply}
-    part = baselines.chunk_statistics if case.entropy else baselines.chunk_logps
-    return found | {
-        "plain chunked": baselines.chunked(part),
-        "plain chunked, compiled": baselines.chunked(compile_(part)),
-    }
 
 
 def build(case: Case, data: dict, device: str = "cpu") -> dict:
-    """Every arm of a case that can run here, by name."""
-    ours = _ours(case, data)
+    """Every arm of a case that can run here, by name: ours, also at lower instruction sets or on each backend of a GPU,
+    plain torch, and peers."""
+    ours = case.ours(data)
     arms = dict(ours)
     if case.isas and device == "cpu":
         for isa in ("avx2", "baseline"):
             if isa in backends.isas()[:-1]:
-                arms |= {f"{name} {isa}": _at_isa(run, isa) for name, run in ours.items() if name != "rlfast logp"}
+                forced = partial(backends.use_isa, isa)
+                arms |= {f"{name} {isa}": _within(forced, run) for name, run in ours.items() if name in case.OURS}
     if device == "cuda":
         for backend in ("triton", "cuda"):  # one of them is what "rlfast" runs on
             if backend in backends.IMPLEMENTED[case.op] and not backends.why_not(backend):
-                arms |= {f"{name} {backend}": _on_backend(run, backend) for name, run in ours.items()}
-    arms |= {name: _arm(case, data, function) for name, function in _plain(case).items()}
-    theirs = peers.from_hidden(device) if case.width else peers.from_logits(case.entropy, device)
-    return arms | {name: _arm(case, data, function) for name, function in theirs.items()}
-
-
-def ceilings(case: Case, data: dict, device: str = "cpu") -> dict:
-    """name → function: the least that the hardware can do for this case, timed in the same loop."""
-    if case.width:
-        return gemms.ceilings(case, data)
-    logits = data["logits"]
-    if device == "cuda":
-        target = torch.empty_like(logits)
-        return {"copy": lambda: target.copy_(logits)}
-    if backends.why_not("cpu"):
-        return {}
-    extension = backends.extension("cpu")
-    threads = torch.get_num_threads()
-    return {
-        "read": lambda: extension.read_bandwidth(logits.data_ptr(), logits.numel() * logits.element_size(), threads)
-    }
+                forced = partial(backends.use_backend, backend)
+                arms |= {f"{name} {backend}": _within(forced, run) for name, run in ours.items()}
+    return arms | case.plain(data) | case.peers(data, device)

@@ -18,6 +18,7 @@ import sys
 import torch
 
 from bench import arms, suite
+from bench.case import Case
 
 # mallopt parameters, by their glibc names: no block above 64 KiB stays in a free list, and no such list is trimmed late
 _M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD = -3, -1
@@ -46,11 +47,11 @@ def available() -> bool:
     return True
 
 
-def extra(case: suite.Case, name: str, device: str) -> int:
+def extra(case: Case, name: str, device: str) -> int:
     """Bytes above inputs and results at the peak of one call."""
-    tiny = suite.small(case)
-    arms.build(tiny, suite.inputs(tiny, device), device)[name]()
-    data = suite.inputs(case, device)
+    tiny = case.small()
+    arms.build(tiny, tiny.inputs(device), device)[name]()
+    data = case.inputs(device)
     run = arms.build(case, data, device)[name]
     if device == "cuda":
         torch.cuda.synchronize()
@@ -69,7 +70,7 @@ def extra(case: suite.Case, name: str, device: str) -> int:
     return max(0, peak - returned)
 
 
-def measure(case: suite.Case, name: str, device: str, small: bool) -> int | None:
+def measure(case: Case, name: str, device: str, small: bool) -> int | None:
     """``extra`` in a process of its own; None where the system cannot say."""
     command = [
         sys.executable,
@@ -100,7 +101,7 @@ def main() -> None:
     if args.device == "cpu":
         _return_memory_at_once()
     case = next(c for c in suite.CASES if c.name == args.case)
-    print(json.dumps(extra(suite.small(case) if args.small else case, args.arm, args.device)))
+    print(json.dumps(extra(case.small() if args.small else case, args.arm, args.device)))
 
 
 if __name__ == "__main__":

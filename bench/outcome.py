@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import operator
 import statistics
 from typing import NamedTuple
 
-from bench.suite import Case, Target
+from bench import suite
+from bench.case import Case, Target
+
+NAMES = {"eager": "eager torch", "compile": "torch.compile", "trl": "TRL", "liger": "Liger", "torchrl": "TorchRL"}
 
 
 class Outcome(NamedTuple):
@@ -13,37 +17,60 @@ class Outcome(NamedTuple):
 
     case: str
     text: str
-    value: float | None  # the ratio reached; None if an arm is not there
+    value: float | None  # the ratio or the µs reached; None if an arm is not there
     passed: bool | None
     note: str = ""
 
 
 def case_of(result: dict) -> Case:
     """The Case that a result was measured for."""
-    fields = dict(result["case"])
-    for name in ("targets", "gpu_targets"):
-        fields[name] = tuple(Target(**t) for t in fields.get(name, ()))
-    return Case(**fields)
+    return suite.read(result["case"])
+
+
+def text(case: Case, target: Target) -> str:
+    """How the tables name a target."""
+    arm, bound = target.arm, target.bound
+    name = (NAMES | case.NAMES).get(target.over, target.over)
+    if target.kind == "us":
+        return f"{arm}: ≤ {bound:g} µs"
+    if target.kind == "memory":
+        return f"{arm}: extra memory ≤ {bound:g}× {name}"
+    if target.kind == "speed" and target.over in case.BANDWIDTHS:
+        return f"{arm}: ≥ {bound:.0%} of the {name} bandwidth"
+    return f"{arm}: {'≥' if target.kind == 'speed' else '≤'} {bound:g}× {name}"
 
 
 def plain(arms: dict) -> str | None:
     """The fastest arm of plain torch: the baselines, eager and torch.compile."""
-    names = [name for name in arms if name.startswith("plain") or name in ("eager", "compile")]
+    names = [name for name in arms if _is_plain(name)]
     return min(names, key=lambda name: arms[name]["ms"]) if names else None
 
 
-def gemms(arms: dict, forwards: int) -> list[float] | None:
-    """Milliseconds, round by round, of a linear op's bare GEMMs: so many forwards, one dHidden, one dWeight."""
-    parts = {name.split()[1]: row["rounds"] for name, row in arms.items() if name.startswith("gemm ")}
-    if len(parts) != 3:
+def _is_plain(name: str) -> bool:
+    return name.startswith("plain") or name in ("eager", "compile")
+
+
+def peers(arms: dict) -> list[str]:
+    """Other libraries: what was checked, and is neither ours nor plain torch."""
+    return [n for n, row in arms.items() if "error" in row and not n.startswith("rlfast") and not _is_plain(n)]
+
+
+def total(arms: dict, parts: dict[str, float]) -> list[float] | None:
+    """Milliseconds, round by round, of so many times each of some ceilings; None if one was not timed.
+
+    A ceiling may say in brackets how it was reached: "gemm forward (oneDNN)".
+    """
+    timed = {name.split(" (")[0]: row["rounds"] for name, row in arms.items()}
+    if not parts.keys() <= timed.keys():
         return None
-    return [forwards * f + h + w for f, h, w in zip(parts["forward"], parts["dHidden"], parts["dWeight"], strict=True)]
+    return [sum(map(operator.mul, parts.values(), ms)) for ms in zip(*(timed[part] for part in parts), strict=True)]
 
 
-def rounds(arms: dict, over: str) -> list[float] | None:
-    """Milliseconds, round by round, of what a target compares with."""
-    if over.startswith("gemms "):
-        return gemms(arms, 2 if over.endswith("recompute") else 1)
+def rounds(case: Case, arms: dict, over: str, arm: str) -> list[float] | None:
+    """Milliseconds, round by round, of what ``arm`` is compared with."""
+    floors = case.floors(arm)
+    if over in floors:
+        return total(arms, floors[over])
     name = plain(arms) if over == "plain" else over
     return arms[name]["rounds"] if name in arms else None
 
@@ -53,31 +80,35 @@ def ratio(ours: list[float], other: list[float]) -> float:
     return statistics.median(a / b for a, b in zip(ours, other, strict=True))
 
 
-def outcome(result: dict, target: Target) -> Outcome:
-    """Whether one target of a measured case is met."""
-    case, arms = case_of(result), result["arms"]
-    text = (
-        target.text.replace("plain", f"the best plain torch ({plain(arms)})") if target.over == "plain" else target.text
-    )
+def _reached(case: Case, result: dict, target: Target) -> float | str:
+    """The ratio, or the µs; or why there is none."""
+    arms, failures = result["arms"], result["failures"]
     arm = arms.get(target.arm)
     if arm is None:
-        why = result["failures"].get(target.arm, "not measured in this run")
-        return Outcome(case.name, text, None, None, why)
+        return failures.get(target.arm, "not measured in this run")
+    if target.kind == "us":
+        return min(arm["rounds"]) * 1e3  # as timeit takes it: what else runs can only add
     if target.kind == "memory":
         if arm.get("extra_bytes") is None:
-            return Outcome(case.name, text, None, None, "memory not measured in this run")
-        # where the weight is not float32, its gradient's float32 accumulator is allowed for
-        accumulator = 4 * case.vocab * case.width if case.dtype != "float32" else 0
-        value = max(0, arm["extra_bytes"] - accumulator) / case.logits_bytes
-        return Outcome(case.name, text, value, value <= target.bound)
-    if target.over == "copy":  # it moves every byte twice
-        share = ceiling_share(result, target.arm) if "copy" in arms else None
-        return Outcome(case.name, text, share, None if share is None else share >= target.bound)
-    other = rounds(arms, target.over)
+            return "memory not measured in this run"
+        return max(0, arm["extra_bytes"] - case.allowed_bytes()) / case.sizes()[target.over]
+    other = rounds(case, arms, target.over, target.arm)
     if other is None:
-        return Outcome(case.name, text, None, None, result["failures"].get(target.over, f"{target.over}: not here"))
-    value = ratio(arm["rounds"], other) if target.kind == "cost" else 1 / ratio(arm["rounds"], other)
-    return Outcome(case.name, text, value, value <= target.bound if target.kind == "cost" else value >= target.bound)
+        return failures.get(target.over, f"{target.over}: not here")
+    cost = ratio(arm["rounds"], other)
+    return cost if target.kind == "cost" else 1 / cost
+
+
+def outcome(result: dict, target: Target) -> Outcome:
+    """Whether one target of a measured case is met."""
+    case = case_of(result)
+    said = text(case, target)
+    if target.over == "plain":
+        said = said.replace("plain", f"the best plain torch ({plain(result['arms'])})")
+    value = _reached(case, result, target)
+    if isinstance(value, str):
+        return Outcome(case.name, said, None, None, value)
+    return Outcome(case.name, said, value, value >= target.bound if target.kind == "speed" else value <= target.bound)
 
 
 def outcomes(result: dict) -> list[Outcome]:
@@ -86,25 +117,24 @@ def outcomes(result: dict) -> list[Outcome]:
 
 
 def ceiling_share(result: dict, name: str) -> float | None:
-    """Bytes or operations a second ÷ the ceiling of the same run; None where there is none."""
-    case, arms = case_of(result), result["arms"]
-    if case.width:
-        total = gemms(arms, 2 if "recompute" in name or name == "trl" else 1)
-        return 1 / ratio(arms[name]["rounds"], total) if total else None
-    ceiling = next((c for c in ("read", "copy") if c in arms), None)
-    if ceiling is None:
-        return None
-    once = arms[name]["gb_s"] * arms[name]["ms"] / (arms[ceiling]["gb_s"] * arms[ceiling]["ms"])
-    return once / ratio(arms[name]["rounds"], arms[ceiling]["rounds"])
+    """Time of the first floor that was timed ÷ time of an arm; None where there is none."""
+    arms = result["arms"]
+    floors = (total(arms, parts) for parts in case_of(result).floors(name).values())
+    floor = next(filter(None, floors), None)
+    return 1 / ratio(arms[name]["rounds"], floor) if floor else None
+
+
+def ours(result: dict) -> list[str]:
+    """Our arms that were timed, at the best instruction set."""
+    return [name for name in case_of(result).OURS if name in result["arms"]]
 
 
 def faster_than_us(result: dict) -> list[tuple[str, str, float]]:
     """(our arm, the other, time(ours) ÷ time(other)) for whoever beats our best arm of a case."""
     arms = result["arms"]
-    ours = [name for name in arms if name in ("rlfast", "rlfast keep", "rlfast recompute")]
-    if not ours:
+    if not ours(result):
         return []
-    best = min(ours, key=lambda name: arms[name]["ms"])
-    others = [n for n in arms if not n.startswith(("rlfast", "gemm ", "read", "copy"))]
+    best = min(ours(result), key=lambda name: arms[name]["ms"])
+    others = [n for n, row in arms.items() if "error" in row and not n.startswith("rlfast")]
     slower = [(best, n, ratio(arms[best]["rounds"], arms[n]["rounds"])) for n in others]
     return [row for row in slower if row[2] > 1]

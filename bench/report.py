@@ -14,7 +14,7 @@ import re
 import sys
 from pathlib import Path
 
-from bench import outcome
+from bench import outcome, suite
 from rlfast import backends
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -98,33 +98,38 @@ def benches(found: list[dict]) -> list[dict]:
 
 
 def figures(found: list[dict]) -> list[str]:
-    """Per device and case: ours, over the best plain torch first, then the others."""
+    """Per device and family of ops, case by case: ours, over the best plain torch first, then the others."""
     lines = []
     for result in benches(found):
         lines += [
             "",
             f"{result['device']}; {stamp(result)}; torch {result['versions']['torch']}; `{result['command']}`:",
-            "",
         ]
-        lines += ["| case | ms | × best plain torch | × eager | × torch.compile | × TRL | of the ceiling | extra MiB |"]
-        lines += ["|---|---|---|---|---|---|---|---|"]
-        for case in result["cases"]:
-            for name in ("rlfast", "rlfast keep", "rlfast recompute"):
-                if name in case["arms"]:
-                    lines.append(_figure(case, name))
+        for family in suite.FAMILIES:
+            cases = [case for case in result["cases"] if suite.family(case["case"]["op"]) is family]
+            lines += ["", *_table(cases)] if cases else []
     return lines[1:] or ["No benchmark has been committed yet: `make bench` writes one."]
 
 
-def _figure(case: dict, name: str) -> str:
-    arms, row = case["arms"], case["arms"][name]
-    label = case["case"]["name"].replace("linear_token_logps", "`linear_token_logps`")
-    label = re.sub(r"^token_logps", "`token_logps`", label) + name.removeprefix("rlfast").replace(" ", ", ", 1)
-    label += f" ({case['stamp']})" if "stamp" in case else ""
+def _table(cases: list[dict]) -> list[str]:
+    others = {"plain": "best plain torch", "eager": "eager", "compile": "torch.compile"}
+    for case in cases:
+        others |= {name: outcome.NAMES.get(name, name) for name in outcome.peers(case["arms"])}
+    head = ["case", "ms", *(f"× {name}" for name in others.values()), "of the ceiling", "extra MiB"]
+    rows = [_figure(case, name, others) for case in cases for name in outcome.ours(case)]
+    return [f"| {' | '.join(head)} |", "|" + "---|" * len(head), *rows]
+
+
+def _figure(result: dict, name: str, others) -> str:
+    case, arms, row = outcome.case_of(result), result["arms"], result["arms"][name]
+    label = re.sub(rf"\b{case.op}\b", f"`{case.op}`", case.name, count=1)
+    label += name.removeprefix("rlfast").replace(" ", ", ", 1)
+    label += f" ({result['stamp']})" if "stamp" in result else ""
     cells = [f"{row['ms']:.4g}"]
-    for over in ("plain", "eager", "compile", "trl"):
-        other = outcome.rounds(arms, over)
+    for over in others:
+        other = outcome.rounds(case, arms, over, name)
         cells.append(f"{1 / outcome.ratio(row['rounds'], other):.2f}" if other else "")
-    share, extra = outcome.ceiling_share(case, name), row.get("extra_bytes")
+    share, extra = outcome.ceiling_share(result, name), row.get("extra_bytes")
     cells += ["" if share is None else f"{share:.0%}", "" if extra is None else f"{extra / 2**20:.1f}"]
     return f"| {label} | " + " | ".join(cells) + " |"
 

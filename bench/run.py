@@ -21,6 +21,7 @@ import torch
 
 import rlfast
 from bench import arms, measure, memory, overhead, suite
+from bench.case import Case
 from bench.show import print_case
 from rlfast import backends
 from rlfast import verify as verification
@@ -29,7 +30,8 @@ RESULTS = Path(__file__).resolve().parent / "results"
 ROOT = RESULTS.parent.parent
 METHOD = (
     "Every arm is checked against float64 on sampled rows; then all arms run in one interleaved loop, rotated. "
-    "Times are medians, spread is the interquartile range ÷ the median, ratios are medians over rounds. "
+    "A call below 1 ms is repeated within its sample. Times are medians, spread is the interquartile range ÷ the "
+    "median, ratios are medians over rounds. "
     "Extra memory is the peak above inputs, outputs and returned gradients (bench/memory.py)."
 )
 
@@ -84,13 +86,13 @@ def stamp(device: str, command: str) -> dict:
     }
 
 
-def run_case(case: suite.Case, device: str, small: bool, with_memory: bool, say) -> dict:
+def run_case(case: Case, device: str, small: bool, with_memory: bool, say) -> dict:
     """Everything about one case: times, errors, ceilings, extra memory."""
-    data = suite.inputs(case, device)
+    data = case.inputs(device)
     todo = arms.build(case, data, device)
-    errors, failures = measure.checked(todo, measure.truth(case, data), case.dtype, say)
+    errors, failures = measure.checked(todo, case.truth(data), case.gate, say)
     say("ceilings")
-    ceilings = arms.ceilings(case, data, device)
+    ceilings = case.ceilings(data, device)
     timed = {name: run for name, run in todo.items() if name not in failures} | ceilings
     if "compile" in timed:
         timed["compile"]()  # the first call compiled; the second settles its guards
@@ -98,17 +100,9 @@ def run_case(case: suite.Case, device: str, small: bool, with_memory: bool, say)
     rows = {}
     for name, samples in times.items():
         rows[name] = measure.summary(samples) | ({"error": errors[name]} if name in errors else {})
-        if case.traffic:
-            moved = (
-                case.traffic
-                if name in todo
-                else case.traffic // (3 if case.backward else 1) * (2 if name == "copy" else 1)
-            )
-            rows[name]["gb_s"] = moved / rows[name]["ms"] / 1e6
-        else:
-            rows[name]["gflop_s"] = (
-                case.gemm_flops * (1 if name in ceilings else _gemm_count(name)) / rows[name]["ms"] / 1e6
-            )
+        for rate, amount in (("gb_s", case.traffic(name)), ("gflop_s", case.flops(name))):
+            if amount:
+                rows[name][rate] = amount / rows[name]["ms"] / 1e6
     del data, todo, timed, ceilings
     if with_memory:
         for name in rows:
@@ -118,11 +112,7 @@ def run_case(case: suite.Case, device: str, small: bool, with_memory: bool, say)
     return {"case": asdict(case), "arms": rows, "failures": failures}
 
 
-def _gemm_count(name: str) -> int:
-    return 4 if name.startswith(("rlfast recompute", "trl")) else 3
-
-
-def _memory_matters(case: suite.Case, name: str) -> bool:
+def _memory_matters(case: Case, name: str) -> bool:
     """Not the forced instruction sets, which allocate alike; of a minute-long case only ours."""
     if name.endswith((" avx2", " baseline")) or "compile" in name:
         return False
@@ -159,7 +149,7 @@ def run(
             case = replace(case, isas=True)
         if device == "cuda":
             case = replace(case, targets=case.gpu_targets)
-        case = suite.small(case) if small else case
+        case = case.small() if small else case
         say = _progress(f"[{number}/{len(chosen)}] {case.name}", started)
         with_peak = with_memory and (device == "cuda" or memory.available())
         measured = run_case(case, device, small, with_peak, say)

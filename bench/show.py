@@ -9,18 +9,23 @@ from rich.table import Table
 
 from bench.outcome import case_of, ceiling_share, outcomes, plain
 
+RATES = {"gb_s": "GB/s", "gflop_s": "GFLOP/s"}
+
+
+def _rate(row: dict) -> str:
+    return next((f"{row[key]:.1f} {unit}" for key, unit in RATES.items() if key in row), "")
+
 
 def print_case(result: dict) -> None:
     """Arms, fastest first, then the targets."""
     console = Console() if sys.stdout.isatty() else Console(width=120)
     case, arms = case_of(result), result["arms"]
-    rate = "GFLOP/s" if case.width else "GB/s"
-    table = Table("arm", "ms", "spread", rate, "of ceiling", "error", "extra MiB", "× plain torch", title=case.name)
+    table = Table("arm", "ms", "spread", "rate", "of ceiling", "error", "extra MiB", "× plain torch", title=case.name)
     baseline = arms[plain(arms)]["ms"] if plain(arms) else None
     for name, row in sorted(arms.items(), key=lambda item: item[1]["ms"]):
         share = ceiling_share(result, name) if "error" in row else None
         table.add_row(
-            name, f"{row['ms']:.2f}", f"{row['spread']:.0%}", f"{row.get('gb_s', row.get('gflop_s', 0)):.1f}",
+            name, f"{row['ms']:.4g}", f"{row['spread']:.0%}", _rate(row),
             "" if share is None else f"{share:.0%}", f"{row['error']:.1e}" if "error" in row else "",
             f"{row['extra_bytes'] / 2**20:.1f}" if row.get("extra_bytes") is not None else "",
             f"{baseline / row['ms']:.2f}" if baseline else "",

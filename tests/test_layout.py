@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from rlfast import backends
+from bench import suite
+from rlfast import backends, verify
 
 ROOT = Path(__file__).resolve().parent.parent
 OPS = tuple(backends.IMPLEMENTED)
@@ -91,8 +92,8 @@ def test_an_op_has_its_file_on_every_floor(op):
     wanted += [file.format(op=op) for name in backends.IMPLEMENTED[op] for file in FILES[name]]
     missing = [file for file in wanted if not (ROOT / file).is_file()]
     assert not missing, f"{op}: no {missing}"
-    suite = (ROOT / "bench" / "suite.py").read_text(encoding="utf-8")
-    assert re.search(rf"[\"']{op}[\"']", suite), f"bench/suite.py has no case for {op}"
+    assert any(case.op == op for case in suite.CASES), f"bench/suite.py has no case for {op}"
+    assert verify.SUBJECTS.get(op), f"rlfast/verify has no subject for {op}"
 
 
 def test_no_file_of_an_op_that_is_not_declared():

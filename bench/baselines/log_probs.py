@@ -1,5 +1,4 @@
-"""The strongest plain PyTorch that we could write for each op, at most 40 lines each. The last ratio of a kernel is
-over the best of these."""
+"""Log-probs in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -68,16 +67,6 @@ class ChunkedLogps(torch.autograd.Function):
             x.scatter_add_(-1, targets[rows, None], g[rows, None])
             out[rows] = x
         return out, None
-
-
-def onednn(x, weight):
-    """x · weightᵀ by oneDNN, which beats MKL's float32 mm where torch would pick that."""
-    return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
-
-
-def mm(x, weight):
-    """x · weightᵀ by whatever torch picks."""
-    return x @ weight.T
 
 
 class LinearLogps(torch.autograd.Function):
