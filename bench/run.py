@@ -157,7 +157,7 @@ def run(
         result["cases"].append(measured)
         _write(path, result)
         if update:
-            _write(own, _updated(own, measured, result))
+            _write(own, updated(own, measured, result))
     if whole:
         result["verify"] = [cell._asdict() for cell in verification.verify(every_isa=True)]
         _write(path, result)
@@ -165,13 +165,13 @@ def run(
     return 0
 
 
-def _updated(path: Path, measured: dict, now: dict) -> dict:
-    """The file's result with one case in the place of the one of its name."""
+def updated(path: Path, measured: dict, now: dict) -> dict:
+    """The file's result with one case in the place of the one of its name, or after the others."""
     result = json.loads(path.read_text(encoding="utf-8"))
     measured = measured | {"stamp": f"{now['date']}, {now['commit']}{' + changes' if now['uncommitted'] else ''}"}
-    name = measured["case"]["name"]
     result["overhead"] = now.get("overhead")
-    result["cases"] = [measured if c["case"]["name"] == name else c for c in result["cases"]]
+    by_name = {c["case"]["name"]: c for c in result["cases"]} | {measured["case"]["name"]: measured}
+    result["cases"] = list(by_name.values())
     return result
 
 

@@ -3,6 +3,7 @@
 pytest bench/ --benchmark-json=out.json
 """
 
+import json
 from dataclasses import asdict, replace
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 
 from bench import arms, measure, outcome, overhead, report, suite
 from bench.case import Target
+from bench.run import updated
 
 CASES = [case.small() for case in suite.CASES if case.isas]  # the others are there twice: at a larger size
 
@@ -114,6 +116,15 @@ def test_an_older_result_is_read():
         fields = {"width": 0, "entropy": False, "backward": True} | asdict(case)
         older = {name: fields[name] for name in fields if name not in ("isas", "gpu_targets")}
         assert suite.read(older) == replace(case, gpu_targets=())
+
+
+def test_an_update_replaces_a_case_or_adds_it(tmp_path):
+    path, now = tmp_path / "device.json", {"date": "today", "commit": "abc", "uncommitted": False}
+    path.write_text(json.dumps({"cases": [{"case": {"name": name}, "old": True} for name in "ab"]}))
+    for name, expected in (("a", "ab"), ("c", "abc")):
+        result = updated(path, {"case": {"name": name}}, now)
+        assert "".join(c["case"]["name"] for c in result["cases"]) == expected
+        assert [c["case"]["name"] for c in result["cases"] if "old" not in c] == [name]
 
 
 def test_a_table_has_a_column_for_each_peer():
