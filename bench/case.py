@@ -42,6 +42,7 @@ class Case:
     gpu_targets: tuple[Target, ...] = ()  # in place of ``targets`` on a GPU
     budget_s: float = 40.0  # time for the interleaved loop; every arm gets two samples at least
     isas: bool = True  # also with the instruction set forced to avx2 and to baseline
+    gpu_only: bool = False
 
     OURS: ClassVar = ("rlfast",)  # arms that have a row in the README and run at every instruction set
     BANDWIDTHS: ClassVar = ("read", "copy")  # ceilings that move bytes; the first that was timed is the ceiling

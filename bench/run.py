@@ -126,7 +126,7 @@ def run(
 
     ``update`` puts the chosen cases in the place of those in this device's own file, each with its own stamp.
     """
-    chosen = suite.selected(ops, cases)
+    chosen = [case for case in suite.selected(ops, cases) if device == "cuda" or not case.gpu_only]
     if not chosen:
         print(f"bench: no case matches; there are: {', '.join(c.name for c in suite.CASES)}", file=sys.stderr)
         return 1
