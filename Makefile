@@ -58,8 +58,9 @@ bench: doctor-build $(VENV)/.dev  ## every case of bench/suite.py, to bench/resu
 	$(PY) -m bench.run
 	$(PY) -m bench.report
 
-docs: doctor-build $(VENV)/.dev  ## the tables that are generated from result files, and the examples in README and docstrings
+docs: doctor-build $(VENV)/.dev  ## the pages that are generated from result files and tables, and the examples in README and docstrings
 	$(PY) -m bench.report
+	$(PY) tools/loss_docs.py
 	$(PY) -m pytest -q tests/test_docs.py
 
 # On a GPU machine: this Python as it is. No network, no install; the extensions are built in place.

@@ -20,6 +20,9 @@ DOCUMENTS = ["README.md", "CONTRIBUTING.md", *(f"docs/{p.name}" for p in sorted(
 PUBLIC = [
     rlfast.token_logps,
     rlfast.linear_token_logps,
+    rlfast.loss,
+    rlfast.Loss,
+    rlfast.Correction,
     rlfast.use_backend,
     backends.active,
     parity.measure,
