@@ -171,7 +171,7 @@ def forward(fields: Fields, surrogate: str, estimator: str, plan, settings, hype
         d_x, d_lp = d_x + beta * through, d_lp + beta * d_kl
 
     c = ones / count.clamp(min=1.0) if plan.reduce == records.SEQ_MEAN_TOKEN_MEAN else ones
-    dlogp = c * d_lp + pulled_back(b, plan, c * d_x, slope, inside)
+    dlogp = torch.where(b.mask, c * d_lp + pulled_back(b, plan, c * d_x, slope, inside), zero)
     kept = b.keep.to(ones.dtype) if plan.entropy_mean else c
     totals = _totals(b, plan, c, kept, (value, kl_value), (x, ratio, clipped, used, drift, applied))
     return _finished(fields, plan, s, needs, totals, (beta, entropy_coef), (dlogp, kept))
