@@ -133,7 +133,7 @@ class Loss:
         if isinstance(self.correction, str):
             validate.one_of("correction", self.correction, tuple(CORRECTIONS))
             object.__setattr__(self, "correction", CORRECTIONS[self.correction]())
-        object.__setattr__(self, "_prepared", self._prepare(formula))
+        object.__setattr__(self, "prepared", self._prepare(formula))
 
     def _prepare(self, formula) -> tuple:
         """The op's arguments that no tensor changes."""
@@ -204,7 +204,7 @@ class Loss:
         Raises:
             ValueError, TypeError: a field is missing, or has another shape, dtype or device; the message names it.
         """
-        surrogate, kl, plan, settings, hyper, bounds, needs = self._prepared
+        surrogate, kl, plan, settings, hyper, bounds, needs = self.prepared
         given = loss_inputs.Given(
             logp, old_logp, ref_logp, rollout_logp, adv, entropy, weights, extra, mask, keep, cu_seqlens, num_items
         )

@@ -26,8 +26,7 @@ TENSORS = ("logp", "old_logp", "ref_logp", "rollout_logp", "adv", "entropy", "we
 
 def options(plan: Plan, s: Settings, estimator: str, kl_hyper) -> dict:
     """A plan and its settings in the oracle's words."""
-    named = s._asdict()
-    return named | {
+    return s._asdict() | {
         "unit": UNITS[plan.unit], "signed": bool(plan.signed), "mean_adv": bool(plan.mean_adv),
         "kl": (estimator + "+" * plan.kl_through) or None, "kl_d_max": kl_hyper[0], "kl_max": kl_hyper[1],
         "kl_ratio": (None, "unit", "token", "score")[plan.kl_ratio], "reduce": REDUCTIONS[plan.reduce],
@@ -35,6 +34,13 @@ def options(plan: Plan, s: Settings, estimator: str, kl_hyper) -> dict:
         "weight_in_ratio": bool(plan.weight_in_ratio), "gate": LEVELS[plan.gate], "gate_kind": f"k{plan.gate_kind}",
         "gate_masks": bool(plan.gate_masks),
     }  # fmt: skip
+
+
+def named(surrogate: str, hyper) -> dict:
+    """Hyper-parameters by their names."""
+    found = SURROGATES[surrogate].hyper(*hyper)._asdict()
+    found.pop("unused", None)
+    return found
 
 
 def padded(fields: Fields) -> tuple[dict, torch.Tensor]:
@@ -65,11 +71,9 @@ def _forward(fields: Fields, surrogate: str, estimator: str, plan, settings, hyp
     out = allocate(fields, needs)
     with torch.enable_grad():
         leaves = [x if x is None else x.requires_grad_() for x in leaves]
-        named = SURROGATES[surrogate].hyper(*hyper)._asdict()
-        named.pop("unused", None)
         loss, metrics = oracle(
             **found | {"logp": leaves[0], "entropy": leaves[1]}, num_items=fields.num_items, surrogate=surrogate,
-            hyper=named, **options(plan, s, estimator, kl_hyper),
+            hyper=named(surrogate, hyper), **options(plan, s, estimator, kl_hyper),
         )  # fmt: skip
         wanted = [x for x, need in zip(leaves, needs, strict=True) if need]
         grads = iter(torch.autograd.grad(loss, wanted, allow_unused=True) if wanted and loss.requires_grad else ())
