@@ -18,6 +18,7 @@ from rlfast.integrations import patch  # noqa: E402
 from rlfast.logps import TokenLogps, linear_token_logps, token_logps  # noqa: E402
 from rlfast.loss_table import LOSSES, loss  # noqa: E402
 from rlfast.losses import Loss, LossMetrics, LossOutput  # noqa: E402
+from rlfast.selections import clip_cov_keep, kl_cov_extra, top_entropy_keep  # noqa: E402
 
 __version__ = "0.1.0"
 __all__ = [
@@ -28,9 +29,12 @@ __all__ = [
     "LossOutput",
     "TokenLogps",
     "backends",
+    "clip_cov_keep",
+    "kl_cov_extra",
     "linear_token_logps",
     "loss",
     "patch",
     "token_logps",
+    "top_entropy_keep",
     "use_backend",
 ]

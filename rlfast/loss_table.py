@@ -105,5 +105,5 @@ def loss(name: str, *, like: str | None = None, **options) -> Loss:
         validate.fail("name", f"one of {', '.join(LOSSES)}", repr(name))
     row = LOSSES[name]
     if like is not None:
-        row = row.with_options(**preset(name, like))
+        row = row.with_options(**preset(name, like, options.get("kl")))
     return row.with_options(**options) if options else row

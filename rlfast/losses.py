@@ -16,7 +16,7 @@ from rlfast.ops import token_loss as op
 from rlfast.ops.loss_records import LEVELS, METRICS, REDUCTIONS, SEQ_SUM_OVER_MAX_LEN, UNITS, Plan, Settings
 
 KL_KINDS = (*ESTIMATORS, *(f"{name}+" for name in ESTIMATORS))
-KL_RATIOS = (None, "unit", "token")
+KL_RATIOS = (None, "unit", "token", "score")
 INFINITE = math.inf
 
 
@@ -67,7 +67,8 @@ class Loss:
         kl: "k1", "k2", "k3", "absolute" or None; with a "+", its value with the gradient of k2.
         beta: weight of the KL; a 0-dim tensor stays on its device.
         kl_d_max, kl_max: bounds of |log π_ref − log π| and of the estimate.
-        kl_ratio: multiplies the estimate by r, and differentiates through it: None, "unit" or "token".
+        kl_ratio: multiplies the estimate by r, and differentiates through it: None, "unit" or "token"; with "score", by
+            π/sg(π), whose value is 1.
         entropy_coef: weight of the entropy bonus; a 0-dim tensor stays on its device.
         entropy_mean: the bonus is a mean over the kept tokens, whatever ``reduce`` is.
         correction: a ``Correction``, or the name of one.

@@ -142,9 +142,9 @@ def forward(fields: Fields, surrogate: str, estimator: str, plan, settings, hype
     seen = token.Token(b.lp, b.old, unit, ratio, adv, b.extra)
     value, d_x, d_lp, clipped = torch_version(formula.function)(seen, formula.hyper(*hyper))
 
-    multiplier = torch.where(b.keep & opened, ones, zero)
+    multiplier = torch.where(b.keep, ones, zero)
     if not plan.weight_in_ratio:
-        multiplier = multiplier * weight
+        multiplier = multiplier * applied
     if b.weights is not None:
         multiplier = multiplier * b.weights
     if s.off_policy < float("inf"):
@@ -158,10 +158,13 @@ def forward(fields: Fields, surrogate: str, estimator: str, plan, settings, hype
     kl_value = zero
     if estimator:
         d = b.ref - b.lp
-        kl_value, d_kl = torch_version(getattr(kl, estimator))(d, kl.KlBounds(*kl_hyper))
+        bounds = kl.KlBounds(*kl_hyper)
+        kl_value, d_kl = torch_version(getattr(kl, estimator))(d, bounds)
         d_kl = -d if plan.kl_through else d_kl
         through = torch.zeros_like(d)
-        if plan.kl_ratio:
+        if plan.kl_ratio == 3:
+            d_kl = d_kl + torch.where(kl_value.abs() < bounds.kl_max, kl_value, zero)
+        elif plan.kl_ratio:
             r = ratio if plan.kl_ratio == 1 else x.exp()
             kl_value, d_kl = r * kl_value, r * d_kl
             through = kl_value

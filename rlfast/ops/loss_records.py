@@ -48,7 +48,9 @@ class Plan(NamedTuple):
     signed: int = 0  # GMPO's clip: x ≤ inner_high where A > 0, x ≥ inner_low where A < 0
     mean_adv: int = 0  # every token of a sequence has the mean of its advantages
     kl_through: int = 0  # the gradient of k2 under the value of the estimator
-    kl_ratio: int = 0  # the estimator is multiplied by r, and differentiated through it: 1 the unit's, 2 the token's
+    # the estimator is multiplied by r, and differentiated through it: 1 the unit's, 2 the token's; 3 by π/sg(π), whose
+    # value is 1 (its gradient is 0 where the estimate is at kl_max)
+    kl_ratio: int = 0
     reduce: int = TOKEN_MEAN
     count_empty: int = 0  # sequences without a token that counts are counted too
     entropy_mean: int = 0  # the entropy bonus is a mean over the kept tokens, whatever the reduction

@@ -1,0 +1,156 @@
+"""Tokens that an objective treats apart: chosen by covariance or by entropy, for ``keep`` and ``extra`` of a loss.
+
+Everything stays on the device: no ``item``, no ``nonzero``, no shape that depends on the data.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from rlfast import validate
+
+
+def _centred(x, mask, count):
+    """x − its mean over the mask, in float32 or better; 0 elsewhere."""
+    x = torch.where(mask, x.to(torch.promote_types(x.dtype, torch.float32)), 0.0)
+    return torch.where(mask, x - x.sum() / count, 0.0)
+
+
+def _covariance(logp, adv, mask):
+    """((A − mean A)·(log p − mean log p), A as [B, T], mask as bool, its count)."""
+    validate.tensor("logp", logp)
+    validate.tensor("adv", adv)
+    logp, adv = logp.detach(), adv.detach()
+    adv = adv[:, None].expand_as(logp) if adv.dim() == 1 and logp.dim() == 2 else adv
+    mask = torch.ones_like(logp, dtype=torch.bool) if mask is None else mask != 0
+    for name, x in (("adv", adv), ("mask", mask)):
+        if x.shape != logp.shape:
+            validate.fail(name, f"shape {tuple(logp.shape)} like logp", validate.shape(x))
+    count = mask.sum().clamp(min=1)
+    return _centred(adv, mask, count) * _centred(logp, mask, count), adv, mask, count
+
+
+def _ranked_below(score, number):
+    """The ``number`` elements of the largest score, a 0-dim tensor; −inf is never among them."""
+    flat = score.reshape(-1)
+    order = flat.argsort(descending=True, stable=True)
+    rank = torch.empty_like(order).scatter_(0, order, torch.arange(flat.numel(), device=flat.device))
+    return ((rank < number) & (flat > -math.inf)).reshape(score.shape)
+
+
+def clip_cov_keep(logp, old_logp, adv, mask=None, *, ratio=2e-4, low=1.0, high=5.0, eps_low=0.2, eps_high=0.2, seed=0):
+    """Clip-Cov: a random few of the tokens whose covariance is large lose their surrogate.
+
+        cov = (A − mean A)·(log π − mean log π);   max(⌊ratio·n⌋, 1) of those with low < cov < high are dropped
+
+    A token that PPO's clip takes anyway is not drawn.
+
+    Args:
+        logp, old_logp: [B, T] float. log π and log π_old.
+        adv: [B, T] or [B] float. Advantages.
+        mask: [B, T], bool or number. The tokens that count, of which there are n; None is all.
+        ratio: the part of the n tokens that is dropped.
+        low, high: bounds of the covariance.
+        eps_low, eps_high: PPO's clip range.
+        seed: of the draw; give a new one at each step.
+
+    Returns:
+        bool [B, T], for ``keep`` of a loss.
+
+    Raises:
+        ValueError, TypeError: an argument has the wrong shape or type; the message names it.
+
+    Reference:
+        arXiv 2505.22617.
+
+    Example:
+        >>> logp, adv = torch.tensor([[-0.1, -5.0, -2.0]]), torch.tensor([[2.0, -2.0, 0.0]])
+        >>> rlfast.clip_cov_keep(logp, logp, adv).sum().item()
+        2
+    """
+    cov, adv, mask, count = _covariance(logp, adv, mask)
+    moved = (logp.detach() - old_logp).exp()
+    clipped = ((moved < 1.0 - eps_low) & (adv < 0)) | ((moved > 1.0 + eps_high) & (adv > 0))
+    eligible = mask & ~clipped & (cov > low) & (cov < high)
+    draw = torch.Generator(device=cov.device).manual_seed(seed)
+    lot = torch.rand(cov.shape, generator=draw, device=cov.device)
+    number = (validate.positive("ratio", ratio) * count).long().clamp(min=1)
+    return ~_ranked_below(torch.where(eligible, lot, -math.inf), number)
+
+
+def kl_cov_extra(logp, adv, mask=None, *, ratio=2e-4):
+    """KL-Cov: 1 at the tokens of the largest covariance, whose surrogate gets a KL penalty; 0 elsewhere.
+
+        cov = (A − mean A)·(log π − mean log π);   the max(⌊ratio·n⌋, 1) largest
+
+    Args:
+        logp: [B, T] float. log π.
+        adv: [B, T] or [B] float. Advantages.
+        mask: [B, T], bool or number. The tokens that count, of which there are n; None is all.
+        ratio: the part of the n tokens that is chosen.
+
+    Returns:
+        [B, T] like logp, for ``extra`` of ``rlfast.loss("kl_cov")``.
+
+    Raises:
+        ValueError, TypeError: an argument has the wrong shape or type; the message names it.
+
+    Reference:
+        arXiv 2505.22617.
+
+    Example:
+        >>> logp, adv = torch.tensor([[-0.1, -5.0, -2.0]]), torch.tensor([[2.0, -1.0, 0.0]])
+        >>> rlfast.kl_cov_extra(logp, adv)
+        tensor([[1., 0., 0.]])
+    """
+    cov, _, mask, count = _covariance(logp, adv, mask)
+    number = (validate.positive("ratio", ratio) * count).long().clamp(min=1)
+    return _ranked_below(torch.where(mask, cov, -math.inf), number).to(logp.dtype)
+
+
+def top_entropy_keep(entropy, mask=None, *, quantile=0.8, process_group=None):
+    """The tokens whose entropy is at or above a quantile of all.
+
+        keep = H ≥ the ``quantile`` of H over the mask, linear between two tokens
+
+    Args:
+        entropy: [B, T] float, in nats.
+        mask: [B, T], bool or number. The tokens that count; None is all.
+        quantile: in [0, 1]; 0.8 keeps the upper fifth.
+        process_group: the quantile is over the batches of these processes, which must have one shape.
+
+    Returns:
+        bool [B, T], for ``keep`` of a loss. No token where the mask is empty.
+
+    Raises:
+        ValueError, TypeError: an argument has the wrong shape or type; the message names it.
+
+    Reference:
+        arXiv 2506.01939.
+
+    Example:
+        >>> rlfast.top_entropy_keep(torch.tensor([[0.1, 0.5, 0.3, 0.2]]), quantile=0.5)
+        tensor([[False,  True,  True, False]])
+    """
+    validate.tensor("entropy", entropy)
+    if not 0.0 <= quantile <= 1.0:
+        validate.fail("quantile", "a number in [0, 1]", repr(quantile))
+    mask = torch.ones_like(entropy, dtype=torch.bool) if mask is None else mask != 0
+    if mask.shape != entropy.shape:
+        validate.fail("mask", f"shape {tuple(entropy.shape)} like entropy", validate.shape(mask))
+    entropy = entropy.detach()
+    counted = torch.where(mask, entropy, math.inf).reshape(-1)
+    if process_group is not None:
+        parts = [torch.empty_like(counted) for _ in range(torch.distributed.get_world_size(process_group))]
+        torch.distributed.all_gather(parts, counted, group=process_group)
+        counted = torch.cat(parts)
+    if not counted.numel():
+        return mask
+    ascending = counted.sort().values.to(torch.promote_types(entropy.dtype, torch.float32))
+    place = quantile * (torch.isfinite(ascending).sum() - 1).clamp(min=0).to(ascending.dtype)
+    below = ascending[place.floor().long()]
+    above = ascending[place.ceil().long()]
+    threshold = torch.where(place.floor() == place, below, torch.lerp(below, above, place - place.floor()))
+    return mask & (entropy >= threshold)
