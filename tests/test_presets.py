@@ -1,4 +1,7 @@
-"""``like=<trainer>`` gives what the trainer's own function gives: tests/data/trainers.json, by tools/golden_losses.py."""
+"""``like=<trainer>`` gives what the trainer's own function gives.
+
+tests/data/trainers.json is written by tools/golden_losses.py.
+"""
 
 from __future__ import annotations
 
@@ -145,6 +148,113 @@ def test_the_loss_is_the_trainers_in_float64(index):
 def test_the_batch_is_the_one_that_the_trainers_were_given():
     found = {name: float(x.double().sum()) for name, x in golden_inputs.batch().items()}
     assert found == pytest.approx(GOLDEN["inputs"], rel=1e-12)
+
+
+# NeMo-RL's package on PyPI is empty: its loss in our own words, by autograd. The row, its settings, our options.
+NEMO = [
+    ("ppo", {}, {}),
+    ("dual_clip_ppo", {"dual_clip": 3.0}, {}),
+    ("grpo", {}, {}),
+    ("grpo", {"level": "sequence"}, {"reduce": "seq_mean_token_mean"}),
+    ("dapo", {"high": 0.28}, {}),
+    ("reinforce++", {"beta": 0.0}, {}),
+    ("reinforce", {"ratio": False}, {}),
+    ("rloo", {"ratio": False}, {}),
+    ("gspo", {"unit": "sequence", "level": "sequence"}, {}),
+    ("cispo", {"cispo": True}, {}),
+    *(("grpo", {"kl": kind}, {"kl": kind}) for kind in ("k1", "k2", "k3")),
+    *(("ppo", {"weight": kind}, {"correction": given}) for kind, given in (
+        ("tis", rlfast.Correction("token", high=1.1)),
+        ("icepop", rlfast.Correction("token", gate="token", gate_low=math.log(0.9), gate_high=math.log(1.2))),
+        ("seq-mask-tis", rlfast.Correction("token", gate="seq_mean", gate_low=math.log(0.97),
+                                           gate_high=math.log(1.02))),
+    )),
+]  # fmt: skip
+
+
+def nemo_estimate(logp, ref_logp, kind: str):
+    """The KL with its score-function gradient: the difference within ±20, the estimate within ±10."""
+    raw = ref_logp - logp
+    d = raw.clamp(-20.0, 20.0)
+    score = (logp - logp.detach()).exp()
+    score = torch.where(raw == d, score, score.detach())
+    estimate = {"k1": -d, "k2": 0.5 * d.square(), "k3": d.exp() - 1.0 - d}[kind]
+    return (score * estimate).clamp(-10.0, 10.0)
+
+
+def nemo_weight(drift, mask, kind: str | None):
+    """ρ as each type of truncation leaves it."""
+    ratio = drift.exp()
+    mean = ((drift * mask).sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp(min=1)).exp()
+    return {
+        None: torch.ones_like(ratio),
+        "tis": ratio.clamp(0.0, 1.1),
+        "icepop": torch.where((ratio >= 0.9) & (ratio <= 1.2), ratio, 0.0),
+        "seq-mask-tis": torch.where((mean >= 0.97) & (mean <= 1.02), ratio, 0.0),
+    }[kind]
+
+
+def nemo_loss(fields: dict, *, level="token", unit="token", high=0.2, dual_clip=None, beta=0.01, ratio=True,
+              cispo=False, kl="k3", weight=None):  # fmt: skip
+    """The loss of NeMo-RL's ClippedPGLossFn."""
+    logp, old, mask = fields["logp"], fields["old_logp"], fields["mask"].double()
+    adv = fields["adv"][:, None]
+    lengths = mask.sum(-1, keepdim=True)
+
+    def mean(x):
+        if level == "token":
+            return (x * mask).sum() / mask.sum()
+        by_sequence = (x * mask).sum(-1, keepdim=True) / lengths.clamp(min=1)
+        return by_sequence.sum() / (lengths > 0).sum()
+
+    x = logp - old
+    if unit == "sequence":
+        x = ((x * mask).sum(-1, keepdim=True) / lengths.clamp(min=1)).expand_as(x)
+    r = x.exp()
+    clipped = r.clamp(0.8, 1.0 + high)
+    if not ratio:
+        policy = -adv * logp
+    elif cispo:
+        policy = -adv * clipped.detach() * logp
+    else:
+        policy = torch.max(-adv * r, -adv * clipped)
+    if dual_clip is not None:
+        policy = torch.where(adv < 0, torch.min(policy, -adv * dual_clip), policy)
+    policy = policy * nemo_weight(old - fields["rollout_logp"], mask, weight)
+    return mean(policy) + beta * mean(nemo_estimate(logp, fields["ref_logp"], kl))
+
+
+@pytest.mark.parametrize("inputs", ["near", "far", "drift"])
+@pytest.mark.parametrize("name, settings, options", NEMO, ids=[f"{n}-{s}" for n, s, _ in NEMO])
+def test_nemo_rl(name, settings, options, inputs):
+    fields = golden_inputs.batch(inputs)
+    logp = fields["logp"].requires_grad_()
+    truth = nemo_loss(fields, **settings)
+    (wanted,) = torch.autograd.grad(truth, logp)
+    rollout = fields["rollout_logp"] if "weight" in settings else None
+    objective = rlfast.loss(name, like="nemo-rl", **options)
+    found, own = [], []
+    for dtype in (torch.float64, torch.float32):
+        leaf = fields["logp"].detach().to(dtype).requires_grad_()
+        given = {key: fields[key].to(dtype) for key in ("old_logp", "ref_logp", "adv")}
+        given["rollout_logp"] = rollout if rollout is None else rollout.to(dtype)
+        out = objective(leaf, mask=fields["mask"], **given)
+        out.loss.backward()
+        found.append(out.loss.detach())
+        own.append(leaf.grad)
+    assert_value("loss", found[0], truth.detach(), found[1])
+    assert_gradient("gradient", own[0], wanted, wanted)
+
+
+@pytest.mark.parametrize("like", PRESETS)
+def test_an_unknown_row_lists_the_trainers(like):
+    with pytest.raises(ValueError, match=rf"name: expected one of .* for like='{like}', got 'awr'"):
+        rlfast.loss("awr", like=like)
+
+
+def test_an_unknown_trainer_lists_them():
+    with pytest.raises(ValueError, match="like: expected one of 'trl', 'verl', 'openrlhf', 'nemo-rl', 'liger', got"):
+        rlfast.loss("ppo", like="trlx")
 
 
 @pytest.mark.parametrize("like", SAME_FUNCTION)

@@ -13,7 +13,6 @@ import json
 import sys
 from importlib.metadata import version
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
@@ -21,88 +20,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
 import trainer_code as code  # noqa: E402
+from golden_cases import Case, liger_cases, openrlhf_cases, trl_cases, verl_cases  # noqa: E402
 
 from tests import golden_inputs  # noqa: E402
-
-OLD, REF, ROLLOUT = ("old_logp",), ("old_logp", "ref_logp"), ("old_logp", "rollout_logp")
-
-
-class Case(NamedTuple):
-    """One call of a trainer's loss, and the same call of rlfast."""
-
-    loss: str  # a row of rlfast.LOSSES
-    settings: dict = {}  # the trainer's own
-    options: dict = {}  # of rlfast.loss
-    fields: tuple[str, ...] = OLD  # "ours=theirs" where the names differ
-    call: dict = {}  # other arguments of the loss
-    inputs: str = "near"
-    level: str = "token"  # "sequence": the trainer's metrics are means over sequences, and are left out
-    select: dict = {}  # the function of rlfast that chooses tokens as the trainer does, and its arguments
-
-
-def trl_cases() -> list[Case]:
-    """Every loss_type of GRPOConfig, its options, and the losses of the other trainers."""
-    kl = {"beta": 0.1}
-    grpo, dapo, bnpo = {"loss_type": "grpo"}, {"loss_type": "dapo"}, {"loss_type": "bnpo"}
-    vespo, sapo = {"loss_type": "vespo"}, {"loss_type": "sapo"}
-    gspo = grpo | {"importance_sampling_level": "sequence"}
-    luspo = {"loss_type": "luspo", "importance_sampling_level": "sequence"}
-    cases = [
-        Case("grpo", grpo),
-        Case("grpo", grpo, inputs="far"),
-        Case("grpo", grpo | kl, kl, REF),
-        Case("grpo", grpo | kl | {"use_bias_correction_kl": False}, kl | {"kl_ratio": None}, REF, inputs="far"),
-        Case("grpo", grpo, fields=()),
-        Case("grpo", grpo | {"current_gradient_accumulation_steps": 4}, call={"accumulation": 4}),
-        Case("bnpo", bnpo | kl, kl, REF),
-        Case("dr_grpo", {"loss_type": "dr_grpo"}, call={"max_len": 512}),
-        Case("dapo", dapo),
-        Case("dapo", dapo | {"epsilon_high": 0.28}, {"eps_high": 0.28}, inputs="far"),
-        Case("dapo", dapo | kl | {"num_items": 57, "num_processes": 2, "current_gradient_accumulation_steps": 4,
-                                  "steps_per_generation": 8}, kl, REF,
-             {"num_items": 57 / 8, "world_size": 2, "accumulation": 4}),
-        Case("two_sided_grpo", grpo | {"delta": 4.0}, inputs="far"),
-        Case("gspo", gspo, level="sequence"),
-        Case("gspo", gspo | kl, kl, REF, level="sequence"),
-        Case("luspo", luspo, level="sequence"),
-        Case("luspo", luspo | kl, kl, REF, level="sequence"),
-        Case("cispo", {"loss_type": "cispo"}),
-        Case("cispo_capped", {"loss_type": "cispo", "epsilon_high": 5.0}, inputs="far"),
-        Case("sapo", sapo | kl, kl, REF),
-        Case("sapo", sapo, inputs="far"),
-        Case("vespo", vespo),
-        Case("vespo", vespo | kl, kl, REF),
-        Case("vespo", vespo, inputs="far"),
-        Case("gmpo", {"epsilon_low": 0.4, "epsilon_high": 0.4}, level="sequence"),
-        Case("gmpo", kl | {"epsilon_low": 0.4, "epsilon_high": 0.4}, kl, REF, inputs="far", level="sequence"),
-        Case("rloo", {}, level="sequence"),
-        Case("rloo", {}, inputs="far", level="sequence"),
-        Case("a_star_po", {}, fields=("old_logp=ref_logp",)),  # its ratio is to the reference
-    ]  # fmt: skip
-    ratios = (  # the mode of vllm_importance_sampling_mode, its bounds, and our correction
-        ("sequence_mask", None, 3.0, "sequence_mask"),
-        ("sequence_truncate", None, 1.1, {"weight": "seq_sum", "high": 1.1}),
-        ("token_truncate", 0.9, 1.2, {"weight": "token", "low": 0.9, "high": 1.2}),
-        ("token_mask", 0.9, 1.2, {"weight": "token", "gate": "token", "gate_ratio": [0.9, 1.2]}),
-    )
-    for mode, low, high, correction in ratios:
-        used = {"use_vllm": True, "ratio": (mode, low, high)}
-        options = {"correction": correction}
-        cases.append(Case("dapo", dapo | used, options, ROLLOUT))
-        cases.append(Case("gspo", gspo | used | kl, options | kl, (*REF, "rollout_logp"), level="sequence"))
-        if mode.startswith("token"):
-            cases.append(Case("vespo", vespo | used, options, ROLLOUT))
-    return cases + [
-        Case("grpo", grpo | {"off_policy_mask_threshold": 0.01}, {"off_policy": 0.01}),
-        Case("grpo", grpo | {"off_policy_mask_threshold": 0.01}, {"off_policy": 0.01}, ROLLOUT),
-        Case("gspo", gspo | {"off_policy_mask_threshold": 0.01}, {"off_policy": 0.01}, level="sequence"),
-        Case("bnpo", bnpo | {"entropy_coef": 0.05, "current_gradient_accumulation_steps": 2}, {"entropy_coef": 0.05},
-             (*OLD, "entropy"), {"accumulation": 2}),
-        Case("sapo", sapo | {"entropy_coef": 0.05, "top_entropy_quantile": 0.4}, {"entropy_coef": 0.05},
-             (*OLD, "entropy"), select={"name": "top_entropy_keep", "quantile": 0.6}),
-        Case("dapo", dapo | kl | {"top_entropy_quantile": 0.4}, kl, (*REF, "entropy"),
-             select={"name": "top_entropy_keep", "quantile": 0.6}),
-    ]  # fmt: skip
 
 
 def run_trl(case: Case, fields: dict):
@@ -125,86 +45,9 @@ def run_trl(case: Case, fields: dict):
     if "entropy" not in case.fields:
         names.pop("entropy")
     plain = case.level == "token" and "rollout_logp" not in case.fields and "off_policy" not in case.options
-    return loss, {ours: said[theirs][0] for theirs, ours in names.items() if theirs in said and plain and not case.select}
-
-
-def verl_cases() -> list[Case]:
-    """Every registered policy loss, the reductions, and the corrections for the rollout."""
-    kl = {"beta": 0.1}
-    shared = {"dp_size": 2, "batch_num_tokens": 100, "global_batch_size": 11}
-    tokens, sequences = {"num_items": 100, "world_size": 2}, {"num_items": 11, "world_size": 2}
-    by_sequence = {"agg": "seq-mean-token-mean"}
-    seq_mean_token_mean = {"reduce": "seq_mean_token_mean"}
-    gspo = {"mode": "gspo"} | by_sequence
-    dppo_kl, dppo_tv = {"mode": "dppo_kl"}, {"mode": "dppo_tv"}
-    cases = [
-        Case("ppo"),
-        Case("ppo", inputs="far"),
-        Case("ppo", {"token_adv": True}),
-        Case("ppo", {"info": shared}, call=tokens),
-        Case("ppo", {"info": shared} | by_sequence, seq_mean_token_mean, call=sequences),
-        Case("ppo", {"agg": "seq-mean-token-sum"}, {"reduce": "seq_mean_token_sum"}),
-        Case("ppo", {"agg": "token-sum"}, {"reduce": "token_sum"}),
-        Case("dual_clip_ppo", {"clip_ratio_c": 1.3}, {"dual_clip": 1.3}, inputs="far"),
-        Case("grpo", kl, kl, REF),
-        Case("grpo", kl, kl, REF, inputs="far"),
-        Case("dapo", {"clip_ratio_high": 0.28}),
-        Case("dr_grpo", {"agg": "seq-mean-token-sum-norm"}),
-        Case("dr_grpo", {"agg": "seq-mean-token-sum-norm", "info": {"loss_scale_factor": 512}}, call={"max_len": 512}),
-        Case("gspo", gspo),
-        Case("gspo", gspo | kl, kl, REF),
-        Case("gspo", gspo, inputs="far"),
-        Case("gspo_token", gspo | {"agg": "token-mean", "token_adv": True}, {"reduce": "token_mean"}),
-        Case("cispo", {"mode": "cispo"}),
-        Case("cispo", {"mode": "cispo"}, inputs="far"),
-        Case("sapo", {"mode": "sapo"}),
-        Case("sapo", {"mode": "sapo"}, inputs="far"),
-        Case("gpg", {"mode": "gpg"}),
-        Case("clip_cov", {"mode": "clip_cov", "clip_cov_ratio": 1.0, "clip_cov_lb": 0.05, "clip_cov_ub": 0.4},
-             select={"name": "clip_cov_keep", "ratio": 1.0, "low": 0.05, "high": 0.4}),
-        Case("kl_cov", {"mode": "kl_cov", "kl_cov_ratio": 0.2}, select={"name": "kl_cov_extra", "ratio": 0.2}),
-        Case("kl_cov", {"mode": "kl_cov", "kl_cov_ratio": 0.2, "ppo_kl_coef": 1.0}, {"coef": 1.0}, inputs="far",
-             select={"name": "kl_cov_extra", "ratio": 0.2}),
-        Case("gmpo", {"mode": "geo_mean"}),
-        Case("gmpo", {"mode": "geo_mean", "token_adv": True}),
-        Case("dro", {"mode": "dro", "dro_beta": 1.0}),
-        Case("dro", {"mode": "dro", "dro_beta": 0.3}, {"tau": 0.3}, inputs="far"),
-        Case("dppo_tv", dppo_tv | {"clip_ratio": 0.02}, {"eps_low": 0.02, "eps_high": 0.02}),
-        Case("dppo_tv", dppo_tv, inputs="far"),
-        Case("dppo_kl", dppo_kl | {"clip_ratio": 0.002}, {"eps_low": 0.002, "eps_high": 0.002}),
-        Case("dppo_kl", dppo_kl, inputs="far"),
-        Case("ppo", {"entropy_coeff": 0.05} | by_sequence, {"entropy_coef": 0.05} | seq_mean_token_mean,
-             (*OLD, "entropy")),
-    ]  # fmt: skip
-    for kind in ("k1", "abs", "k2", "k3+", "k1+"):
-        ours = "absolute" if kind == "abs" else kind
-        cases.append(Case("grpo", kl | {"kl_loss_type": kind}, kl | {"kl": ours}, REF, inputs="far"))
-    weights = (
-        ({"rollout_is": "token", "rollout_is_threshold": 1.1}, {"weight": "token", "high": 1.1}),
-        ({"rollout_is": "token", "rollout_is_threshold": "0.9_1.2"},
-         {"weight": "token", "gate": "token", "gate_ratio": [0.9, 1.2]}),
-        ({"rollout_is": "sequence", "rollout_is_threshold": 1.1}, {"weight": "seq_sum", "high": 1.1}),
-    )  # fmt: skip
-    # k1 is −log ratio there: its bounds change sides
-    gates = (
-        ("token_k1", "0.8_1.1", {"gate": "token", "gate_ratio": [1 / 1.1, 1 / 0.8]}),
-        ("seq_sum_k1", "0.9_1.3", {"gate": "seq_sum", "gate_ratio": [1 / 1.3, 1 / 0.9]}),
-        ("seq_mean_k1", "0.97_1.05", {"gate": "seq_mean", "gate_ratio": [1 / 1.05, 1 / 0.97]}),
-        ("token_k2", "0.02", {"gate": "token", "gate_kind": "k2", "gate_high": 0.02}),
-        ("seq_sum_k2", "0.1", {"gate": "seq_sum", "gate_kind": "k2", "gate_high": 0.1}),
-        ("seq_mean_k3", "0.02", {"gate": "seq_mean", "gate_kind": "k3", "gate_high": 0.02}),
-    )
-    for settings, correction in weights:
-        cases.append(Case("ppo", settings, {"correction": correction}, ROLLOUT))
-    for rejection, threshold, correction in gates:
-        settings = {"rollout_rs": rejection, "rollout_rs_threshold": threshold}
-        options = {"correction": correction | {"masks": True}}
-        cases.append(Case("ppo", settings, options, ROLLOUT))
-        cases.append(Case("ppo", settings | weights[0][0] | by_sequence,
-                          {"correction": correction | {"masks": True} | weights[0][1]} | seq_mean_token_mean, ROLLOUT))  # fmt: skip
-    cases.append(Case("reinforce", {"mode": "reinforce"} | weights[0][0], {"correction": weights[0][1]},
-                      ("rollout_logp",)))  # fmt: skip
-    return cases
+    return loss, {
+        ours: said[theirs][0] for theirs, ours in names.items() if theirs in said and plain and not case.select
+    }
 
 
 def run_verl(case: Case, fields: dict, folder: Path):
@@ -239,45 +82,14 @@ def run_verl(case: Case, fields: dict, folder: Path):
     if s.get("beta"):
         kl = core.kl_penalty(logp, fields["ref_logp"], s.get("kl_loss_type", "low_var_kl"))
         loss = loss + s["beta"] * core.agg_loss(kl, mask, agg, **info)
-    if s.get("entropy_coeff"):
-        loss = loss - s["entropy_coeff"] * core.agg_loss(fields["entropy"], mask, agg, **info)
+    if s.get("entropy_coef"):
+        loss = loss - s["entropy_coef"] * core.agg_loss(fields["entropy"], mask, agg, **info)
     metrics = {}
     if "rollout_logp" not in case.fields and mode != "kl_cov" and "actor/ppo_kl" in said:
         metrics["approx_kl_k1"] = said["actor/ppo_kl"]
         if case.inputs == "near" and mode in ("vanilla", "cispo", "gspo"):
             metrics["clip"] = said["actor/pg_clipfrac"] + said["actor/pg_clipfrac_lower"]
     return loss, metrics
-
-
-def openrlhf_cases() -> list[Case]:
-    """PolicyLoss, its corrections, and the KL of the actor's step."""
-    kl = {"beta": 0.1}
-    shared = {"dp_size": 2, "batch_num_tokens": 100, "global_batch_size": 11}
-    gspo = {"policy_loss_type": "gspo"}
-    cases = [
-        Case("ppo"),
-        Case("ppo", inputs="far"),
-        Case("ppo", {"info": shared}, call={"num_items": 100, "world_size": 2}),
-        Case("ppo", {"token_level_loss": False}, {"reduce": "seq_mean_token_mean"}),
-        Case("dual_clip_ppo", {"dual_clip": 3.0}, inputs="far"),
-        Case("dapo", {"clip_eps_high": 0.28}),
-        Case("gspo", gspo),
-        Case("gspo", gspo | {"info": shared}, call={"num_items": 11, "world_size": 2}),
-        Case("gspo", gspo | kl, kl, REF),
-        Case("ppo", {"entropy_coef": 0.05}, {"entropy_coef": 0.05}, (*OLD, "entropy")),
-        Case("raft", {"sft": True}, fields=()),
-    ]
-    for kind in ("k1", "k2", "k3", "k2+", "k3+"):
-        cases.append(Case("grpo", kl | {"kl": kind}, kl | {"kl": kind}, REF, inputs="far"))
-    corrections = (
-        ({"is_correction_level": "token"}, [0.9, 1.2], {"gate": "token", "gate_ratio": [0.9, 1.2]}),
-        ({"is_correction_level": "token", "is_correction_mode": "clip"}, [0.9, 1.2], {"low": 0.9, "high": 1.2}),
-        ({"is_correction_level": "seq"}, [0.97, 1.02], {"gate": "seq_mean", "gate_ratio": [0.97, 1.02]}),
-    )
-    for settings, threshold, correction in corrections:
-        options = {"correction": correction | {"weight": "token"}}
-        cases.append(Case("ppo", settings | {"is_correction_threshold": threshold}, options, ROLLOUT))
-    return cases
 
 
 def run_openrlhf(case: Case, fields: dict, folder: Path):
@@ -306,24 +118,6 @@ def run_openrlhf(case: Case, fields: dict, folder: Path):
     if metrics and s.get("dual_clip") is None and policy.policy_loss_type == "ppo":
         metrics["clip"] = clip.item()
     return loss, metrics
-
-
-def liger_cases() -> list[Case]:
-    """Every loss_type of LigerFusedLinearGRPOLoss."""
-    sequence = {"importance_sampling_level": "sequence"}
-    names = ("grpo", "bnpo", "dapo", "sapo", "vespo")
-    return [
-        *(Case(name, {"loss_type": name}, fields=REF) for name in names),
-        *(Case(name, {"loss_type": name, "beta": 0.0}, {"beta": 0.0}, inputs="far") for name in names),
-        Case("dr_grpo", {"loss_type": "dr_grpo", "max_completion_length": 512}, {}, REF, {"max_len": 512}),
-        Case("dapo", {"loss_type": "dapo", "num_items_in_batch": 57}, {}, REF, {"num_items": 57}),
-        Case("two_sided_grpo", {"loss_type": "grpo", "delta": 4.0}, fields=REF, inputs="far"),
-        Case("grpo", {"loss_type": "grpo", "use_bias_correction_kl": True}, {"kl_ratio": "unit"}, REF),
-        Case("gspo", {"loss_type": "grpo"} | sequence, fields=REF),
-        Case("luspo", {"loss_type": "luspo", "beta": 0.0} | sequence),
-        Case("cispo", {"loss_type": "cispo"}, fields=REF),
-        Case("cispo_capped", {"loss_type": "cispo", "epsilon_high": 5.0}, fields=REF, inputs="far"),
-    ]
 
 
 def run_liger(case: Case, fields: dict, folder: Path | None):
