@@ -13,28 +13,40 @@ if not (_root / "kernels").exists():  # in a source tree, the Triton kernels are
 
 from rlfast import backends  # noqa: E402
 from rlfast.backends import use_backend  # noqa: E402
+from rlfast.controllers import AdaptiveEntropy, AdaptiveKL, RunningMeanStd  # noqa: E402
 from rlfast.corrections import Correction  # noqa: E402
 from rlfast.integrations import patch  # noqa: E402
+from rlfast.kl import kl_penalty  # noqa: E402
 from rlfast.logps import TokenLogps, linear_token_logps, token_logps  # noqa: E402
 from rlfast.loss_table import LOSSES, loss  # noqa: E402
 from rlfast.losses import Loss, LossMetrics, LossOutput  # noqa: E402
+from rlfast.rewards import length_reward, overlong_penalty, shape_rewards  # noqa: E402
 from rlfast.selections import clip_cov_keep, kl_cov_extra, top_entropy_keep  # noqa: E402
+from rlfast.values import value_loss  # noqa: E402
 
 __version__ = "0.1.0"
 __all__ = [
     "LOSSES",
+    "AdaptiveEntropy",
+    "AdaptiveKL",
     "Correction",
     "Loss",
     "LossMetrics",
     "LossOutput",
+    "RunningMeanStd",
     "TokenLogps",
     "backends",
     "clip_cov_keep",
     "kl_cov_extra",
+    "kl_penalty",
+    "length_reward",
     "linear_token_logps",
     "loss",
+    "overlong_penalty",
     "patch",
+    "shape_rewards",
     "token_logps",
     "top_entropy_keep",
     "use_backend",
+    "value_loss",
 ]

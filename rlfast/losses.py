@@ -10,12 +10,12 @@ import torch
 
 from rlfast import backends, loss_inputs, validate
 from rlfast.corrections import CORRECTIONS, Correction
-from rlfast.kernels.formulas import ESTIMATORS, SURROGATES
+from rlfast.kernels.formulas import SURROGATES
 from rlfast.kernels.formulas.kl import KlBounds
+from rlfast.kl import KL_KINDS
 from rlfast.ops import token_loss as op
 from rlfast.ops.loss_records import LEVELS, METRICS, REDUCTIONS, SEQ_SUM_OVER_MAX_LEN, UNITS, Plan, Settings
 
-KL_KINDS = (*ESTIMATORS, *(f"{name}+" for name in ESTIMATORS))
 KL_RATIOS = (None, "unit", "token", "score")
 INFINITE = math.inf
 

@@ -122,6 +122,22 @@ PRESETS: dict[str, dict[str, dict]] = {
     },
 }  # fmt: skip
 
+# The KL in the reward: of TRL's RLOO; of verl with use_kl_in_reward; of OpenRLHF without its KL loss.
+REWARDS = {
+    None: {"beta": 0.05, "kind": "k1", "level": "token"},
+    "trl": {"beta": 0.05, "kind": "k1", "level": "sequence"},
+    "verl": {"beta": 0.001, "kind": "k1", "level": "token"},
+    "openrlhf": {"beta": 0.01, "kind": "k1", "level": "token"},
+}
+# The critic's loss: how far V may move, and the reduction. TRL's is that of its PPO trainer, which 1.16 has no more.
+VALUES = {
+    None: {"clip": 0.2, "reduce": "token_mean"},
+    "trl": {"clip": 0.2, "reduce": "token_mean"},
+    "verl": {"clip": 0.5, "reduce": "token_mean"},
+    "openrlhf": {"clip": 0.5, "reduce": "token_mean"},
+    "nemo-rl": {"clip": None, "reduce": "token_mean"},
+}
+
 
 def kl_bounds(like: str | None, kind: str | None) -> dict:
     """``kl_d_max`` and ``kl_max`` of an estimator as a trainer has it; no entries where it has no bounds."""

@@ -150,7 +150,7 @@ def top_entropy_keep(entropy, mask=None, *, quantile=0.8, process_group=None):
         return mask
     ascending = counted.sort().values.to(torch.promote_types(entropy.dtype, torch.float32))
     place = quantile * (torch.isfinite(ascending).sum() - 1).clamp(min=0).to(ascending.dtype)
-    below = ascending[place.floor().long()]
-    above = ascending[place.ceil().long()]
+    # gather: an index that is a 0-dim tensor would be read
+    below, above = ascending.gather(0, torch.stack([place.floor(), place.ceil()]).long()).unbind()
     threshold = torch.where(place.floor() == place, below, torch.lerp(below, above, place - place.floor()))
     return mask & (entropy >= threshold)

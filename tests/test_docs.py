@@ -27,7 +27,20 @@ PUBLIC = [
     backends.active,
     parity.measure,
     verify.verify,
+    rlfast.kl_penalty,
+    rlfast.value_loss,
+    rlfast.shape_rewards,
+    rlfast.length_reward,
+    rlfast.overlong_penalty,
+    rlfast.clip_cov_keep,
+    rlfast.kl_cov_extra,
+    rlfast.top_entropy_keep,
+    rlfast.AdaptiveKL,
+    rlfast.AdaptiveEntropy,
+    rlfast.RunningMeanStd,
 ]
+DOCUMENTED = ("token_logps", "linear_token_logps", "use_backend", "kl_penalty", "value_loss", "shape_rewards",
+              "length_reward", "overlong_penalty", "clip_cov_keep", "kl_cov_extra", "top_entropy_keep")  # fmt: skip
 
 
 def names() -> dict:
@@ -58,7 +71,7 @@ def test_docstring_examples_run(function):
     assert examples or "Example:" not in doc
 
 
-@pytest.mark.parametrize("name", ["token_logps", "linear_token_logps", "use_backend"])
+@pytest.mark.parametrize("name", DOCUMENTED)
 def test_a_public_function_documents_everything(name):
     function = getattr(rlfast, name)
     doc = inspect.getdoc(function)

@@ -38,6 +38,11 @@ FLOORS = {
     "rlfast.loss_table": 3,
     "rlfast.corrections": 3,
     "rlfast.presets": 3,
+    "rlfast.kl": 3,
+    "rlfast.values": 3,
+    "rlfast.rewards": 3,
+    "rlfast.controllers": 3,
+    "rlfast.selections": 3,
     "rlfast.ops": 2,
     "rlfast.ops.records": 1,  # the arguments of a backend: what both sides of that seam speak
     "rlfast.ops.loss_records": 1,

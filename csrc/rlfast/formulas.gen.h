@@ -270,19 +270,23 @@ RLFAST_FORMULA auto value_clipped(const Token<V>& t, const ValueClip& h) {
   return Surrogate<V>{(0.5f * worst), 0.0f, select<V>(active, error, 0.0f), select<V>(active, 0.0f, 1.0f)};
 }
 
-// Where the square turns into a line.
+// Where the square turns into a line, and how far V may move from V_old.
 struct Huber {
   float delta;
+  float clip;
 };
 
-// ℓ = ½·e² where |e| ≤ δ, else δ·(|e| − ½δ), e = V − R.
-// ∂ℓ/∂V = clip(e, −δ, δ). Huber 1964.
+// ℓ = ½·e² where |e| ≤ δ, else δ·(|e| − ½δ), e the larger of V − R and clip(V, V_old ± c) − R.
+// ∂ℓ/∂V = clip(V − R, −δ, δ), and 0 where the second is larger. Huber 1964.
 template <class V>
 RLFAST_FORMULA auto value_huber(const Token<V>& t, const Huber& h) {
   auto error = (t.logp - t.adv);
-  auto size = absolute_value(error);
-  auto loss = select<V>((size <= h.delta), ((0.5f * error) * error), (h.delta * (size - (0.5f * h.delta))));
-  return Surrogate<V>{loss, 0.0f, minimum(maximum(error, -h.delta), h.delta), 0.0f};
+  auto bounded = (minimum(maximum(t.logp, (t.old_logp - h.clip)), (t.old_logp + h.clip)) - t.adv);
+  auto active = (absolute_value(error) >= absolute_value(bounded));
+  auto worst = maximum(absolute_value(error), absolute_value(bounded));
+  auto loss = select<V>((worst <= h.delta), ((0.5f * worst) * worst), (h.delta * (worst - (0.5f * h.delta))));
+  auto d = minimum(maximum(error, -h.delta), h.delta);
+  return Surrogate<V>{loss, 0.0f, select<V>(active, d, 0.0f), select<V>(active, 0.0f, 1.0f)};
 }
 
 // Bounds of d and of the estimate; off by default.

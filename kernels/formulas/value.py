@@ -26,18 +26,22 @@ def value_clipped(t: Token, h: ValueClip):
 
 
 class Huber(NamedTuple):
-    """Where the square turns into a line."""
+    """Where the square turns into a line, and how far V may move from V_old."""
 
     delta: float = 1.0
+    clip: float = INFINITE
 
 
 @jit
 def value_huber(t: Token, h: Huber):
-    """ℓ = ½·e² where |e| ≤ δ, else δ·(|e| − ½δ), e = V − R.
+    """ℓ = ½·e² where |e| ≤ δ, else δ·(|e| − ½δ), e the larger of V − R and clip(V, V_old ± c) − R.
 
-    ∂ℓ/∂V = clip(e, −δ, δ). Huber 1964.
+    ∂ℓ/∂V = clip(V − R, −δ, δ), and 0 where the second is larger. Huber 1964.
     """
     error = t.logp - t.adv
-    size = tl.abs(error)
-    loss = tl.where(size <= h.delta, 0.5 * error * error, h.delta * (size - 0.5 * h.delta))
-    return loss, 0.0, tl.minimum(tl.maximum(error, -h.delta), h.delta), 0.0
+    bounded = tl.minimum(tl.maximum(t.logp, t.old_logp - h.clip), t.old_logp + h.clip) - t.adv
+    active = tl.abs(error) >= tl.abs(bounded)
+    worst = tl.maximum(tl.abs(error), tl.abs(bounded))
+    loss = tl.where(worst <= h.delta, 0.5 * worst * worst, h.delta * (worst - 0.5 * h.delta))
+    d = tl.minimum(tl.maximum(error, -h.delta), h.delta)
+    return loss, 0.0, tl.where(active, d, 0.0), tl.where(active, 0.0, 1.0)

@@ -1,0 +1,70 @@
+"""Estimates of the KL to a reference policy, a token at a time."""
+
+from __future__ import annotations
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from rlfast import validate
+from rlfast.kernels.formulas import ESTIMATORS
+from rlfast.kernels.formulas.kl import KlBounds
+from rlfast.kernels.lang import torch_version
+from rlfast.presets import kl_bounds, trainer
+
+KL_KINDS = (*ESTIMATORS, *(f"{name}+" for name in ESTIMATORS))
+
+
+class _Estimate(torch.autograd.Function):
+    """The value of an estimator, with its own gradient by log π or, with a "+", that of k2."""
+
+    @staticmethod
+    def forward(ctx, logp, ref_logp, kind, bounds):
+        acc = torch.promote_types(torch.promote_types(logp.dtype, ref_logp.dtype), torch.float32)
+        d = ref_logp.to(acc) - logp.to(acc)
+        value, derivative = torch_version(ESTIMATORS[kind.removesuffix("+")])(d, bounds)
+        ctx.save_for_backward(-d if kind.endswith("+") else torch.as_tensor(derivative).to(d).expand_as(d))
+        ctx.dtype = logp.dtype
+        return value
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g):
+        (derivative,) = ctx.saved_tensors
+        return (g * derivative).to(ctx.dtype), None, None, None
+
+
+def kl_penalty(logp, ref_logp, *, kind="k3", like=None):
+    """An estimate of KL(π‖π_ref) at each token, differentiable by ``logp``.
+
+        d = log π_ref − log π:   k1 = −d,   k2 = d²/2,   k3 = e^d − 1 − d,   absolute = |d|
+
+    Args:
+        logp: any shape, float. log π of the sampled tokens, with gradient.
+        ref_logp: like logp. log π_ref of the same tokens.
+        kind: "k1", "k2", "k3" or "absolute"; with a "+", its value with the gradient of k2, which is that of the KL
+            on-policy.
+        like: "trl", "verl", "openrlhf", "nemo-rl" or "liger": with that trainer's bounds on d and on the estimate.
+
+    Returns:
+        like logp, float32 (float64 where an input is).
+
+    Raises:
+        ValueError, TypeError: an argument has the wrong shape, type or name; the message names it.
+
+    Reference:
+        Schulman, http://joschu.net/blog/kl-approx.html.
+
+    Example:
+        >>> logp, ref_logp = torch.tensor([-1.0, -0.5, -2.0, -0.1]), torch.tensor([-1.1, -0.7, -1.9, -0.3])
+        >>> round(rlfast.kl_penalty(logp, ref_logp).mean().item(), 6)
+        0.011867
+    """
+    validate.tensor("logp", logp)
+    validate.tensor("ref_logp", ref_logp)
+    if ref_logp.shape != logp.shape:
+        validate.fail("ref_logp", f"shape {tuple(logp.shape)} like logp", validate.shape(ref_logp))
+    validate.same_device("ref_logp", ref_logp, "logp", logp)
+    validate.one_of("kind", kind, KL_KINDS)
+    given = kl_bounds(trainer(like), kind) if like is not None else {}
+    bounds = KlBounds(*(given.get(name, float("inf")) for name in ("kl_d_max", "kl_max")))
+    return _Estimate.apply(logp, ref_logp.detach(), kind, bounds)

@@ -1,0 +1,129 @@
+"""Losses of a critic: squared error, Huber, and cross-entropy over bins."""
+
+from __future__ import annotations
+
+import torch
+
+from rlfast import validate
+from rlfast.logps import token_logps
+from rlfast.losses import Loss, LossOutput
+from rlfast.ops.loss_records import REDUCTIONS
+from rlfast.presets import VALUES
+
+KINDS = ("mse", "huber", "categorical")
+
+
+def two_hot(returns, support):
+    """A return as weights on the two bins around it: (index of the lower, weight of the upper).
+
+    Args:
+        returns: any shape, float.
+        support: [bins], ascending centres of the bins, of the same dtype. A return beyond them is at the outermost.
+    """
+    returns = returns.clamp(support[0], support[-1])
+    low = (torch.searchsorted(support, returns.contiguous(), right=True) - 1).clamp(0, support.shape[0] - 2)
+    return low, (returns - support[low]) / (support[low + 1] - support[low])
+
+
+def _centres(support, bins: int, like) -> torch.Tensor:
+    """The bins' centres, from (low, high) or as they are, in the dtype of ``like``."""
+    if not isinstance(support, torch.Tensor):
+        if support is None or len(support) != 2 or not support[0] < support[1]:
+            validate.fail("support", "(low, high) with low < high, or a tensor [bins]", repr(support))
+        return torch.linspace(float(support[0]), float(support[1]), bins, dtype=like.dtype, device=like.device)
+    if support.shape != (bins,):
+        validate.fail("support", f"shape ({bins},), one centre a bin", validate.shape(support))
+    validate.same_device("support", support, "values", like)
+    return support.to(like.dtype)
+
+
+def _categorical_logp(values, returns, mask, support):
+    """Σ of the two bins' weights times their log-probs: minus the cross-entropy. [B, T]."""
+    if values.shape[:-1] != returns.shape:
+        validate.fail("values", f"logits of shape {(*returns.shape, 'bins')}", validate.shape(values))
+    bins = values.shape[-1]
+    if bins < 2:
+        validate.fail("values", "at least two bins", str(bins))
+    counted = torch.ones_like(returns, dtype=torch.bool) if mask is None else mask != 0
+    returns = torch.where(counted, returns.to(torch.promote_types(returns.dtype, torch.float32)), 0.0)
+    low, weight = two_hot(returns, _centres(support, bins, returns))
+    weight = torch.where(counted, weight, 0.0)
+    candidates = torch.where(counted[..., None], torch.stack([low, low + 1], -1), -100)
+    logp = token_logps(values, candidates).logp
+    return (1.0 - weight) * logp[..., 0] + weight * logp[..., 1]
+
+
+def _objective(kind: str, clip, delta: float, reduce: str) -> Loss:
+    # V and V_old are no log-probs: their difference is no ratio, and stays out of the metrics
+    shared = {"reduce": reduce, "unit_low": 0.0, "unit_high": 0.0, "name": "value_loss"}
+    if kind == "categorical":
+        return Loss("nll", reduce=reduce, name="value_loss")
+    bound = {} if clip is None else {"clip": validate.positive("clip", clip)}
+    if kind == "huber":
+        return Loss("value_huber", {"delta": validate.positive("delta", delta)} | bound, **shared)
+    return Loss("value_clipped", bound, **shared)
+
+
+def value_loss(
+    values, old_values, returns, mask=None, *, clip=..., kind="mse", delta=1.0, support=None, reduce=None, like=None,
+    cu_seqlens=None, num_items=None, max_len=None, world_size=1, accumulation=1,
+) -> LossOutput:  # fmt: skip
+    """The loss of a critic, clipped as PPO clips it.
+
+        mse:          ½·max((V − R)², (V_c − R)²),   V_c = clip(V, V_old − c, V_old + c)
+        huber:        ½·e² where |e| ≤ δ, else δ·(|e| − ½δ),   e the larger of V − R and V_c − R
+        categorical:  −Σ_b w_b·log softmax(V)_b,   w the two bins around R, weighted so that their mean is R
+
+    Args:
+        values: [B, T], or [N] packed with ``cu_seqlens``; float, with gradient. Logits [B, T, bins] or [N, bins] for
+            "categorical".
+        old_values: like returns. V_old; None where nothing is clipped.
+        returns: [B, T] or [N] float. R.
+        mask: like returns, bool or number. 0 takes a token out; what it holds has no effect.
+        clip: how far V may move from V_old; None for no bound. If left out 0.2, or the trainer's.
+        kind: "mse", "huber" or "categorical", which is never clipped.
+        delta: δ of "huber".
+        support: of "categorical": (low, high) of evenly spaced centres of the bins, or the centres [bins], ascending.
+        reduce: of ``rlfast.Loss``; "token_mean" if None.
+        like: "trl", "verl", "openrlhf" or "nemo-rl": that trainer's clip and reduction.
+        cu_seqlens, num_items, max_len, world_size, accumulation: as in a call of ``rlfast.Loss``.
+
+    Returns:
+        LossOutput(loss, metrics). ``clip_high`` is the part of the tokens whose clipped loss is the larger.
+
+    Raises:
+        ValueError, TypeError: an argument has the wrong shape, type or name; the message names it.
+
+    Reference:
+        arXiv 1707.06347; the cross-entropy, 2403.03950.
+
+    Example:
+        >>> values, returns = torch.tensor([[0.5, 1.0]]), torch.tensor([[1.0, 1.0]])
+        >>> round(rlfast.value_loss(values, torch.tensor([[0.0, 1.0]]), returns, clip=0.2).loss.item(), 6)
+        0.16
+    """
+    validate.one_of("kind", kind, KINDS)
+    defaults = VALUES[validate.one_of("like", like, tuple(VALUES))]
+    reduce = validate.one_of("reduce", defaults["reduce"] if reduce is None else reduce, REDUCTIONS)
+    given = clip is not ...
+    clip = clip if given else defaults["clip"]
+    for name, x in (("values", values), ("returns", returns)):
+        validate.tensor(name, x)
+    call = {"mask": mask, "cu_seqlens": cu_seqlens, "num_items": num_items, "max_len": max_len,
+            "world_size": world_size, "accumulation": accumulation}  # fmt: skip
+    returns = returns.detach()
+    if kind == "categorical":
+        if given and clip is not None:
+            validate.fail("clip", 'None for kind="categorical", which is never clipped', repr(clip))
+        return _objective(kind, None, delta, reduce)(_categorical_logp(values, returns, mask, support), **call)
+    if returns.shape != values.shape:
+        validate.fail("returns", f"shape {tuple(values.shape)} like values", validate.shape(returns))
+    if clip is not None:
+        if old_values is None:
+            validate.fail("old_values", "a tensor: values are clipped to it", "None")
+        validate.tensor("old_values", old_values)
+        if old_values.shape != values.shape:
+            validate.fail("old_values", f"shape {tuple(values.shape)} like values", validate.shape(old_values))
+        old_values = old_values.detach()
+    old_values = None if clip is None else old_values
+    return _objective(kind, clip, delta, reduce)(values, old_logp=old_values, adv=returns, **call)

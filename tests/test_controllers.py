@@ -1,0 +1,119 @@
+"""Controllers and running statistics: their rules, their state, and several processes."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+import rlfast
+from tests.numerics import assert_value
+
+
+def test_adaptive_kl_follows_its_rule():
+    control, value = rlfast.AdaptiveKL(0.2, target=0.1, horizon=1000), 0.2
+    for kl, n in ((0.05, 64), (0.105, 64), (0.3, 128), (0.1, 64)):
+        control.update(torch.tensor(kl), n)
+        value *= 1 + min(max(kl / 0.1 - 1, -0.2), 0.2) * n / 1000
+        assert control.value.item() == pytest.approx(value, rel=1e-6)
+
+
+def test_adaptive_entropy_follows_trls_rule():
+    """TRL raises the coefficient at or below the target, and applies it in the next step only if it was there."""
+    control = rlfast.AdaptiveEntropy(0.01, target=0.2, delta=0.005, high=0.02)
+    assert control.value.item() == 0.0
+    seen = []
+    for entropy in (0.5, 0.2, 0.1, 0.1, 0.3):
+        control.update(entropy, 100)
+        seen.append((round(control.coef.item(), 6), round(control.value.item(), 6)))
+    assert seen == [(0.005, 0.0), (0.01, 0.01), (0.015, 0.015), (0.02, 0.02), (0.015, 0.0)]
+
+
+def test_a_loss_sees_the_update_of_its_coefficient():
+    control = rlfast.AdaptiveKL(0.5, target=1.0, horizon=1.0)
+    objective = rlfast.loss("ppo", kl="k1", beta=control.value)
+    logp, ref = torch.zeros(1, 2), torch.full((1, 2), -1.0)
+    before = objective(logp, adv=torch.zeros(1), ref_logp=ref).loss.item()
+    control.update(10.0, 1)
+    after = objective(logp, adv=torch.zeros(1), ref_logp=ref).loss.item()
+    assert (before, after) == (pytest.approx(0.5), pytest.approx(0.6))
+
+
+def test_running_statistics_are_those_of_everything_seen():
+    draw = torch.Generator().manual_seed(0)
+    parts = [torch.randn(5, 7, generator=draw) * 3.0 + 1000.0 for _ in range(4)]
+    masks = [torch.rand(5, 7, generator=draw) < 0.6 for _ in parts]
+    seen = rlfast.RunningMeanStd()
+    for x, mask in zip(parts, masks, strict=True):
+        seen.update(torch.where(mask, x, torch.nan), mask)
+    whole = torch.cat([x[mask] for x, mask in zip(parts, masks, strict=True)]).double()
+    assert_value("mean", seen.mean, whole.mean(), whole.mean())
+    assert_value("std", seen.std, whole.std(), whole.std())
+    scaled = seen.normalize(whole)
+    assert scaled.mean().abs() < 1e-6 and abs(scaled.std() - 1.0) < 1e-6
+
+
+def test_nothing_seen_is_harmless():
+    seen = rlfast.RunningMeanStd()
+    seen.update(torch.zeros(3), torch.zeros(3))
+    assert seen.mean.item() == 0.0 and seen.std.item() == 0.0 and seen.count.item() == 0.0
+
+
+MADE = {
+    "kl": lambda: rlfast.AdaptiveKL(0.2, target=0.1, horizon=10),
+    "entropy": lambda: rlfast.AdaptiveEntropy(0.01),
+    "statistics": lambda: rlfast.RunningMeanStd(),
+}
+
+
+def step(control, i: int):
+    given = (torch.arange(3.0) * i,) if isinstance(control, rlfast.RunningMeanStd) else (0.1 * i, 2)
+    control.update(*given)
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_state_survives(name):
+    control, other = MADE[name](), MADE[name]()
+    step(control, 1)
+    state = copy.deepcopy(control.state_dict())
+    step(control, 3)
+    held = dict(vars(other))
+    other.load_state_dict(state)
+    step(other, 3)
+    assert all(torch.equal(control.state_dict()[k], v) for k, v in other.state_dict().items())
+    assert all(vars(other)[k] is v for k, v in held.items() if isinstance(v, torch.Tensor)), "loaded in place"
+    with pytest.raises(ValueError, match="state: expected entries"):
+        other.load_state_dict({})
+
+
+def two_processes(rank: int, file: str, results):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
+    group = torch.distributed.group.WORLD
+    kl = rlfast.AdaptiveKL(0.2, target=0.1, horizon=1000, process_group=group)
+    kl.update((0.05, 0.2)[rank], (30, 10)[rank])
+    entropy = rlfast.AdaptiveEntropy(0.01, target=0.2, process_group=group)
+    entropy.update((0.1, 0.4)[rank], (300, 100)[rank])
+    seen = rlfast.RunningMeanStd(process_group=group)
+    seen.update(torch.arange(4.0)[rank * 3 : rank * 3 + 3])
+    keep = rlfast.top_entropy_keep(
+        torch.tensor([[0.0, 1.0], [2.0, 3.0]])[rank : rank + 1], quantile=0.5, process_group=group
+    )
+    results[rank] = (kl.value.item(), entropy.value.item(), seen.mean.item(), seen.std.item(), keep.tolist())
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_update_as_one(tmp_path):
+    context = torch.multiprocessing.get_context("spawn")
+    with context.Manager() as manager:
+        results = manager.dict()
+        torch.multiprocessing.start_processes(
+            two_processes, (str(tmp_path / "rendezvous"), results), nprocs=2, start_method="spawn"
+        )
+        first, second = results[0], results[1]
+    assert first[:4] == second[:4]
+    mean = (0.05 * 30 + 0.2 * 10) / 40
+    assert first[0] == pytest.approx(0.2 * (1 + (mean / 0.1 - 1) * 40 / 1000))
+    assert first[1] == pytest.approx(0.015)
+    assert first[2:4] == (1.5, pytest.approx(torch.arange(4.0).std().item()))
+    assert (first[4], second[4]) == ([[False, False]], [[True, True]])

@@ -1,0 +1,106 @@
+"""Reward shaping, against the trainers' functions and the papers' formulas."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import rlfast
+from tests import golden_inputs
+from tests.numerics import assert_value, assert_zero
+
+GOLDEN = json.loads((Path(__file__).parent / "data" / "trainers.json").read_text(encoding="utf-8"))["rewards"]
+
+
+def close(name, got, wanted):
+    """Within the rounding of float32."""
+    wanted = torch.as_tensor(wanted, dtype=torch.float64)
+    assert_value(name, got, wanted, wanted)
+
+
+def shaped(scores: str, **options):
+    fields = golden_inputs.batch("far")
+    given = (fields[name] for name in (scores, "old_logp", "ref_logp", "mask"))
+    return rlfast.shape_rewards(*given, **options), fields["mask"]
+
+
+def test_openrlhf_puts_the_score_at_the_last_token_and_bounds_the_kl():
+    got, mask = shaped("scores", beta=0.05, clip=(-1.0, 1.0), like="openrlhf")
+    wanted = torch.tensor(GOLDEN["openrlhf"], dtype=torch.float64)
+    close("rewards", got, torch.where(mask, wanted, 0.0))  # OpenRLHF's masked tokens hold a KL too
+
+
+def test_verl_keeps_the_scores_of_tokens_where_they_are():
+    got, mask = shaped("token_adv", beta=0.05, like="verl")
+    close("rewards", got, torch.where(mask, torch.tensor(GOLDEN["verl"], dtype=torch.float64), 0.0))
+
+
+def test_rloo_takes_the_whole_kl_off_the_score():
+    got, mask = shaped("scores", clip=(-0.5, 0.5), like="trl")
+    fields = golden_inputs.batch("far")
+    kl = ((fields["old_logp"] - fields["ref_logp"]) * mask).sum(-1)
+    close("rewards", got, fields["scores"].clamp(-0.5, 0.5) - 0.05 * kl)
+
+
+def test_the_sum_over_tokens_is_the_reward_of_the_sequence():
+    tokens, mask = shaped("scores", beta=0.1, kind="k3")
+    whole, _ = shaped("scores", beta=0.1, kind="k3", level="sequence")
+    filled = mask.any(-1)
+    close("rewards", tokens.sum(-1)[filled], whole[filled])
+    assert_zero("masked", tokens[~mask])
+
+
+@pytest.mark.parametrize("like, beta", [(None, 0.05), ("trl", 0.05), ("verl", 0.001), ("openrlhf", 0.01)])
+def test_the_default_coefficient_is_the_trainers(like, beta):
+    logp, ref = torch.tensor([[-1.0]]), torch.tensor([[-3.0]])
+    close("reward", rlfast.shape_rewards(torch.ones(1).double(), logp, ref, like=like).flatten(), [1.0 - beta * 2.0])
+
+
+def test_a_controllers_value_is_a_coefficient():
+    control = rlfast.AdaptiveKL(0.5, target=1.0, horizon=10)
+    logp, ref = torch.tensor([[-1.0, -1.0]]), torch.tensor([[-3.0, -1.0]])
+    close("reward", rlfast.shape_rewards(torch.ones(1), logp, ref, beta=control.value), [[-1.0, 1.0]])
+
+
+def test_what_is_masked_may_be_nan():
+    logp = torch.tensor([[-1.0, torch.nan]])
+    mask = torch.tensor([[True, False]])
+    close("reward", rlfast.shape_rewards(torch.ones(1), logp, logp, mask), [[1.0, 0.0]])
+
+
+def test_errors_name_the_argument():
+    x = torch.zeros(2, 3)
+    with pytest.raises(ValueError, match=r"scores: expected shape \(2,\) or \(2, 3\), got \(3,\)"):
+        rlfast.shape_rewards(torch.zeros(3), x, x)
+    with pytest.raises(ValueError, match="like: expected one of None, 'trl', 'verl', 'openrlhf', got 'liger'"):
+        rlfast.shape_rewards(torch.zeros(2), x, x, like="liger")
+    with pytest.raises(ValueError, match=r"mask: expected shape \(2, 3\) like logp, got \(2,\)"):
+        rlfast.shape_rewards(torch.zeros(2), x, x, torch.ones(2))
+    with pytest.raises(ValueError, match=r"buffer: expected a number in \[0, max_len = 10\], got 11"):
+        rlfast.overlong_penalty(torch.ones(1), max_len=10, buffer=11)
+    with pytest.raises(ValueError, match="group_size: expected a divisor of the 3 responses, got 2"):
+        rlfast.length_reward(torch.ones(3), torch.ones(3), group_size=2)
+
+
+@pytest.mark.parametrize("name, factor", [("overlong_trl", 1.0), ("overlong_openrlhf", 0.5)])
+def test_the_overlong_penalty_is_the_trainers(name, factor):
+    lengths = torch.tensor(GOLDEN["lengths"])
+    got = rlfast.overlong_penalty(lengths, max_len=100, buffer=20, factor=factor)
+    close("penalty", got, GOLDEN[name])
+
+
+def test_the_overlong_penalty_without_a_bound_or_a_buffer():
+    lengths = torch.tensor([99, 100, 101, 130])
+    close("verl", rlfast.overlong_penalty(lengths, max_len=100, buffer=20, bounded=False), [-0.95, -1.0, -1.05, -2.5])
+    close("no buffer", rlfast.overlong_penalty(lengths, max_len=100, buffer=0), [0.0, 0.0, -1.0, -1.0])
+
+
+def test_the_length_reward():
+    lengths = torch.tensor([10, 20, 30, 10, 7, 7])
+    correct = torch.tensor([1, 0, 1, 0, 1, 0])
+    close("group of 3", rlfast.length_reward(lengths, correct, group_size=3), [0.5, 0.0, -0.5, -0.5, 0.5, 0.0])
+    close("one group", rlfast.length_reward(lengths[4:], correct[4:]), [0.0, 0.0])
+    assert rlfast.length_reward(torch.zeros(0), torch.zeros(0)).shape == (0,)
