@@ -118,7 +118,7 @@ def pulled_back(b: Batch, plan: Plan, per_token, slope, inside):
     total = b.rows(per_token * inside)
     if plan.unit == records.SEQ_MEAN:
         total = total / b.rows(b.mask.to(slope.dtype)).clamp(min=1.0)
-    return total * slope
+    return torch.where(b.mask, total * slope, torch.zeros_like(slope))
 
 
 def forward(fields: Fields, surrogate: str, estimator: str, plan, settings, hyper, kl_hyper, needs) -> Output:
@@ -142,11 +142,13 @@ def forward(fields: Fields, surrogate: str, estimator: str, plan, settings, hype
     seen = token.Token(b.lp, b.old, unit, ratio, adv, b.extra)
     value, d_x, d_lp, clipped = torch_version(formula.function)(seen, formula.hyper(*hyper))
 
-    multiplier = torch.where(b.keep, ones, zero)
-    if not plan.weight_in_ratio:
-        multiplier = multiplier * applied
+    multiplier = ones if plan.weight_in_ratio else applied
     if b.weights is not None:
         multiplier = multiplier * b.weights
+    multiplier = torch.where(b.keep, multiplier, zero)
+    if b.weights is not None:
+        multiplier = multiplier * b.weights
+    multiplier = torch.where(b.keep & opened, multiplier, zero)  # ρ may be infinite where its gate is closed
     if s.off_policy < float("inf"):
         sampled = b.old if b.rollout is None else b.rollout
         moved = b.rows((sampled - b.lp).nan_to_num(nan=0.0)) / count.clamp(min=1.0)
@@ -174,7 +176,7 @@ def forward(fields: Fields, surrogate: str, estimator: str, plan, settings, hype
         d_x, d_lp = d_x + beta * through, d_lp + beta * d_kl
 
     c = ones / count.clamp(min=1.0) if plan.reduce == records.SEQ_MEAN_TOKEN_MEAN else ones
-    dlogp = torch.where(b.mask, c * d_lp + pulled_back(b, plan, c * d_x, slope, inside), zero)
+    dlogp = c * d_lp + pulled_back(b, plan, c * d_x, slope, inside)
     kept = b.keep.to(ones.dtype) if plan.entropy_mean else c
     totals = _totals(b, plan, c, kept, (value, kl_value), (x, ratio, clipped, used, drift, applied))
     return _finished(fields, plan, s, needs, totals, (beta, entropy_coef), (dlogp, kept))

@@ -119,6 +119,7 @@ def row_wise(plan: Plan, settings: Settings) -> bool:
     """Whether a token's part depends on its sequence: else any split of the tokens will do."""
     return (
         plan.unit != TOKEN
+        or bool(plan.mean_adv)
         or plan.reduce >= SEQ_MEAN_TOKEN_MEAN
         or max(plan.weight, plan.gate) > AT_TOKEN
         or settings.off_policy < float("inf")
