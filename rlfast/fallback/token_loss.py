@@ -33,11 +33,12 @@ class Batch(NamedTuple):
     def rows(self, x):
         """Σ over each sequence, as [rows, 1] or [N]: what broadcasts over its tokens."""
         x = torch.where(self.mask, x, torch.zeros((), dtype=x.dtype, device=x.device))
-        return self.spread(x.sum(-1, keepdim=True) if self.cu_seqlens is None else self.segments(x))
+        total = self.segments(x) if self.cu_seqlens is not None else x.sum(-1, keepdim=True, dtype=torch.float64)
+        return self.spread(total.to(x.dtype))
 
     def segments(self, x):
         """Σ over each packed sequence: [rows]."""
-        return torch.segment_reduce(x, "sum", offsets=self.cu_seqlens, initial=0)
+        return torch.segment_reduce(x.double(), "sum", offsets=self.cu_seqlens, initial=0)
 
     def spread(self, x):
         """One number a packed sequence, for each of its tokens."""
@@ -145,10 +146,7 @@ def forward(fields: Fields, surrogate: str, estimator: str, plan, settings, hype
     multiplier = ones if plan.weight_in_ratio else applied
     if b.weights is not None:
         multiplier = multiplier * b.weights
-    multiplier = torch.where(b.keep, multiplier, zero)
-    if b.weights is not None:
-        multiplier = multiplier * b.weights
-    multiplier = torch.where(b.keep & opened, multiplier, zero)  # ρ may be infinite where its gate is closed
+    multiplier = torch.where(b.keep, multiplier, zero)  # not a product: what is left out may be infinite
     if s.off_policy < float("inf"):
         sampled = b.old if b.rollout is None else b.rollout
         moved = b.rows((sampled - b.lp).nan_to_num(nan=0.0)) / count.clamp(min=1.0)
@@ -189,7 +187,7 @@ def _totals(b: Batch, plan: Plan, c, kept, parts, seen) -> dict:
     ones = b.mask.to(x.dtype)
 
     def total(y):
-        return torch.where(b.mask, y, torch.zeros_like(y)).sum()
+        return torch.where(b.mask, y, torch.zeros_like(y)).sum(dtype=torch.float64)
 
     def largest(y):
         return torch.where(b.mask, y, torch.zeros_like(y)).amax() if y.numel() else y.new_zeros(())
@@ -198,9 +196,9 @@ def _totals(b: Batch, plan: Plan, c, kept, parts, seen) -> dict:
     clipped = torch.where(used, clipped, torch.zeros_like(x))
     per_row = ones.sum(-1) if b.cu_seqlens is None else b.segments(ones)
     return {
-        "policy": (c * value).sum(), "kl_part": (c * kl_value).sum(), "entropy_part": (kept * b.entropy).sum(),
-        "kept": kept.sum(), "tokens": ones.sum(),
-        "sequences": per_row.numel() if plan.count_empty else (per_row > 0).to(x.dtype).sum(),
+        "policy": total(c * value), "kl_part": total(c * kl_value), "entropy_part": total(kept * b.entropy),
+        "kept": total(kept), "tokens": total(ones),
+        "sequences": per_row.numel() if plan.count_empty else (per_row > 0).sum(dtype=torch.float64),
         "kl": total(kl_value), "entropy": total(b.entropy), "k1": total(-x), "k3": total(torch.expm1(x) - x),
         "low": total(clipped * (ratio < 1)), "high": total(clipped * (ratio >= 1)),
         "ratio": total(ratio), "ratio_max": largest(ratio), "w": total(w), "w2": total(w * w),
@@ -223,7 +221,7 @@ def denominator(reduce: int, tokens, sequences, num_items, max_len: float):
 def _finished(fields: Fields, plan: Plan, s: Settings, needs, t: dict, coefs, gradients) -> Output:
     """The loss, the metrics and the gradients before their scale."""
     (beta, entropy_coef), (dlogp, kept) = coefs, gradients
-    scale = s.factor / denominator(plan.reduce, t["tokens"], t["sequences"], fields.num_items, s.max_len).to(dlogp)
+    scale = s.factor / denominator(plan.reduce, t["tokens"], t["sequences"], fields.num_items, s.max_len)
     entropy_scale = s.entropy_factor / t["kept"].clamp(min=1.0) if plan.entropy_mean else scale
     policy = scale * t["policy"]
     loss = policy + beta * (scale * t["kl_part"]) - entropy_coef * (entropy_scale * t["entropy_part"])
@@ -235,7 +233,7 @@ def _finished(fields: Fields, plan: Plan, s: Settings, needs, t: dict, coefs, gr
         t["k1"] / n, t["k3"] / n, t["low"] / n, t["high"] / n, t["ratio"] / n, t["ratio_max"], ess,
         t["dropped"] / n, t["drift"] / n, t["drift_max"],
     )  # fmt: skip
-    metrics = torch.stack([one * x for x in found])
+    metrics = torch.stack([one * x for x in found]).to(dlogp.dtype)
     none = dlogp.new_empty(0)
     dentropy = -entropy_coef * kept * torch.ones_like(dlogp) if needs[1] else none
-    return Output(loss.clone(), metrics, dlogp if needs[0] else none, dentropy)
+    return Output(loss.to(dlogp.dtype, copy=True), metrics, dlogp if needs[0] else none, dentropy)

@@ -55,7 +55,7 @@ class Plan(NamedTuple):
     count_empty: int = 0  # sequences without a token that counts are counted too
     entropy_mean: int = 0  # the entropy bonus is a mean over the kept tokens, whatever the reduction
     weight: int = NO_LEVEL  # the level of the importance weight ρ
-    weight_in_ratio: int = 0  # log ρ is added to x (VESPO), and multiplies nothing
+    weight_in_ratio: int = 0  # log ρ is added to x (VESPO); neither it nor its gate multiplies anything
     gate: int = NO_LEVEL  # the level of the gate on ρ
     gate_kind: int = 1  # of which estimator: k1 (log ρ), k2, k3
     gate_masks: int = 0  # a closed gate takes the token out of the mask, and out of n

@@ -114,8 +114,10 @@ def value_clipped(t, clip=float("inf")):
     return 0.5 * torch.max((t.logp - t.adv) ** 2, (bounded - t.adv) ** 2)
 
 
-def value_huber(t, delta=1.0):
-    return torch.nn.functional.huber_loss(t.logp, t.adv, reduction="none", delta=delta)
+def value_huber(t, delta=1.0, clip=float("inf")):
+    bounded = torch.minimum(torch.maximum(t.logp, t.old_logp - clip), t.old_logp + clip)
+    worst = torch.max((t.logp - t.adv).abs(), (bounded - t.adv).abs())
+    return torch.nn.functional.huber_loss(worst, torch.zeros_like(worst), reduction="none", delta=delta)
 
 
 def kl_estimate(name, d, d_max=float("inf"), kl_max=float("inf")):
@@ -179,4 +181,5 @@ BOUNDS = {
     "dppo_kl": _kl_clipped,
     "cpgd": lambda t, r, h: ((t.adv > 0) & (r > 1 + h["eps_high"])) | ((t.adv < 0) & (r < 1 - h["eps_low"])),
     "value_clipped": _value_clipped,
+    "value_huber": _value_clipped,
 }

@@ -70,8 +70,8 @@ def _kl(logp, ref, x, ratio, o):
     """The estimate, multiplied by the ratio where that is asked for."""
     value = surrogates.kl_estimate(o.kl, ref - logp, o.kl_d_max, o.kl_max)
     if o.kl_ratio == "score":
-        unbounded = surrogates.kl_estimate(o.kl, ref - logp, o.kl_d_max)
-        return (unbounded * torch.exp(logp - logp.detach())).clamp(-o.kl_max, o.kl_max)
+        free = value.detach().abs() < o.kl_max
+        return value + value.detach() * free * (torch.exp(logp - logp.detach()) - 1)
     return value * {None: 1.0, "unit": ratio, "token": x.exp()}[o.kl_ratio]
 
 
@@ -102,6 +102,7 @@ def token_loss(
         return None if x is None else torch.where(counted, x.to(dtype).expand_as(logp), torch.zeros((), dtype=dtype))
 
     lp, adv, ref, rollout, extra = (clean(x) for x in (logp, adv, ref_logp, rollout_logp, extra))
+    extra = torch.zeros_like(lp) if extra is None else extra
     old = lp.detach() if old_logp is None else clean(old_logp)
     h = torch.zeros_like(lp) if entropy is None else clean(entropy)
     m = counted.to(dtype)
@@ -119,8 +120,9 @@ def token_loss(
     clipped = surrogates.clipped(surrogate, seen, hyper) | beyond
 
     kept = m * (1.0 if keep is None else keep.to(dtype))
-    factor = kept * opened * (1.0 if o.weight_in_ratio else weight)
+    factor = torch.ones_like(m) if o.weight_in_ratio else torch.where(opened > 0, weight, torch.zeros_like(weight))
     factor = factor if weights is None else factor * clean(weights)
+    factor = torch.where(kept > 0, factor, torch.zeros_like(factor))
     if o.off_policy < INF:
         moved = _mean(((old if rollout is None else rollout) - lp.detach()).nan_to_num(nan=0.0), m)
         factor = factor * ((adv >= 0) | (moved <= o.off_policy))
