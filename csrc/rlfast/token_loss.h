@@ -70,8 +70,8 @@ struct LossCall {
   LossOut out;
 };
 
-// Whether a token's part depends on its sequence.
-inline bool row_wise(const LossPlan& p, const LossSettings& s) {
+// Whether a token's part depends on its sequence. static: an inline function may be merged over instruction sets.
+static inline bool row_wise(const LossPlan& p, const LossSettings& s) {
   return p.unit != kToken || p.mean_adv || p.reduce >= kSeqMeanTokenMean || p.weight > kAtToken || p.gate > kAtToken ||
          s.off_policy < HUGE_VALF;
 }

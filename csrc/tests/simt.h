@@ -1,7 +1,7 @@
 // Stands in for CUDA where there is none: each thread of a block is a fiber, blocks run one after another, and a barrier or a warp
 // collective hands over to the next fiber. Kernels run unchanged, on exactly sized host buffers, under sanitizers.
 // A collective that not every lane of its warp reaches, or a barrier that not every thread reaches, aborts.
-// `simt::descending` reverses the order of the fibers: a missing barrier then shows as different bits.
+// `simt::descending` reverses the order of the fibers and of the blocks: a missing barrier then shows as different bits.
 #pragma once
 #include <ucontext.h>
 
@@ -24,6 +24,9 @@
 
 struct alignas(16) uint4 {  // so that the sanitizer sees a misaligned vector access
   uint32_t x, y, z, w;
+};
+struct alignas(8) uint2 {
+  uint32_t x, y;
 };
 inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
 
@@ -159,7 +162,7 @@ void launch(unsigned grid, unsigned threads, size_t shared_bytes, F kernel) {
   block = &b;
   blockDim.x = threads, gridDim.x = grid;
   for (unsigned index = 0; index < grid; ++index) {
-    blockIdx.x = index;
+    blockIdx.x = descending ? grid - 1 - index : index;
     b.shared.reset(new char[shared_bytes]);
     std::memset(b.shared.get(), 0xff, shared_bytes);  // NaN until written
     for (Fiber& f : b.fibers) {
@@ -263,6 +266,14 @@ inline bool __syncthreads_or(bool vote) {
 }
 
 inline uint4 __ldg(const uint4* p) { return *p; }
+inline uint2 __ldg(const uint2* p) { return *p; }
+inline double __ldcg(const double* p) { return *p; }
+inline void __threadfence() {}
+inline unsigned atomicInc(unsigned* p, unsigned most) {
+  unsigned before = *p;
+  *p = before >= most ? 0 : before + 1;
+  return before;
+}
 inline int __ffs(unsigned x) { return x ? __builtin_ctz(x) + 1 : 0; }
 inline float __uint_as_float(uint32_t x) { return simt::cast<float>(x); }
 inline uint32_t __float_as_uint(float x) { return simt::cast<uint32_t>(x); }

@@ -9,6 +9,7 @@ namespace rlfast::tests {
 
 void test_linear(const Kernels& k, const std::string& isa);
 void test_cuda_kernels(bool large);
+void test_cuda_loss(bool large);
 
 namespace {
 
@@ -60,6 +61,7 @@ int run(int argc, char** argv) {
     timed(name + ": linear_token_logps", [&] { test_linear(kernels(isa), name); });
   }
   if (simt) timed("cuda kernels under simt: token_logps", [&] { test_cuda_kernels(large); });
+  if (simt) timed("cuda kernel under simt: token_loss", [&] { test_cuda_loss(large); });
   std::printf("%lld checks, %lld failures\n", static_cast<long long>(checks), static_cast<long long>(failures));
   return failures != 0;
 }

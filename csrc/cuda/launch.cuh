@@ -1,0 +1,41 @@
+// What a launch needs on the host.
+#pragma once
+#include <stdexcept>
+#include <string>
+
+#include "device.cuh"
+
+namespace rlfast::cuda {
+
+namespace {
+
+constexpr int64_t kMaxGrid = 2147483647;
+
+void check(cudaError_t error, const char* call) {
+  if (error != cudaSuccess) throw std::runtime_error(std::string(call) + ": " + cudaGetErrorString(error));
+}
+
+// Launches go to `device` while it lives, then to the caller's again.
+class OnDevice {
+public:
+  explicit OnDevice(int device) {
+    check(cudaGetDevice(&before_), "cudaGetDevice");
+    changed_ = device != before_;
+    if (changed_) check(cudaSetDevice(device), "cudaSetDevice");
+  }
+  ~OnDevice() {
+    if (changed_) cudaSetDevice(before_);
+  }
+  OnDevice(const OnDevice&) = delete;
+  OnDevice& operator=(const OnDevice&) = delete;
+
+private:
+  int before_ = 0;
+  bool changed_ = false;
+};
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+}  // namespace
+
+}  // namespace rlfast::cuda
