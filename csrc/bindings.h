@@ -1,12 +1,9 @@
 // The arguments of token_logps as both extensions take them from Python: integers, floats and addresses in one positional
 // call, which costs about a microsecond. rlfast/native/token_logps.py passes them.
 #pragma once
-#include <algorithm>
 #include <cstdint>
-#include <vector>
 
 #include "rlfast/linear_token_logps.h"
-#include "rlfast/token_loss.h"
 
 namespace rlfast {
 
@@ -112,48 +109,5 @@ inline BackwardIn backward_in(Address aux, Address g_logp, Address g_lse, Addres
       Transform{at<const float>(temperatures), temperature, softcap, logit_scale}, Targets { \
     at<const int64_t>(ids), at<const uint8_t>(mask), candidates                              \
   }
-
-// token_loss: rlfast/native/token_loss.py passes them. `fields` holds sequences and length; address, dtype and strides of the
-// eight fields of floats; address and stride of mask and keep; the addresses of cu_seqlens, num_items and coefs.
-#define RLFAST_LOSS_ARGS                                                                                               \
-  const std::vector<int64_t>&fields, const std::vector<int>&plan, const std::vector<float>&settings, int surrogate,    \
-      const std::vector<float>&hyper, int estimator, const std::vector<float>&kl_hyper, Address loss, Address metrics, \
-      Address dlogp, Address dentropy
-
-#define RLFAST_LOSS_RECORD \
-  loss_call(fields, plan, settings, surrogate, hyper, estimator, kl_hyper, loss, metrics, dlogp, dentropy)
-
-inline LossCall loss_call(RLFAST_LOSS_ARGS) {
-  const int64_t* next = fields.data();
-  const auto field = [&] {
-    Field f = {at<const void>(Address(next[0])), static_cast<DType>(next[1]), next[2], next[3]};
-    return next += 4, f;
-  };
-  const auto flags = [&] {
-    Flags f = {at<const uint8_t>(Address(next[0])), next[1]};
-    return next += 2, f;
-  };
-  LossCall call{};
-  LossFields& f = call.fields;
-  f.sequences = *next++;
-  f.length = *next++;
-  for (Field* x : {&f.logp, &f.old_logp, &f.ref_logp, &f.rollout_logp, &f.adv, &f.entropy, &f.weights, &f.extra})
-    *x = field();
-  f.mask = flags();
-  f.keep = flags();
-  f.cu_seqlens = at<const int64_t>(Address(*next++));
-  f.num_items = at<const float>(Address(*next++));
-  f.coefs = at<const float>(Address(*next++));
-  const int* p = plan.data();
-  call.plan = {p[0], p[1], p[2], p[3], p[4], p[5], p[6], p[7], p[8], p[9], p[10], p[11], p[12]};
-  const float* s = settings.data();
-  call.settings = {s[0], s[1], s[2], s[3], s[4], s[5], s[6], s[7], s[8], s[9], s[10], s[11], s[12], s[13]};
-  call.formulas.surrogate = surrogate;
-  call.formulas.estimator = estimator;
-  std::copy(hyper.begin(), hyper.end(), call.formulas.hyper);
-  std::copy(kl_hyper.begin(), kl_hyper.end(), call.formulas.kl_hyper);
-  call.out = {at<float>(loss), at<LossMetrics>(metrics), at<float>(dlogp), at<float>(dentropy)};
-  return call;
-}
 
 }  // namespace rlfast

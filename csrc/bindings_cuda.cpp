@@ -2,7 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include "bindings.h"
+#include "bindings_loss.h"
 #include "cuda/token_logps.h"
 #include "cuda/token_loss.h"
 
@@ -21,15 +21,18 @@ void backward(RLFAST_BACKWARD_ARGS, int device, Address stream) {
   cuda::token_logps_backward(RLFAST_BACKWARD_RECORDS, device, at<void>(stream));
 }
 
-int64_t loss_scratch(const std::vector<int64_t>& fields, const std::vector<int>& plan,
-                     const std::vector<float>& settings) {
-  return cuda::token_loss_scratch(loss_call(fields, plan, settings, 0, {}, 0, {}, 0, 0, 0, 0));
+int64_t loss_scratch(py::handle fields, py::handle sizes, const char* surrogate, const char* estimator, py::handle plan,
+                     py::handle settings, py::handle hyper, py::handle kl_hyper, py::handle outputs) {
+  const LossArguments a(fields, sizes, surrogate, estimator, plan, settings, hyper, kl_hyper, outputs);
+  return cuda::token_loss_scratch(a.objective, a.fields);
 }
 
-void loss(RLFAST_LOSS_ARGS, Address scratch, Address finished, int device, Address stream) {
-  LossCall call = RLFAST_LOSS_RECORD;
+void loss(py::handle fields, py::handle sizes, const char* surrogate, const char* estimator, py::handle plan,
+          py::handle settings, py::handle hyper, py::handle kl_hyper, py::handle outputs, Address scratch,
+          Address finished, int device, Address stream) {
+  const LossArguments a(fields, sizes, surrogate, estimator, plan, settings, hyper, kl_hyper, outputs);
   py::gil_scoped_release release;
-  cuda::token_loss(call, at<double>(scratch), at<unsigned>(finished), device, at<void>(stream));
+  cuda::token_loss(a.objective, a.fields, a.out, at<double>(scratch), at<unsigned>(finished), device, at<void>(stream));
 }
 
 }  // namespace
@@ -42,7 +45,6 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("token_logps_forward", &forward);
   m.def("token_logps_backward", &backward);
   m.def("token_loss_surrogates", &cuda::token_loss_surrogates);
-  m.def("token_loss_estimators", &cuda::token_loss_estimators);
   m.def("token_loss_scratch", &loss_scratch, "Doubles of scratch that a call needs.");
   m.def("token_loss", &loss);
 }

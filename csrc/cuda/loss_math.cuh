@@ -57,14 +57,14 @@ struct LogRatio {
 
 RLFAST_DEVICE LogRatio log_ratio(const LossCall& c, float logp, float old_logp, float adv) {
   float raw = logp - old_logp;
-  float low = c.plan.by_sign && adv > 0.0f ? -INFINITY : c.settings.inner_low;
-  float high = c.plan.by_sign && adv < 0.0f ? INFINITY : c.settings.inner_high;
+  float low = c.plan.signed_bounds && adv > 0.0f ? -INFINITY : c.settings.inner_low;
+  float high = c.plan.signed_bounds && adv < 0.0f ? INFINITY : c.settings.inner_high;
   return {clamped(raw, low, high), within(raw, low, high)};
 }
 
 template <class Hyper, int n>
 RLFAST_DEVICE Hyper hyper_of(const float (&numbers)[n]) {
-  static_assert(sizeof(Hyper) <= sizeof(numbers), "kMaxHyper");
+  static_assert(sizeof(Hyper) <= sizeof(numbers), "more hyper-parameters than kMaxHyper");
   Hyper h;
   memcpy(&h, numbers, sizeof h);
   return h;

@@ -35,6 +35,22 @@ enum LossSlot {
   kLossSlots
 };
 
+constexpr int kMaxHyper = 4;
+
+// Formulas by their places in csrc/rlfast/formulas.gen.h.
+struct LossFormulas {
+  int surrogate, estimator;  // −1: none
+  float hyper[kMaxHyper], kl_hyper[2];
+};
+
+struct LossCall {
+  LossFields fields;
+  LossPlan plan;
+  LossSettings settings;
+  LossFormulas formulas;
+  LossOut out;
+};
+
 struct Loss {
   LossCall call;
   double* partial;     // [kLossSlots, pieces]
@@ -68,7 +84,7 @@ RLFAST_DEVICE Piece piece_of(const Loss& a, int64_t index) {
     int64_t row = index / a.tiles, begin = index % a.tiles * a.tile;
     return {row, 0, begin, f.length - begin < a.tile ? f.length : begin + a.tile};
   }
-  int64_t low = 0, high = f.sequences - 1;  // the last sequence whose first piece is not beyond this one
+  int64_t low = 0, high = f.rows - 1;  // the last sequence whose first piece is not beyond this one
   while (low < high) {
     int64_t middle = (low + high + 1) / 2;
     if (first_piece(a, middle) <= index)
@@ -84,10 +100,10 @@ RLFAST_DEVICE Piece piece_of(const Loss& a, int64_t index) {
 RLFAST_DEVICE bool aligned(const void* p, int bytes) { return (reinterpret_cast<uintptr_t>(p) & (bytes - 1)) == 0; }
 
 template <class T>
-RLFAST_DEVICE void load_floats(const Field& f, int64_t at, int live, float (&x)[kGroup]) {
+RLFAST_DEVICE void load_floats(const LossField& f, int64_t at, int live, float (&x)[kGroup]) {
   using Bits = typename T::Bits;
   const Bits* p = static_cast<const Bits*>(f.data) + at;
-  if (f.stride == 1 && live == kGroup && aligned(p, kGroup * sizeof(Bits))) {
+  if (f.step == 1 && live == kGroup && aligned(p, kGroup * sizeof(Bits))) {
     if constexpr (T::kWidth == kGroup)
       unpack<T>(load16<true>(p), x);
     else {
@@ -97,12 +113,12 @@ RLFAST_DEVICE void load_floats(const Field& f, int64_t at, int live, float (&x)[
     return;
   }
 #pragma unroll
-  for (int j = 0; j < kGroup; ++j) x[j] = j < live ? T::to_float(p[j * f.stride]) : 0.0f;
+  for (int j = 0; j < kGroup; ++j) x[j] = j < live ? T::to_float(p[j * f.step]) : 0.0f;
 }
 
 // The field of tokens t … t + live − 1 of a piece's sequence.
-RLFAST_DEVICE void load(const Field& f, const Piece& p, int64_t t, int live, float (&x)[kGroup]) {
-  int64_t at = p.row * f.row_stride + (p.first + t) * f.stride;
+RLFAST_DEVICE void load(const LossField& f, const Piece& p, int64_t t, int live, float (&x)[kGroup]) {
+  int64_t at = p.row * f.stride + (p.first + t) * f.step;
   switch (f.dtype) {
     case DType::f32:
       return load_floats<F32>(f, at, live, x);
@@ -114,10 +130,10 @@ RLFAST_DEVICE void load(const Field& f, const Piece& p, int64_t t, int live, flo
 }
 
 // A bit a token; none beyond `live`.
-RLFAST_DEVICE unsigned load(const Flags& f, const Piece& p, int64_t t, int live) {
+RLFAST_DEVICE unsigned load(const LossFlags& f, const Piece& p, int64_t t, int live) {
   unsigned bits = (1u << live) - 1;
   if (!f.data) return bits;
-  const uint8_t* at = f.data + p.row * f.row_stride + p.first + t;
+  const uint8_t* at = f.data + p.row * f.stride + p.first + t;
   if (live == kGroup && aligned(at, kGroup)) {
     uint32_t word = *reinterpret_cast<const uint32_t*>(at);
     return (word & 1) | (word >> 7 & 2) | (word >> 14 & 4) | (word >> 21 & 8);

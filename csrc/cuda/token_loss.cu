@@ -13,6 +13,7 @@
 #include "token_loss.h"
 
 #include <algorithm>
+#include <cstring>
 
 #include "launch.cuh"
 #include "loss_math.cuh"
@@ -85,7 +86,7 @@ RLFAST_DEVICE Sequence sequence_of(const LossCall& c, const Piece& p) {
       Correction rho = correction(c, s, g.old_logp[j], g.rollout[j]);
       if (!bit(g.on, j) || (plan.gate_masks && !rho.open)) continue;
       double x = log_ratio(c, g.logp[j], g.old_logp[j], g.adv[j]).x;
-      if (plan.weight_in_ratio) x += clamped(logf(rho.applied()), kLogLeast, kLogMost);
+      if (plan.weight_in_ratio) x += clamped(logf(rho.applied()), float(kLogLeast), float(kLogMost));
       float sampled = c.fields.rollout_logp.data ? g.rollout[j] : g.old_logp[j];
       sum[0] += 1.0;
       sum[1] += g.adv[j];
@@ -96,7 +97,7 @@ RLFAST_DEVICE Sequence sequence_of(const LossCall& c, const Piece& p) {
   block_total(sum);
   s.count = float(max(sum[0], 1.0));
   s.adv = float(sum[1] / s.count);
-  s.unit = float(plan.unit == kSeqSum ? sum[2] : sum[2] / s.count);
+  s.unit = float(plan.unit == kUnitSeqSum ? sum[2] : sum[2] / s.count);
   s.on_policy = float(sum[3] / s.count) <= c.settings.off_policy;
   return s;
 }
@@ -136,7 +137,7 @@ RLFAST_DEVICE void evaluate(const Loss& a, const Piece& p, const Sequence& s, co
   for (int j = 0; j < kGroup; ++j) {
     rho[j] = correction(c, s, g.old_logp[j], g.rollout[j]);
     x[j] = log_ratio(c, g.logp[j], g.old_logp[j], g.adv[j]);
-    float unit = clamped(plan.unit == kToken ? x[j].x : s.unit, c.settings.unit_low, c.settings.unit_high);
+    float unit = clamped(plan.unit == kUnitToken ? x[j].x : s.unit, c.settings.unit_low, c.settings.unit_high);
     seen[j] = {g.logp[j], g.old_logp[j], unit, expf(unit), plan.mean_adv ? s.adv : g.adv[j], extra[j]};
   }
   surrogate(c.formulas, seen, part);
@@ -162,8 +163,9 @@ RLFAST_DEVICE void evaluate(const Loss& a, const Piece& p, const Sequence& s, co
     d_unit += coef.beta * kl.d_unit, d += coef.beta * kl.d_logp;
 
     // ∂x/∂log π of the unit: the token's own; none of GSPO's token form; the sequence's comes when it is summed
-    bool moves = plan.unit == kToken ? x[j].moves && within(x[j].x, c.settings.unit_low, c.settings.unit_high) : inside;
-    bool own = moves && (plan.unit == kToken || plan.unit == kSeqMeanThrough);
+    bool moves =
+        plan.unit == kUnitToken ? x[j].moves && within(x[j].x, c.settings.unit_low, c.settings.unit_high) : inside;
+    bool own = moves && (plan.unit == kUnitToken || plan.unit == kUnitSeqMeanThrough);
     d_logp[j] = on ? share * (d + (own ? d_unit : 0.0f)) : 0.0f;
     d_entropy[j] = -coef.entropy * (plan.entropy_mean ? float(kept) : on ? share : 0.0f);
     if (!on) continue;
@@ -229,10 +231,10 @@ RLFAST_DEVICE void take_piece(const Loss& a, const Coefficients& coef, int64_t i
                               sum.ratio_max,
                               sum.drift_max};
   block_total<kLossSlots, kMaxRatio>(total);
-  bool sequence_unit = plan.unit == kSeqMean || plan.unit == kSeqSum;
+  bool sequence_unit = plan.unit == kUnitSeqMean || plan.unit == kUnitSeqSum;
   double share = plan.reduce == kSeqMeanTokenMean ? 1.0 / s.count : 1.0;
   if (sequence_unit && c.out.dlogp && within(s.unit, c.settings.unit_low, c.settings.unit_high))
-    give_back(a, p, s, float(share * total[kSumKlPart] / (plan.unit == kSeqMean ? s.count : 1.0f)));
+    give_back(a, p, s, float(share * total[kSumKlPart] / (plan.unit == kUnitSeqMean ? s.count : 1.0f)));
   total[kSumPolicy] *= share;
   total[kSumKlPart] = share * total[kSumKl];
   if (!plan.entropy_mean) total[kSumEntropyPart] = share * total[kSumEntropy];
@@ -244,7 +246,7 @@ RLFAST_DEVICE void take_piece(const Loss& a, const Coefficients& coef, int64_t i
 // Sequences with a token that counts, among those of this thread.
 RLFAST_DEVICE int64_t live_sequences(const Loss& a) {
   int64_t found = 0;
-  for (int64_t i = threadIdx.x; i < a.call.fields.sequences; i += kLossThreads) {
+  for (int64_t i = threadIdx.x; i < a.call.fields.rows; i += kLossThreads) {
     bool any = false;
     for (int64_t piece = first_piece(a, i), end = first_piece(a, i + 1); piece < end; ++piece)
       any |= __ldcg(a.partial + kCountTokens * a.pieces + piece) > 0.0;
@@ -274,7 +276,7 @@ RLFAST_DEVICE void finish(const Loss& a, const Coefficients& coef) {
   block_total<kLossSlots, kMaxRatio>(total);
   if (threadIdx.x != 0) return;
   double tokens = total[kCountTokens];
-  double sequences = c.plan.count_empty ? double(c.fields.sequences) : total[kCountSequences];
+  double sequences = c.plan.count_empty ? double(c.fields.rows) : total[kCountSequences];
   double scale = c.settings.factor / denominator(c, tokens, sequences);
   double entropy_scale = c.plan.entropy_mean ? c.settings.entropy_factor / max(total[kCountKept], 1.0) : scale;
   double policy = scale * total[kSumPolicy], bonus = coef.entropy * (entropy_scale * total[kSumEntropyPart]);
@@ -325,14 +327,34 @@ constexpr int64_t kManyPieces = 2048;  // one block adds them up
 Loss cut(const LossCall& call) {
   const LossFields& f = call.fields;
   Loss a = {call, nullptr, nullptr, 0, kWhole, 1};
-  int64_t tokens = f.cu_seqlens ? f.length : f.sequences * f.length;
+  int64_t tokens = f.cu_seqlens ? f.length : f.rows * f.length;
   if (!row_wise(call.plan, call.settings)) {
     a.tile = kTile;
     while (tokens / a.tile > kManyPieces) a.tile *= 2;
     a.tiles = std::max<int64_t>(ceil_div(f.length, a.tile), 1);
   }
-  a.pieces = f.cu_seqlens ? f.length / a.tile + f.sequences : f.sequences * a.tiles;
+  a.pieces = f.cu_seqlens ? f.length / a.tile + f.rows : f.rows * a.tiles;
   return a;
+}
+
+LossFormulas formulas_of(const LossObjective& o) {
+  LossFormulas f = {-1, -1, {}, {}};
+#define RLFAST_FIND(name, Hyper)                            \
+  if (!std::strcmp(o.surrogate, #name)) {                   \
+    f.surrogate = kSurrogate_##name;                        \
+    std::memcpy(f.hyper, o.hyper, sizeof(formulas::Hyper)); \
+  }
+  RLFAST_SURROGATE_FORMULAS(RLFAST_FIND)
+#undef RLFAST_FIND
+#define RLFAST_FIND(name, Hyper) \
+  if (!std::strcmp(o.estimator, #name)) f.estimator = kEstimator_##name;
+  RLFAST_KL_FORMULAS(RLFAST_FIND)
+#undef RLFAST_FIND
+  std::memcpy(f.kl_hyper, o.kl_hyper, sizeof f.kl_hyper);
+  if (f.surrogate < 0) throw std::invalid_argument(std::string("surrogate: not compiled in: ") + o.surrogate);
+  if (f.estimator < 0 && *o.estimator)
+    throw std::invalid_argument(std::string("estimator: not compiled in: ") + o.estimator);
+  return f;
 }
 
 }  // namespace
@@ -340,18 +362,17 @@ Loss cut(const LossCall& call) {
 std::vector<const char*> token_loss_surrogates() {
 #define RLFAST_NAME(name, Hyper) #name,
   return {RLFAST_SURROGATE_FORMULAS(RLFAST_NAME)};
-}
-
-std::vector<const char*> token_loss_estimators() {
-  return {RLFAST_KL_FORMULAS(RLFAST_NAME)};
 #undef RLFAST_NAME
 }
 
-int64_t token_loss_scratch(const LossCall& call) { return cut(call).pieces * kLossSlots; }
+int64_t token_loss_scratch(const LossObjective& objective, const LossFields& fields) {
+  return cut({fields, objective.plan, objective.settings, {}, {}}).pieces * kLossSlots;
+}
 
-void token_loss(const LossCall& call, double* scratch, unsigned* finished, int device, void* stream) {
+void token_loss(const LossObjective& objective, const LossFields& fields, const LossOut& out, double* scratch,
+                unsigned* finished, int device, void* stream) {
   OnDevice guard(device);
-  Loss a = cut(call);
+  Loss a = cut({fields, objective.plan, objective.settings, formulas_of(objective), out});
   a.partial = scratch, a.finished = finished;
   int grid = int(std::clamp<int64_t>(a.pieces, 1, kMaxGrid));
   RLFAST_LAUNCH(token_loss_kernel, grid, kLossThreads, shared_bytes(kLossSlots), static_cast<cudaStream_t>(stream), a);

@@ -6,15 +6,15 @@
 
 namespace rlfast::cuda {
 
-// Formulas that are compiled in, by their numbers in LossFormulas.
+// Names of the surrogates that are compiled in.
 std::vector<const char*> token_loss_surrogates();
-std::vector<const char*> token_loss_estimators();
 
 // Doubles of scratch that a call needs, for what each piece of the batch adds up to.
-int64_t token_loss_scratch(const LossCall& call);
+int64_t token_loss_scratch(const LossObjective& objective, const LossFields& fields);
 
 // `finished` is a counter that holds 0 between launches, of this stream alone. Throws std::runtime_error with CUDA's message when
 // the launch fails. `stream` is a cudaStream_t of `device`.
-void token_loss(const LossCall& call, double* scratch, unsigned* finished, int device, void* stream);
+void token_loss(const LossObjective& objective, const LossFields& fields, const LossOut& out, double* scratch,
+                unsigned* finished, int device, void* stream);
 
 }  // namespace rlfast::cuda

@@ -16,7 +16,7 @@ struct TokenTruth {
 
 using Value = formulas::Surrogate<Real>;
 
-Value evaluated(const LossFormulas& f, const formulas::Token<Real>& t) {
+Value evaluated(const LossShape& f, const formulas::Token<Real>& t) {
   int number = 0;
 #define RLFAST_TRY(name, Hyper)         \
   if (number++ == f.surrogate) {        \
@@ -29,7 +29,7 @@ Value evaluated(const LossFormulas& f, const formulas::Token<Real>& t) {
   return {};
 }
 
-formulas::Estimate<Real> estimated(const LossFormulas& f, double d) {
+formulas::Estimate<Real> estimated(const LossShape& f, double d) {
   int number = 0;
   formulas::KlBounds h = {f.kl_hyper[0], f.kl_hyper[1]};
 #define RLFAST_TRY(name, Hyper) \
@@ -100,8 +100,8 @@ struct LossOracle {
       k.open = !plan.gate || within(at_gate[plan.gate], s.gate_low, s.gate_high);
       if (plan.gate_masks) k.on = k.open;
       double raw = k.logp - k.old_logp;
-      double low = plan.by_sign && k.adv > 0 ? -kInfinity : s.inner_low;
-      double high = plan.by_sign && k.adv < 0 ? kInfinity : s.inner_high;
+      double low = plan.signed_bounds && k.adv > 0 ? -kInfinity : s.inner_low;
+      double high = plan.signed_bounds && k.adv < 0 ? kInfinity : s.inner_high;
       k.x = bounded(raw, low, high), k.moves = within(raw, low, high);
     }
   }
@@ -117,37 +117,37 @@ struct LossOracle {
     }
     if (n > 0 || plan.count_empty) sums.sequences += 1;
     double count = std::max(n, 1.0), share = plan.reduce == kSeqMeanTokenMean ? 1 / count : 1;
-    double unit = plan.unit == kSeqSum ? x : x / count, pulled = 0, pulled_size = 0;
-    if (plan.unit != kSeqSum) x_size /= count;
+    double unit = plan.unit == kUnitSeqSum ? x : x / count, pulled = 0, pulled_size = 0;
+    if (plan.unit != kUnitSeqSum) x_size /= count;
     bool on_policy = moved / count <= s.off_policy;
     for (TokenTruth& k : tokens) {
       if (!k.on) continue;
-      double own = plan.unit == kToken ? k.x : unit;
-      if (plan.unit == kToken) x_size = std::fabs(k.logp) + std::fabs(k.old_logp);
+      double own = plan.unit == kUnitToken ? k.x : unit;
+      if (plan.unit == kUnitToken) x_size = std::fabs(k.logp) + std::fabs(k.old_logp);
       parts(k, own, plan.mean_adv ? adv / count : k.adv, share, on_policy, x_size);
       if (within(own, s.unit_low, s.unit_high)) pulled += k.d_unit, pulled_size += std::fabs(k.d_unit);
     }
     for (TokenTruth& k : tokens) {
       if (!k.on) continue;
-      double own = plan.unit == kToken ? k.x : unit;
+      double own = plan.unit == kUnitToken ? k.x : unit;
       bool inside = within(own, s.unit_low, s.unit_high);
-      if (plan.unit == kToken) k.d_logp += inside && k.moves ? k.d_unit : 0;
-      if (plan.unit == kSeqMeanThrough) k.d_logp += inside ? k.d_unit : 0;
-      if (plan.unit == kSeqMean && k.moves) k.d_logp += pulled / count, k.size += pulled_size / count;
-      if (plan.unit == kSeqSum && k.moves) k.d_logp += pulled, k.size += pulled_size;
+      if (plan.unit == kUnitToken) k.d_logp += inside && k.moves ? k.d_unit : 0;
+      if (plan.unit == kUnitSeqMeanThrough) k.d_logp += inside ? k.d_unit : 0;
+      if (plan.unit == kUnitSeqMean && k.moves) k.d_logp += pulled / count, k.size += pulled_size / count;
+      if (plan.unit == kUnitSeqSum && k.moves) k.d_logp += pulled, k.size += pulled_size;
     }
   }
 
   // One token's part of the sums, and its ∂/∂log π and ∂/∂x of the unit.
   void parts(TokenTruth& k, double own, double adv, double share, bool on_policy, double x_size) {
     double unit = bounded(own, s.unit_low, s.unit_high), ratio = grown(unit);
-    Value v = evaluated(c.s.formulas, {k.logp, k.old_logp, unit, ratio, adv, k.extra});
+    Value v = evaluated(c.s, {k.logp, k.old_logp, unit, ratio, adv, k.extra});
     double multiplier = (plan.weight_in_ratio ? 1 : k.rho) * k.weight;
     bool used = k.keep && k.open && (adv >= 0 || on_policy) && multiplier != 0;
     if (!used) multiplier = 0, v = {};
     double value = multiplier * v.value.x, kl = 0, d_kl = 0, d_r = 0;
-    if (c.s.formulas.estimator >= 0) {
-      auto e = estimated(c.s.formulas, k.ref - k.logp);
+    if (c.s.estimator >= 0) {
+      auto e = estimated(c.s, k.ref - k.logp);
       double r = plan.kl_ratio == 0 ? 1 : plan.kl_ratio == 1 ? ratio : grown(k.x);
       kl = r * e.value.x, d_kl = r * (plan.kl_through ? k.logp - k.ref : e.d_logp.x);
       if (plan.kl_ratio == 1) d_r = kl;

@@ -35,8 +35,20 @@ struct LossShape {
   LossPlan plan{};
   LossSettings settings{0,         0,          -HUGE_VALF, HUGE_VALF, -HUGE_VALF, HUGE_VALF, 0,
                         HUGE_VALF, -HUGE_VALF, HUGE_VALF,  HUGE_VALF, 1,          1,         1};
-  LossFormulas formulas{0, -1, {0.2f, 0.25f, HUGE_VALF, HUGE_VALF}, {HUGE_VALF, HUGE_VALF}};
+  int surrogate = 0, estimator = -1;  // places in csrc/rlfast/formulas.gen.h; −1: none
+  float hyper[4] = {0.2f, 0.25f, HUGE_VALF, HUGE_VALF}, kl_hyper[2] = {HUGE_VALF, HUGE_VALF};
 };
+
+inline const char* surrogate_name(int number) {
+#define RLFAST_NAME(name, Hyper) #name,
+  static const char* const names[] = {RLFAST_SURROGATE_FORMULAS(RLFAST_NAME)};
+  return names[number];
+}
+inline const char* estimator_name(int number) {
+  static const char* const names[] = {RLFAST_KL_FORMULAS(RLFAST_NAME)};
+#undef RLFAST_NAME
+  return names[number];
+}
 
 // A field of floats in a buffer of exact size.
 struct FloatField {
@@ -62,7 +74,7 @@ struct FloatField {
   double at(int64_t row, int64_t t) {
     return there ? read(bytes.get(), dtype, lead + row * row_stride + t * stride) : 0.0;
   }
-  Field record() {
+  LossField record() {
     const char* data = bytes.get();
     return {there && data ? data + lead * width(dtype) : data, dtype, row_stride, stride};
   }
@@ -146,29 +158,30 @@ struct LossCase {
     entropy.set(row, t, x[4]), weights.set(row, t, weight), extra.set(row, t, chosen), adv.set(row, t, advantage);
   }
 
-  LossCall call() {
+  LossFields fields() {
     const uint8_t* flags[] = {mask.get(), keep.get()};
     for (const uint8_t*& p : flags) p = p ? p + s.lead : p;
-    return {{sequences,
-             length,
-             logp.record(),
-             old_logp.record(),
-             ref.record(),
-             rollout.record(),
-             adv.record(),
-             entropy.record(),
-             weights.record(),
-             extra.record(),
-             {flags[0], length + s.pad},
-             {flags[1], length + s.pad},
-             cu_seqlens.get(),
-             num_items.get(),
-             coefs.get()},
-            s.plan,
-            s.settings,
-            s.formulas,
-            {loss.get(), metrics.get(), dlogp.get(), dentropy.get()}};
+    return {logp.record(),
+            old_logp.record(),
+            ref.record(),
+            rollout.record(),
+            adv.record(),
+            entropy.record(),
+            weights.record(),
+            extra.record(),
+            {flags[0], length + s.pad},
+            {flags[1], length + s.pad},
+            cu_seqlens.get(),
+            num_items.get(),
+            coefs.get(),
+            sequences,
+            length};
   }
+  LossObjective objective() const {
+    return {s.plan,  s.settings, surrogate_name(s.surrogate), s.estimator < 0 ? "" : estimator_name(s.estimator),
+            s.hyper, s.kl_hyper};
+  }
+  LossOut out() { return {loss.get(), metrics.get(), dlogp.get(), dentropy.get()}; }
 
   void check(Report& r);
 };

@@ -18,10 +18,10 @@ void add_formulas(std::vector<LossShape>& all) {
       if (estimator >= 0 && surrogate % 4 != estimator) continue;
       LossShape s;
       s.name = "formula", s.given = kEverything, s.rows = 2, s.length = 65;
-      s.formulas.surrogate = surrogate, s.formulas.estimator = estimator;
+      s.surrogate = surrogate, s.estimator = estimator;
       const float hyper[] = {0.15f, 0.25f, 1.5f, 0.7f};
-      std::copy(hyper, hyper + kMaxHyper, s.formulas.hyper);
-      s.formulas.kl_hyper[0] = 0.3f, s.formulas.kl_hyper[1] = surrogate % 2 ? 0.2f : HUGE_VALF;
+      std::copy(hyper, hyper + 4, s.hyper);
+      s.kl_hyper[0] = 0.3f, s.kl_hyper[1] = surrogate % 2 ? 0.2f : HUGE_VALF;
       s.settings.beta = 0.3f, s.settings.entropy_coef = 0.01f;
       all.push_back(s);
     }
@@ -46,7 +46,7 @@ void add_layouts(std::vector<LossShape>& all) {
   for (bool packed : {false, true})
     for (bool rowwise : {false, true}) {
       LossShape s;
-      s.name = "no sequence", s.rows = 0, s.is_packed = packed, s.plan.unit = rowwise ? kSeqMean : kToken;
+      s.name = "no sequence", s.rows = 0, s.is_packed = packed, s.plan.unit = rowwise ? kUnitSeqMean : kUnitToken;
       all.push_back(s);
       s.name = "all masked", s.rows = 3, s.odd = Odd::all_masked, s.given = kEverything, s.packed = {2, 7};
       all.push_back(s);
@@ -79,19 +79,20 @@ void add_structures(std::vector<LossShape>& all, int count) {
     s.num_items = pick(4) == 0, s.coefs = pick(3) == 0;
     s.odd = pick(2) ? Odd::masked_garbage : Odd::none;
     LossPlan& p = s.plan;
-    p.unit = pick(4), p.by_sign = pick(2), p.mean_adv = pick(3) == 0, p.kl_through = pick(2), p.kl_ratio = pick(3);
+    p.unit = pick(4), p.signed_bounds = pick(2), p.mean_adv = pick(3) == 0, p.kl_through = pick(2),
+    p.kl_ratio = pick(3);
     p.reduce = pick(5), p.count_empty = pick(2), p.entropy_mean = pick(2), p.weight = pick(4);
     p.weight_in_ratio = pick(3) == 0, p.gate = pick(4), p.gate_kind = 1 + pick(3), p.gate_masks = pick(2);
     LossSettings& o = s.settings;
     o.beta = s.given & kRef ? 0.2f : 0, o.entropy_coef = 0.05f, o.max_len = 20, o.factor = 2, o.entropy_factor = 0.5f;
     if (pick(2)) o.inner_low = -0.15f, o.inner_high = 0.2f;
     if (pick(3) == 0) o.unit_low = -0.05f, o.unit_high = 0.1f;
-    if (p.unit == kSeqSum) o.unit_low = -3, o.unit_high = 3;
+    if (p.unit == kUnitSeqSum) o.unit_low = -3, o.unit_high = 3;
     if (pick(2)) o.weight_low = 0.8f, o.weight_high = 1.2f;
     if (pick(2)) o.gate_low = -0.2f, o.gate_high = 0.1f;
     if (pick(3) == 0) o.off_policy = 0.01f;
-    s.formulas.surrogate = pick(4) ? pick(2) * 4 : pick(count_surrogates());
-    s.formulas.estimator = s.given & kRef ? pick(5) - 1 : -1;
+    s.surrogate = pick(4) ? pick(2) * 4 : pick(count_surrogates());
+    s.estimator = s.given & kRef ? pick(5) - 1 : -1;
     all.push_back(s);
   }
 }
@@ -107,7 +108,7 @@ std::vector<LossShape> loss_shapes(bool large) {
   if (large)
     for (bool packed : {false, true}) {
       LossShape s;
-      s.formulas.surrogate = 1;  // without a bound, at which one token in a million is found on the other side in fp32
+      s.surrogate = 1;  // without a bound, at which one token in a million is found on the other side in fp32
       s.name = "many pieces", s.rows = 2, s.length = 600000, s.is_packed = packed, s.packed = {1200000, 5};
       all.push_back(s);
     }

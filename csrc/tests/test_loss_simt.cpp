@@ -15,9 +15,8 @@ void append(std::vector<char>& to, Exact<T>& from) {
 
 std::vector<char> run(LossCase& c, unsigned* finished, unsigned grid_limit, bool descending) {
   simt::grid_limit = grid_limit, simt::descending = descending;
-  LossCall call = c.call();
-  Exact<double> scratch(cuda::token_loss_scratch(call));
-  cuda::token_loss(call, scratch.get(), finished, 0, nullptr);
+  Exact<double> scratch(cuda::token_loss_scratch(c.objective(), c.fields()));
+  cuda::token_loss(c.objective(), c.fields(), c.out(), scratch.get(), finished, 0, nullptr);
   std::vector<char> bits;
   append(bits, c.loss), append(bits, c.metrics), append(bits, c.dlogp), append(bits, c.dentropy);
   return bits;
@@ -31,7 +30,7 @@ void test_cuda_loss(bool large) {
     LossCase c(s);
     Report r{"cuda token_loss under simt, " + s.name + ", dtype " + std::to_string(int(s.dtype)) + ", " +
              std::to_string(c.sequences) + " of " + std::to_string(c.length) + ", given " + std::to_string(s.given) +
-             ", surrogate " + std::to_string(s.formulas.surrogate)};
+             ", surrogate " + std::to_string(s.surrogate)};
     std::vector<char> all = run(c, &finished, 0xffffffffu, false);
     c.check(r);
     std::vector<char> two = run(c, &finished, 2, true);

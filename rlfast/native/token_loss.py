@@ -1,7 +1,6 @@
 """Policy losses by the compiled kernels: the ``cpu`` and ``cuda`` backends.
 
-The extensions take addresses, strides and numbers; ``csrc/bindings.h`` lists them, and ``csrc/rlfast/token_loss.h`` has
-the records that they fill.
+The arguments are listed in ``csrc/bindings_loss.h``.
 """
 
 from __future__ import annotations
@@ -11,81 +10,64 @@ import functools
 import torch
 
 from rlfast import backends
+from rlfast.native.token_logps import DTYPES, _address, _extension
 from rlfast.ops.loss_records import Fields, Output, allocate
-
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-NO_FIELD = (0, 0, 0, 0)
 
 
 @functools.cache
-def formulas(device: str) -> tuple[dict[str, int], dict[str, int]]:
-    """Surrogates and estimators of the extension for a device, by name: their numbers."""
-    extension = backends.extension(device)
-    lists = extension.token_loss_surrogates(), extension.token_loss_estimators()
-    return tuple({name: number for number, name in enumerate(names)} for names in lists)
+def _surrogates(name: str) -> frozenset[str]:
+    return frozenset(backends.extension(name).token_loss_surrogates())
 
 
-def why_not(surrogate: str, device: str = "cpu") -> str | None:
-    """Why the extension cannot compute a surrogate; None if it can."""
-    if surrogate in formulas(device)[0]:
+def why_not(surrogate: str) -> str | None:
+    """Why the C++ kernels have not got this formula; None if they have."""
+    if surrogate in _surrogates("cuda" if backends.why_not("cpu") else "cpu"):
         return None
-    return f"{surrogate} is not compiled into the extension, expected one of {', '.join(formulas(device)[0])}"
+    return f"{surrogate} has no C++ formula: it was not in kernels/formulas when the extension was built"
 
 
-def _field(x: torch.Tensor | None) -> tuple:
+def _field(x: torch.Tensor | None, packed: bool):
     if x is None:
-        return NO_FIELD
-    return x.data_ptr(), DTYPES[x.dtype], x.stride(0) if x.dim() == 2 else 0, x.stride(-1)
-
-
-def _flags(x: torch.Tensor | None) -> tuple:
-    return (0, 0) if x is None else (x.data_ptr(), x.stride(0) if x.dim() == 2 else 0)
-
-
-def _address(x: torch.Tensor | None) -> int:
-    return 0 if x is None else x.data_ptr()
-
-
-def _inputs(f: Fields) -> list[int]:
-    logp = f.logp
-    rows = logp.shape[0] if logp.dim() == 2 else 1
-    sequences = rows if f.cu_seqlens is None else f.cu_seqlens.shape[0] - 1
-    floats = (f.logp, f.old_logp, f.ref_logp, f.rollout_logp, f.adv, f.entropy, f.weights, f.extra)
-    return [
-        sequences, logp.shape[-1], *(number for x in floats for number in _field(x)), *_flags(f.mask), *_flags(f.keep),
-        _address(f.cu_seqlens), _address(f.num_items), _address(f.coefs),
-    ]  # fmt: skip
+        return None
+    stride = x.stride()
+    return x.data_ptr(), DTYPES[x.dtype], 0 if packed else stride[0], 1 if stride[-1] else 0
 
 
 @functools.cache
 def _counter(device: int, stream: int) -> torch.Tensor:
-    """Blocks of a launch that are done: every launch on this stream leaves it at 0."""
+    """What the blocks of a launch count themselves with: 0 before and after each launch, which a stream makes in turn."""
     return torch.zeros(1, dtype=torch.int32, device=f"cuda:{device}")
 
 
-def _cuda_last(logp, inputs: list[int], plan, settings) -> tuple:
-    """What the CUDA kernel takes last, and the tensors behind the addresses in it."""
-    device = logp.device
-    stream = torch.cuda.current_stream(device).cuda_stream
-    doubles = backends.extension("cuda").token_loss_scratch(inputs, plan, settings)
-    scratch = torch.empty(doubles, dtype=torch.float64, device=device)
-    # a graph may be replayed on any stream: its counter is its own
-    capturing = torch.cuda.is_current_stream_capturing()
-    counter = torch.zeros(1, dtype=torch.int32, device=device) if capturing else _counter(device.index, stream)
-    return (scratch.data_ptr(), counter.data_ptr(), device.index, stream), (scratch, counter)
+def _scratch(logp, doubles: int, stream: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Room for what the pieces of the batch add up to, and the counter."""
+    scratch = torch.empty(doubles, dtype=torch.float64, device=logp.device)
+    if torch.cuda.is_current_stream_capturing():  # a graph may run on any stream, and has a counter of its own
+        return scratch, torch.zeros(1, dtype=torch.int32, device=logp.device)
+    return scratch, _counter(logp.device.index, stream)
 
 
-def forward(fields: Fields, surrogate: str, estimator: str, plan, settings, hyper, kl_hyper, needs) -> Output:
+def forward(fields: Fields, surrogate, estimator, plan, settings, hyper, kl_hyper, needs) -> Output:
     """See ``rlfast/ops/token_loss.py``."""
-    device, out, inputs = fields.logp.device.type, allocate(fields, needs), _inputs(fields)
-    if device == "cuda":
-        last, _alive = _cuda_last(fields.logp, inputs, plan, settings)
-    else:
-        last = backends.isa(), torch.get_num_threads()
-    surrogates, estimators = formulas(device)
-    backends.extension(device).token_loss(
-        inputs, plan, settings, surrogates[surrogate], hyper, estimators[estimator] if estimator else -1, kl_hyper,
-        out.loss.data_ptr(), out.metrics.data_ptr(), out.dlogp.data_ptr() if needs[0] else 0,
-        out.dentropy.data_ptr() if needs[1] else 0, *last,
+    out = allocate(fields, needs)
+    logp, shape = fields.logp, fields.logp.shape
+    flat = len(shape) == 1
+    floats = [_field(x, flat) for x in fields[:8]]
+    flags = [None if x is None else (x.data_ptr(), 0 if flat else x.stride(0)) for x in fields[8:10]]
+    rows = 1 if flat else shape[0]
+    if fields.cu_seqlens is not None:
+        rows = fields.cu_seqlens.shape[0] - 1
+    extension, last = _extension(logp)
+    arguments = (
+        (*floats, *flags), (*map(_address, fields[10:]), rows, shape[-1]), surrogate, estimator, plan, settings, hyper,
+        kl_hyper, (out.loss.data_ptr(), out.metrics.data_ptr(), *map(_gradient, out[2:])),
     )  # fmt: skip
+    if logp.is_cuda:
+        scratch, counter = _scratch(logp, extension.token_loss_scratch(*arguments), last[1])
+        last = (scratch.data_ptr(), counter.data_ptr(), *last)
+    extension.token_loss(*arguments, *last)
     return out
+
+
+def _gradient(x: torch.Tensor) -> int:
+    return x.data_ptr() if x.numel() else 0
