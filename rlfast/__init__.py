@@ -21,7 +21,7 @@ from rlfast.logps import TokenLogps, linear_token_logps, token_logps  # noqa: E4
 from rlfast.loss_table import LOSSES, loss  # noqa: E402
 from rlfast.losses import Loss, LossMetrics, LossOutput  # noqa: E402
 from rlfast.rewards import length_reward, overlong_penalty, shape_rewards  # noqa: E402
-from rlfast.selections import clip_cov_keep, kl_cov_extra, top_entropy_keep  # noqa: E402
+from rlfast.selections import clip_cov_keep, kl_cov_extra, rollout_keep, top_entropy_keep  # noqa: E402
 from rlfast.values import value_loss  # noqa: E402
 
 __version__ = "0.1.0"
@@ -44,6 +44,7 @@ __all__ = [
     "loss",
     "overlong_penalty",
     "patch",
+    "rollout_keep",
     "shape_rewards",
     "token_logps",
     "top_entropy_keep",

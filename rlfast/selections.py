@@ -154,3 +154,61 @@ def top_entropy_keep(entropy, mask=None, *, quantile=0.8, process_group=None):
     below, above = ascending.gather(0, torch.stack([place.floor(), place.ceil()]).long()).unbind()
     threshold = torch.where(place.floor() == place, below, torch.lerp(below, above, place - place.floor()))
     return mask & (entropy >= threshold)
+
+
+def _divergence(old_logp, rollout_logp, kind: str):
+    """What ``rollout_keep`` looks at, of each token; 0 where the rollout has no log-prob."""
+    d = (old_logp - rollout_logp).nan_to_num(nan=0.0)
+    if kind in ("k1", "k2", "k3"):
+        return {"k1": d, "k2": 0.5 * d.square(), "k3": torch.expm1(d) - d}[kind]
+    # within [1e-6, 1 − 1e-6] the logs of both outcomes are finite
+    p, q = (x.exp().clamp(1e-6, 1.0 - 1e-6) for x in (rollout_logp, old_logp))
+    moved = (p - q).abs() if kind == "tv" else p * (p / q).log() + (1.0 - p) * ((1.0 - p) / (1.0 - q)).log()
+    return moved.nan_to_num(nan=0.0)
+
+
+def rollout_keep(old_logp, rollout_logp, mask=None, *, kind="binary_kl", level="token", low=-math.inf, high=math.inf):
+    """Tokens, or sequences, whose sampler did not stray too far: the gates that ``rlfast.Correction`` has not got.
+
+        d = log π_old − log π_rollout, p = π_rollout, q = π_old:
+        k1 = d,  k2 = d²/2,  k3 = e^d − 1 − d,  tv = |p − q|,  binary_kl = p·log(p/q) + (1 − p)·log((1 − p)/(1 − q))
+        keep = low ≤ the token's, or its sequence's sum, mean or maximum ≤ high
+
+    Args:
+        old_logp, rollout_logp: [B, T] float. A NaN of the rollout counts as no difference.
+        mask: [B, T], bool or number. The tokens that count; None is all.
+        kind: "binary_kl", "tv", "k1", "k2" or "k3".
+        level: "token", "seq_sum", "seq_mean" or "seq_max".
+        low, high: bounds of what is looked at.
+
+    Returns:
+        bool [B, T], for ``keep`` of a loss, where the others keep their place in n; or for its ``mask``, where they
+        do not. False where the mask is.
+
+    Raises:
+        ValueError, TypeError: an argument has the wrong shape, type or name; the message names it.
+
+    Reference:
+        arXiv 2602.04879.
+
+    Example:
+        >>> old_logp, rollout_logp = torch.tensor([[-0.1, -2.0]]), torch.tensor([[-0.1, -0.5]])
+        >>> rlfast.rollout_keep(old_logp, rollout_logp, kind="tv", high=0.2)
+        tensor([[ True, False]])
+    """
+    for name, x in (("old_logp", old_logp), ("rollout_logp", rollout_logp)):
+        validate.tensor(name, x)
+    validate.one_of("kind", kind, ("binary_kl", "tv", "k1", "k2", "k3"))
+    validate.one_of("level", level, ("token", "seq_sum", "seq_mean", "seq_max"))
+    mask = torch.ones_like(old_logp, dtype=torch.bool) if mask is None else mask != 0
+    for name, x in (("rollout_logp", rollout_logp), ("mask", mask)):
+        if x.shape != old_logp.shape:
+            validate.fail(name, f"shape {tuple(old_logp.shape)} like old_logp", validate.shape(x))
+    acc = torch.promote_types(old_logp.dtype, torch.float32)
+    moved = torch.where(mask, _divergence(old_logp.detach().to(acc), rollout_logp.detach().to(acc), kind), 0.0)
+    if level == "seq_max":
+        moved = torch.where(mask, moved, -math.inf).amax(-1, keepdim=True) if moved.shape[-1] else moved
+    elif level != "token":
+        moved = moved.sum(-1, keepdim=True)
+        moved = moved / mask.sum(-1, keepdim=True).clamp(min=1) if level == "seq_mean" else moved
+    return mask & (moved >= low) & (moved <= high)

@@ -9,6 +9,7 @@ LENGTHS = (9, 5, 7, 1, 0, 4)  # one token, and none
 SEED = 20412
 POINTS = {
     "near": (),
+    "unscored": (("rollout_logp", 0, 2, float("nan")), ("rollout_logp", 3, 0, float("nan"))),
     "far": (
         ("old_logp", 0, 0, -26.0), ("logp", 0, 0, -1.0), ("old_logp", 0, 1, -1.0), ("logp", 0, 1, -26.0),
         ("old_logp", 1, 0, -1.0), ("logp", 1, 0, -13.0), ("ref_logp", 1, 1, -30.0),
@@ -28,8 +29,9 @@ POINTS = {
 def batch(kind: str = "near") -> dict[str, torch.Tensor]:
     """Every field of a loss, in float64.
 
-    "near" has the ratios of a training step. "far" adds differences of 10.5, 12 and 25 nats, on both sides of every
-    bound that a trainer has. "drift" moves whole sequences with and against their advantages, one of them by 12.5 nats.
+    "near" has the ratios of a training step. "unscored" lacks log-probs of the sampler. "far" adds differences of 10.5,
+    12 and 25 nats, on both sides of every bound that a trainer has. "drift" moves whole sequences with and against
+    their advantages, one of them by 12.5 nats.
     """
     draw = torch.Generator().manual_seed(SEED)
 

@@ -35,12 +35,15 @@ PUBLIC = [
     rlfast.clip_cov_keep,
     rlfast.kl_cov_extra,
     rlfast.top_entropy_keep,
+    rlfast.rollout_keep,
     rlfast.AdaptiveKL,
     rlfast.AdaptiveEntropy,
     rlfast.RunningMeanStd,
 ]
-DOCUMENTED = ("token_logps", "linear_token_logps", "use_backend", "kl_penalty", "value_loss", "shape_rewards",
-              "length_reward", "overlong_penalty", "clip_cov_keep", "kl_cov_extra", "top_entropy_keep")  # fmt: skip
+DOCUMENTED = (
+    "token_logps", "linear_token_logps", "use_backend", "kl_penalty", "value_loss", "shape_rewards", "length_reward",
+    "overlong_penalty", "clip_cov_keep", "kl_cov_extra", "top_entropy_keep", "rollout_keep",
+)  # fmt: skip
 
 
 def names() -> dict:

@@ -81,8 +81,8 @@ def call(case: dict, dtype, device="cpu", order=None):
         given["entropy"].requires_grad_()
     per_token = case["settings"].get("token_adv")
     given["adv"] = token("token_adv") if per_token else fields["adv"].to(device, dtype)
-    given |= selected(case, fields, device, dtype)
-    out = objective(case)(logp, mask=mask.to(device), **given, **case.get("call", {}))
+    given |= {"mask": mask.to(device)} | selected(case, fields, device, dtype)
+    out = objective(case)(logp, **given, **case.get("call", {}))
     out.loss.backward()
     entropy = given["entropy"].grad if "entropy" in given else None
     return out, *(None if x is None else x.cpu()[order.argsort()] for x in (logp.grad, entropy))
@@ -97,7 +97,7 @@ def yardsticks(index: int) -> list:
 
 
 def selected(case: dict, fields: dict, device, dtype) -> dict:
-    """``keep`` or ``extra`` as a case chooses it, in float64 from the rounded inputs."""
+    """``keep``, ``mask`` or ``extra`` as a case chooses it, in float64 from the rounded inputs."""
     options = dict(case.get("select", {}))
     logp, old, adv, mask = (fields[name] for name in ("logp", "old_logp", "adv", "mask"))
     match options.pop("name", None):
@@ -107,6 +107,11 @@ def selected(case: dict, fields: dict, device, dtype) -> dict:
             return {"extra": rlfast.kl_cov_extra(logp, adv, mask, **options).to(device, dtype)}
         case "top_entropy_keep":
             return {"keep": rlfast.top_entropy_keep(fields["entropy"], mask, **options).to(device)}
+        case "rollout_keep":
+            field, keep = options.pop("field"), mask
+            for gate in options["gates"]:
+                keep = keep & rlfast.rollout_keep(old, fields["rollout_logp"], mask, **gate)
+            return {field: keep.to(device)}
     return {}
 
 

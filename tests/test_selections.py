@@ -14,7 +14,7 @@ def batch():
     """(logp, old_logp, adv, mask): a thousand tokens and more."""
     draw = torch.Generator().manual_seed(1)
     old = -3.0 * torch.rand(ROWS, LENGTH, generator=draw) - 0.5
-    logp = old + 0.3 * torch.randn(ROWS, LENGTH, generator=draw)
+    logp = (old + 0.3 * torch.randn(ROWS, LENGTH, generator=draw)).clamp(max=-0.01)
     mask = torch.rand(ROWS, LENGTH, generator=draw) < 0.7
     return logp, old, torch.randn(ROWS, generator=draw), mask
 
@@ -107,3 +107,35 @@ def test_errors_name_the_argument():
         rlfast.top_entropy_keep(x, quantile=80)
     with pytest.raises(ValueError, match="ratio: expected a finite float > 0"):
         rlfast.kl_cov_extra(x, x, ratio=0.0)
+
+
+@pytest.mark.parametrize("level", ["token", "seq_sum", "seq_mean", "seq_max"])
+@pytest.mark.parametrize("kind", ["k1", "k2", "k3", "tv", "binary_kl"])
+def test_rollout_keep_is_its_formula(kind, level):
+    logp, old, _, mask = batch()
+    logp, old = logp.double(), old.double()
+    p, q, d = logp.exp(), old.exp(), old - logp
+    bernoulli = torch.distributions.Bernoulli
+    looked_at = {
+        "k1": d, "k2": d.square() / 2, "k3": d.exp() - 1 - d, "tv": (p - q).abs(),
+        "binary_kl": torch.distributions.kl_divergence(bernoulli(p), bernoulli(q)),
+    }[kind]  # fmt: skip
+    found = []
+    for row, counted in zip(looked_at, mask, strict=True):
+        chosen = row[counted]
+        one = {"token": row, "seq_sum": chosen.sum(), "seq_mean": chosen.mean(), "seq_max": chosen.amax()}[level]
+        found.append(one.expand(LENGTH))
+    found = torch.stack(found)
+    values = found[mask].unique()  # bounds between two of them, where rounding decides nothing
+    low, high = (values[int(q * len(values)) :][:2].mean() for q in (0.2, 0.7))
+    keep = rlfast.rollout_keep(
+        old, torch.where(mask, logp, torch.nan), mask, kind=kind, level=level, low=low, high=high
+    )
+    assert torch.equal(keep, mask & (found >= low) & (found <= high)) and bool(keep.any())
+
+
+def test_a_rollout_without_a_log_prob_is_kept():
+    old = torch.tensor([[-1.0, -1.0]])
+    rollout = torch.tensor([[torch.nan, -3.0]])
+    for kind in ("k2", "tv", "binary_kl"):
+        assert rlfast.rollout_keep(old, rollout, kind=kind, high=0.1).tolist() == [[True, False]]

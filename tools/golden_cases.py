@@ -96,6 +96,11 @@ def trl_cases() -> list[Case]:
             cases.append(Case("vespo", vespo | used, options, ROLLOUT))
     return [
         *widened(cases, ("rloo", "a_star_po", "gmpo")),
+        Case("dapo", dapo | {"use_vllm": True, "ratio": ("sequence_mask", None, 3.0)}, {"correction": "sequence_mask"},
+             ROLLOUT, inputs="unscored"),
+        Case("dapo", dapo | {"use_vllm": True, "ratio": ("token_truncate", None, 1.2)},
+             {"correction": {"weight": "token", "high": 1.2}}, ROLLOUT, inputs="unscored"),
+        Case("grpo", grpo | {"off_policy_mask_threshold": 0.01}, {"off_policy": 0.01}, ROLLOUT, inputs="unscored"),
         Case("grpo", grpo | {"off_policy_mask_threshold": 0.01}, {"off_policy": 0.01}),
         Case("grpo", grpo | {"off_policy_mask_threshold": 0.01}, {"off_policy": 0.01}, ROLLOUT),
         Case("gspo", gspo | {"off_policy_mask_threshold": 0.01}, {"off_policy": 0.01}, level="sequence"),
@@ -185,6 +190,16 @@ def verl_cases() -> list[Case]:
         cases.append(Case("ppo", settings, options, ROLLOUT))
         options = {"correction": options["correction"] | weights[0][1]} | seq_mean_token_mean
         cases.append(Case("ppo", settings | weights[0][0] | by_sequence, options, ROLLOUT))
+    chosen = (  # criteria that are several, or of the largest token
+        ("seq_max_k2", "0.05", [{"kind": "k2", "level": "seq_max", "high": 0.05}]),
+        ("seq_max_k3", "0.05", [{"kind": "k3", "level": "seq_max", "high": 0.05}]),
+        ("token_k2,seq_mean_k3", "0.05,0.02",
+         [{"kind": "k2", "high": 0.05}, {"kind": "k3", "level": "seq_mean", "high": 0.02}]),
+    )  # fmt: skip
+    for rejection, threshold, gates in chosen:
+        settings = {"rollout_rs": rejection, "rollout_rs_threshold": threshold}
+        select = {"name": "rollout_keep", "field": "mask", "gates": gates}
+        cases.append(Case("ppo", settings, select=select))
     cases.append(Case("reinforce", {"mode": "reinforce"} | weights[0][0], {"correction": weights[0][1]},
                       ("rollout_logp",)))  # fmt: skip
     return widened(cases, ("gmpo", "sapo", "reinforce"))  # the reduction of the KL of the first two is another there
@@ -218,6 +233,13 @@ def openrlhf_cases() -> list[Case]:
     for settings, threshold, correction in corrections:
         options = {"correction": correction | {"weight": "token"}}
         cases.append(Case("ppo", settings | {"is_correction_threshold": threshold}, options, ROLLOUT))
+    for gating in ("binary_kl", "tv"):
+        for level, ours in (("token", "token"), ("seq", "seq_mean")):
+            high = {"binary_kl": 0.01, "tv": 0.03}[gating]
+            settings = {"is_correction_level": level, "is_correction_gating": gating}
+            select = {"name": "rollout_keep", "field": "keep", "gates": [{"kind": gating, "level": ours, "high": high}]}
+            cases.append(Case("ppo", settings | {"is_correction_threshold": [0.0, high]}, {"correction": "decoupled"},
+                              ROLLOUT, select=select))  # fmt: skip
     return widened(cases, ("raft",))
 
 

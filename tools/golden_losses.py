@@ -85,7 +85,7 @@ def run_verl(case: Case, fields: dict, folder: Path):
     if s.get("entropy_coef"):
         loss = loss - s["entropy_coef"] * core.agg_loss(fields["entropy"], mask, agg, **info)
     metrics = {}
-    if "rollout_logp" not in case.fields and mode != "kl_cov" and "actor/ppo_kl" in said:
+    if not {"rollout_is", "rollout_rs"} & set(s) and mode != "kl_cov" and "actor/ppo_kl" in said:
         metrics["approx_kl_k1"] = said["actor/ppo_kl"]
         if case.inputs == "near" and mode in ("vanilla", "cispo", "gspo"):
             metrics["clip"] = said["actor/pg_clipfrac"] + said["actor/pg_clipfrac_lower"]
