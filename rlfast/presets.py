@@ -65,7 +65,7 @@ PRESETS: dict[str, dict[str, dict]] = {
         "ppo": _VERL_VANILLA,
         "dual_clip_ppo": _VERL_VANILLA,
         "grpo": _VERL_VANILLA,
-        "dapo": _VERL_VANILLA | {"eps_high": 0.28},
+        "dapo": _VERL_VANILLA | {"eps_high": 0.28, "dual_clip": 10.0},  # as its script for DAPO sets them
         "dr_grpo": _VERL_VANILLA | {"reduce": "seq_sum_over_max_len"},
         "rloo": _VERL_VANILLA,
         "remax": _VERL_VANILLA,
@@ -99,7 +99,7 @@ PRESETS: dict[str, dict[str, dict]] = {
         "ppo": _NEMO_PPO,
         "dual_clip_ppo": _NEMO_PPO | {"dual_clip": 3.0},
         "grpo": _NEMO_PPO,
-        "dapo": _NEMO_PPO | {"eps_high": 0.28},
+        "dapo": _NEMO_PPO | {"eps_high": 0.28, "dual_clip": 10.0, "beta": 0.0},  # as its configurations for DAPO
         "reinforce++": _NEMO_PPO | {"beta": 0.0},  # its KL is in the reward
         "reinforce": _NEMO_REINFORCE,
         "rloo": _NEMO_REINFORCE,

@@ -161,7 +161,7 @@ NEMO = [
     ("dual_clip_ppo", {"dual_clip": 3.0}, {}),
     ("grpo", {}, {}),
     ("grpo", {"level": "sequence"}, {"reduce": "seq_mean_token_mean"}),
-    ("dapo", {"high": 0.28}, {}),
+    ("dapo", {"high": 0.28, "dual_clip": 10.0, "beta": 0.0}, {}),
     ("reinforce++", {"beta": 0.0}, {}),
     ("reinforce", {"ratio": False}, {}),
     ("rloo", {"ratio": False}, {}),

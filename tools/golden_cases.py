@@ -134,7 +134,7 @@ def verl_cases() -> list[Case]:
         Case("dual_clip_ppo", {"clip_ratio_c": 1.3}, {"dual_clip": 1.3}, inputs="far"),
         Case("grpo"),
         Case("grpo", kl, kl, REF, inputs="far"),
-        Case("dapo", {"clip_ratio_high": 0.28}),
+        Case("dapo", {"clip_ratio_high": 0.28, "clip_ratio_c": 10.0}),
         Case("dr_grpo", {"agg": "seq-mean-token-sum-norm"}),
         Case("dr_grpo", {"agg": "seq-mean-token-sum-norm", "info": {"loss_scale_factor": 512}}, call={"max_len": 512}),
         Case("gspo", gspo),
