@@ -35,7 +35,7 @@ def _field(x: torch.Tensor | None, packed: bool):
 
 @functools.cache
 def _counter(device: int, stream: int) -> torch.Tensor:
-    """What the blocks of a launch count themselves with: 0 before and after each launch, which a stream makes in turn."""
+    """What the blocks of a launch count themselves with: 0 before and after each, which a stream makes in turn."""
     return torch.zeros(1, dtype=torch.int32, device=f"cuda:{device}")
 
 
