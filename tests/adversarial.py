@@ -9,7 +9,7 @@ import torch
 
 from tests.cases import ALL, DIFFERENTIABLE, Problem, as_head, f32, few, head_of, logits_of, targets_of
 
-ROW_COUNT, NAN_ROWS = few(12, 6), few(24, 6)
+ROW_COUNT, NAN_ROWS = few(12, 6), few(24, 12)
 
 
 def _problem(op: str, logits, targets=None, **fields) -> Problem:
