@@ -64,6 +64,11 @@ def far_below_zero(op: str) -> Problem:
     return _problem(op, logits_of(ROW_COUNT, 3003) - 1e4)
 
 
+def rising_maximum(op: str) -> Problem:
+    """Each block has a larger maximum than the one before it, so that every sum is rescaled."""
+    return _problem(op, logits_of(ROW_COUNT, 9000) + torch.linspace(0, 12, 9000))
+
+
 def offset_1e6(op: str) -> Problem:
     """log-sum-exp rounded to the offset's ulp: PyTorch's own log_softmax is right, lse − x is not."""
     return _problem(op, logits_of(ROW_COUNT, 3000) + 1e6)
@@ -214,9 +219,9 @@ def near_certain(op: str) -> Problem:
 
 def ties(op: str) -> Problem:
     """Equal maxima: the first one is top-1, and top-k orders them by id."""
-    logits = torch.zeros(5, 2500)
+    logits = torch.zeros(5, 5000)
     logits[4, [2047, 2040]] = 5.0
-    logits[0, [3, 1024, 2400]] = 5.0
+    logits[0, [3, 1024, 2400, 4500]] = 5.0
     logits[1, [1023, 1024]] = 5.0
     logits[2, 2499] = 5.0
     return _problem(op, logits, torch.tensor([3, 1024, 2499, 0, 2047]), options={"top_k": 5})
@@ -302,6 +307,7 @@ ROWS = {
         (2, one_possible_token),
         (2, all_minus_inf_row),
         (3, far_below_zero),
+        (3, rising_maximum),
         (4, offset_1e6),
         (4, offset_3e4_bf16),
         (4, offset_3e4_f16),

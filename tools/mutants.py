@@ -216,8 +216,8 @@ PYTHON = [
     ),
     *_python(
         "triton", "kernels/leaves.py",
-        ("squares += weight * weight *", "squares += weight *", "pairwise"),
-        (" + distance * part)", ")", "pairwise"),
+        ("squares += weight * weight *", "squares += weight *", "rising"),
+        (" + distance * part)", ")", "rising"),
         ("entropy = tl.where(live, log_sum - tl", "entropy = tl.where(live, log_sum + tl", "pairwise"),
         ("tl.log(squares) - 2.0 * log_sum", "tl.log(squares) - log_sum", "pairwise"),
         ("others = tl.where(chosen, float(\"-inf\"), z)", "others = z", "pairwise or row_05"),
