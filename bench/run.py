@@ -1,6 +1,6 @@
 """Run the cases of ``bench/suite.py`` on this machine and write ``bench/results/<device>.json``.
 
-python -m bench.run [--op OP] [--case WORD] [--small] [--device cuda] [--json PATH | --update] [--every-isa]
+python -m bench.run [--op OP] [--case WORD] [--small] [--device cuda] [--json PATH | --update] [--lower-isas]
                     [--no-memory]
 """
 
@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 import rlfast
-from bench import arms, measure, memory, overhead, suite
+from bench import arms, measure, memory, overhead, report, suite
 from bench.case import Case
 from bench.show import print_case
 from rlfast import backends
@@ -28,6 +28,7 @@ from rlfast import verify as verification
 
 RESULTS = Path(__file__).resolve().parent / "results"
 ROOT = RESULTS.parent.parent
+LOWER = (" avx2", " baseline")
 METHOD = (
     "Every arm is checked against float64 on sampled rows; then all arms run in one interleaved loop, rotated. "
     "A call below 1 ms is repeated within its sample. Times are medians, spread is the interquartile range ÷ the "
@@ -86,6 +87,20 @@ def stamp(device: str, command: str) -> dict:
     }
 
 
+def lower_isas(case: Case, say) -> dict:
+    """The arms that the targets of a lower instruction set name, of a case that leaves them out of its loop."""
+    named = {name for t in case.targets if t.arm.endswith(LOWER) for name in (t.arm, t.over)}
+    named |= {name.removesuffix("avx2") + "baseline" for name in named}
+    case = replace(case, isas=True, budget_s=3.5 * case.budget_s)
+    data = case.inputs()
+    todo = {name: run for name, run in arms.build(case, data).items() if name in named}
+    errors, failures = measure.checked(todo, case.truth(data), case.gate, say)
+    if "compile" in errors:
+        todo["compile"]()  # the first call compiled; the second settles its guards
+    times = measure.interleaved({n: f for n, f in todo.items() if n not in failures}, case.budget_s, say=say)
+    return {"arms": {n: measure.summary(s) | {"error": errors[n]} for n, s in times.items()}, "failures": failures}
+
+
 def run_case(case: Case, device: str, small: bool, with_memory: bool, say) -> dict:
     """Everything about one case: times, errors, ceilings, extra memory."""
     data = case.inputs(device)
@@ -119,9 +134,7 @@ def _memory_matters(case: Case, name: str) -> bool:
     return name.startswith("rlfast") or case.budget_s < 100
 
 
-def run(
-    ops=None, cases=None, small=False, device="cpu", json_path=None, every_isa=False, with_memory=True, update=False
-) -> int:
+def run(ops=None, cases=None, small=False, device="cpu", json_path=None, with_memory=True, update=False) -> int:
     """Run, print, write. Returns the exit status.
 
     ``update`` puts the chosen cases in the place of those in this device's own file, each with its own stamp.
@@ -135,7 +148,7 @@ def run(
         + "".join(f" --op {op}" for op in ops or ())
         + "".join(f" --case {c!r}" for c in cases or ())
     )
-    command += " --small" * small + " --every-isa" * every_isa + (f" --device {device}" if device != "cpu" else "")
+    command += " --small" * small + (f" --device {device}" if device != "cpu" else "")
     result = stamp(device, command) | {"small": small, "cases": []}
     whole = not (ops or cases)
     own = RESULTS / f"{slug(result['machine'])}.json"
@@ -145,8 +158,6 @@ def run(
         result["overhead"] = overhead.measure()
         print("overhead:", result["overhead"])
     for number, case in enumerate(chosen, 1):
-        if every_isa:
-            case = replace(case, isas=True)
         if device == "cuda":
             case = replace(case, targets=case.gpu_targets)
         case = case.small() if small else case
@@ -165,12 +176,32 @@ def run(
     return 0
 
 
+def run_lower_isas(ops=None, cases=None) -> int:
+    """The lower instruction sets of the cases that leave them out, into this device's own file. The exit status."""
+    chosen = [c for c in suite.selected(ops, cases) if not c.isas and any(t.arm.endswith(LOWER) for t in c.targets)]
+    now = stamp("cpu", "")
+    own, started = RESULTS / f"{slug(now['machine'])}.json", time.perf_counter()
+    for number, case in enumerate(chosen, 1):
+        measured = lower_isas(case, _progress(f"[{number}/{len(chosen)}] {case.name}", started))
+        print_case({"case": asdict(case)} | measured)
+        result = json.loads(own.read_text(encoding="utf-8"))
+        (place,) = [c for c in result["cases"] if c["case"]["name"] == case.name]
+        place["lower"] = measured | {"stamp": report.stamp(now)}
+        _write(own, result)
+    return 0 if chosen else 1
+
+
 def updated(path: Path, measured: dict, now: dict) -> dict:
-    """The file's result with one case in the place of the one of its name, or after the others."""
+    """The file's result with one case in the place of the one of its name, or after the others.
+
+    What was measured of its lower instruction sets, in a loop of their own, stays.
+    """
     result = json.loads(path.read_text(encoding="utf-8"))
-    measured = measured | {"stamp": f"{now['date']}, {now['commit']}{' + changes' if now['uncommitted'] else ''}"}
+    by_name = {c["case"]["name"]: c for c in result["cases"]}
+    name = measured["case"]["name"]
+    kept = {"lower": by_name[name]["lower"]} if "lower" in by_name.get(name, {}) else {}
     result["overhead"] = now.get("overhead")
-    by_name = {c["case"]["name"]: c for c in result["cases"]} | {measured["case"]["name"]: measured}
+    by_name[name] = measured | {"stamp": report.stamp(now)} | kept
     result["cases"] = list(by_name.values())
     return result
 
@@ -198,12 +229,16 @@ def main() -> int:
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--json", type=Path, help="where to write; a whole run goes to bench/results/ by itself")
     parser.add_argument(
-        "--every-isa", action="store_true", help="force the lower instruction sets on the largest case too (minutes)"
+        "--lower-isas",
+        action="store_true",
+        help="only the lower instruction sets of the largest cases, in a loop of their own (minutes)",
     )
     parser.add_argument("--no-memory", action="store_true")
     parser.add_argument("--update", action="store_true", help="replace these cases in the file of this device")
     args = parser.parse_args()
-    options = (args.small, args.device, args.json, args.every_isa, not args.no_memory, args.update)
+    if args.lower_isas:
+        return run_lower_isas(args.op, args.case)
+    options = (args.small, args.device, args.json, not args.no_memory, args.update)
     return run(args.op, args.case, *options)
 
 

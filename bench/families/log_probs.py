@@ -285,7 +285,7 @@ CASES = (
     _backward("bfloat16"),
     _head(512, 576, 49152, "float32", 75.0, isas=True),
     _head(512, 576, 49152, "bfloat16", 75.0, isas=True),
-    # every forced instruction set would add minutes here: `--every-isa` does it
+    # a forced instruction set takes half a minute a call here: `--lower-isas` times them, in a loop of their own
     _head(2048, 896, 151936, "float32", 100.0, isas=False),
     _head(2048, 896, 151936, "bfloat16", 100.0, isas=False),
 )
