@@ -10,6 +10,12 @@ struct NoHyper {
   float unused;
 };
 
+// The range of the ratio, [1 − eps_low, 1 + eps_high].
+struct Range {
+  float eps_low;
+  float eps_high;
+};
+
 // The range of the ratio, [1 − eps_low, 1 + eps_high], and two more bounds that are off by default.
 struct Clip {
   float eps_low;
@@ -64,7 +70,7 @@ RLFAST_FORMULA auto ratio_weighted(const Token<V>& t, const NoHyper& h) {
 // ℓ = −sg(clip(r, 1 − ε_low, 1 + ε_high))·A·log p.
 // ∂ℓ/∂log p = −clip(r, 1 − ε_low, 1 + ε_high)·A. arXiv 2506.13585.
 template <class V>
-RLFAST_FORMULA auto cispo(const Token<V>& t, const Clip& h) {
+RLFAST_FORMULA auto cispo(const Token<V>& t, const Range& h) {
   auto weight = minimum(maximum(t.ratio, (1.0f - h.eps_low)), (1.0f + h.eps_high));
   return Surrogate<V>{((-weight * t.adv) * t.logp), 0.0f, (-weight * t.adv), select<V>((weight != t.ratio), 1.0f, 0.0f)};
 }
@@ -179,7 +185,7 @@ RLFAST_FORMULA auto awr(const Token<V>& t, const Awr& h) {
 // ℓ = −sg(clip(r, 1 − ε_low, 1 + ε_high))·max(A, 0)·log p.
 // ∂ℓ/∂log p = −clip(r, 1 − ε_low, 1 + ε_high)·max(A, 0), r of the whole sequence. arXiv 2305.14718.
 template <class V>
-RLFAST_FORMULA auto a_lol(const Token<V>& t, const Clip& h) {
+RLFAST_FORMULA auto a_lol(const Token<V>& t, const Range& h) {
   auto weight = minimum(maximum(t.ratio, (1.0f - h.eps_low)), (1.0f + h.eps_high));
   auto gain = maximum(t.adv, 0.0f);
   return Surrogate<V>{((-weight * gain) * t.logp), 0.0f, (-weight * gain), select<V>((weight != t.ratio), 1.0f, 0.0f)};
@@ -340,7 +346,7 @@ RLFAST_FORMULAS_END
   X(reinforce, NoHyper) \
   X(nll, NoHyper) \
   X(ratio_weighted, NoHyper) \
-  X(cispo, Clip) \
+  X(cispo, Range) \
   X(cispo_capped, Cap) \
   X(topr, Cap) \
   X(sapo, Sapo) \
@@ -349,7 +355,7 @@ RLFAST_FORMULAS_END
   X(quadratic_penalty, Squared) \
   X(apa, Apa) \
   X(awr, Awr) \
-  X(a_lol, Clip) \
+  X(a_lol, Range) \
   X(dppo_tv, Dppo) \
   X(dppo_kl, Dppo) \
   X(kl_cov, KlCov) \

@@ -35,6 +35,13 @@ class NoHyper(NamedTuple):
     unused: float = 0.0
 
 
+class Range(NamedTuple):
+    """The range of the ratio, [1 − eps_low, 1 + eps_high]."""
+
+    eps_low: float = 0.2
+    eps_high: float = 0.2
+
+
 class Clip(NamedTuple):
     """The range of the ratio, [1 − eps_low, 1 + eps_high], and two more bounds that are off by default."""
 
@@ -92,7 +99,7 @@ def ratio_weighted(t: Token, h: NoHyper):
 
 
 @jit
-def cispo(t: Token, h: Clip):
+def cispo(t: Token, h: Range):
     """ℓ = −sg(clip(r, 1 − ε_low, 1 + ε_high))·A·log p.
 
     ∂ℓ/∂log p = −clip(r, 1 − ε_low, 1 + ε_high)·A. arXiv 2506.13585.
@@ -231,7 +238,7 @@ def awr(t: Token, h: Awr):
 
 
 @jit
-def a_lol(t: Token, h: Clip):
+def a_lol(t: Token, h: Range):
     """ℓ = −sg(clip(r, 1 − ε_low, 1 + ε_high))·max(A, 0)·log p.
 
     ∂ℓ/∂log p = −clip(r, 1 − ε_low, 1 + ε_high)·max(A, 0), r of the whole sequence. arXiv 2305.14718.

@@ -193,6 +193,7 @@ def _totals(b: Batch, plan: Plan, c, kept, parts, seen) -> dict:
         return torch.where(b.mask, y, torch.zeros_like(y)).amax() if y.numel() else y.new_zeros(())
 
     w = (ratio if plan.weight_in_ratio else ratio * applied).clamp(max=records.LARGEST_WEIGHT)
+    w = torch.where(w >= records.SMALLEST_WEIGHT, w, torch.zeros_like(w))
     clipped = torch.where(used, clipped, torch.zeros_like(x))
     per_row = ones.sum(-1) if b.cu_seqlens is None else b.segments(ones)
     return {

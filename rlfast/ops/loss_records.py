@@ -19,7 +19,9 @@ TOKEN_MEAN, TOKEN_SUM, SEQ_MEAN_TOKEN_MEAN, SEQ_MEAN_TOKEN_SUM, SEQ_SUM_OVER_MAX
 LEVELS = (None, "token", "seq_sum", "seq_mean")
 NO_LEVEL, AT_TOKEN, AT_SEQ_SUM, AT_SEQ_MEAN = range(4)
 
-LARGEST_WEIGHT = 1e15  # of the effective sample size, whose squares must stay finite in float32
+# Of the effective sample size: a larger weight counts for the largest, a smaller one for 0, so that neither the squares
+# nor their sum leave the normal range of float32.
+SMALLEST_WEIGHT, LARGEST_WEIGHT = 1e-15, 1e15
 LOG_LEAST = -18.420680743952367  # log 1e-8: what a weight of 0 counts for in VESPO's log-ratio
 
 

@@ -28,7 +28,7 @@ def ratio_weighted(t):
     return -t.ratio * t.adv
 
 
-def cispo(t, eps_low=0.2, eps_high=0.2, **_):
+def cispo(t, eps_low=0.2, eps_high=0.2):
     """arXiv 2506.13585 (4)."""
     return -t.ratio.clamp(1 - eps_low, 1 + eps_high).detach() * t.adv * t.logp
 
@@ -76,7 +76,7 @@ def awr(t, coef=1.0, max_weight=20.0):
     return -torch.exp(coef * t.adv).clamp(max=max_weight) * t.logp
 
 
-def a_lol(t, eps_low=0.9, eps_high=0.9, **_):
+def a_lol(t, eps_low=0.2, eps_high=0.2):
     """arXiv 2305.14718 (3)."""
     return -t.ratio.clamp(1 - eps_low, 1 + eps_high).detach() * t.adv.clamp(min=0) * t.logp
 

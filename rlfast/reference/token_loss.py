@@ -160,6 +160,7 @@ def _metrics(o, m, kl, h, sums, seen):
         return torch.where(m > 0, y, torch.zeros_like(y)).max() if y.numel() else n.new_zeros(())
 
     w = torch.where(m > 0, ratio if o.weight_in_ratio else ratio * applied, torch.zeros_like(m)).clamp(max=1e15)
+    w = torch.where(w < 1e-15, torch.zeros_like(w), w)  # the squares stay within float32
     squares = (w * w).sum()
     ess = torch.where(squares > 0, w.sum() ** 2 / (n * squares), torch.zeros_like(n))
     names = ("loss", "scale", "entropy_scale", "tokens", "sequences", "policy_loss")
