@@ -5,8 +5,9 @@
 #include <string>
 #include <vector>
 
-#include "bindings.h"
+#include "bindings_loss.h"
 #include "cpu/kernels.h"
+#include "rlfast/formulas.gen.h"
 
 namespace py = pybind11;
 using namespace rlfast;
@@ -57,6 +58,24 @@ void linear_backward(RLFAST_HEAD_ARGS, Address aux, Address g_logp, Address g_ls
                                 HeadGradients{at<void>(g_hidden), at<void>(g_weight), at<void>(g_bias)}, threads);
 }
 
+void loss(py::handle fields, py::handle sizes, const char* surrogate, const char* estimator, py::handle plan,
+          py::handle settings, py::handle hyper, py::handle kl_hyper, py::handle outputs, const char* isa,
+          int threads) {
+  const Kernels& k = kernels_of(isa);
+  const LossArguments a(fields, sizes, surrogate, estimator, plan, settings, hyper, kl_hyper, outputs);
+  py::gil_scoped_release release;
+  k.token_loss(a.objective, a.fields, a.out, threads);
+}
+
+// The surrogates that have a C++ formula.
+std::vector<std::string> surrogates() {
+  return {
+#define RLFAST_SURROGATE_NAME(formula, Hyper) #formula,
+      RLFAST_SURROGATE_FORMULAS(RLFAST_SURROGATE_NAME)
+#undef RLFAST_SURROGATE_NAME
+  };
+}
+
 double read_bandwidth(Address data, size_t bytes, int threads) {
   const Kernels& k = kernels_of(isas().back().c_str());
   py::gil_scoped_release release;
@@ -72,6 +91,8 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("token_logps_backward", &backward);
   m.def("linear_token_logps_forward", &linear_forward);
   m.def("linear_token_logps_backward", &linear_backward);
+  m.def("token_loss", &loss);
+  m.def("token_loss_surrogates", &surrogates);
   m.def("read_bandwidth", &read_bandwidth, py::arg("data"), py::arg("bytes"), py::arg("threads"),
         "Reads every byte once and returns the sum of them as float32: the ceiling of a kernel that reads once.");
 }

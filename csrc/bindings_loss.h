@@ -57,10 +57,21 @@ struct LossArguments {
                 pybind11::handle plan, pybind11::handle settings, pybind11::handle hyper_, pybind11::handle kl_hyper_,
                 pybind11::handle outputs) {
     const Numbers f(fields_), s(sizes), o(outputs);
-    fields = {loss_field(f[0]), loss_field(f[1]), loss_field(f[2]), loss_field(f[3]), loss_field(f[4]),
-              loss_field(f[5]), loss_field(f[6]), loss_field(f[7]), loss_flags(f[8]), loss_flags(f[9]),
-              at<const int64_t>(s.address(0)), at<const float>(s.address(1)), at<const float>(s.address(2)),
-              s.integer(3), s.integer(4)};
+    fields = {loss_field(f[0]),
+              loss_field(f[1]),
+              loss_field(f[2]),
+              loss_field(f[3]),
+              loss_field(f[4]),
+              loss_field(f[5]),
+              loss_field(f[6]),
+              loss_field(f[7]),
+              loss_flags(f[8]),
+              loss_flags(f[9]),
+              at<const int64_t>(s.address(0)),
+              at<const float>(s.address(1)),
+              at<const float>(s.address(2)),
+              s.integer(3),
+              s.integer(4)};
     out = {at<float>(o.address(0)), at<LossMetrics>(o.address(1)), at<float>(o.address(2)), at<float>(o.address(3))};
     static_assert(sizeof(LossPlan) == 13 * sizeof(int) && sizeof(LossSettings) == 14 * sizeof(float), "");
     Numbers(plan).into(&objective.plan.unit, 13);

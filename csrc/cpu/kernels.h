@@ -5,6 +5,7 @@
 #include <cstddef>
 
 #include "../rlfast/linear_token_logps.h"
+#include "../rlfast/token_loss.h"
 
 #ifndef RLFAST_ISAS
 #define RLFAST_ISAS(X) X(baseline)
@@ -25,6 +26,8 @@ namespace rlfast {
   /* the gradients whose pointers are not null; `kept` as the forward left it, or null: the logits are made again */    \
   void linear_token_logps_backward(const Head&, const Transform&, const Targets&, const BackwardIn&,                    \
                                    const float* kept, const HeadGradients&, int threads);                               \
+  /* fields → the loss, its metrics and its gradients, in one pass; the surrogate and the estimator are known */        \
+  void token_loss(const LossObjective&, const LossFields&, const LossOut&, int threads);                                \
   /* a sum over every byte as float32 vectors: what one read costs */                                                   \
   double read_sum(const void* data, size_t bytes, int threads);                                                         \
   }
@@ -52,6 +55,7 @@ struct Kernels {
   decltype(&baseline::token_logps_backward) token_logps_backward;
   decltype(&baseline::linear_token_logps_forward) linear_token_logps_forward;
   decltype(&baseline::linear_token_logps_backward) linear_token_logps_backward;
+  decltype(&baseline::token_loss) token_loss;
   decltype(&baseline::read_sum) read_sum;
 };
 

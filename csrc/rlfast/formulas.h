@@ -10,6 +10,9 @@
 #define RLFAST_FORMULAS_BEGIN namespace rlfast::RLFAST_ISA_NS::formulas {
 #define RLFAST_FORMULA inline
 #else
+#ifndef RLFAST_DEVICE  // the bindings, which read the tables alone
+#define RLFAST_DEVICE inline
+#endif
 #define RLFAST_FORMULAS_BEGIN namespace rlfast::formulas {
 #define RLFAST_FORMULA RLFAST_DEVICE
 #endif

@@ -11,8 +11,8 @@ enum Unit : int { kUnitToken, kUnitSeqMean, kUnitSeqSum, kUnitSeqMeanThrough };
 enum Reduce : int { kTokenMean, kTokenSum, kSeqMeanTokenMean, kSeqMeanTokenSum, kSeqSumOverMaxLen };
 enum Level : int { kNoLevel, kAtToken, kAtSeqSum, kAtSeqMean };
 
-constexpr float kLargestWeight = 1e15f;              // of the effective sample size
-constexpr double kLogLeast = -18.420680743952367;    // log 1e-8: what a weight of 0 counts for in a log-ratio
+constexpr float kLargestWeight = 1e15f;            // of the effective sample size
+constexpr double kLogLeast = -18.420680743952367;  // log 1e-8: what a weight of 0 counts for in a log-ratio
 constexpr double kLogMost = 20.0;
 
 // A float field of the tokens; data is null if there is none.

@@ -78,7 +78,9 @@ inline void from_float(float x, f16* y) {
 //   D, a vector of doubles: zero_double, accumulate(d, x), and reduce_add of it;
 //   kFused: whether fma rounds once; head12: the leading 12 bits of the significand (where not fused);
 //   greater(x, y), equal(x, y), select(m, yes, no), any(m), bits(m): one bit a lane;
-//   scale2(p, n): p·2^n for integral n, 0 below n = −126 (subnormal or 0 with AVX-512); reduce_max; reduce_add in double.
+//   at_least(x, y), unequal(x, y) (true for a NaN); both, either and except (a and not b) of masks;
+//   load_flags(p): the lanes whose byte is not 0; exponent(x): ⌊log2 x⌋ of a normal x > 0;
+//   scale2(p, n): p·2^n for integral n ≤ 127, 0 below n = −126; for any n, and subnormals, where kScalesAny; reduce_max; reduce_add in double.
 #if defined(RLFAST_GENERIC)
 #include "vec_generic.h"
 #elif defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512DQ__)

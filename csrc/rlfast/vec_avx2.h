@@ -24,6 +24,19 @@ inline F abs(F a) { return _mm256_andnot_ps(set1(-0.0f), a); }
 inline M greater(F a, F b) { return _mm256_cmp_ps(a, b, _CMP_GT_OQ); }
 inline M equal(F a, F b) { return _mm256_cmp_ps(a, b, _CMP_EQ_OQ); }
 inline F select(M m, F yes, F no) { return _mm256_blendv_ps(no, yes, m); }
+inline M at_least(F a, F b) { return _mm256_cmp_ps(a, b, _CMP_GE_OQ); }
+inline M unequal(F a, F b) { return _mm256_cmp_ps(a, b, _CMP_NEQ_UQ); }
+inline M both(M a, M b) { return _mm256_and_ps(a, b); }
+inline M either(M a, M b) { return _mm256_or_ps(a, b); }
+inline M except(M a, M b) { return _mm256_andnot_ps(b, a); }
+inline M load_flags(const uint8_t* p) {
+  const __m256i x = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+  return _mm256_castsi256_ps(_mm256_cmpgt_epi32(x, _mm256_setzero_si256()));
+}
+inline F exponent(F x) {
+  const __m256i biased = _mm256_srli_epi32(_mm256_castps_si256(x), 23);
+  return _mm256_cvtepi32_ps(_mm256_sub_epi32(biased, _mm256_set1_epi32(127)));
+}
 inline uint32_t bits(M m) { return static_cast<uint32_t>(_mm256_movemask_ps(m)); }
 inline bool any(M m) { return bits(m) != 0; }
 // 2^n is built in the exponent field; below the normal range the result is 0.
@@ -31,6 +44,7 @@ inline F scale2(F p, F n) {
   const __m256i power = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23);
   return _mm256_andnot_ps(greater(set1(-126.0f), n), mul(p, _mm256_castsi256_ps(power)));
 }
+constexpr bool kScalesAny = false;
 constexpr bool kSplitsInf = false;
 inline void split(F t, F k, F* n, F* f) {
   const F magic = set1(0x1.8p23f);

@@ -24,9 +24,20 @@ inline F abs(F a) { return _mm512_abs_ps(a); }
 inline M greater(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ); }
 inline M equal(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ); }
 inline F select(M m, F yes, F no) { return _mm512_mask_blend_ps(m, no, yes); }
+inline M at_least(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ); }
+inline M unequal(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_NEQ_UQ); }
+inline M both(M a, M b) { return static_cast<M>(a & b); }
+inline M either(M a, M b) { return static_cast<M>(a | b); }
+inline M except(M a, M b) { return static_cast<M>(a & ~b); }
+inline M load_flags(const uint8_t* p) {
+  const __m128i x = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return _mm_test_epi8_mask(x, x);
+}
+inline F exponent(F x) { return _mm512_getexp_ps(x); }
 inline uint32_t bits(M m) { return m; }
 inline bool any(M m) { return m != 0; }
 inline F scale2(F p, F n) { return _mm512_scalef_ps(p, n); }
+constexpr bool kScalesAny = true;
 constexpr bool kSplitsInf = true;
 inline void split(F t, F k, F* n, F* f) {
   const F u = mul(t, k);

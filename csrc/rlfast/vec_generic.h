@@ -20,6 +20,13 @@ inline F head12(F a) { return (F)((M)a & ~0xfff); }
 inline M greater(F a, F b) { return a > b; }
 inline M equal(F a, F b) { return a == b; }
 inline F select(M m, F yes, F no) { return (F)((m & (M)yes) | (~m & (M)no)); }
+inline M at_least(F a, F b) { return a >= b; }
+inline M unequal(F a, F b) { return a != b; }
+inline M both(M a, M b) { return a & b; }
+inline M either(M a, M b) { return a | b; }
+inline M except(M a, M b) { return a & ~b; }
+inline M load_flags(const uint8_t* p) { return M{p[0], p[1], p[2], p[3]} > 0; }
+inline F exponent(F x) { return __builtin_convertvector(((M)x >> 23) - 127, F); }
 inline F max(F a, F b) { return select(a > b, a, b); }
 inline F min(F a, F b) { return select(a < b, a, b); }
 inline F abs(F a) { return (F)((M)a & 0x7fffffff); }
@@ -30,6 +37,7 @@ inline F scale2(F p, F n) {
   const M power = ((M)(n + set1(0x1.8p23f)) + 127) << 23;
   return (F)((M)(p * (F)power) & ((n >= set1(-126.0f)) | (n != n)));
 }
+constexpr bool kScalesAny = false;
 constexpr bool kSplitsInf = false;
 inline void split(F t, F k, F* n, F* f) {
   const F magic = set1(0x1.8p23f);

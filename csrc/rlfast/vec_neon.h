@@ -21,6 +21,21 @@ inline F fma_sub(F a, F b, F c) { return vfmaq_f32(vnegq_f32(c), a, b); }
 inline M greater(F a, F b) { return vcgtq_f32(a, b); }
 inline M equal(F a, F b) { return vceqq_f32(a, b); }
 inline F select(M m, F yes, F no) { return vbslq_f32(m, yes, no); }
+inline M at_least(F a, F b) { return vcgeq_f32(a, b); }
+inline M unequal(F a, F b) { return vmvnq_u32(vceqq_f32(a, b)); }
+inline M both(M a, M b) { return vandq_u32(a, b); }
+inline M either(M a, M b) { return vorrq_u32(a, b); }
+inline M except(M a, M b) { return vbicq_u32(a, b); }
+inline M load_flags(const uint8_t* p) {
+  uint32_t four;
+  std::memcpy(&four, p, 4);
+  const uint32x4_t x = vmovl_u16(vget_low_u16(vmovl_u8(vcreate_u8(four))));
+  return vtstq_u32(x, x);
+}
+inline F exponent(F x) {
+  const int32x4_t biased = vreinterpretq_s32_u32(vshrq_n_u32(vreinterpretq_u32_f32(x), 23));
+  return vcvtq_f32_s32(vsubq_s32(biased, vdupq_n_s32(127)));
+}
 // By comparison: vmaxq would give NaN for a NaN in either operand.
 inline F max(F a, F b) { return select(greater(a, b), a, b); }
 inline F min(F a, F b) { return select(greater(b, a), a, b); }
@@ -35,6 +50,7 @@ inline F scale2(F p, F n) {
   const F scaled = mul(p, vreinterpretq_f32_s32(power));
   return select(greater(set1(-126.0f), n), set1(0.0f), scaled);
 }
+constexpr bool kScalesAny = false;
 constexpr bool kSplitsInf = false;
 inline void split(F t, F k, F* n, F* f) {
   const F magic = set1(0x1.8p23f);
