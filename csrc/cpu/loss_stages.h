@@ -36,12 +36,14 @@ struct Sequence {
   alignas(64) float mean_adv[kLanes] = {};  // if the plan has it
 };
 
-// log ρ of the token; NaN counts as ρ = 1, and infinities as the largest float.
-inline F drift_of(const Tile& t, int64_t i, M m) {
+// Infinities as the largest float, NaN as 0.
+inline F without_nan(F d) {
   constexpr float kLargest = std::numeric_limits<float>::max();
-  const F d = only(m, sub(t.old_logp[i], t.rollout_logp[i]));
   return min(set1(kLargest), max(set1(-kLargest), only(equal(d, d), d)));
 }
+
+// log ρ of the token; NaN counts as ρ = 1.
+inline F drift_of(const View& v, int64_t i, M m) { return without_nan(only(m, sub(v.old_logp[i], v.rollout_logp[i]))); }
 
 // What the gate looks at: k1 = d, k2 = d²/2, k3 = e^d − 1 − d.
 inline F looked_at(int kind, F d) {
@@ -50,6 +52,7 @@ inline F looked_at(int kind, F d) {
   return sub(exponential(d).grown, d);
 }
 
+inline F unit_bounded(F x, const Objective& o) { return min(set1(o.s.unit_high), max(set1(o.s.unit_low), x)); }
 inline M within(F x, F low, F high) { return both(at_least(x, low), at_least(high, x)); }
 
 inline M gate_of(F d, const Sequence& q, const Objective& o) {
@@ -64,12 +67,13 @@ inline F weight_of(F rho, const Sequence& q, const Objective& o) {
 
 // A closed gate takes the token out of the mask.
 inline void mask_by_gate(Tile& t, const Sequence& q, const Objective& o) {
-  for (int64_t i = 0; i < t.padded; i += kLanes) {
-    const M m = t.mask[i];
-    const uint32_t left = bits(both(m, gate_of(drift_of(t, i, m), q, o)));
+  const View v = t.view;
+  for (int64_t i = 0; i < v.padded; i += kLanes) {
+    const M m = v.mask[i];
+    const uint32_t left = bits(both(m, gate_of(drift_of(v, i, m), q, o)));
     for (int lane = 0; lane < kLanes; ++lane) t.mask_bytes[i + lane] = (left >> lane) & 1;
   }
-  t.mask = {t.mask_bytes, -1};
+  t.view.mask = {t.mask_bytes, -1};
 }
 
 struct LogRatio {
@@ -78,12 +82,12 @@ struct LogRatio {
 };
 
 // x = clamp(lp − lp_old); a signed bound holds from above where A > 0, from below where A < 0
-inline LogRatio log_ratio(const Tile& t, int64_t i, M m, const Objective& o) {
-  const F raw = only(m, sub(t.logp[i], t.old_logp[i]));
+inline LogRatio log_ratio(const View& v, int64_t i, M m, const Objective& o) {
+  const F raw = only(m, sub(v.logp[i], v.old_logp[i]));
   if (!o.bounded) return {raw, m};
   F low = set1(o.s.inner_low), high = set1(o.s.inner_high);
   if (o.plan.signed_bounds) {
-    const F adv = t.own_adv[i], zero = set1(0.0f);
+    const F adv = v.own_adv[i], zero = set1(0.0f);
     low = select(greater(adv, zero), set1(-HUGE_VALF), low);
     high = select(greater(zero, adv), set1(HUGE_VALF), high);
   }
@@ -91,113 +95,154 @@ inline LogRatio log_ratio(const Tile& t, int64_t i, M m, const Objective& o) {
 }
 
 // ρ, its gate, keep, weights and the off-policy mask → multiplier, applied
-inline void multipliers(Tile& t, const Sequence& q, const Objective& o, Sums& sums) {
-  F drift = set1(0.0f), largest = set1(0.0f);
-  for (int64_t i = 0; i < t.padded; i += kLanes) {
-    const M m = t.mask[i];
+inline void multipliers(Tile& t, const Sequence& q, const Objective& given, Sums& sums) {
+  const View v = t.view;
+  const Objective o = given;
+  F largest = set1(0.0f);
+  Sum drift;
+  for (int64_t i = 0; i < v.padded; i += kLanes) {
+    const M m = v.mask[i];
     F weight = set1(1.0f);
     M open = m;
     if (o.rollout) {
-      const F d = drift_of(t, i, m), rho = only(m, exponential(d).power);
-      drift = add(drift, rho), largest = max(largest, rho);
+      const F d = drift_of(v, i, m), rho = only(m, exponential(d).power);
+      drift.add(rho), largest = max(largest, rho);
       weight = weight_of(rho, q, o);
       open = both(m, gate_of(d, q, o));
     }
     store(t.applied + i, only(open, weight));
     F k = o.plan.weight_in_ratio ? set1(1.0f) : weight;
-    if (o.weights) k = mul(k, t.weights[i]);
-    if (o.keep) open = both(open, t.keep[i]);
-    if (q.strayed) open = both(open, at_least(t.adv[i], set1(0.0f)));
+    if (o.weights) k = mul(k, v.weights[i]);
+    if (o.keep) open = both(open, v.keep[i]);
+    if (q.strayed) open = both(open, at_least(v.adv[i], set1(0.0f)));
     store(t.multiplier + i, only(open, k));
+    if (due(i)) drift.flush();
   }
   sums.add(kDrift, drift);
   sums.drift_max = max(sums.drift_max, largest);
 }
 
+// w = r·ρ as it is applied, of the effective sample size
+inline void weight_tile(const Tile& t, const Sequence& q, const Objective& given, Sums& sums) {
+  const View v = t.view;
+  const Objective o = given;
+  Sum weights, squares;
+  for (int64_t i = 0; i < v.padded; i += kLanes) {
+    const F r = o.sequence ? set1(q.ratio) : load(t.ratio + i);
+    const F w = only(v.mask[i], min(set1(kLargestWeight), o.applied ? mul(r, load(t.applied + i)) : r));
+    weights.add(w), squares.add(mul(w, w));
+    if (due(i)) weights.flush(), squares.flush();
+  }
+  sums.add(kWeight, weights), sums.add(kWeightSq, squares);
+}
+
+// x and r of each token, and their metrics: −x is k1, e^x − 1 − x is k3
+inline void ratio_tile(Tile& t, const Sequence& q, const Objective& given, Sums& sums) {
+  const View v = t.view;
+  const Objective o = given;
+  F largest = set1(0.0f);
+  Sum xs, k3, ratios, squares;
+  for (int64_t i = 0; i < v.padded; i += kLanes) {
+    const M m = v.mask[i];
+    const F x = log_ratio(v, i, m, o).x;
+    const Exponential e = exponential(x);
+    xs.add(x), k3.add(sub(e.grown, x));
+    const F r = only(m, o.unit_bounded ? exponential(unit_bounded(x, o)).power : e.power);
+    store(t.ratio + i, r);
+    ratios.add(r), squares.add(mul(r, r)), largest = max(largest, r);
+    if (due(i)) xs.flush(), k3.flush(), ratios.flush(), squares.flush();
+  }
+  sums.add(kX, xs), sums.add(kK3, k3), sums.add(kRatio, ratios);
+  sums.ratio_max = max(sums.ratio_max, largest);
+  if (o.applied || reduce_max(largest) > kLargestWeight) {
+    weight_tile(t, q, o, sums);
+  } else {
+    sums.add(kWeight, ratios), sums.add(kWeightSq, squares);
+  }
+}
+
 // d = lp_ref − lp → the estimate, perhaps times r, and beta times its derivatives
 template <formulas::Estimate<formulas::V> (*formula)(formulas::V, const formulas::KlBounds&)>
-void kl_tile(Tile& t, const Sequence& q, const Objective& o, Sums& sums) {
+void kl_tile(Tile& t, const Sequence& q, const Objective& given, Sums& sums) {
+  const View v = t.view;
+  const Objective o = given;
   formulas::KlBounds bounds;
   std::memcpy(&bounds, o.kl_hyper, sizeof bounds);
   const F beta = set1(o.beta);
-  F total = set1(0.0f);
-  for (int64_t i = 0; i < t.padded; i += kLanes) {
-    const M m = t.mask[i];
-    const F d = only(m, sub(t.ref_logp[i], t.logp[i]));
+  Sum total;
+  for (int64_t i = 0; i < v.padded; i += kLanes) {
+    const M m = v.mask[i];
+    const F d = only(m, sub(v.ref_logp[i], v.logp[i]));
     const auto estimate = formula(formulas::V(d), bounds);
-    F value = estimate.value.x, by_logp = o.plan.kl_through ? negative(d) : estimate.d_logp.x, by_ratio = set1(0.0f);
-    if (o.plan.kl_ratio) {
-      const LogRatio token = log_ratio(t, i, m, o);
-      F r = set1(q.ratio);
-      if (o.plan.kl_ratio == 2) {
-        r = exponential(token.x).power;
-      } else if (!o.sequence) {
-        r = exponential(min(set1(o.s.unit_high), max(set1(o.s.unit_low), token.x))).power;
-      }
+    F value = estimate.value.x, by_logp = o.plan.kl_through ? negative(d) : estimate.d_logp.x;
+    if (o.plan.kl_ratio == 1) {
+      const F r = o.sequence ? set1(q.ratio) : load(t.ratio + i);
       value = mul(r, value), by_logp = mul(r, by_logp);
-      if (o.plan.kl_ratio == 2) {
-        by_logp = add(by_logp, only(token.inside, value));
-      } else {
-        by_ratio = value;
-      }
+      store(t.kl_ratio + i, mul(beta, only(m, value)));
+    } else if (o.plan.kl_ratio == 2) {
+      const LogRatio token = log_ratio(v, i, m, o);
+      const F r = exponential(token.x).power;
+      value = mul(r, value), by_logp = add(mul(r, by_logp), only(token.inside, value));
     }
-    total = add(total, only(m, value));
+    total.add(only(m, value));
+    if (due(i)) total.flush();
     store(t.kl_logp + i, mul(beta, only(m, by_logp)));
-    store(t.kl_ratio + i, mul(beta, only(m, by_ratio)));
   }
   sums.add(kKl, total);
 }
 
-// The surrogate, the metrics of the ratio, and the gradient: `g` is c·scale·∂/∂log p of each token, in which x of a sequence
-// is not yet seen; the sum of ∂/∂x is returned for it.
-template <class Hyper, formulas::Surrogate<formulas::V> (*formula)(const formulas::Token<formulas::V>&, const Hyper&)>
-double surrogate_tile(Tile& t, const Sequence& q, const Objective& o, Sums& sums, float* g, bool streamed) {
+// The surrogate and the gradient: `g` is c·scale·∂/∂log p of each token, in which x of a sequence is not yet seen; what
+// ∂/∂x adds up to is returned for it.
+template <bool kSequence, class Hyper,
+          formulas::Surrogate<formulas::V> (*formula)(const formulas::Token<formulas::V>&, const Hyper&)>
+double surrogate_tile(Tile& t, const Sequence& q, const Objective& given, Sums& sums, float* g, bool streamed) {
   using formulas::V;
+  const View v = t.view;
+  const Objective o = given;
   Hyper hyper;
   std::memcpy(&hyper, o.hyper, sizeof hyper);
   const F zero = set1(0.0f), one = set1(1.0f), scale = set1(q.c * o.scale);
-  F policy = zero, xs = zero, k3 = zero, ratios = zero, largest = zero, weights = zero, squares = zero, pull = zero;
   const M unit_inside = when(q.inside);
-  int used_count = 0, clipped_count = 0, low_count = 0;
-  for (int64_t i = 0; i < t.padded; i += kLanes) {
-    const M m = t.mask[i];
-    const LogRatio token = log_ratio(t, i, m, o);
-    const Exponential e = exponential(token.x);
-    F unit = token.x, r = e.power;
+  Sum policy, pull;
+  N used_count = zero_count(), clipped_count = zero_count(), low = zero_count();
+  for (int64_t i = 0; i < v.padded; i += kLanes) {
+    const M m = v.mask[i];
+    const LogRatio token = log_ratio(v, i, m, o);
+    F unit = token.x, r;
     M inside = token.inside;
-    if (o.sequence) {
-      unit = set1(q.unit), r = set1(q.ratio);
-    } else if (o.unit_bounded) {
-      inside = both(inside, within(unit, set1(o.s.unit_low), set1(o.s.unit_high)));
-      unit = min(set1(o.s.unit_high), max(set1(o.s.unit_low), unit));
-      r = exponential(unit).power;
+    if constexpr (kSequence) {
+      unit = set1(q.unit), r = only(m, set1(q.ratio)), inside = unit_inside;
+    } else {
+      r = load(t.ratio + i);
+      if (o.unit_bounded) {
+        inside = both(inside, within(unit, set1(o.s.unit_low), set1(o.s.unit_high)));
+        unit = unit_bounded(unit, o);
+      }
     }
-    r = only(m, r);
-    const auto s = formula({V(t.logp[i]), V(t.old_logp[i]), V(unit), V(r), V(t.adv[i]), V(t.extra[i])}, hyper);
-    F value = s.value.x, by_x = s.d_log_ratio.x, by_logp = s.d_logp.x, w = r;
+    const auto s = formula({V(v.logp[i]), V(v.old_logp[i]), V(unit), V(r), V(v.adv[i]), V(v.extra[i])}, hyper);
+    F value = s.value.x, by_x = s.d_log_ratio.x, by_logp = s.d_logp.x;
     M used = m;
     if (o.multiplied) {
       const F k = load(t.multiplier + i);
       used = both(m, unequal(k, zero));
+      used_count = tally(used_count, used);
       value = mul(k, value), by_x = mul(k, by_x), by_logp = mul(k, by_logp);
     }
-    if (o.applied) w = mul(r, load(t.applied + i));
-    value = only(used, value), by_x = only(used, by_x), by_logp = only(used, by_logp);
+    policy.add(only(used, value));
+    by_x = only(used, by_x), by_logp = only(used, by_logp);
 
-    const M clipped = both(used, either(unequal(s.clipped.x, zero), except(m, token.inside)));
-    used_count += count(used), clipped_count += count(clipped), low_count += count(both(clipped, greater(one, r)));
-    policy = add(policy, value);
-    xs = add(xs, token.x), k3 = add(k3, sub(e.grown, token.x));
-    ratios = add(ratios, r), largest = max(largest, r);
-    w = min(set1(kLargestWeight), w);
-    weights = add(weights, w), squares = fma(w, w, squares);
+    const M at_bound = both(used, unequal(s.clipped.x, zero));
+    const M clipped = o.bounded ? either(at_bound, except(used, token.inside)) : at_bound;
+    clipped_count = tally(clipped_count, clipped), low = tally(low, both(clipped, greater(one, r)));
 
-    if (o.kl) by_logp = add(by_logp, load(t.kl_logp + i)), by_x = add(by_x, load(t.kl_ratio + i));
-    if (o.pulled_back) {
-      pull = add(pull, by_x);
+    if (o.kl) by_logp = add(by_logp, load(t.kl_logp + i));
+    if (o.kl && o.plan.kl_ratio == 1) by_x = add(by_x, load(t.kl_ratio + i));
+    if (kSequence && o.pulled_back) {
+      pull.add(by_x);
     } else {
-      by_logp = add(by_logp, only(o.sequence ? unit_inside : inside, by_x));
+      by_logp = add(by_logp, only(inside, by_x));
     }
+    if (due(i)) policy.flush(), pull.flush();
     if (!g) continue;
     if (streamed) {
       stream(g + i, mul(scale, by_logp));
@@ -205,31 +250,35 @@ double surrogate_tile(Tile& t, const Sequence& q, const Objective& o, Sums& sums
       store(g + i, mul(scale, by_logp));
     }
   }
-  sums.add(kPolicy, policy), sums.add(kX, xs), sums.add(kK3, k3), sums.add(kRatio, ratios);
-  sums.add(kWeight, weights), sums.add(kWeightSq, squares);
-  sums.ratio_max = max(sums.ratio_max, largest);
-  sums.used += used_count, sums.low += low_count, sums.high += clipped_count - low_count;
-  return reduce_add(pull);
+  sums.add(kPolicy, policy);
+  sums.used = add(sums.used, used_count), sums.clipped = add(sums.clipped, clipped_count);
+  sums.low = add(sums.low, low);
+  return reduce_add(pull.sum());
 }
 
 // −entropy_coef·H: its sums, and its gradient, of which c·scale is `scale`
 inline void entropy_tile(const Tile& t, const Objective& o, float scale, Sums& sums, float* g) {
-  F total = set1(0.0f), kept_total = set1(0.0f);
+  const View v = t.view;
+  const bool by_keep = o.plan.entropy_mean && o.keep;
   const F slope = set1(-o.entropy_coef * scale);
-  for (int64_t i = 0; i < t.padded; i += kLanes) {
-    const M m = t.mask[i], kept = o.plan.entropy_mean && o.keep ? both(m, t.keep[i]) : m;
-    const F h = t.entropy[i];
-    total = add(total, only(m, h)), kept_total = add(kept_total, only(kept, h));
-    sums.kept += count(kept);
+  Sum total, kept_total;
+  for (int64_t i = 0; i < v.padded; i += kLanes) {
+    const M m = v.mask[i], kept = by_keep ? both(m, v.keep[i]) : m;
+    const F h = v.entropy[i];
+    total.add(only(m, h)), kept_total.add(only(kept, h));
+    sums.kept = tally(sums.kept, kept);
+    if (due(i)) total.flush(), kept_total.flush();
     if (g) store(g + i, only(kept, slope));
   }
   sums.add(kEntropy, total), sums.add(kKeptEntropy, kept_total);
 }
 
 // The gradient through x of the sequence, for each of its tokens that is within its own bounds.
-inline void pull_back(const Tile& t, const Objective& o, float pull, const float* part, float* g, bool streamed) {
-  for (int64_t i = 0; i < t.padded; i += kLanes) {
-    const M m = t.mask[i], inside = o.bounded ? log_ratio(t, i, m, o).inside : m;
+inline void pull_back(const Tile& t, const Objective& given, float pull, const float* part, float* g, bool streamed) {
+  const View v = t.view;
+  const Objective o = given;
+  for (int64_t i = 0; i < v.padded; i += kLanes) {
+    const M m = v.mask[i], inside = o.bounded ? log_ratio(v, i, m, o).inside : m;
     const F d = add(load(part + i), only(inside, set1(pull)));
     if (streamed) {
       stream(g + i, d);
@@ -239,43 +288,53 @@ inline void pull_back(const Tile& t, const Objective& o, float pull, const float
   }
 }
 
-// What a first walk over a sequence adds up.
+// What the first walk over a sequence adds up: log ρ, and what its gate looks at.
 struct Looked {
   D drift = zero_double(), looked = zero_double();
-  int64_t count = 0;
 
   void add(const Tile& t, const Objective& o) {
-    for (int64_t i = 0; i < t.padded; i += kLanes) {
-      const M m = t.mask[i];
-      const F d = drift_of(t, i, m);
-      drift = accumulate(drift, d);
-      looked = accumulate(looked, looked_at(o.plan.gate_kind, d));
-      count += rlfast::RLFAST_ISA_NS::count(m);
+    const View v = t.view;
+    for (int64_t i = 0; i < v.padded; i += kLanes) {
+      const M m = v.mask[i];
+      const F d = drift_of(v, i, m);
+      drift = accumulate(drift, d), looked = accumulate(looked, looked_at(o.plan.gate_kind, d));
     }
   }
 };
 
-// And a second one, which knows the weight and the gate.
+// And a second walk, which knows ρ of the sequence and its gate. Sums that go into an exponential are in doubles.
 struct Measured {
   D x = zero_double(), log_weight = zero_double(), adv = zero_double(), moved = zero_double();
-  int64_t count = 0;
+  N count = zero_count();
 
-  void add(const Tile& t, const Sequence& q, const Objective& o) {
-    for (int64_t i = 0; i < t.padded; i += kLanes) {
-      const M m = t.mask[i];
-      count += rlfast::RLFAST_ISA_NS::count(m);
-      x = accumulate(x, log_ratio(t, i, m, o).x);
-      if (o.plan.mean_adv) adv = accumulate(adv, only(m, t.own_adv[i]));
-      if (o.plan.weight_in_ratio) log_weight = accumulate(log_weight, only(m, log_weight_of(t, i, m, q, o)));
-      if (o.s.off_policy < HUGE_VALF) moved = accumulate(moved, moved_of(t, i, m, o));
+  // k1 and k3 of the tokens, whose x the walk sees anyway, go to the sums of a sequence's objective.
+  void add(const Tile& t, const Sequence& q, const Objective& given, Sums& sums) {
+    const View v = t.view;
+    const Objective o = given;
+    D xs = zero_double();
+    Sum k3;
+    for (int64_t i = 0; i < v.padded; i += kLanes) {
+      const M m = v.mask[i];
+      count = tally(count, m);
+      if (o.sequence) {
+        const F token = log_ratio(v, i, m, o).x;
+        xs = accumulate(xs, token), k3.add(sub(exponential(token).grown, token));
+        if (due(i)) k3.flush();
+      }
+      if (o.plan.mean_adv) adv = accumulate(adv, only(m, v.own_adv[i]));
+      if (o.plan.weight_in_ratio) log_weight = accumulate(log_weight, only(m, log_weight_of(v, i, m, q, o)));
+      if (o.s.off_policy < HUGE_VALF) moved = accumulate(moved, moved_of(v, i, m, o));
     }
+    x = rlfast::RLFAST_ISA_NS::add(x, xs);
+    sums.of[kX] = rlfast::RLFAST_ISA_NS::add(sums.of[kX], xs);
+    sums.add(kK3, k3);
   }
 
 private:
-  // log of ρ as it is applied: of 0, LOG_LEAST
-  static F log_weight_of(const Tile& t, int64_t i, M m, const Sequence& q, const Objective& o) {
+  // log of ρ as it is applied: of 0, kLogLeast
+  static F log_weight_of(const View& v, int64_t i, M m, const Sequence& q, const Objective& o) {
     const auto bounded = [](double x) { return static_cast<float>(std::min(kLogMost, std::max(kLogLeast, x))); };
-    const F d = o.rollout ? drift_of(t, i, m) : set1(0.0f);
+    const F d = o.rollout ? drift_of(v, i, m) : set1(0.0f);
     F y = set1(bounded(std::log(static_cast<double>(q.weight))));
     if (o.plan.weight == kAtToken) {
       y = max(set1(bounded(std::log(static_cast<double>(o.s.weight_low)))), d);
@@ -284,10 +343,8 @@ private:
     return select(o.rollout ? gate_of(d, q, o) : every(), y, set1(static_cast<float>(kLogLeast)));
   }
   // log π_sampled − log π, where NaN counts as 0
-  static F moved_of(const Tile& t, int64_t i, M m, const Objective& o) {
-    constexpr float kLargest = std::numeric_limits<float>::max();
-    const F sampled = o.rollout ? t.rollout_logp[i] : t.old_logp[i], d = only(m, sub(sampled, t.logp[i]));
-    return min(set1(kLargest), max(set1(-kLargest), only(equal(d, d), d)));
+  static F moved_of(const View& v, int64_t i, M m, const Objective& o) {
+    return without_nan(only(m, sub(o.rollout ? v.rollout_logp[i] : v.old_logp[i], v.logp[i])));
   }
 };
 

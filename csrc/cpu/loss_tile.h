@@ -8,9 +8,9 @@
 namespace rlfast {
 namespace RLFAST_ISA_NS {
 
-// A kilobyte a field: a dozen fields and what is between the stages stay in an L1 cache of 32 KiB. Lanes add up to
-// kTile / kLanes numbers in float32 before they go to doubles.
-constexpr int64_t kTile = 256;
+// What a stage costs before its first token and after its last is a fifth of the time at 256; the buffers of the usual
+// objectives are below the 32 KiB of an L1 cache.
+constexpr int64_t kTile = 1024;
 
 inline M every() { return equal(set1(0.0f), set1(0.0f)); }
 inline M when(bool yes) { return equal(set1(yes ? 1.0f : 0.0f), set1(1.0f)); }
@@ -41,12 +41,17 @@ inline Span tile_of(const Span& s, int64_t done) {
   return {s.row, s.begin + done, n};
 }
 
-struct Tile {
-  Span span;
-  int64_t padded;  // n, up to whole vectors
+// What a stage reads, by value: a store of a vector may alias anything that is in memory.
+struct View {
+  int64_t padded;  // tokens, up to whole vectors
   // adv is what the surrogate sees: own_adv, or the sequence's mean
   Values logp, old_logp, ref_logp, rollout_logp, own_adv, adv, entropy, weights, extra;
   Flags mask, keep;
+};
+
+struct Tile {
+  Span span;
+  View view;
 
   void open(const LossFields& f, const Span& s);
 
@@ -54,6 +59,7 @@ struct Tile {
   alignas(64) float fields[kFields][kTile];
   alignas(64) float multiplier[kTile];  // of the surrogate
   alignas(64) float applied[kTile];     // ρ
+  alignas(64) float ratio[kTile];       // r
   alignas(64) float kl_logp[kTile];     // beta·∂KL by log p, and by the unit's log-ratio
   alignas(64) float kl_ratio[kTile];
   alignas(64) float out[kTile];  // a gradient that is not whole vectors
@@ -76,7 +82,7 @@ void converted(const T* x, int64_t n, int64_t padded, float* y) {
 inline Values Tile::values(const LossField& f, float* buffer) {
   if (!f.data) return {kZeros, 0};
   const int64_t offset = span.row * f.stride + span.begin * f.step, n = f.step ? span.n : 1;
-  const int64_t whole = f.step ? padded : kLanes;
+  const int64_t whole = f.step ? view.padded : kLanes;
   switch (f.dtype) {
     case DType::f32:
       if (n == whole) return {static_cast<const float*>(f.data) + offset, -1};
@@ -97,7 +103,7 @@ inline Values Tile::values(const LossField& f, float* buffer) {
 // False beyond the end, whatever the field: the lanes there are masked tokens.
 inline Flags Tile::flags(const LossFlags& f, uint8_t* buffer) {
   const uint8_t* at = f.data ? f.data + span.row * f.stride + span.begin : nullptr;
-  if (at && span.n == padded) return {at, -1};
+  if (at && span.n == view.padded) return {at, -1};
   std::fill_n(buffer, kTile, uint8_t{0});
   if (at) {
     std::copy_n(at, span.n, buffer);
@@ -109,34 +115,54 @@ inline Flags Tile::flags(const LossFlags& f, uint8_t* buffer) {
 
 inline void Tile::open(const LossFields& f, const Span& s) {
   span = s;
-  padded = (s.n + kLanes - 1) / kLanes * kLanes;
-  logp = values(f.logp, fields[0]);
-  old_logp = f.old_logp.data ? values(f.old_logp, fields[1]) : logp;
-  ref_logp = values(f.ref_logp, fields[2]);
-  rollout_logp = values(f.rollout_logp, fields[3]);
-  adv = own_adv = values(f.adv, fields[4]);
-  entropy = values(f.entropy, fields[5]);
-  weights = values(f.weights, fields[6]);
-  extra = values(f.extra, fields[7]);
-  mask = flags(f.mask, mask_bytes);
-  if (f.keep.data) keep = flags(f.keep, keep_bytes);
+  View& v = view;
+  v.padded = (s.n + kLanes - 1) / kLanes * kLanes;
+  v.logp = values(f.logp, fields[0]);
+  v.old_logp = f.old_logp.data ? values(f.old_logp, fields[1]) : v.logp;
+  v.ref_logp = values(f.ref_logp, fields[2]);
+  v.rollout_logp = values(f.rollout_logp, fields[3]);
+  v.adv = v.own_adv = values(f.adv, fields[4]);
+  v.entropy = values(f.entropy, fields[5]);
+  v.weights = values(f.weights, fields[6]);
+  v.extra = values(f.extra, fields[7]);
+  v.mask = flags(f.mask, mask_bytes);
+  if (f.keep.data) v.keep = flags(f.keep, keep_bytes);
 }
 
-// What a thread adds up of its tokens, in the order of the tokens.
-enum Sum { kPolicy, kKl, kEntropy, kKeptEntropy, kX, kK3, kRatio, kWeight, kWeightSq, kDrift, kSums };
+// The sums that a thread makes of its tokens, in the order of the tokens.
+enum Total { kPolicy, kKl, kEntropy, kKeptEntropy, kX, kK3, kRatio, kWeight, kWeightSq, kDrift, kSums };
+
+// A sum in a loop: the terms of a few vectors are added in float32, then they go to doubles.
+class Sum {
+public:
+  void add(F x) { few_ = rlfast::RLFAST_ISA_NS::add(few_, x); }
+  void flush() {
+    total_ = accumulate(total_, few_);
+    few_ = set1(0.0f);
+  }
+  D sum() const { return accumulate(total_, few_); }
+
+private:
+  F few_ = set1(0.0f);
+  D total_ = zero_double();
+};
+
+// Whether the sums of a loop are to be flushed after the vector at i.
+inline bool due(int64_t i) { return (i / kLanes) % 8 == 7; }
 
 struct Sums {
   D of[kSums];
   F ratio_max, drift_max;
-  int64_t low, high, used, kept;
+  N clipped, low, used, kept;  // used if the surrogate has a multiplier
 
   void clear() {
     for (D& d : of) d = zero_double();
     ratio_max = drift_max = set1(0.0f);
-    low = high = used = kept = 0;
+    clipped = low = used = kept = zero_count();
   }
-  void add(Sum which, F x) { of[which] = accumulate(of[which], x); }
-  double total(Sum which) const { return reduce_add(of[which]); }
+  void add(Total which, F x) { of[which] = accumulate(of[which], x); }
+  void add(Total which, const Sum& x) { of[which] = rlfast::RLFAST_ISA_NS::add(of[which], x.sum()); }
+  double total(Total which) const { return reduce_add(of[which]); }
 };
 
 }  // namespace RLFAST_ISA_NS

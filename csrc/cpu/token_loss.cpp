@@ -23,6 +23,9 @@ constexpr int64_t kSerial = 1 << 13;
 constexpr int64_t kStreamBytes = 8 << 20;
 
 using SurrogateTile = double (*)(Tile&, const Sequence&, const Objective&, Sums&, float*, bool);
+struct SurrogateTiles {
+  SurrogateTile token, sequence;
+};
 using KlTile = void (*)(Tile&, const Sequence&, const Objective&, Sums&);
 
 template <class Stage>
@@ -31,8 +34,12 @@ struct Named {
   Stage stage;
 };
 
-#define RLFAST_SURROGATE(formula, Hyper) {#formula, surrogate_tile<formulas::Hyper, formulas::formula<formulas::V>>},
-constexpr Named<SurrogateTile> kSurrogates[] = {RLFAST_SURROGATE_FORMULAS(RLFAST_SURROGATE)};
+// of the token's own r, and of its sequence's
+#define RLFAST_SURROGATE(formula, Hyper)                                    \
+  {#formula,                                                                \
+   {surrogate_tile<false, formulas::Hyper, formulas::formula<formulas::V>>, \
+    surrogate_tile<true, formulas::Hyper, formulas::formula<formulas::V>>}},
+constexpr Named<SurrogateTiles> kSurrogates[] = {RLFAST_SURROGATE_FORMULAS(RLFAST_SURROGATE)};
 #undef RLFAST_SURROGATE
 
 #define RLFAST_ESTIMATOR(formula, Hyper) {#formula, kl_tile<formulas::formula<formulas::V>>},
@@ -40,9 +47,9 @@ constexpr Named<KlTile> kEstimators[] = {RLFAST_KL_FORMULAS(RLFAST_ESTIMATOR)};
 #undef RLFAST_ESTIMATOR
 
 template <class Stage, size_t kCount>
-Stage find(const Named<Stage> (&table)[kCount], const char* name) {
+const Stage* find(const Named<Stage> (&table)[kCount], const char* name) {
   for (const auto& row : table)
-    if (!std::strcmp(row.name, name)) return row.stage;
+    if (!std::strcmp(row.name, name)) return &row.stage;
   return nullptr;
 }
 
@@ -99,8 +106,9 @@ public:
       : f_(f),
         out_(out),
         o_(resolved(given, f)),
-        surrogate_(find(kSurrogates, given.surrogate)),
-        estimator_(find(kEstimators, given.estimator)),
+        surrogate_(o_.sequence ? find(kSurrogates, given.surrogate)->sequence
+                               : find(kSurrogates, given.surrogate)->token),
+        estimator_(o_.kl ? *find(kEstimators, given.estimator) : nullptr),
         by_row_(row_wise(given.plan, given.settings)),
         streamed_(tokens_in_all() * static_cast<int64_t>(sizeof(float)) > kStreamBytes),
         counts_(static_cast<size_t>(f.rows)) {
@@ -181,17 +189,18 @@ private:
       }
     }
     const Sums& s = w.sums;
-    part.x = s.total(kX), part.k3 = s.total(kK3), part.ratio = s.total(kRatio), part.drift = s.total(kDrift);
-    part.weight = s.total(kWeight), part.weight_sq = s.total(kWeightSq);
-    part.ratio_max = reduce_max(s.ratio_max), part.drift_max = reduce_max(s.drift_max);
-    part.low = s.low, part.high = s.high, part.used = s.used, part.kept = s.kept;
+    part.x = s.total(kX), part.k3 = s.total(kK3), part.ratio += s.total(kRatio), part.drift = s.total(kDrift);
+    part.weight += s.total(kWeight), part.weight_sq += s.total(kWeightSq);
+    part.ratio_max = std::max(part.ratio_max, reduce_max(s.ratio_max)), part.drift_max = reduce_max(s.drift_max);
+    part.low = reduce_add(s.low), part.high = reduce_add(s.clipped) - part.low;
+    part.used = o_.multiplied ? reduce_add(s.used) : part.tokens, part.kept = reduce_add(s.kept);
     return part;
   }
 
   void open(Tile& t, const Span& s, const Sequence& q) const {
     t.open(f_, s);
     if (o_.plan.gate_masks) mask_by_gate(t, q, o_);
-    if (o_.plan.mean_adv) t.adv = {q.mean_adv, 0};
+    if (o_.plan.mean_adv) t.view.adv = {q.mean_adv, 0};
   }
 
   template <class Do>
@@ -226,15 +235,15 @@ private:
         q.open = y >= o_.s.gate_low && y <= o_.s.gate_high;
       }
     }
-    if (o_.sequence || p.mean_adv || p.gate_masks || o_.s.off_policy < HUGE_VALF) measure(row, q, t);
+    if (o_.sequence || p.mean_adv || p.gate_masks || o_.s.off_policy < HUGE_VALF) measure(row, q, w);
     if (p.reduce == kSeqMeanTokenMean) q.c = 1.0f / static_cast<float>(std::max<int64_t>(q.count, 1));
     return q;
   }
 
-  void measure(int64_t row, Sequence& q, Tile& t) const {
+  void measure(int64_t row, Sequence& q, Worker& w) const {
     Measured sums;
-    each_tile(span(row), q, t, [&] { sums.add(t, q, o_); });
-    q.count = sums.count;
+    each_tile(span(row), q, w.tile, [&] { sums.add(w.tile, q, o_, w.sums); });
+    q.count = reduce_add(sums.count);
     const double n = static_cast<double>(std::max<int64_t>(q.count, 1));
     std::fill_n(q.mean_adv, kLanes, static_cast<float>(reduce_add(sums.adv) / n));
     q.strayed = !(reduce_add(sums.moved) / n <= o_.s.off_policy);
@@ -247,7 +256,7 @@ private:
   }
 
   bool streams(const float* g, const Tile& t) const {
-    return streamed_ && t.span.n == t.padded && reinterpret_cast<uintptr_t>(g) % (kLanes * sizeof(float)) == 0;
+    return streamed_ && t.span.n == t.view.padded && reinterpret_cast<uintptr_t>(g) % (kLanes * sizeof(float)) == 0;
   }
 
   // The gradients and the sums of some tokens of one sequence.
@@ -259,8 +268,10 @@ private:
     double pull = 0;
     int64_t done = 0;
     each_tile(s, q, t, [&] {
-      const bool whole = t.span.n == t.padded;
+      const bool whole = t.span.n == t.view.padded;
       if (o_.rollout || o_.multiplied) multipliers(t, q, o_, sums);
+      if (!o_.sequence) ratio_tile(t, q, o_, sums);
+      if (o_.sequence && o_.applied) weight_tile(t, q, o_, sums);
       if (estimator_) estimator_(t, q, o_, sums);
       float* to = out_.dlogp ? out_.dlogp + at + done : nullptr;
       float* g = !to ? nullptr : o_.pulled_back ? w.part.data() + done : whole ? to : t.out;
@@ -289,7 +300,7 @@ private:
     float* to = out_.dlogp + s.row * f_.length + s.begin;
     int64_t done = 0;
     each_tile(s, q, t, [&] {
-      const bool whole = t.span.n == t.padded;
+      const bool whole = t.span.n == t.view.padded;
       float* g = whole ? to + done : t.out;
       pull_back(t, o_, each, w.part.data() + done, g, streams(g, t));
       if (!whole) std::copy_n(g, t.span.n, to + done);
@@ -299,7 +310,12 @@ private:
 
   // The sums in which a token has its sequence's weight c.
   void weigh(const Sequence& q, Sums& sums, Part& part) const {
-    const auto taken = [&](Sum which) {
+    if (o_.sequence && q.count) {
+      const double r = q.ratio, n = static_cast<double>(q.count), x = std::min<double>(r, kLargestWeight);
+      part.ratio += r * n, part.ratio_max = std::max(part.ratio_max, q.ratio);
+      if (!o_.applied) part.weight += x * n, part.weight_sq += x * x * n;
+    }
+    const auto taken = [&](Total which) {
       const double x = sums.total(which);
       sums.of[which] = zero_double();
       return x;

@@ -75,10 +75,12 @@ inline void from_float(float x, f16* y) {
 //   add, sub, mul, div, fma (a·b + c; two roundings where there is no instruction), abs;
 //   max(x, y) and min(x, y): y where x is NaN, NaN where y is;
 //   split(t, k, n, f): t·k = n + f, n integral, |f| ≤ ½; kSplitsInf: t·k = −inf gives n = −inf and f = 0;
-//   D, a vector of doubles: zero_double, accumulate(d, x), and reduce_add of it;
+//   D, a vector of doubles: zero_double, add, accumulate(d, x), and reduce_add of it;
 //   kFused: whether fma rounds once; head12: the leading 12 bits of the significand (where not fused);
 //   greater(x, y), equal(x, y), select(m, yes, no), any(m), bits(m): one bit a lane;
 //   at_least(x, y), unequal(x, y) (true for a NaN); both, either and except (a and not b) of masks;
+//   min_number, max_number: the operand that is not NaN; N, counters of a lane: zero_count, tally(n, m) adds the mask, add,
+//   reduce_add;
 //   load_flags(p): the lanes whose byte is not 0; exponent(x): ⌊log2 x⌋ of a normal x > 0;
 //   scale2(p, n): p·2^n for integral n ≤ 127, 0 below n = −126; for any n, and subnormals, where kScalesAny; reduce_max; reduce_add in double.
 #if defined(RLFAST_GENERIC)

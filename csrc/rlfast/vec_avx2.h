@@ -33,6 +33,19 @@ inline M load_flags(const uint8_t* p) {
   const __m256i x = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
   return _mm256_castsi256_ps(_mm256_cmpgt_epi32(x, _mm256_setzero_si256()));
 }
+inline F min_number(F a, F b) { return select(equal(b, b), min(a, b), a); }
+inline F max_number(F a, F b) { return select(equal(b, b), max(a, b), a); }
+using N = __m256i;
+inline N zero_count() { return _mm256_setzero_si256(); }
+inline N tally(N n, M m) { return _mm256_sub_epi32(n, _mm256_castps_si256(m)); }
+inline N add(N a, N b) { return _mm256_add_epi32(a, b); }
+inline int64_t reduce_add(N n) {
+  alignas(32) int32_t lanes[kLanes];
+  _mm256_store_si256(reinterpret_cast<__m256i*>(lanes), n);
+  int64_t total = 0;
+  for (int32_t x : lanes) total += x;
+  return total;
+}
 inline F exponent(F x) {
   const __m256i biased = _mm256_srli_epi32(_mm256_castps_si256(x), 23);
   return _mm256_cvtepi32_ps(_mm256_sub_epi32(biased, _mm256_set1_epi32(127)));
@@ -102,6 +115,7 @@ inline float reduce_max(F x) {
 
 using D = __m256d;
 inline D zero_double() { return _mm256_setzero_pd(); }
+inline D add(D a, D b) { return _mm256_add_pd(a, b); }
 inline D accumulate(D d, F x) {
   const D low = _mm256_cvtps_pd(_mm256_castps256_ps128(x)), high = _mm256_cvtps_pd(_mm256_extractf128_ps(x, 1));
   return _mm256_add_pd(d, _mm256_add_pd(low, high));

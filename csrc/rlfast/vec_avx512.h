@@ -26,13 +26,21 @@ inline M equal(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ); }
 inline F select(M m, F yes, F no) { return _mm512_mask_blend_ps(m, no, yes); }
 inline M at_least(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ); }
 inline M unequal(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_NEQ_UQ); }
-inline M both(M a, M b) { return static_cast<M>(a & b); }
-inline M either(M a, M b) { return static_cast<M>(a | b); }
-inline M except(M a, M b) { return static_cast<M>(a & ~b); }
+// Not with & and |, for which compilers take the masks through general registers.
+inline M both(M a, M b) { return _kand_mask16(a, b); }
+inline M either(M a, M b) { return _kor_mask16(a, b); }
+inline M except(M a, M b) { return _kandn_mask16(b, a); }
 inline M load_flags(const uint8_t* p) {
   const __m128i x = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
   return _mm_test_epi8_mask(x, x);
 }
+inline F min_number(F a, F b) { return _mm512_range_ps(a, b, 4); }
+inline F max_number(F a, F b) { return _mm512_range_ps(a, b, 5); }
+using N = __m512i;
+inline N zero_count() { return _mm512_setzero_si512(); }
+inline N tally(N n, M m) { return _mm512_mask_add_epi32(n, m, n, _mm512_set1_epi32(1)); }
+inline N add(N a, N b) { return _mm512_add_epi32(a, b); }
+inline int64_t reduce_add(N n) { return _mm512_reduce_add_epi32(n); }
 inline F exponent(F x) { return _mm512_getexp_ps(x); }
 inline uint32_t bits(M m) { return m; }
 inline bool any(M m) { return m != 0; }
@@ -90,6 +98,7 @@ inline float reduce_max(F x) { return _mm512_reduce_max_ps(x); }
 
 using D = __m512d;
 inline D zero_double() { return _mm512_setzero_pd(); }
+inline D add(D a, D b) { return _mm512_add_pd(a, b); }
 inline D accumulate(D d, F x) {
   const D low = _mm512_cvtps_pd(_mm512_castps512_ps256(x)), high = _mm512_cvtps_pd(_mm512_extractf32x8_ps(x, 1));
   return _mm512_add_pd(d, _mm512_add_pd(low, high));

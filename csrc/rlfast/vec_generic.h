@@ -29,6 +29,15 @@ inline M load_flags(const uint8_t* p) { return M{p[0], p[1], p[2], p[3]} > 0; }
 inline F exponent(F x) { return __builtin_convertvector(((M)x >> 23) - 127, F); }
 inline F max(F a, F b) { return select(a > b, a, b); }
 inline F min(F a, F b) { return select(a < b, a, b); }
+inline F min_number(F a, F b) { return select(equal(b, b), min(a, b), a); }
+inline F max_number(F a, F b) { return select(equal(b, b), max(a, b), a); }
+struct N {
+  M lanes;
+};
+inline N zero_count() { return {M{0, 0, 0, 0}}; }
+inline N tally(N n, M m) { return {n.lanes - m}; }
+inline N add(N a, N b) { return {a.lanes + b.lanes}; }
+inline int64_t reduce_add(N n) { return int64_t{n.lanes[0]} + n.lanes[1] + n.lanes[2] + n.lanes[3]; }
 inline F abs(F a) { return (F)((M)a & 0x7fffffff); }
 inline uint32_t bits(M m) { return (m[0] & 1) | (m[1] & 2) | (m[2] & 4) | (m[3] & 8); }
 inline bool any(M m) { return bits(m) != 0; }
@@ -84,6 +93,7 @@ inline float reduce_max(F x) {
 
 typedef double D __attribute__((vector_size(16)));
 inline D zero_double() { return D{0.0, 0.0}; }
+inline D add(D a, D b) { return a + b; }
 inline D accumulate(D d, F x) {
   return d + (D{static_cast<double>(x[0]), static_cast<double>(x[1])} +
               D{static_cast<double>(x[2]), static_cast<double>(x[3])});

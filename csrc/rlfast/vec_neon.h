@@ -39,6 +39,15 @@ inline F exponent(F x) {
 // By comparison: vmaxq would give NaN for a NaN in either operand.
 inline F max(F a, F b) { return select(greater(a, b), a, b); }
 inline F min(F a, F b) { return select(greater(b, a), a, b); }
+inline F min_number(F a, F b) { return vminnmq_f32(a, b); }
+inline F max_number(F a, F b) { return vmaxnmq_f32(a, b); }
+struct N {
+  uint32x4_t lanes;
+};
+inline N zero_count() { return {vdupq_n_u32(0)}; }
+inline N tally(N n, M m) { return {vsubq_u32(n.lanes, m)}; }
+inline N add(N a, N b) { return {vaddq_u32(a.lanes, b.lanes)}; }
+inline int64_t reduce_add(N n) { return vaddvq_u32(n.lanes); }
 inline F abs(F a) { return vabsq_f32(a); }
 inline uint32_t bits(M m) {
   const uint32x4_t lane = {1, 2, 4, 8};
@@ -101,6 +110,7 @@ inline float reduce_max(F x) { return vmaxnmvq_f32(x); }
 
 using D = float64x2_t;
 inline D zero_double() { return vdupq_n_f64(0.0); }
+inline D add(D a, D b) { return vaddq_f64(a, b); }
 inline D accumulate(D d, F x) { return vaddq_f64(d, vaddq_f64(vcvt_f64_f32(vget_low_f32(x)), vcvt_high_f64_f32(x))); }
 inline double reduce_add(D d) { return vaddvq_f64(d); }
 inline double reduce_add(F x) { return reduce_add(accumulate(zero_double(), x)); }
