@@ -28,7 +28,7 @@ NAMES = ("reference", "torch", "cpu", "triton", "cuda")
 IMPLEMENTED = {
     "token_logps": ("reference", "torch", "cpu", "triton", "cuda"),
     "linear_token_logps": ("reference", "torch", "cpu", "triton"),
-    "token_loss": ("reference", "torch", "cpu", "cuda"),
+    "token_loss": ("reference", "torch", "cpu", "triton", "cuda"),
 }
 PREFERENCE = {"cpu": ("cpu", "torch"), "cuda": ("triton", "cuda", "torch")}
 ORACLES = {"token_loss": "loss_oracle"}  # the module of rlfast/ops that has an op's ``reference`` backend

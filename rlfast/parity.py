@@ -6,7 +6,8 @@ The truth is float64 arithmetic from the same (rounded) inputs; the yardstick is
     gradients    |got − truth| ≤ 1.2·max|yardstick − truth| + 4 ulps of float32
     in bfloat16 or float16: one ulp of that dtype more, for the rounding of the result
 
-The maximum is over the tensor, an ulp is that of each element of the truth. There is no other tolerance.
+The maximum is over the tensor, an ulp is that of each element of the truth; of a number that is one sum, whose terms
+may cancel, it is that of the sum of their absolute values. There is no other tolerance.
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ def _largest_error(x, truth) -> float:
     return max(float(e) for e in errors)
 
 
-def measure(got, truth, yardstick, kind: str = "value", dtype: torch.dtype | None = None) -> Parity:
+def measure(got, truth, yardstick, kind: str = "value", dtype: torch.dtype | None = None, size=None) -> Parity:
     """Compare a result with the float64 truth, by the yardstick's own error.
 
     Args:
@@ -76,6 +77,7 @@ def measure(got, truth, yardstick, kind: str = "value", dtype: torch.dtype | Non
             largest error of a head's gradient varies by a factor of 2), so the largest counts.
         kind: "value" or "gradient".
         dtype: the dtype that the result was rounded to; got's own if it is None.
+        size: float64, like truth: Σ|terms| of results that are sums; None where ulps are those of the truth.
 
     Example:
         >>> measure(torch.tensor([1.0]), torch.tensor([1.0]).double(), torch.tensor([1.0])).ok
@@ -89,8 +91,8 @@ def measure(got, truth, yardstick, kind: str = "value", dtype: torch.dtype | Non
         return Parity(True, 0.0, (), 0.0, 0.0, 0.0)
     own = max(_largest_error(x, truth) for x in yardsticks)
     start, worst, error, largest, found = 0, -1.0, 0.0, 0.0, None
-    for x, t in _pieces(got, truth):
-        excess, errors, allowed = _excess(x, t, FACTORS[kind] * own, dtype)
+    for x, t, terms in _pieces(got, truth, truth if size is None else size):
+        excess, errors, allowed = _excess(x, t, FACTORS[kind] * own, dtype, terms)
         error, largest = (
             max(error, float(errors.max())),
             max(largest, float(torch.where(t.isfinite(), t.abs(), 0.0).max())),
@@ -106,12 +108,12 @@ def measure(got, truth, yardstick, kind: str = "value", dtype: torch.dtype | Non
     return Parity(worst <= 1.0, error / max(own, least), at, *flat)
 
 
-def _excess(got, truth, bound: float, dtype: torch.dtype):
+def _excess(got, truth, bound: float, dtype: torch.dtype, size):
     """(error ÷ allowed, error, allowed) of each element; infinite where a NaN or an infinity is not met."""
     finite = truth.isfinite()
     safe = torch.where(finite, truth, 0.0)
     error = torch.where(finite, (got - safe).abs(), 0.0)
-    allowed = bound + ULPS * ulp(safe, torch.float32)
+    allowed = bound + ULPS * ulp(torch.where(finite, size, 0.0), torch.float32)
     if dtype in (torch.bfloat16, torch.float16):
         largest = torch.finfo(dtype).max
         # a truth that rounds to an infinity of this dtype is met by that infinity

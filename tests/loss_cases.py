@@ -212,9 +212,10 @@ def check(case: LossCase, backend: str, device: str = "cpu") -> None:
 def hold(case: LossCase, out, gradients, truths, own) -> None:
     """Assert the contract for one run."""
     assert out.loss.dim() == 0 and out.loss.dtype == out.metrics.values.dtype
-    assert_value("loss", out.loss.detach().cpu(), truths[0]["loss"], own[0]["loss"])
+    sizes = truths[0]["sizes"]
+    assert_value("loss", out.loss.detach().cpu(), truths[0]["loss"], own[0]["loss"], sizes["loss"])
     for name in COMPARED:
-        assert_value(name, out.metrics[name].cpu(), truths[0][name], own[0][name])
+        assert_value(name, out.metrics[name].cpu(), truths[0][name], own[0][name], sizes.get(name))
     masked = case.fields.get("mask")
     for name, got in gradients.items():
         assert got.dtype == case.fields[name].dtype, f"gradient of {name}: {got.dtype}"

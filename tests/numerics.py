@@ -7,9 +7,12 @@ import torch
 from rlfast.parity import Parity, measure
 
 
-def assert_value(name: str, got, truth, yardstick) -> Parity:
-    """An output against the float64 truth: no further from it than PyTorch in float32, and 4 ulps."""
-    return _assert(name, got, truth, yardstick, "value")
+def assert_value(name: str, got, truth, yardstick, size=None) -> Parity:
+    """An output against the float64 truth: no further from it than PyTorch in float32, and 4 ulps.
+
+    ``size`` is Σ|terms| of an output that is one sum, whose terms may cancel.
+    """
+    return _assert(name, got, truth, yardstick, "value", size)
 
 
 def assert_gradient(name: str, got, truth, yardstick) -> Parity:
@@ -17,9 +20,9 @@ def assert_gradient(name: str, got, truth, yardstick) -> Parity:
     return _assert(name, got, truth, yardstick, "gradient")
 
 
-def _assert(name, got, truth, yardstick, kind) -> Parity:
+def _assert(name, got, truth, yardstick, kind, size=None) -> Parity:
     assert got.shape == truth.shape, f"{name}: shape {tuple(got.shape)}, expected {tuple(truth.shape)}"
-    parity = measure(got, truth, yardstick, kind)
+    parity = measure(got, truth, yardstick, kind, size=size)
     assert parity.ok, f"{name} {parity}"
     return parity
 

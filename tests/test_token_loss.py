@@ -133,7 +133,7 @@ def test_empty_packed(backend, device):
 def test_packed_is_padded(backend, device, name):
     """The same tokens, with and without the padding between them."""
     objective = rlfast.loss(name)
-    fields = drawn(few(12, 3), few(50, 9), "f32")
+    fields = drawn(12, few(50, 9), "f32")
     del fields["weights"], fields["keep"]
     padded, packed = LossCase(objective, fields), LossCase(objective, fields, packed=True)
     truths, own = oracle(padded, torch.float64), yardsticks(padded)

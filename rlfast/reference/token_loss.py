@@ -145,7 +145,20 @@ def _reduced(o, m, kept, value, kl, h, num_items, seen):
     entropy_scale = o.entropy_factor / kept.sum().clamp(min=1) if o.entropy_mean else scale
     bonus = ((kept if o.entropy_mean else c) * h).sum() * entropy_scale
     loss = policy + o.beta * penalty - o.entropy_coef * bonus
-    return loss, _metrics(o, m, kl, h, (loss, scale, entropy_scale, tokens, sequences, policy), seen)
+    part = (c * value).abs().sum() * scale
+    whole = part + o.beta * (c * kl).abs().sum() * scale + abs(o.entropy_coef) * bonus.abs()
+    metrics = _metrics(o, m, kl, h, (loss, scale, entropy_scale, tokens, sequences, policy), seen)
+    return loss, metrics | {"sizes": _sizes(m, kl, seen[0]) | {"loss": whole.detach(), "policy_loss": part.detach()}}
+
+
+def _sizes(m, kl, x):
+    """Σ|terms| of the metrics whose terms may cancel: what the rounding of a sum is measured against."""
+    n = m.sum().clamp(min=1)
+
+    def size(y):
+        return torch.where(m > 0, y.detach().abs(), torch.zeros_like(y)).sum() / n
+
+    return {"kl": size(kl), "approx_kl_k1": size(x)}
 
 
 def _metrics(o, m, kl, h, sums, seen):

@@ -102,7 +102,8 @@ def _compare(got: dict, truth: dict, own: dict, names, kind: str) -> _Compared:
     """The verdict is the contract's. The ratio shown divides by the yardstick's error after rounding to the
     result's dtype: a gradient handed back in bfloat16 cannot be nearer than that.
     """
-    results = {k: parity.measure(got[k], truth[k], own[k], kind) for k in names}
+    sizes = truth.get("sizes", {})
+    results = {k: parity.measure(got[k], truth[k], own[k], kind, size=sizes.get(k)) for k in names}
     rounded = {k: [x.to(got[k].dtype) for x in own[k]] for k in names}
     ratios = [parity.measure(got[k], truth[k], rounded[k], kind).ratio for k in names]
     return _Compared(max(ratios), [f"{k}: {result}" for k, result in results.items() if not result.ok])

@@ -21,7 +21,8 @@ class Subject(NamedTuple):
 
     inputs: Callable[[torch.dtype, str, bool], Problem]  # (dtype, device, small: few enough for the interpreter)
     public: Callable[[dict, dict], dict]  # (leaves, rest) → {output: tensor}
-    reference: Callable[[dict, dict, torch.dtype], dict]  # (leaves, rest, dtype of the arithmetic) → {output: tensor}
+    # (leaves, rest, dtype of the arithmetic) → {output: tensor}; "sizes" may have Σ|terms| of outputs that are one sum
+    reference: Callable[[dict, dict, torch.dtype], dict]
     outputs: tuple[str, ...]  # what is compared, beside the gradients of the leaves
     # (problem, seed) → the same by another order of its sums, and for each leaf or output that this moved the function
     # that puts it back. None: there is one order.

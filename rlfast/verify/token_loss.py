@@ -19,6 +19,7 @@ CALLS = {
     "cispo": LOSSES["cispo"].with_options(correction="icepop"),
     "sapo": LOSSES["sapo"].with_options(entropy_coef=0.01),
 }
+OUTPUTS = tuple(name for name in METRICS if name not in ("scale", "entropy_scale"))
 FIELDS = ("old_logp", "ref_logp", "rollout_logp")
 
 
@@ -40,8 +41,8 @@ def _problem(dtype: torch.dtype, device: str, small: bool) -> Problem:
     return Problem(leaves, rest, {"loss": torch.ones((), device=device)})
 
 
-def _named(loss, metrics: dict) -> dict:
-    return {"loss": loss} | {name: metrics[name] for name in METRICS if name not in ("loss", "scale", "entropy_scale")}
+def _named(loss, metrics) -> dict:
+    return {name: metrics[name] for name in OUTPUTS} | {"loss": loss}
 
 
 def _public(objective: Loss):
@@ -59,7 +60,7 @@ def _reference(objective: Loss):
     def call(leaves, rest, dtype):
         adv = rest["adv"].unsqueeze(1).expand(leaves["logp"].shape)
         loss, metrics = reference(**leaves, **rest | {"adv": adv}, dtype=dtype, **words)
-        return _named(loss, metrics)
+        return _named(loss, metrics) | {"sizes": metrics["sizes"]}
 
     return call
 
@@ -79,7 +80,6 @@ def _reordered(problem: Problem, seed: int) -> tuple[Problem, dict]:
     return problem._replace(leaves=leaves, rest=rest), dict.fromkeys(leaves, in_order)
 
 
-OUTPUTS = tuple(name for name in METRICS if name not in ("scale", "entropy_scale"))
 SUBJECTS = {
     "token_loss": tuple(
         Subject(_problem, _public(objective), _reference(objective), OUTPUTS, _reordered, name)
