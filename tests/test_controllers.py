@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,24 +12,24 @@ import torch
 import rlfast
 from tests.numerics import assert_value
 
+GOLDEN = json.loads((Path(__file__).parent / "data" / "trainers.json").read_text(encoding="utf-8"))["controllers"]
 
-def test_adaptive_kl_follows_its_rule():
-    control, value = rlfast.AdaptiveKL(0.2, target=0.1, horizon=1000), 0.2
-    for kl, n in ((0.05, 64), (0.105, 64), (0.3, 128), (0.1, 64)):
+
+def test_adaptive_kl_is_verls():
+    steps, control = GOLDEN["kl"], rlfast.AdaptiveKL(0.2, target=0.1, horizon=1000)
+    for (kl, n), value in zip(steps["measured"], steps["values"], strict=True):
         control.update(torch.tensor(kl), n)
-        value *= 1 + min(max(kl / 0.1 - 1, -0.2), 0.2) * n / 1000
         assert control.value.item() == pytest.approx(value, rel=1e-6)
 
 
-def test_adaptive_entropy_follows_trls_rule():
+def test_adaptive_entropy_is_trls():
     """TRL raises the coefficient at or below the target, and applies it in the next step only if it was there."""
     control = rlfast.AdaptiveEntropy(0.01, target=0.2, delta=0.005, high=0.02)
-    assert control.value.item() == 0.0
-    seen = []
-    for entropy in (0.5, 0.2, 0.1, 0.1, 0.3):
-        control.update(entropy, 100)
-        seen.append((round(control.coef.item(), 6), round(control.value.item(), 6)))
-    assert seen == [(0.005, 0.0), (0.01, 0.01), (0.015, 0.015), (0.02, 0.02), (0.015, 0.0)]
+    for step in GOLDEN["entropy"]:
+        assert control.value.item() == pytest.approx(step["applied"], abs=1e-8)
+        control.update(step["entropy"], 100)
+        assert control.coef.item() == pytest.approx(step["coef"], rel=1e-6)
+    assert len({step["applied"] > 1e-8 for step in GOLDEN["entropy"]}) == 2
 
 
 def test_a_loss_sees_the_update_of_its_coefficient():

@@ -146,6 +146,7 @@ def verl_cases() -> list[Case]:
         Case("cispo", {"mode": "cispo"}, inputs="far"),
         Case("sapo", {"mode": "sapo"}),
         Case("sapo", {"mode": "sapo"}, inputs="far"),
+        Case("sapo", {"mode": "sapo"} | by_sequence | kl, kl, REF),
         Case("gpg", {"mode": "gpg"}),
         Case("clip_cov", {"mode": "clip_cov", "clip_cov_ratio": 1.0, "clip_cov_lb": 0.05, "clip_cov_ub": 0.4},
              select={"name": "clip_cov_keep", "ratio": 1.0, "low": 0.05, "high": 0.4}),
@@ -202,6 +203,7 @@ def verl_cases() -> list[Case]:
         cases.append(Case("ppo", settings, select=select))
     cases.append(Case("reinforce", {"mode": "reinforce"} | weights[0][0], {"correction": weights[0][1]},
                       ("rollout_logp",)))  # fmt: skip
+    cases.append(Case("reinforce", {"mode": "reinforce"} | kl, kl, ("ref_logp",)))
     return widened(cases, ("gmpo", "sapo", "reinforce"))  # the reduction of the KL of the first two is another there
 
 

@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
 import trainer_code as code  # noqa: E402
-from golden_cases import Case, liger_cases, openrlhf_cases, trl_cases, verl_cases  # noqa: E402
+from golden_cases import OLD, Case, liger_cases, openrlhf_cases, trl_cases, verl_cases  # noqa: E402
 
 from tests import golden_inputs  # noqa: E402
 
@@ -220,6 +220,30 @@ def rewards(paths: argparse.Namespace) -> dict:
     }
 
 
+def controllers(paths: argparse.Namespace) -> dict:
+    """What the controllers do, step by step: measurements, and the coefficient after each."""
+    from trl import GRPOTrainer
+
+    core = code.verl(paths.verl)[0]
+    measured, control = [[0.05, 64], [0.105, 64], [0.3, 128], [0.1, 64]], core.AdaptiveKLController(0.2, 0.1, 1000)
+    values = []
+    for kl, n in measured:
+        control.update(kl, n)
+        values.append(float(control.value))
+    fields = golden_inputs.batch()
+    level = float(fields["entropy"][fields["mask"]].mean())
+    settings = {"loss_type": "bnpo", "use_adaptive_entropy": True, "entropy_coef": 0.01, "entropy_coef_max": 0.02}
+    trainer = code.trl_trainer(fields, settings)
+    inputs, steps, drawn = code.trl_inputs(fields, OLD), [], fields["entropy"]
+    plain = run_trl(Case("bnpo", {"loss_type": "bnpo"}), fields)[0].item()
+    for entropy in (0.5, 0.15, 0.1, 0.1, 0.3, 0.19):
+        fields["entropy"] = drawn * (entropy / level)
+        with code.in_float64():
+            bonus = plain - GRPOTrainer._compute_loss(trainer, None, inputs).item()
+        steps.append({"entropy": entropy, "applied": bonus / entropy, "coef": trainer.entropy_coef})
+    return {"kl": {"measured": measured, "values": values}, "entropy": steps}
+
+
 def main():
     """Write every golden value."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -240,6 +264,7 @@ def main():
         "estimates": estimates(paths),
         "value_losses": value_losses(paths),
         "rewards": rewards(paths),
+        "controllers": controllers(paths),
     }
     lines = [f'"{k}": ' + _lines(v) for k, v in result.items()]
     paths.out.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")

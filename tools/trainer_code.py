@@ -152,12 +152,14 @@ def trl_trainer(fields: dict, settings: dict):
         "current_gradient_accumulation_steps": 1, "num_processes": 1, "steps_per_generation": 1, "entropy_coef": 0.0,
         "use_bias_correction_kl": True, "delta": None, "sapo_temperature_pos": 1.0, "sapo_temperature_neg": 1.05,
         "vespo_k_pos": 2.0, "vespo_lambda_pos": 3.0, "vespo_k_neg": 3.0, "vespo_lambda_neg": 2.0,
-        "use_vllm": False, "vllm_importance_sampling_correction": True, "beta2": 1e-3,
+        "use_adaptive_entropy": False, "entropy_target": 0.2, "entropy_coef_delta": 0.005, "entropy_coef_min": 0.0,
+        "entropy_coef_max": 1.0, "use_vllm": False, "vllm_importance_sampling_correction": True, "beta2": 1e-3,
     } | settings  # fmt: skip
     trainer = types.SimpleNamespace(
-        **given, args=types.SimpleNamespace(**given), aux_loss_enabled=False, use_adaptive_entropy=False,
+        **given, args=types.SimpleNamespace(**given), aux_loss_enabled=False,
         model=types.SimpleNamespace(training=True), accelerator=_OneProcess(given["num_processes"]),
-        _entropy_bonus_enabled=given["entropy_coef"] != 0.0, _metrics={"train": defaultdict(list)},
+        _entropy_bonus_enabled=given["entropy_coef"] != 0.0 or given["use_adaptive_entropy"],
+        _metrics={"train": defaultdict(list)}, _last_world_entropy=math.inf, _entropy_window_stats=None,
         get_off_policy_mask=GRPOTrainer.get_off_policy_mask, get_gamma_weights=GRPOTrainer.get_gamma_weights,
     )  # fmt: skip
     trainer.get_high_entropy_mask = functools.partial(GRPOTrainer.get_high_entropy_mask, trainer)
@@ -167,7 +169,7 @@ def trl_trainer(fields: dict, settings: dict):
 
 
 def trl_inputs(fields: dict, names: tuple[str, ...], ratio=None, num_items=None) -> dict:
-    """The batch of a TRL trainer: the completion's mask covers the length, the tool mask the rest."""
+    """The batch of a TRL trainer; the mask is the completion's."""
     mask = fields["mask"].long()
     prompt = torch.zeros(mask.shape[0], 1, dtype=torch.long)
     inputs = {
