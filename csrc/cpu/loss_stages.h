@@ -111,7 +111,8 @@ inline void multipliers(Tile& t, const Sequence& q, const Objective& given, Sums
       open = both(m, gate_of(d, q, o));
     }
     store(t.applied + i, only(open, weight));
-    F k = o.plan.weight_in_ratio ? set1(1.0f) : weight;
+    F k = weight;
+    if (o.plan.weight_in_ratio) k = set1(1.0f), open = m;  // a closed gate is a ρ of 0 in the ratio, and drops nothing
     if (o.weights) k = mul(k, v.weights[i]);
     if (o.keep) open = both(open, v.keep[i]);
     if (q.strayed) open = both(open, at_least(v.adv[i], set1(0.0f)));
@@ -183,6 +184,9 @@ void kl_tile(Tile& t, const Sequence& q, const Objective& given, Sums& sums) {
       const LogRatio token = log_ratio(v, i, m, o);
       const F r = exponential(token.x).power;
       value = mul(r, value), by_logp = add(mul(r, by_logp), only(token.inside, value));
+    } else if (o.plan.kl_ratio == 3) {  // by π/sg(π), which is 1
+      const F bound = set1(bounds.kl_max);
+      by_logp = add(by_logp, only(both(greater(bound, value), greater(value, negative(bound))), value));
     }
     total.add(only(m, value));
     if (due(i)) total.flush();
