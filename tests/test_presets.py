@@ -65,10 +65,12 @@ def batch(kind: str) -> dict:
 def call(case: dict, dtype, device="cpu", order=None):
     """(out, gradient by logp, gradient by entropy or None), with NaN wherever the mask is 0.
 
-    ``order`` [B] puts the sequences into another order; the gradients come back in the first.
+    ``order``, of the sequences [B] and of their places [T], puts both into another order; the gradients come back in
+    the first.
     """
-    order = torch.arange(golden_inputs.ROWS) if order is None else order
-    fields = {name: x[order] for name, x in batch(case.get("inputs", "near")).items()}
+    rows, places = (torch.arange(golden_inputs.ROWS), torch.arange(golden_inputs.LENGTH)) if order is None else order
+    fields = {name: x[rows] for name, x in batch(case.get("inputs", "near")).items()}
+    fields = {name: x[:, places] if x.dim() == 2 else x for name, x in fields.items()}
     mask = fields["mask"]
 
     def token(name):
@@ -85,14 +87,19 @@ def call(case: dict, dtype, device="cpu", order=None):
     out = objective(case)(logp, **given, **case.get("call", {}))
     out.loss.backward()
     entropy = given["entropy"].grad if "entropy" in given else None
-    return out, *(None if x is None else x.cpu()[order.argsort()] for x in (logp.grad, entropy))
+    back = rows.argsort()[:, None], places.argsort()
+    return out, *(None if x is None else x.cpu()[back] for x in (logp.grad, entropy))
 
 
 @functools.cache
 def yardsticks(index: int) -> list:
-    """A case in float32 on the torch backend, by several orders of summation."""
-    orders = [torch.randperm(golden_inputs.ROWS, generator=torch.Generator().manual_seed(i)) for i in range(ORDERS)]
-    with rlfast.use_backend("torch"):
+    """A case in float32 by the oracle, in several orders of summation."""
+    orders = [None]
+    for seed in range(1, ORDERS):
+        draw = torch.Generator().manual_seed(seed)
+        sizes = golden_inputs.ROWS, golden_inputs.LENGTH
+        orders.append(tuple(torch.randperm(n, generator=draw) for n in sizes))
+    with rlfast.use_backend("reference"):
         return [call(CASES[index], torch.float32, order=order) for order in orders]
 
 
@@ -231,24 +238,30 @@ def nemo_loss(fields: dict, *, level="token", unit="token", high=0.2, dual_clip=
 
 @pytest.mark.parametrize("inputs", ["near", "far", "drift"])
 @pytest.mark.parametrize("name, settings, options", NEMO, ids=[f"{n}-{s}" for n, s, _ in NEMO])
-def test_nemo_rl(name, settings, options, inputs):
+def test_nemo_rl(name, settings, options, inputs, backend, device):
     fields = golden_inputs.batch(inputs)
     logp = fields["logp"].requires_grad_()
     truth = nemo_loss(fields, **settings)
     (wanted,) = torch.autograd.grad(truth, logp)
-    rollout = fields["rollout_logp"] if "weight" in settings else None
+    names = ("old_logp", "ref_logp", "adv", "mask", *(("rollout_logp",) if "weight" in settings else ()))
     objective = rlfast.loss(name, like="nemo-rl", **options)
-    found, own = [], []
-    for dtype in (torch.float64, torch.float32):
-        leaf = fields["logp"].detach().to(dtype).requires_grad_()
-        given = {key: fields[key].to(dtype) for key in ("old_logp", "ref_logp", "adv")}
-        given["rollout_logp"] = rollout if rollout is None else rollout.to(dtype)
-        out = objective(leaf, mask=fields["mask"], **given)
+
+    def ours(on, dtype, where="cpu"):
+        leaf = fields["logp"].detach().to(where, dtype).requires_grad_()
+        given = {key: fields[key].to(where, torch.bool if key == "mask" else dtype) for key in names}
+        with rlfast.use_backend(on):
+            out = objective(leaf, **given)
         out.loss.backward()
-        found.append(out.loss.detach())
-        own.append(leaf.grad)
-    assert_value("loss", found[0], truth.detach(), found[1])
-    assert_gradient("gradient", own[0], wanted, wanted)
+        return out.loss.detach().cpu(), leaf.grad.cpu()
+
+    own = ours("reference", torch.float32)
+    if backend == "torch":
+        exact = ours("torch", torch.float64)
+        assert_value("loss in float64", exact[0], truth.detach(), own[0])
+        assert_gradient("gradient in float64", exact[1], wanted, wanted)
+    got = ours(backend, torch.float32, device)
+    assert_value("loss", got[0], truth.detach(), own[0])
+    assert_gradient("gradient", got[1], wanted, own[1])
 
 
 @pytest.mark.parametrize("like", PRESETS)
