@@ -15,6 +15,7 @@ from rlfast import backends  # noqa: E402
 from rlfast.backends import use_backend  # noqa: E402
 from rlfast.controllers import AdaptiveEntropy, AdaptiveKL, RunningMeanStd  # noqa: E402
 from rlfast.corrections import Correction  # noqa: E402
+from rlfast.formulas import formula  # noqa: E402
 from rlfast.integrations import patch  # noqa: E402
 from rlfast.kl import kl_penalty  # noqa: E402
 from rlfast.logps import TokenLogps, linear_token_logps, token_logps  # noqa: E402
@@ -37,6 +38,7 @@ __all__ = [
     "TokenLogps",
     "backends",
     "clip_cov_keep",
+    "formula",
     "kl_cov_extra",
     "kl_penalty",
     "length_reward",

@@ -22,6 +22,7 @@ PUBLIC = [
     rlfast.linear_token_logps,
     rlfast.loss,
     rlfast.Loss,
+    rlfast.formula,
     rlfast.Correction,
     rlfast.use_backend,
     backends.active,

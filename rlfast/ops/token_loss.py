@@ -44,13 +44,20 @@ op_backward = torch.ops.rlfast.token_loss_backward.default
 FIELDS = len(Fields._fields)
 
 
+def _kernel(logp, surrogate: str, backend: str):
+    """The backend's module. One that has not got this surrogate is passed over, unless it was asked for."""
+    name = backends.select(NAME, logp.device.type, logp.dtype, backend)
+    kernel = backends.implementation(NAME, name)
+    reason = kernel.why_not(surrogate) if hasattr(kernel, "why_not") else None
+    if reason and backend:
+        raise RuntimeError(f"backend {name!r} cannot run {NAME}: {reason}")
+    return backends.implementation(NAME, "torch") if reason else kernel
+
+
 def _forward(*args):
-    fields, (surrogate, estimator, plan, settings, hyper, kl_hyper, needs, backend) = (
-        Fields(*args[:FIELDS]),
-        args[FIELDS:],
-    )
-    kernel = backends.implementation(NAME, backends.select(NAME, args[0].device.type, args[0].dtype, backend))
-    return tuple(kernel.forward(fields, surrogate, estimator, plan, settings, hyper, kl_hyper, tuple(needs)))
+    *objective, needs, backend = args[FIELDS:]
+    kernel = _kernel(args[0], objective[0], backend)
+    return tuple(kernel.forward(Fields(*args[:FIELDS]), *objective, tuple(needs)))
 
 
 def _fake_forward(*args):
