@@ -116,11 +116,15 @@ struct Divergence {
   float value = 0.0f, d_logp = 0.0f, d_unit = 0.0f;
 };
 
-// KL·r has two paths to log π: the estimator's own, and through r.
+// KL·r has two paths to log π: the estimator's own, and through r. The third of kl_ratio is the second's gradient where r = 1.
 RLFAST_DEVICE Divergence divergence(const LossCall& c, const LogRatio& x, float ratio, float d) {
   auto found = estimate(c.formulas, d);
   Divergence kl = {found.value, c.plan.kl_through ? -d : found.d_logp, 0.0f};
   if (!c.plan.kl_ratio) return kl;
+  if (c.plan.kl_ratio == 3) {
+    kl.d_logp += fabsf(kl.value) < c.formulas.kl_hyper[1] ? kl.value : 0.0f;
+    return kl;
+  }
   float r = c.plan.kl_ratio == 1 ? ratio : expf(x.x);
   kl.value = r * kl.value, kl.d_logp = r * kl.d_logp;
   if (c.plan.kl_ratio == 1)

@@ -152,9 +152,8 @@ RLFAST_DEVICE void evaluate(const Loss& a, const Piece& p, const Sequence& s, co
 #pragma unroll
   for (int j = 0; j < kGroup; ++j) {
     bool on = bit(g.on, j) && (rho[j].open || !plan.gate_masks), kept = on && bit(keep, j);
-    bool counted = kept && rho[j].open && (seen[j].adv >= 0.0f || s.on_policy);
-    float multiplier = (plan.weight_in_ratio ? 1.0f : rho[j].weight) * (f.weights.data ? weights[j] : 1.0f);
-    bool used = counted && multiplier != 0.0f;
+    float multiplier = (plan.weight_in_ratio ? 1.0f : rho[j].applied()) * (f.weights.data ? weights[j] : 1.0f);
+    bool used = kept && (seen[j].adv >= 0.0f || s.on_policy) && multiplier != 0.0f;
     float value = used ? multiplier * part[j].value : 0.0f;
     float d_unit = used ? multiplier * part[j].d_log_ratio : 0.0f, d = used ? multiplier * part[j].d_logp : 0.0f;
     float ratio = seen[j].ratio;
@@ -171,7 +170,8 @@ RLFAST_DEVICE void evaluate(const Loss& a, const Piece& p, const Sequence& s, co
     if (!on) continue;
 
     float clipped = !x[j].moves ? 1.0f : part[j].clipped, growth = expf(rho[j].drift);
-    float w = clamped(plan.weight_in_ratio ? ratio : ratio * rho[j].applied(), -INFINITY, kLargestWeight);
+    float w = clamped(plan.weight_in_ratio ? ratio : ratio * rho[j].applied(), 0.0f, kLargestWeight);
+    w = w < kSmallestWeight ? 0.0f : w;
     sum.policy += value, sum.d_unit += d_unit;
     sum.kl += kl.value;
     sum.entropy += entropy[j];

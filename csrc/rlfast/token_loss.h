@@ -11,7 +11,8 @@ enum Unit : int { kUnitToken, kUnitSeqMean, kUnitSeqSum, kUnitSeqMeanThrough };
 enum Reduce : int { kTokenMean, kTokenSum, kSeqMeanTokenMean, kSeqMeanTokenSum, kSeqSumOverMaxLen };
 enum Level : int { kNoLevel, kAtToken, kAtSeqSum, kAtSeqMean };
 
-constexpr float kLargestWeight = 1e15f;            // of the effective sample size
+// Of the effective sample size: a larger weight counts for the largest, a smaller one for 0.
+constexpr float kSmallestWeight = 1e-15f, kLargestWeight = 1e15f;
 constexpr double kLogLeast = -18.420680743952367;  // log 1e-8: what a weight of 0 counts for in a log-ratio
 constexpr double kLogMost = 20.0;
 

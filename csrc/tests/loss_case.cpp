@@ -142,16 +142,17 @@ struct LossOracle {
   void parts(TokenTruth& k, double own, double adv, double share, bool on_policy, double x_size) {
     double unit = bounded(own, s.unit_low, s.unit_high), ratio = grown(unit);
     Value v = evaluated(c.s, {k.logp, k.old_logp, unit, ratio, adv, k.extra});
-    double multiplier = (plan.weight_in_ratio ? 1 : k.rho) * k.weight;
-    bool used = k.keep && k.open && (adv >= 0 || on_policy) && multiplier != 0;
+    double multiplier = plan.weight_in_ratio ? k.weight : k.open ? k.rho * k.weight : 0;
+    bool used = k.keep && (adv >= 0 || on_policy) && multiplier != 0;
     if (!used) multiplier = 0, v = {};
     double value = multiplier * v.value.x, kl = 0, d_kl = 0, d_r = 0;
     if (c.s.estimator >= 0) {
       auto e = estimated(c.s, k.ref - k.logp);
-      double r = plan.kl_ratio == 0 ? 1 : plan.kl_ratio == 1 ? ratio : grown(k.x);
+      double r = plan.kl_ratio == 1 ? ratio : plan.kl_ratio == 2 ? grown(k.x) : 1;
       kl = r * e.value.x, d_kl = r * (plan.kl_through ? k.logp - k.ref : e.d_logp.x);
       if (plan.kl_ratio == 1) d_r = kl;
       if (plan.kl_ratio == 2 && k.moves) d_kl += kl;
+      if (plan.kl_ratio == 3 && std::fabs(kl) < c.s.kl_hyper[1]) d_kl += kl;
     }
     k.d_unit = share * (multiplier * v.d_log_ratio.x + beta * d_r);
     k.d_logp = share * (multiplier * v.d_logp.x + beta * d_kl);
@@ -161,6 +162,7 @@ struct LossOracle {
              (1 + x_size * 1e-2);
     double kept = plan.entropy_mean ? k.keep : share;
     double w = std::min(plan.weight_in_ratio ? ratio : ratio * (k.open ? k.rho : 0), double(kLargestWeight));
+    if (w < kSmallestWeight) w = 0;
     sums.tokens += 1, sums.kept += k.keep, sums.dropped += !used;
     sums.policy.add(share * value), sums.kl_part.add(share * kl), sums.entropy_part.add(kept * k.entropy);
     sums.kl.add(kl), sums.entropy.add(k.entropy), sums.k1.add(-k.x), sums.k3.add(std::expm1(k.x) - k.x);
@@ -193,7 +195,7 @@ struct LossOracle {
         r.near("entropy scale", m.entropy_scale, entropy_scale, e * entropy_scale);
     r.same("tokens", m.tokens, t.tokens), r.same("sequences", m.sequences, t.sequences);
     mean("kl", m.kl, t.kl, 1e-6), mean("entropy", m.entropy, t.entropy), mean("k1", m.approx_kl_k1, t.k1, 1e-7);
-    mean("k3", m.approx_kl_k3, t.k3, 1e-8);
+    mean("k3", m.approx_kl_k3, t.k3, 1e-7 * t.k1.size * each);
     r.near("clip low", m.clip_low, t.low * each, 1e-7), r.near("clip high", m.clip_high, t.high * each, 1e-7);
     r.near("dropped", m.dropped, t.dropped * each, 1e-7);
     mean("ratio", m.ratio_mean, t.ratio), mean("rollout ratio", m.rollout_ratio_mean, t.drift);

@@ -21,7 +21,7 @@ enum Given : int {
 };
 constexpr int kEverything = 255;
 
-enum class Odd { none, masked_garbage, nan_token, rollout_limits, all_masked };
+enum class Odd { none, masked_garbage, nan_token, rollout_limits, all_masked, on_policy };
 
 struct LossShape {
   std::string name;
@@ -148,6 +148,7 @@ struct LossCase {
     double weight = uniform(random) < 0.2 ? 0 : uniform(random), chosen = uniform(random) < 0.3;
     double advantage = normal(random);
     if (s.odd == Odd::nan_token && row == 0 && t == length / 2) x[0] = NAN;
+    if (s.odd == Odd::on_policy) x[1] = x[0] + 1e-3 * normal(random);
     if (s.odd == Odd::rollout_limits && t < 3) x[3] = t == 0 ? NAN : t == 1 ? kInfinity : -kInfinity;
     if (s.odd == Odd::masked_garbage && (s.given & kMask) && !counts) {
       for (double& v : x) v = t % 3 == 0 ? NAN : t % 3 == 1 ? kInfinity : -kInfinity;

@@ -66,6 +66,12 @@ void add_values(std::vector<LossShape>& all) {
       }
 }
 
+void add_on_policy(std::vector<LossShape>& all) {
+  LossShape s;
+  s.name = "on policy", s.odd = Odd::on_policy, s.length = 9;
+  all.push_back(s);
+}
+
 // Structures at random, of every kind together.
 void add_structures(std::vector<LossShape>& all, int count) {
   std::mt19937 random(7);
@@ -80,7 +86,7 @@ void add_structures(std::vector<LossShape>& all, int count) {
     s.odd = pick(2) ? Odd::masked_garbage : Odd::none;
     LossPlan& p = s.plan;
     p.unit = pick(4), p.signed_bounds = pick(2), p.mean_adv = pick(3) == 0, p.kl_through = pick(2),
-    p.kl_ratio = pick(3);
+    p.kl_ratio = pick(4);
     p.reduce = pick(5), p.count_empty = pick(2), p.entropy_mean = pick(2), p.weight = pick(4);
     p.weight_in_ratio = pick(3) == 0, p.gate = pick(4), p.gate_kind = 1 + pick(3), p.gate_masks = pick(2);
     LossSettings& o = s.settings;
@@ -93,6 +99,7 @@ void add_structures(std::vector<LossShape>& all, int count) {
     if (pick(3) == 0) o.off_policy = 0.01f;
     s.surrogate = pick(4) ? pick(2) * 4 : pick(count_surrogates());
     s.estimator = s.given & kRef ? pick(5) - 1 : -1;
+    if (pick(3) == 0) s.kl_hyper[1] = 0.05f;
     all.push_back(s);
   }
 }
@@ -104,6 +111,7 @@ std::vector<LossShape> loss_shapes(bool large) {
   add_formulas(all);
   add_layouts(all);
   add_values(all);
+  add_on_policy(all);
   add_structures(all, 300);
   if (large)
     for (bool packed : {false, true}) {
