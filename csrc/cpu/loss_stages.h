@@ -130,8 +130,9 @@ inline void weight_tile(const Tile& t, const Sequence& q, const Objective& given
   Sum weights, squares;
   for (int64_t i = 0; i < v.padded; i += kLanes) {
     const F r = o.sequence ? set1(q.ratio) : load(t.ratio + i);
-    const F w = only(v.mask[i], min(set1(kLargestWeight), o.applied ? mul(r, load(t.applied + i)) : r));
-    weights.add(w), squares.add(mul(w, w));
+    const F w = min(set1(kLargestWeight), o.applied ? mul(r, load(t.applied + i)) : r);
+    const F counted = only(both(v.mask[i], at_least(w, set1(kSmallestWeight))), w);
+    weights.add(counted), squares.add(mul(counted, counted));
     if (due(i)) weights.flush(), squares.flush();
   }
   sums.add(kWeight, weights), sums.add(kWeightSq, squares);
@@ -155,7 +156,9 @@ inline void ratio_tile(Tile& t, const Sequence& q, const Objective& given, Sums&
   }
   sums.add(kX, xs), sums.add(kK3, k3), sums.add(kRatio, ratios);
   sums.ratio_max = max(sums.ratio_max, largest);
-  if (o.applied || reduce_max(largest) > kLargestWeight) {
+  // beside a weight of 1e-3, those below the smallest do not count anyway
+  const float most = reduce_max(largest);
+  if (o.applied || !(most >= 1e-3f && most <= kLargestWeight)) {
     weight_tile(t, q, o, sums);
   } else {
     sums.add(kWeight, ratios), sums.add(kWeightSq, squares);

@@ -311,7 +311,8 @@ private:
   // The sums in which a token has its sequence's weight c.
   void weigh(const Sequence& q, Sums& sums, Part& part) const {
     if (o_.sequence && q.count) {
-      const double r = q.ratio, n = static_cast<double>(q.count), x = std::min<double>(r, kLargestWeight);
+      const double r = q.ratio, n = static_cast<double>(q.count),
+                   x = r < kSmallestWeight ? 0.0 : std::min<double>(r, kLargestWeight);
       part.ratio += r * n, part.ratio_max = std::max(part.ratio_max, q.ratio);
       if (!o_.applied) part.weight += x * n, part.weight_sq += x * x * n;
     }

@@ -8,6 +8,7 @@
 namespace rlfast::tests {
 
 void test_linear(const Kernels& k, const std::string& isa);
+void test_loss(const Kernels& k, const std::string& isa);
 void test_cuda_kernels(bool large);
 void test_cuda_loss(bool large);
 
@@ -59,6 +60,7 @@ int run(int argc, char** argv) {
     std::string name = isa_name(isa);
     timed(name + ": token_logps", [&] { test_token_logps(kernels(isa), name, large); });
     timed(name + ": linear_token_logps", [&] { test_linear(kernels(isa), name); });
+    timed(name + ": token_loss", [&] { test_loss(kernels(isa), name); });
   }
   if (simt) timed("cuda kernels under simt: token_logps", [&] { test_cuda_kernels(large); });
   if (simt) timed("cuda kernel under simt: token_loss", [&] { test_cuda_loss(large); });
