@@ -48,21 +48,16 @@ def checked(given: Given, name: str, needs: tuple[str, ...], coefs: tuple) -> Fi
     if logp.dim() not in (1, 2):
         validate.fail("logp", "shape [B, T], or [N] with cu_seqlens", validate.shape(logp))
     cu_seqlens = _boundaries(given.cu_seqlens, logp)
-    found = {field: _like(field, getattr(given, field), logp) for field in ("old_logp", "ref_logp", "rollout_logp")}
-    for field in ("old_logp", "ref_logp", "rollout_logp", "adv", "weights", "extra"):
-        x = getattr(given, field)
-        if isinstance(x, torch.Tensor) and x.requires_grad:
-            validate.fail(field, "a tensor that needs no gradient", "requires_grad=True")
-    adv = (
-        torch.zeros((), dtype=torch.float32, device=logp.device).expand(logp.shape) if given.adv is None else given.adv
-    )
-    adv = _by_sequence("adv", adv, logp, cu_seqlens)
-    weights = None if given.weights is None else _by_sequence("weights", given.weights, logp, cu_seqlens)
-    mask, keep = _flags("mask", given.mask, logp), _flags("keep", given.keep, logp)
+    adv = given.adv
+    if adv is None:
+        adv = torch.zeros((), dtype=torch.float32, device=logp.device).expand(logp.shape)
+    weights = _by_sequence("weights", given.weights, logp, cu_seqlens)
     return Fields(
-        _laid(logp), found["old_logp"], found["ref_logp"], found["rollout_logp"], adv,
+        _laid(logp), _constant("old_logp", given.old_logp, logp), _constant("ref_logp", given.ref_logp, logp),
+        _constant("rollout_logp", given.rollout_logp, logp), _by_sequence("adv", adv, logp, cu_seqlens),
         _like("entropy", given.entropy, logp), weights if weights is None else weights.contiguous(),
-        _like("extra", given.extra, logp), mask, keep, cu_seqlens, _count(given.num_items, logp), _coefs(coefs, logp),
+        _constant("extra", given.extra, logp), _flags("mask", given.mask, logp), _flags("keep", given.keep, logp),
+        cu_seqlens, _count(given.num_items, logp), _coefs(coefs, logp),
     )  # fmt: skip
 
 
@@ -88,9 +83,21 @@ def _like(name: str, x, logp):
     return _laid(_float(x, logp))
 
 
+def _constant(name: str, x, logp):
+    return x if x is None else _like(name, _without_gradient(name, x), logp)
+
+
+def _without_gradient(name: str, x):
+    if isinstance(x, torch.Tensor) and x.requires_grad:
+        validate.fail(name, "a tensor that needs no gradient", "requires_grad=True")
+    return x
+
+
 def _by_sequence(name: str, x, logp, cu_seqlens):
     """A field of tokens, from one of tokens or of sequences."""
-    validate.tensor(name, x)
+    if x is None:
+        return None
+    validate.tensor(name, _without_gradient(name, x))
     validate.same_device(name, x, "logp", logp)
     x = _float(x, logp)
     if x.shape == logp.shape:
@@ -141,7 +148,7 @@ def _count(num_items, logp):
 
 def _coefs(coefs: tuple, logp):
     """float32 [2]: factors of beta and entropy_coef; None if both are numbers."""
-    if not any(isinstance(x, torch.Tensor) for x in coefs):
+    if not (isinstance(coefs[0], torch.Tensor) or isinstance(coefs[1], torch.Tensor)):
         return None
     for name, x in zip(("beta", "entropy_coef"), coefs, strict=True):
         if isinstance(x, torch.Tensor) and (x.dim() != 0 or x.requires_grad):

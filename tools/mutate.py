@@ -28,7 +28,7 @@ from mutants import CPP, CUDA, PYTHON, Mutant
 
 ROOT = Path(__file__).resolve().parent.parent
 SWITCH = "RLFAST_MUTANT"
-OPS = ("tests/test_token_logps.py", "tests/test_linear_token_logps.py")
+OPS = ("tests/test_token_logps.py", "tests/test_linear_token_logps.py", "tests/test_token_loss.py")
 SLOW = "not (isa or 2_31 or seventy or 151669 or 50257 or 32003 or 256k or twenty or tile or many_rows)"
 
 # How each kind is tested: pytest's arguments, and the environment.
