@@ -143,8 +143,8 @@ def sequence_of(
     IN_RATIO: tl.constexpr, GATE: tl.constexpr, KIND: tl.constexpr, MASKS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The sums of a sequence: one walk over its tokens."""
-    counted, count, ratio = (tl.zeros([], tl.float64) for _ in range(3))
-    drifted, seen, moved, adv, log_weight = (tl.zeros([], tl.float64) for _ in range(5))
+    zero = tl.zeros([], tl.float64)
+    counted, count, ratio, drifted, seen, moved, adv, log_weight = zero, zero, zero, zero, zero, zero, zero, zero
     for begin in range(row.start, row.end, BLOCK):
         column = begin + tl.arange(0, BLOCK)
         inside = mask_of(fields, row, column)

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 
 from rlfast.kernels.formulas import ESTIMATORS, SURROGATES
-from rlfast.kernels.formulas.elementary import exp, expm1
+from rlfast.kernels.formulas.elementary import exp
 from rlfast.kernels.formulas.kl import KlBounds
 from rlfast.kernels.formulas.token import Token
 from rlfast.kernels.lang import jit, tl
@@ -33,27 +33,27 @@ from rlfast.kernels.loss_rows import (
     total,
     within,
 )  # fmt: skip
-from rlfast.ops.loss_records import SEQ_SUM_OVER_MAX_LEN, Fields, Output, Plan, Settings, allocate, row_wise
+from rlfast.kernels.loss_sums import (
+    COLUMNS,
+    ENTROPY,
+    ENTROPY_PART,
+    KEPT,
+    KL,
+    KL_PART,
+    POLICY,
+    SEQ_MEAN_TOKEN_MEAN,
+    SEQUENCES,
+    add,
+    finish,
+    metrics_of,
+)  # fmt: skip
+from rlfast.ops.loss_records import Fields, Output, Plan, Settings, allocate, row_wise
 
 CHUNK = 4096  # tokens of a program where sequences do not matter
 PROGRAMS = 1024  # fills 132 SMs × 7; more would only make the last program's sum longer
-TILE = tl.constexpr(64)  # programs that the last one adds at a time
-COLUMNS = tl.constexpr(32)  # of the partial sums, a power of two
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
 BLOCK = 1024  # tokens at a time: 8 a thread, two loads of 16 bytes a field in flight
 
-TOKEN_MEAN, TOKEN_SUM, SEQ_MEAN_TOKEN_MEAN = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
-OVER_MAX_LEN = tl.constexpr(SEQ_SUM_OVER_MAX_LEN)
-SMALLEST_WEIGHT, LARGEST_WEIGHT = tl.constexpr(1e-15), tl.constexpr(1e15)
-
-# Columns of the partial sums. Those from LARGEST on are maxima.
-NAMES = ("policy", "kl_part", "entropy_part", "kept", "tokens", "sequences", "kl", "entropy", "k1", "k3", "low", "high")
-NAMES += ("ratio", "weight", "weight2", "dropped", "drift")
-(
-    POLICY, KL_PART, ENTROPY_PART, KEPT, TOKENS, SEQUENCES, KL, ENTROPY, K1, K3, LOW, HIGH, RATIO, WEIGHTS, SQUARES,
-    DROPPED, DRIFT,
-) = (tl.constexpr(i) for i in range(len(NAMES)))  # fmt: skip
-LARGEST, RATIO_MAX, DRIFT_MAX = tl.constexpr(24), tl.constexpr(24), tl.constexpr(25)
 
 STRIDED = ("logp", "old_logp", "ref_logp", "rollout_logp", "adv", "entropy", "weights", "extra", "mask", "keep")
 INTS = ("rows", "splits", "chunk", "length", "adv_step", "out_stride", *(f"stride_{name}" for name in STRIDED))
@@ -80,24 +80,6 @@ class Where(NamedTuple):
 
 
 @jit
-def add(sums, column: tl.constexpr, value):
-    """The sums with a value added to one of them."""
-    return tl.where(tl.arange(0, COLUMNS) == column, sums + value, sums)
-
-
-@jit
-def raise_(sums, column: tl.constexpr, value):
-    """The sums with one of them raised to a value."""
-    return tl.where(tl.arange(0, COLUMNS) == column, tl.maximum(sums, value.to(tl.float64)), sums)
-
-
-@jit
-def pick(sums, column: tl.constexpr):
-    """One of the sums."""
-    return tl.sum(tl.where(tl.arange(0, COLUMNS) == column, sums, 0.0), 0)
-
-
-@jit
 def kl_of(d, x, ratio, inside, in_bounds, numbers, ESTIMATOR: tl.constexpr, THROUGH: tl.constexpr, BY: tl.constexpr):
     """(KL of the tokens, its derivative by log p, and by x of the unit)."""
     value, slope = ESTIMATOR(d, numbers.bounds)
@@ -115,31 +97,6 @@ def kl_of(d, x, ratio, inside, in_bounds, numbers, ESTIMATOR: tl.constexpr, THRO
     elif BY == 3:
         slope += tl.where(tl.abs(value) < numbers.bounds.kl_max, value, 0.0)
     return tl.where(inside, value, 0.0), tl.where(inside, slope, 0.0), tl.where(inside, by_unit, 0.0)
-
-
-@jit
-def metrics_of(sums, inside, used, clipped, x, ratio, drift, applied, IN_RATIO: tl.constexpr):
-    """The sums with what the metrics want of a block of tokens."""
-    w = ratio
-    if not IN_RATIO:
-        w = ratio * applied
-    w = tl.where(w >= SMALLEST_WEIGHT, tl.minimum(w, LARGEST_WEIGHT), 0.0)
-    w = tl.where(inside, w, 0.0)
-    hit = tl.where(used, clipped, 0.0)
-    rho = tl.where(inside, exp(within(drift, -INFINITE, 89.0)), 0.0)
-    r = tl.where(inside, ratio, 0.0)
-    sums = add(sums, TOKENS, total(tl.where(inside, 1.0, 0.0)))
-    sums = add(sums, DROPPED, total(tl.where(inside & (used == 0), 1.0, 0.0)))
-    sums = add(sums, K1, total(tl.where(inside, -x, 0.0)))
-    sums = add(sums, K3, total(tl.where(inside, expm1(within(x, -INFINITE, 89.0)) - x, 0.0)))
-    sums = add(sums, LOW, total(tl.where(ratio < 1.0, hit, 0.0)))
-    sums = add(sums, HIGH, total(tl.where(ratio >= 1.0, hit, 0.0)))
-    sums = add(sums, RATIO, total(r))
-    sums = add(sums, WEIGHTS, total(w))
-    sums = add(sums, SQUARES, total(w * w))
-    sums = add(sums, DRIFT, total(rho))
-    sums = raise_(sums, RATIO_MAX, tl.max(r, 0))
-    return raise_(sums, DRIFT_MAX, tl.max(rho, 0))
 
 
 @jit
@@ -167,10 +124,8 @@ def surrogate_of(
     extra = load(fields.extra, row.extra + column, inside)
     value, by_x, by_logp, clipped = SURROGATE(Token(logp, old, u, ratio, adv, extra), numbers.hyper)
     nothing = tl.zeros(column.shape, tl.float32)
-    value, by_x, by_logp = (
-        tl.where(used, factor * value, nothing), tl.where(used, factor * by_x, nothing),
-        tl.where(used, factor * by_logp, nothing),
-    )  # fmt: skip
+    value = tl.where(used, factor * value, nothing)
+    by_x, by_logp = tl.where(used, factor * by_x, nothing), tl.where(used, factor * by_logp, nothing)
     return value, by_x, by_logp, clipped + nothing, used, kept
 
 
@@ -189,59 +144,6 @@ def pull_back(
         at = where.dlogp + row.out + column
         g = tl.load(at, mask=inside & in_bounds, other=0.0)
         tl.store(at, g + pulled, mask=inside & in_bounds)
-
-
-@jit
-def finish(
-    fields, where, s, beta, entropy_coef, programs, rows, REDUCE: tl.constexpr, COUNT_EMPTY: tl.constexpr,
-    ENTROPY_MEAN: tl.constexpr,
-):  # fmt: skip
-    """Loss and metrics from every program's sums, in ascending order."""
-    lane = tl.arange(0, COLUMNS)
-    sums = tl.zeros([COLUMNS], tl.float64)
-    for first in range(0, programs, TILE):
-        program = first + tl.arange(0, TILE)
-        at = where.partial + program[:, None] * COLUMNS + lane[None, :]
-        x = tl.load(at, mask=(program < programs)[:, None], other=0.0, cache_modifier=".cg")
-        sums = tl.where(lane >= LARGEST, tl.maximum(sums, tl.max(x, 0)), sums + tl.sum(x, 0))
-    tokens, sequences = pick(sums, TOKENS), pick(sums, SEQUENCES)
-    if COUNT_EMPTY:
-        sequences = sequences * 0.0 + rows
-    n = sequences
-    if REDUCE == TOKEN_MEAN:
-        n = tokens
-    elif REDUCE == TOKEN_SUM:
-        n = tokens * 0.0 + 1.0
-    if fields.num_items is not None:
-        n = tl.load(fields.num_items).to(tl.float64)
-    if REDUCE == OVER_MAX_LEN:
-        n = n * s.max_len
-    scale = s.factor / tl.where(n > 0.0, n, 1.0)
-    entropy_scale = scale
-    if ENTROPY_MEAN:
-        entropy_scale = s.entropy_factor / tl.maximum(pick(sums, KEPT), 1.0)
-    policy = scale * pick(sums, POLICY)
-    loss = policy + beta * (scale * pick(sums, KL_PART)) - entropy_coef * (entropy_scale * pick(sums, ENTROPY_PART))
-    each = 1.0 / tl.maximum(tokens, 1.0)
-    w, squares = pick(sums, WEIGHTS), pick(sums, SQUARES)
-    ess = tl.where(squares > 0.0, w * w * each / tl.where(squares > 0.0, squares, 1.0), 0.0)
-    found = tl.zeros([COLUMNS], tl.float64)
-    found = put(put(put(found, 0, loss), 1, scale), 2, entropy_scale)
-    found = put(put(put(found, 3, tokens), 4, sequences), 5, policy)
-    found = put(put(found, 6, each * pick(sums, KL)), 7, each * pick(sums, ENTROPY))
-    found = put(put(found, 8, each * pick(sums, K1)), 9, each * pick(sums, K3))
-    found = put(put(found, 10, each * pick(sums, LOW)), 11, each * pick(sums, HIGH))
-    found = put(put(found, 12, each * pick(sums, RATIO)), 13, pick(sums, RATIO_MAX))
-    found = put(put(found, 14, ess), 15, each * pick(sums, DROPPED))
-    found = put(put(found, 16, each * pick(sums, DRIFT)), 17, pick(sums, DRIFT_MAX))
-    tl.store(where.metrics + lane, found.to(tl.float32), mask=lane < 18)
-    tl.store(where.loss, loss.to(tl.float32))
-
-
-@jit
-def put(found, column: tl.constexpr, value):
-    """A vector with one value set."""
-    return tl.where(tl.arange(0, COLUMNS) == column, value, found)
 
 
 @jit(do_not_specialize=[*INTS])
@@ -400,3 +302,45 @@ def forward(fields: Fields, surrogate: str, estimator: str, plan, settings, hype
             **{name.upper(): value for name, value in plan._asdict().items()}, **OPTIONS,
         )  # fmt: skip
     return out
+
+
+class CompileCase(NamedTuple):
+    """One call whose launch ``make compile`` compiles."""
+
+    surrogate: str
+    estimator: str
+    plan: Plan
+    dtype: torch.dtype
+    full: bool  # every field, packed; else what a loss without a KL and a correction needs
+
+    def __str__(self) -> str:
+        kind = f"{str(self.dtype).removeprefix('torch.')} {self.surrogate} {self.estimator}".strip()
+        plan = " ".join(f"{name}={value}" for name, value in self.plan._asdict().items() if value)
+        return f"{kind} {plan}{' all fields' if self.full else ''}".replace("  ", " ")
+
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+SIMPLE = Plan(reduce=SEQ_MEAN_TOKEN_MEAN.value)
+BY_SEQUENCE = Plan(unit=1, reduce=SEQ_MEAN_TOKEN_MEAN.value, weight=1, gate=2, gate_kind=3, gate_masks=1)
+EVERYTHING = Plan(2, 1, 1, 1, 1, 4, 1, 1, 3, 1, 1, 2, 1)
+COMPILE = (
+    *(CompileCase(name, "k3", SIMPLE, torch.float32, True) for name in SURROGATES),
+    *(CompileCase("ppo_clip", name, Plan(kl_ratio=2), torch.bfloat16, False) for name in ESTIMATORS),
+    *(CompileCase("ppo_clip", "", Plan(unit=unit), torch.float32, False) for unit in range(4)),
+    *(CompileCase("ppo_clip", "k3", plan, dtype, True) for plan in (BY_SEQUENCE, EVERYTHING) for dtype in DTYPES),
+)
+
+
+def launch_to_compile(case: CompileCase) -> None:
+    """The launch of a case, for a driver that compiles and does not run."""
+    tokens, ends = torch.zeros(3, 40, dtype=case.dtype), torch.tensor([0, 40, 80, 120])
+    field, flag = (tokens.view(-1), tokens.view(-1) == 0) if case.full else (tokens, None)
+    rest = (field,) * 3 if case.full else (None,) * 3
+    ref = field if case.full or case.estimator else None
+    fields = Fields(
+        field, field, ref, rest[0], field, *rest, flag, flag, ends if case.full else None,
+        torch.zeros(()) if case.full else None, torch.zeros(2) if case.full else None,
+    )  # fmt: skip
+    hyper = SURROGATES[case.surrogate].hyper()
+    settings = Settings(off_policy=0.5 if case.full else float("inf"))
+    forward(fields, case.surrogate, case.estimator, case.plan, settings, hyper, KlBounds(), (True, case.full))

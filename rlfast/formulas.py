@@ -31,7 +31,8 @@ def formula(function) -> UserFormula:
     Args:
         function: ``t`` is a token with ``logp``, ``old_logp``, ``log_ratio`` (x, of the unit), ``ratio`` (e^x), ``adv``
             and ``extra``; ``h`` is annotated with a NamedTuple of floats that all have defaults. Assignments and one
-            return, in the words of ``rlfast.kernels.lang.tl``. It must be in a file: Triton reads its source.
+            return, in the words of ``rlfast.kernels.lang.tl``, which its module imports. It must be in a file: Triton
+            reads its source.
 
     Returns:
         A UserFormula, for ``rlfast.Loss(surrogate, hyper)``.

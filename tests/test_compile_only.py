@@ -51,7 +51,10 @@ def _forward_and_backward(rows, vocab: int = 1008, temperature: float = 0.7):
 
 
 def test_no_kernel_spills_and_none_is_missed(tool):
-    done, reached = tool.compile_triton(90, "bfloat16 scaled wide all outputs", lambda text: None)
+    done, reached = [], set()
+    for case in ("bfloat16 scaled wide all outputs", "bfloat16 ppo_clip k3 unit=1"):
+        found, kernels = tool.compile_triton(90, case, lambda text: None)
+        done, reached = done + found, reached | kernels
     assert tool.grid_kernels() == reached
     assert not [x for x in done if x.spill]
     assert all(0 < x.registers <= 255 for x in done)
@@ -63,9 +66,7 @@ def test_every_op_has_cases(tool):
 
 
 def test_a_kernel_that_no_case_launches_is_noticed(tool, monkeypatch):
-    from rlfast.kernels import linear_token_logps, token_logps
-
-    for module in (token_logps, linear_token_logps):
+    for module in (m for m in tool.modules() if hasattr(m, "COMPILE")):
         monkeypatch.setattr(module, "COMPILE", ())
     assert tool.grid_kernels() - tool.compile_triton(90, "", lambda text: None)[1]
 
@@ -83,6 +84,25 @@ def test_row_12_vocabularies_compile_twice_for_wide_and_narrow_loads(tool):
         for vocab in (1000, 1008, 1009, 4097, 8192, 9000):
             _forward_and_backward((2, 2), vocab)
     assert _variants(launched) == {"fold": 2, "merge": 1, "gradient": 2}
+
+
+def test_row_12_a_loss_compiles_once_for_every_length_epsilon_and_beta(tool):
+    from rlfast.kernels import token_loss
+    from rlfast.ops.loss_records import Settings
+
+    with tool.compile_only(90) as launched:
+        for length in range(1, 51):
+            case = token_loss.CompileCase("ppo_clip", "k3", token_loss.BY_SEQUENCE, torch.float32, False)
+            tokens = torch.zeros(1 + length % 5, length * 37)
+            fields = token_loss.Fields(*(tokens,) * 5, *(None,) * 8)
+            settings = Settings(beta=length / 100, off_policy=0.5, max_len=float(length))
+            hyper = [0.1 + length / 200, 0.2 + length / 300, 3.0, 4.0]
+            bounds = [float("inf"), 10.0 + length]
+            token_loss.forward(
+                fields, case.surrogate, case.estimator, case.plan, settings, hyper, bounds, (True, False)
+            )
+    assert _variants(launched) == {"token_loss": 1}
+    assert len(launched) == 50, "one launch a call"
 
 
 def test_launches_do_not_grow_with_the_batch(tool):

@@ -13,7 +13,7 @@ import rlfast
 from rlfast.kernels.formulas import ESTIMATORS, SURROGATES
 from rlfast.kernels.formulas.kl import KlBounds
 from rlfast.kernels.formulas.token import Token
-from rlfast.kernels.lang import torch_version
+from rlfast.kernels.lang import tl, torch_version
 from rlfast.reference import surrogates
 from tests.loss_cases import LossCase, drawn, run
 from tests.numerics import assert_gradient, assert_value
@@ -126,8 +126,8 @@ class Power(NamedTuple):
 
 @rlfast.formula
 def tempered(t, h: Power):
-    """ℓ = −sg(1 + k(r − 1))·A·log p."""
-    weight = 1.0 + h.k * (t.ratio - 1.0)
+    """ℓ = −sg(r^k)·A·log p."""
+    weight = tl.exp(h.k * t.log_ratio)
     return -weight * t.adv * t.logp, 0.0, -weight * t.adv, 0.0
 
 
@@ -139,7 +139,7 @@ def test_a_formula_of_ones_own(backend, device):
     found = []
     for dtype in (torch.float64, torch.float32):
         leaf = lp.to(dtype).requires_grad_()
-        weight = (1 + 0.25 * (torch.exp(leaf - old.to(dtype)) - 1)).detach()
+        weight = torch.exp(0.25 * (leaf - old.to(dtype))).detach()
         terms = torch.where(mask, -weight * fields["adv"].to(dtype) * leaf, 0.0) / mask.sum()
         found.append((terms.sum().detach(), torch.autograd.grad(terms.sum(), leaf)[0], terms.abs().sum().detach()))
     assert_value("loss", out.loss.detach().cpu(), found[0][0], found[1][0], found[0][2])

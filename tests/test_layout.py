@@ -116,6 +116,8 @@ def test_no_file_of_an_op_that_is_not_declared():
         "leaves",
         "topk",
         "loss_rows",
+        "loss_sums",
+        "surrogates",
         "loss_stages",
         "records",
         "loss_records",

@@ -1,0 +1,116 @@
+"""``token_loss`` as PyTorch sees it: schema, fake kernel, autograd, torch.compile, CUDA graphs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import rlfast
+from rlfast import loss_inputs
+from rlfast.ops import token_loss as op
+from tests.loss_cases import drawn
+from tests.numerics import assert_same_bits
+
+OP = "token_loss"
+pytestmark = pytest.mark.unpoisoned  # a compiler traces torch.empty
+
+OBJECTIVES = {
+    "ppo": rlfast.loss("ppo"),
+    "everything": rlfast.loss("gspo", kl="k3", beta=0.5, entropy_coef=0.25, correction="icepop", off_policy=0.1),
+}
+
+
+def inputs(device: str = "cpu", packed: bool = False) -> dict:
+    """Every field of a few short sequences."""
+    fields = drawn(3, 7, "f32")
+    if packed:
+        ends = torch.tensor([0, 7, 7, 21])
+        fields = {k: x.flatten() for k, x in fields.items()} | {"adv": fields["adv"].squeeze(1), "cu_seqlens": ends}
+    else:
+        fields["adv"] = fields["adv"].squeeze(1)
+    return {k: x.to(device) for k, x in fields.items()}
+
+
+def arguments(objective: rlfast.Loss, given: dict, backend: str) -> tuple:
+    """What the public function hands to the op."""
+    surrogate, kl, plan, settings, hyper, bounds, needs = objective.prepared
+    names = loss_inputs.Given._fields
+    batch = loss_inputs.checked(loss_inputs.Given(*(given.get(n) for n in names)), "loss", needs, (0.5, 0.25))
+    return (*batch, surrogate, kl, list(plan), list(settings), hyper, bounds, [True, True], backend)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("packed", (False, True), ids=("padded", "packed"))
+@pytest.mark.backends("torch", "cpu", "cuda")
+def test_opcheck(backend, device, name, packed):
+    given = inputs(device, packed)
+    given = {k: x.requires_grad_() if k in ("logp", "entropy") else x for k, x in given.items()}
+    torch.library.opcheck(op.op, arguments(OBJECTIVES[name], given, backend))
+    gradient, scale = torch.randn(3, 7, device=device), torch.rand((), device=device)
+    torch.library.opcheck(op.op_backward, (gradient, scale, torch.ones_like(scale), torch.bfloat16))
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_fake_kernel_agrees(backend, device, name):
+    args = arguments(OBJECTIVES[name], inputs(device), backend)
+    real = op.op(*args)
+    with FakeTensorMode() as mode:
+        fake = op.op(*(mode.from_tensor(x) if isinstance(x, torch.Tensor) else x for x in args))
+    for a, b in zip(real, fake, strict=True):
+        assert (a.shape, a.dtype, a.device, a.stride()) == (b.shape, b.dtype, b.device, b.stride())
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.backends("torch", "cpu")
+def test_compiled_without_a_graph_break(backend, device, name):
+    """fullgraph=True, forward and backward, against the same function run eagerly, to the bit."""
+    torch._dynamo.reset()
+    results = []
+
+    def function(logp, entropy, rest):
+        out = OBJECTIVES[name](logp, entropy=entropy, **rest)
+        return 2 * out.loss, out.metrics.values
+
+    for run in (function, torch.compile(function, fullgraph=True, backend="aot_eager")):
+        given = inputs(device)
+        leaves = [given.pop(k).requires_grad_() for k in ("logp", "entropy")]
+        with rlfast.use_backend(backend):
+            loss, metrics = run(*leaves, given)
+        loss.backward()
+        results.append((loss.detach(), metrics.detach(), *(x.grad for x in leaves)))
+    for what, eager, compiled in zip(("loss", "metrics", "gradient", "of the entropy"), *results, strict=True):
+        assert_same_bits(what, compiled, eager)
+
+
+def test_forward_mode_is_refused():
+    given = inputs()
+    logp = given.pop("logp")
+    with pytest.raises(NotImplementedError, match="forward-mode"):
+        torch.func.jvp(lambda x: rlfast.loss("ppo")(x, **given).loss, (logp,), (logp,))
+
+
+@pytest.mark.backends("triton", "cuda")
+@pytest.mark.gpu
+def test_in_a_cuda_graph(backend, device):
+    """Captured once, replayed on other numbers; nothing synchronises."""
+    objective, given = OBJECTIVES["everything"], inputs(device)
+    logp = given.pop("logp").requires_grad_()
+
+    def step():
+        loss = objective(logp, **given).loss
+        return loss, *torch.autograd.grad(loss, logp)
+
+    with rlfast.use_backend(backend):
+        for _ in range(3):
+            step()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = step()
+        with torch.no_grad():
+            logp.sub_(0.1)
+        graph.replay()
+        torch.cuda.synchronize()
+        for what, a, b in zip(("loss", "gradient"), captured, step(), strict=True):
+            assert_same_bits(what, a.detach(), b.detach())
