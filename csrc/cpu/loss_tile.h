@@ -148,7 +148,7 @@ private:
 };
 
 // Whether the sums of a loop are to be flushed after the vector at i.
-inline bool due(int64_t i) { return (i / kLanes) % 8 == 7; }
+inline bool due(int64_t i) { return (i / kLanes) % 4 == 3; }
 
 struct Sums {
   D of[kSums];

@@ -20,7 +20,7 @@ constexpr int64_t kUnit = 4096;
 // Below so many tokens a second thread costs more than it saves.
 constexpr int64_t kSerial = 1 << 13;
 // A gradient that is larger is written past the caches: it saves the read before a write.
-constexpr int64_t kStreamBytes = 8 << 20;
+constexpr int64_t kStreamBytes = 2 << 20;
 
 using SurrogateTile = double (*)(Tile&, const Sequence&, const Objective&, Sums&, float*, bool);
 struct SurrogateTiles {
