@@ -71,7 +71,7 @@ def test_targets_name_what_exists():
         for target in case.targets:
             base = target.arm.removesuffix(" avx2").removesuffix(" baseline")
             assert base in present, (case.name, target)
-            over = present | {"plain", "trl"} | set(case.floors(base))
+            over = present | {"plain", "trl", "torchrl"} | set(case.floors(base))
             over = {"speed": over, "cost": over, "memory": set(case.sizes()), "us": {""}}[target.kind]
             assert target.over in over, (case.name, target)
 

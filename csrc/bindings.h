@@ -3,6 +3,7 @@
 #pragma once
 #include <cstdint>
 
+#include "rlfast/affine_scan.h"
 #include "rlfast/linear_token_logps.h"
 
 namespace rlfast {
@@ -108,6 +109,53 @@ inline BackwardIn backward_in(Address aux, Address g_logp, Address g_lse, Addres
        stride_weight},                                                                       \
       Transform{at<const float>(temperatures), temperature, softcap, logit_scale}, Targets { \
     at<const int64_t>(ids), at<const uint8_t>(mask), candidates                              \
+  }
+
+// affine_scan: rlfast/native/affine_scan.py passes them. A token's input is an address, a dtype and a row stride; a flag an
+// address and a row stride; a rate an address and what it is given per.
+#define RLFAST_SCAN_ARGS                                                                                              \
+  int64_t rows, int64_t steps, Address cu, Address rewards, int rewards_type, int64_t rewards_stride, Address values, \
+      int values_type, int64_t values_stride, Address log_ratio, int ratio_type, int64_t ratio_stride, Address kl,    \
+      int kl_type, int64_t kl_stride, Address coefficients, int coefficients_type, int64_t coefficients_stride,       \
+      Address next_values, int next_type, int64_t next_stride, Address mask, int64_t mask_stride, Address done,       \
+      int64_t done_stride, Address truncated, int64_t truncated_stride, Address row_rewards, Address bootstrap,       \
+      double gamma, Address gammas, bool gamma_by_token, double lam, Address lams, bool lam_by_token,                 \
+      double critic_lam, Address critic_lams, bool critic_by_token, double kl_coef, float clip_rho, float clip_c,     \
+      float clip_pg, int options, int whiten, double eps, Address advantages, Address returns
+
+// Bits of `options` and of `whiten`: the same as in rlfast/ops/scan_records.py.
+enum ScanBits : int { kVtrace = 1, kZero = 2, kReverse = 4, kDecoupled = 8 };
+enum WhitenBits : int { kWhiten = 1, kBessel = 2, kInside = 4, kFloor = 8, kShift = 16 };
+
+#define RLFAST_SCAN_RECORDS                                                                            \
+  ScanIn{rows,                                                                                         \
+         steps,                                                                                        \
+         at<const int64_t>(cu),                                                                        \
+         {at<const void>(rewards), static_cast<DType>(rewards_type), rewards_stride},                  \
+         {at<const void>(values), static_cast<DType>(values_type), values_stride},                     \
+         {at<const void>(log_ratio), static_cast<DType>(ratio_type), ratio_stride},                    \
+         {at<const void>(kl), static_cast<DType>(kl_type), kl_stride},                                 \
+         {at<const void>(coefficients), static_cast<DType>(coefficients_type), coefficients_stride},   \
+         {at<const void>(next_values), static_cast<DType>(next_type), next_stride},                    \
+         {at<const uint8_t>(mask), mask_stride},                                                       \
+         {at<const uint8_t>(done), done_stride},                                                       \
+         {at<const uint8_t>(truncated), truncated_stride},                                             \
+         at<const double>(row_rewards),                                                                \
+         at<const double>(bootstrap),                                                                  \
+         {gamma, at<const double>(gammas), gamma_by_token},                                            \
+         {lam, at<const double>(lams), lam_by_token},                                                  \
+         {critic_lam, at<const double>(critic_lams), critic_by_token},                                 \
+         kl_coef,                                                                                      \
+         clip_rho,                                                                                     \
+         clip_c,                                                                                       \
+         clip_pg,                                                                                      \
+         (options & kVtrace) != 0,                                                                     \
+         (options & kZero) != 0,                                                                       \
+         (options & kReverse) != 0,                                                                    \
+         (options & kDecoupled) != 0},                                                                 \
+      ScanOut{at<float>(advantages), at<float>(returns)}, Whiten {                                     \
+    (whiten & kWhiten) != 0, (whiten & kBessel) != 0, (whiten & kInside) != 0, (whiten & kFloor) != 0, \
+        (whiten & kShift) != 0, eps                                                                    \
   }
 
 }  // namespace rlfast

@@ -76,6 +76,36 @@ std::vector<std::string> surrogates() {
   };
 }
 
+void affine_scan(RLFAST_SCAN_ARGS, const char* isa, int threads) {
+  const Kernels& k = kernels_of(isa);
+  py::gil_scoped_release release;
+  k.affine_scan(RLFAST_SCAN_RECORDS, threads);
+}
+
+// GAE of dense float32 rows: the call of every training step, with the few arguments that it needs.
+void gae(Address rewards, Address values, Address mask, int64_t rows, int64_t steps, double gamma, double lam,
+         Address advantages, Address returns, const char* isa, int threads) {
+  const Kernels& k = kernels_of(isa);
+  py::gil_scoped_release release;
+  ScanIn in{};
+  in.rows = rows, in.steps = steps, in.reverse = true;
+  in.rewards = {at<const void>(rewards), DType::f32, steps}, in.values = {at<const void>(values), DType::f32, steps};
+  in.mask = {at<const uint8_t>(mask), steps};
+  in.gamma.one = gamma, in.lam.one = lam;
+  k.affine_scan(in, {at<float>(advantages), at<float>(returns)}, {}, threads);
+}
+
+void group_advantage(int64_t samples, Address rewards, int dtype, Address ids, int64_t size, Address mask,
+                     Address weights, int baseline, int scale, bool bessel, bool lone_raw, bool skip_zero, double eps,
+                     double tau, Address advantages, Address statistics, const char* isa, int threads) {
+  const Kernels& k = kernels_of(isa);
+  py::gil_scoped_release release;
+  k.group_advantage({samples, at<const void>(rewards), static_cast<DType>(dtype), at<const int64_t>(ids), size,
+                     at<const uint8_t>(mask), at<const double>(weights)},
+                    {static_cast<Baseline>(baseline), static_cast<Scale>(scale), bessel, lone_raw, skip_zero, eps, tau},
+                    {at<float>(advantages), at<double>(statistics)}, threads);
+}
+
 double read_bandwidth(Address data, size_t bytes, int threads) {
   const Kernels& k = kernels_of(isas().back().c_str());
   py::gil_scoped_release release;
@@ -93,6 +123,9 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("linear_token_logps_backward", &linear_backward);
   m.def("token_loss", &loss);
   m.def("token_loss_surrogates", &surrogates);
+  m.def("affine_scan", &affine_scan);
+  m.def("gae", &gae);
+  m.def("group_advantage", &group_advantage);
   m.def("read_bandwidth", &read_bandwidth, py::arg("data"), py::arg("bytes"), py::arg("threads"),
         "Reads every byte once and returns the sum of them as float32: the ceiling of a kernel that reads once.");
 }

@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include "bindings_loss.h"
+#include "cuda/affine_scan.h"
 #include "cuda/token_logps.h"
 #include "cuda/token_loss.h"
 
@@ -35,6 +36,16 @@ void loss(py::handle fields, py::handle sizes, const char* surrogate, const char
   cuda::token_loss(a.objective, a.fields, a.out, at<double>(scratch), at<unsigned>(finished), device, at<void>(stream));
 }
 
+// The advantages are whitened by the caller.
+void affine_scan(RLFAST_SCAN_ARGS, Address scratch, int device, Address stream) {
+  (void)whiten, (void)eps;
+  py::gil_scoped_release release;
+  const auto records = [&](const ScanIn& in, const ScanOut& out, const Whiten&) {
+    cuda::affine_scan(in, out, at<double>(scratch), device, at<void>(stream));
+  };
+  records(RLFAST_SCAN_RECORDS);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cuda, m) {
@@ -42,6 +53,9 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("token_logps_scratch", &cuda::token_logps_scratch, py::arg("rows"), py::arg("vocab"), py::arg("top_k"),
         py::arg("device"),
         "Floats of scratch that a forward needs: leaf statistics, where a row is split over several blocks.");
+  m.def("affine_scan_scratch", &cuda::affine_scan_scratch, py::arg("rows"), py::arg("longest"), py::arg("packed"),
+        py::arg("device"), "Doubles of scratch that affine_scan needs: the maps of the segments of few long rows.");
+  m.def("affine_scan", &affine_scan);
   m.def("token_logps_forward", &forward);
   m.def("token_logps_backward", &backward);
   m.def("token_loss_surrogates", &cuda::token_loss_surrogates);

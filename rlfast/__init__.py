@@ -12,6 +12,22 @@ if not (_root / "kernels").exists():  # in a source tree, the Triton kernels are
     __path__.append(str(_root.parent))
 
 from rlfast import backends  # noqa: E402
+from rlfast.advantages import (  # noqa: E402
+    GroupStatistics,
+    affine_scan,
+    discounted_returns,
+    gae,
+    group_advantage,
+    group_statistics,
+    lambda_returns,
+    n_step_returns,
+    optimal_token_baseline,
+    per_decision_td,
+    reward_to_go,
+    td_residuals,
+    vapo_lam,
+    vtrace,
+)
 from rlfast.backends import use_backend  # noqa: E402
 from rlfast.controllers import AdaptiveEntropy, AdaptiveKL, RunningMeanStd  # noqa: E402
 from rlfast.corrections import Correction  # noqa: E402
@@ -21,6 +37,7 @@ from rlfast.kl import kl_penalty  # noqa: E402
 from rlfast.logps import TokenLogps, linear_token_logps, token_logps  # noqa: E402
 from rlfast.loss_table import LOSSES, loss  # noqa: E402
 from rlfast.losses import Loss, LossMetrics, LossOutput  # noqa: E402
+from rlfast.reductions import Whiten, masked_mean, masked_whiten  # noqa: E402
 from rlfast.rewards import length_reward, overlong_penalty, shape_rewards  # noqa: E402
 from rlfast.selections import clip_cov_keep, kl_cov_extra, rollout_keep, top_entropy_keep  # noqa: E402
 from rlfast.values import value_loss  # noqa: E402
@@ -31,25 +48,42 @@ __all__ = [
     "AdaptiveEntropy",
     "AdaptiveKL",
     "Correction",
+    "GroupStatistics",
     "Loss",
     "LossMetrics",
     "LossOutput",
     "RunningMeanStd",
     "TokenLogps",
+    "Whiten",
+    "affine_scan",
     "backends",
     "clip_cov_keep",
+    "discounted_returns",
     "formula",
+    "gae",
+    "group_advantage",
+    "group_statistics",
     "kl_cov_extra",
     "kl_penalty",
+    "lambda_returns",
     "length_reward",
     "linear_token_logps",
     "loss",
+    "masked_mean",
+    "masked_whiten",
+    "n_step_returns",
+    "optimal_token_baseline",
     "overlong_penalty",
     "patch",
+    "per_decision_td",
+    "reward_to_go",
     "rollout_keep",
     "shape_rewards",
+    "td_residuals",
     "token_logps",
     "top_entropy_keep",
     "use_backend",
     "value_loss",
+    "vapo_lam",
+    "vtrace",
 ]

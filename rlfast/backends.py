@@ -29,9 +29,10 @@ IMPLEMENTED = {
     "token_logps": ("reference", "torch", "cpu", "triton", "cuda"),
     "linear_token_logps": ("reference", "torch", "cpu", "triton"),
     "token_loss": ("reference", "torch", "cpu", "triton", "cuda"),
+    "affine_scan": ("reference", "torch", "cpu", "triton", "cuda"),
+    "group_advantage": ("reference", "torch", "cpu", "triton"),
 }
 PREFERENCE = {"cpu": ("cpu", "torch"), "cuda": ("triton", "cuda", "torch")}
-ORACLES = {"token_loss": "loss_oracle"}  # the module of rlfast/ops that has an op's ``reference`` backend
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 ISAS = ("baseline", "avx2", "avx512", "avx512_bf16", "neon")
@@ -117,7 +118,7 @@ def implementation(op: str, name: str):
     if name not in IMPLEMENTED[op]:
         raise RuntimeError(f"{op} has no {name!r} backend: expected one of {IMPLEMENTED[op]}")
     if name == "reference":
-        return getattr(importlib.import_module(f"rlfast.ops.{ORACLES.get(op, 'oracle')}"), op)
+        return getattr(importlib.import_module("rlfast.ops.oracle"), op)
     floor = {"torch": "fallback", "cpu": "native", "cuda": "native", "triton": "kernels"}[name]
     return importlib.import_module(f"rlfast.{floor}.{op}")
 

@@ -42,7 +42,6 @@ _BITS = {
 _TOPK = ("topk_logp", "topk_ids", "tail_mass")
 _PLAIN = (torch.Tensor, torch.nn.Parameter)  # tensors with values to look at: a fake one has none
 _INTS = (torch.int64, torch.int32)
-_MASKS = (torch.bool, torch.int64, torch.int32, torch.uint8, torch.int8, torch.float32, torch.bfloat16, torch.float16)
 
 
 def token_logps(
@@ -221,7 +220,7 @@ def _rows(lead, vocab: int, targets, mask, temperature, source):
     if x.device.type == "cpu" and type(targets) in _PLAIN and not torch.compiler.is_compiling():
         _in_range(targets, vocab)
     if mask is not None:
-        validate.tensor("mask", mask, _MASKS)
+        validate.tensor("mask", mask, validate.MASKS)
         if mask.shape != lead:
             validate.fail("mask", f"shape {tuple(lead)} like the rows of {name}", validate.shape(mask))
         validate.same_device("mask", mask, name, x)

@@ -8,6 +8,7 @@ import numbers
 import torch
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+MASKS = (torch.bool, torch.int64, torch.int32, torch.uint8, torch.int8, *FLOATS)
 IGNORE_INDEX = -100
 
 
@@ -60,3 +61,22 @@ def one_of(name: str, x, choices):
     if x not in choices:
         fail(name, f"one of {', '.join(repr(c) for c in choices)}", repr(x))
     return x
+
+
+def at_least(name: str, x, least: float) -> float:
+    """A finite float ≥ ``least``."""
+    x = finite(name, x)
+    if x < least:
+        fail(name, f"a float ≥ {least:g}", repr(x))
+    return x
+
+
+def mask_like(mask, other_name: str, other: torch.Tensor) -> torch.Tensor | None:
+    """A mask shaped like ``other``, as bool; None stays None."""
+    if mask is None:
+        return None
+    tensor("mask", mask, MASKS)
+    if mask.shape != other.shape:
+        fail("mask", f"shape {shape(other)} like {other_name}", shape(mask))
+    same_device("mask", mask, other_name, other)
+    return mask if mask.dtype == torch.bool else mask != 0

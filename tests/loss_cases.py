@@ -10,8 +10,8 @@ import torch
 import rlfast
 from rlfast import Correction
 from rlfast.kernels.formulas import SURROGATES
-from rlfast.ops.loss_oracle import named, options
 from rlfast.ops.loss_records import METRICS, REDUCTIONS, UNITS
+from rlfast.ops.oracle_loss import named, options
 from rlfast.parity import ORDERS
 from rlfast.reference.token_loss import token_loss as reference
 from tests.cases import DTYPES, f32, few

@@ -52,9 +52,14 @@ def _forward_and_backward(rows, vocab: int = 1008, temperature: float = 0.7):
 
 def test_no_kernel_spills_and_none_is_missed(tool):
     done, reached = [], set()
-    for case in ("bfloat16 scaled wide all outputs", "bfloat16 ppo_clip k3 unit=1"):
-        found, kernels = tool.compile_triton(90, case, lambda text: None)
-        done, reached = done + found, reached | kernels
+    for only in (
+        "bfloat16 scaled wide all outputs",
+        "bfloat16 gae all outputs",
+        "bfloat16 baseline 0",
+        "bfloat16 ppo_clip k3 unit=1",
+    ):
+        found = tool.compile_triton(90, only, lambda text: None)
+        done, reached = done + found[0], reached | found[1]
     assert tool.grid_kernels() == reached
     assert not [x for x in done if x.spill]
     assert all(0 < x.registers <= 255 for x in done)
@@ -77,6 +82,29 @@ def test_row_12_no_recompilation_per_length_or_temperature(tool):
             _forward_and_backward((1, length))
             _forward_and_backward((3, length), temperature=0.5 + length / 150)
     assert _variants(launched) == {"fold": 1, "merge": 1, "gradient": 1}
+
+
+def test_row_12_no_recompilation_per_shape_or_rate_of_a_scan(tool):
+    from rlfast.kernels import affine_scan
+    from rlfast.ops.scan_records import ADVANTAGES, RETURNS, REVERSE, Inputs, Options
+
+    nothing = Inputs(*[None] * len(Inputs._fields))
+    with tool.compile_only(90) as launched:
+        for steps in range(1, 51):
+            x = nothing._replace(rewards=torch.zeros(3, steps), values=torch.zeros(3, steps))
+            options = Options(steps / 51, 1.0, 1.0, 0.0, 1.0, 1.0, 1.0, ADVANTAGES | RETURNS | REVERSE, 0, 0.0)
+            affine_scan.forward(x, options)
+    assert _variants(launched) == {"scan_rows": 1} and len(launched) == 50
+
+
+def test_few_long_rows_take_two_launches(tool):
+    from rlfast.kernels import affine_scan
+
+    for name, launches in (("float32 gae", 1), ("float32 gae few long rows", 2)):
+        (case,) = (case for case in affine_scan.COMPILE if str(case) == name)
+        with tool.compile_only(90) as launched:
+            affine_scan.launch_to_compile(case)
+        assert len(launched) == launches
 
 
 def test_row_12_vocabularies_compile_twice_for_wide_and_narrow_loads(tool):

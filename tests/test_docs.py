@@ -13,10 +13,13 @@ import torch
 
 import rlfast
 from bench import report
-from rlfast import backends, parity, verify
+from rlfast import advantages, backends, parity, verify
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = ["README.md", "CONTRIBUTING.md", *(f"docs/{p.name}" for p in sorted((ROOT / "docs").glob("*.md")))]
+ADVANTAGES = [
+    getattr(rlfast, name) for name in (*advantages.__all__, "masked_mean", "masked_whiten") if name[0].islower()
+]
 PUBLIC = [
     rlfast.token_logps,
     rlfast.linear_token_logps,
@@ -24,6 +27,7 @@ PUBLIC = [
     rlfast.Loss,
     rlfast.formula,
     rlfast.Correction,
+    *ADVANTAGES,
     rlfast.use_backend,
     backends.active,
     parity.measure,
@@ -75,7 +79,7 @@ def test_docstring_examples_run(function):
     assert examples or "Example:" not in doc
 
 
-@pytest.mark.parametrize("name", DOCUMENTED)
+@pytest.mark.parametrize("name", [*DOCUMENTED, *(function.__name__ for function in ADVANTAGES)])
 def test_a_public_function_documents_everything(name):
     function = getattr(rlfast, name)
     doc = inspect.getdoc(function)
@@ -90,12 +94,13 @@ def blocks(document: str) -> list[str]:
     return re.findall(r"```python\n(.*?)```", (ROOT / document).read_text(encoding="utf-8"), re.DOTALL)
 
 
-def test_readme_examples():
-    code = blocks("README.md")
+@pytest.mark.parametrize("document", ["README.md", "docs/advantages.md"])
+def test_examples_of_documents(document):
+    code = blocks(document)
     assert code
     for block in code:
         if ">>>" in block:
-            assert run_examples(block, "README.md")
+            assert run_examples(block, document)
         else:
             ast.parse(block)
 

@@ -29,7 +29,14 @@ from mutants import CPP, CUDA, PYTHON, Mutant
 ROOT = Path(__file__).resolve().parent.parent
 SWITCH = "RLFAST_MUTANT"
 OPS = ("tests/test_token_logps.py", "tests/test_linear_token_logps.py", "tests/test_token_loss.py")
-SLOW = "not (isa or 2_31 or seventy or 151669 or 50257 or 32003 or 256k or twenty or tile or many_rows)"
+# The tests of a mutant whose file is of another family: the first word that its path holds.
+FAMILIES = {
+    "group": ("tests/test_group_advantage.py",),
+    "scan": ("tests/test_affine_scan.py",),
+    "kernels/rows": ("tests/test_affine_scan.py",),
+}
+SLOW = "not (isa or 2_31 or seventy or 151669 or 50257 or 32003 or 256k or twenty or tile or many_rows"
+SLOW += " or million or hundred_thousand or segments or compiled or opcheck)"
 
 # How each kind is tested: pytest's arguments, and the environment.
 RUNS = {
@@ -40,7 +47,14 @@ RUNS = {
     "cuda": ((), {}),  # the C++ test program
     "triton": ((*OPS, "--backend", "triton", "-k", SLOW), {"TRITON_INTERPRET": "1"}),
     "trl": (("tests/test_integrations_trl.py",), {}),
+    "advantages": (("tests/test_advantages.py",), {}),
 }
+
+
+def files_of(mutant: Mutant, arguments: tuple) -> tuple:
+    """pytest's arguments with the test files of the mutant's family."""
+    files = next((files for word, files in FAMILIES.items() if word in mutant.file), None)
+    return arguments if files is None or arguments[: len(OPS)] != OPS else (*files, *arguments[len(OPS) :])
 
 
 def copy_of_tree(target: Path) -> Path:
@@ -120,6 +134,8 @@ def test(tree: Path, mutant: Mutant | None, kind: str, number: int = 0) -> tuple
     if kind == "cuda":
         return test_program(tree, number)
     arguments, extra = RUNS[kind]
+    if mutant is not None:
+        arguments = files_of(mutant, arguments)
     if mutant is not None and mutant.tests:
         arguments = (*arguments[: arguments.index("-k")], "-k", f"({mutant.tests}) and {SLOW}")
     environment = os.environ | extra | {SWITCH: str(number), "OMP_NUM_THREADS": "1"}

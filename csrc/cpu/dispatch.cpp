@@ -11,9 +11,15 @@ namespace rlfast {
 
 namespace {
 
-#define RLFAST_ROW(isa)                                                                          \
-  {isa::token_logps_forward,         isa::token_logps_backward, isa::linear_token_logps_forward, \
-   isa::linear_token_logps_backward, isa::token_loss,           isa::read_sum},
+#define RLFAST_ROW(isa)              \
+  {isa::token_logps_forward,         \
+   isa::token_logps_backward,        \
+   isa::linear_token_logps_forward,  \
+   isa::linear_token_logps_backward, \
+   isa::token_loss,                  \
+   isa::affine_scan,                 \
+   isa::group_advantage,             \
+   isa::read_sum},
 const Kernels kTable[] = {RLFAST_ISAS(RLFAST_ROW)};
 #undef RLFAST_ROW
 

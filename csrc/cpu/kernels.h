@@ -4,6 +4,8 @@
 #pragma once
 #include <cstddef>
 
+#include "../rlfast/affine_scan.h"
+#include "../rlfast/group_advantage.h"
 #include "../rlfast/linear_token_logps.h"
 #include "../rlfast/token_loss.h"
 
@@ -28,6 +30,10 @@ namespace rlfast {
                                    const float* kept, const HeadGradients&, int threads);                               \
   /* fields → the loss, its metrics and its gradients, in one pass; the surrogate and the estimator are known */        \
   void token_loss(const LossObjective&, const LossFields&, const LossOut&, int threads);                                \
+  /* the recurrence of each row into the outputs whose pointers are not null; the advantages whitened if asked for */   \
+  void affine_scan(const ScanIn&, const ScanOut&, const Whiten&, int threads);                                          \
+  /* the advantage of each sample over its group, and what the groups are like */                                       \
+  void group_advantage(const GroupIn&, const GroupOptions&, const GroupOut&, int threads);                              \
   /* a sum over every byte as float32 vectors: what one read costs */                                                   \
   double read_sum(const void* data, size_t bytes, int threads);                                                         \
   }
@@ -56,6 +62,8 @@ struct Kernels {
   decltype(&baseline::linear_token_logps_forward) linear_token_logps_forward;
   decltype(&baseline::linear_token_logps_backward) linear_token_logps_backward;
   decltype(&baseline::token_loss) token_loss;
+  decltype(&baseline::affine_scan) affine_scan;
+  decltype(&baseline::group_advantage) group_advantage;
   decltype(&baseline::read_sum) read_sum;
 };
 

@@ -1,5 +1,6 @@
-// What a launch needs on the host.
+// What every launch needs: the caller's device, errors as exceptions, how many blocks keep it busy.
 #pragma once
+#include <algorithm>
 #include <stdexcept>
 #include <string>
 
@@ -7,11 +8,9 @@
 
 namespace rlfast::cuda {
 
-namespace {
-
 constexpr int64_t kMaxGrid = 2147483647;
 
-void check(cudaError_t error, const char* call) {
+inline void check(cudaError_t error, const char* call) {
   if (error != cudaSuccess) throw std::runtime_error(std::string(call) + ": " + cudaGetErrorString(error));
 }
 
@@ -34,8 +33,13 @@ private:
   bool changed_ = false;
 };
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-}  // namespace
+// Blocks that keep every multiprocessor busy to the end; with fewer rows than this, rows are split.
+inline int64_t busy_blocks(int device) {
+  int multiprocessors = 0;
+  check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute");
+  return 8 * int64_t(multiprocessors);
+}
 
 }  // namespace rlfast::cuda

@@ -16,9 +16,6 @@
 // neither lowers the traffic below this. Not yet measured on a GPU.
 #include "token_logps.h"
 
-#include <algorithm>
-#include <stdexcept>
-
 #include "backward.cuh"
 #include "forward.cuh"
 #include "launch.cuh"
@@ -27,13 +24,6 @@
 namespace rlfast::cuda {
 
 namespace {
-
-// Blocks that keep every multiprocessor busy to the end; with fewer rows than this, rows are split.
-int64_t busy_blocks(int device) {
-  int multiprocessors = 0;
-  check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute");
-  return 8 * int64_t(multiprocessors);
-}
 
 // Above this, leaf statistics no longer fit in the 48 KB of shared memory that every block may have.
 constexpr int64_t kMaxSharedLeaves = 48 * 1024 / (kSlots * sizeof(float));

@@ -75,7 +75,10 @@ inline void from_float(float x, f16* y) {
 //   add, sub, mul, div, fma (a·b + c; two roundings where there is no instruction), abs;
 //   max(x, y) and min(x, y): y where x is NaN, NaN where y is;
 //   split(t, k, n, f): t·k = n + f, n integral, |f| ≤ ½; kSplitsInf: t·k = −inf gives n = −inf and f = 0;
-//   D, a vector of doubles: zero_double, add, accumulate(d, x), and reduce_add of it;
+//   D, a vector of kDoubles doubles, and DM, a mask of it: zero_double, set1_double, load_double, store_double, widen_load and
+//   narrow_store (from and to float32), add, sub, mul, fma, min (as above), nonzero(d) (NaN is), select;
+//   accumulate(d, x), and reduce_add of it;
+//   R, float32 of kRows rows: load_rows, store_rows, stream_rows, and transpose(x) of kRows of them;
 //   kFused: whether fma rounds once; head12: the leading 12 bits of the significand (where not fused);
 //   greater(x, y), equal(x, y), select(m, yes, no), any(m), bits(m): one bit a lane;
 //   at_least(x, y), unequal(x, y) (true for a NaN); both, either and except (a and not b) of masks;

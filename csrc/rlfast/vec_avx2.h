@@ -2,6 +2,7 @@
 #pragma once
 #include <immintrin.h>
 
+#include "rows_256.h"
 namespace rlfast {
 namespace RLFAST_ISA_NS {
 
@@ -125,6 +126,20 @@ inline double reduce_add(D d) {
   return _mm_cvtsd_f64(_mm_add_sd(half, _mm_unpackhi_pd(half, half)));
 }
 inline double reduce_add(F x) { return reduce_add(accumulate(zero_double(), x)); }
+
+using DM = __m256d;
+constexpr int kDoubles = 4;
+inline D set1_double(double x) { return _mm256_set1_pd(x); }
+inline D load_double(const double* p) { return _mm256_loadu_pd(p); }
+inline void store_double(double* p, D x) { _mm256_storeu_pd(p, x); }
+inline D widen_load(const float* p) { return _mm256_cvtps_pd(_mm_loadu_ps(p)); }
+inline void narrow_store(float* p, D x) { _mm_storeu_ps(p, _mm256_cvtpd_ps(x)); }
+inline D sub(D a, D b) { return _mm256_sub_pd(a, b); }
+inline D mul(D a, D b) { return _mm256_mul_pd(a, b); }
+inline D fma(D a, D b, D c) { return _mm256_fmadd_pd(a, b, c); }
+inline D min(D a, D b) { return _mm256_min_pd(a, b); }
+inline DM nonzero(D x) { return _mm256_cmp_pd(x, zero_double(), _CMP_NEQ_UQ); }
+inline D select(DM m, D yes, D no) { return _mm256_blendv_pd(no, yes, m); }
 
 }  // namespace RLFAST_ISA_NS
 }  // namespace rlfast

@@ -2,6 +2,7 @@
 #pragma once
 #include <immintrin.h>
 
+#include "rows_256.h"
 namespace rlfast {
 namespace RLFAST_ISA_NS {
 
@@ -105,6 +106,20 @@ inline D accumulate(D d, F x) {
 }
 inline double reduce_add(D d) { return _mm512_reduce_add_pd(d); }
 inline double reduce_add(F x) { return reduce_add(accumulate(zero_double(), x)); }
+
+using DM = __mmask8;
+constexpr int kDoubles = 8;
+inline D set1_double(double x) { return _mm512_set1_pd(x); }
+inline D load_double(const double* p) { return _mm512_loadu_pd(p); }
+inline void store_double(double* p, D x) { _mm512_storeu_pd(p, x); }
+inline D widen_load(const float* p) { return _mm512_cvtps_pd(_mm256_loadu_ps(p)); }
+inline void narrow_store(float* p, D x) { _mm256_storeu_ps(p, _mm512_cvtpd_ps(x)); }
+inline D sub(D a, D b) { return _mm512_sub_pd(a, b); }
+inline D mul(D a, D b) { return _mm512_mul_pd(a, b); }
+inline D fma(D a, D b, D c) { return _mm512_fmadd_pd(a, b, c); }
+inline D min(D a, D b) { return _mm512_min_pd(a, b); }
+inline DM nonzero(D x) { return _mm512_cmp_pd_mask(x, zero_double(), _CMP_NEQ_UQ); }
+inline D select(DM m, D yes, D no) { return _mm512_mask_blend_pd(m, no, yes); }
 
 }  // namespace RLFAST_ISA_NS
 }  // namespace rlfast

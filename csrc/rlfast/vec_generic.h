@@ -101,5 +101,37 @@ inline D accumulate(D d, F x) {
 inline double reduce_add(D d) { return d[0] + d[1]; }
 inline double reduce_add(F x) { return reduce_add(accumulate(zero_double(), x)); }
 
+typedef int64_t DM __attribute__((vector_size(16)));
+constexpr int kDoubles = 2;
+inline D set1_double(double x) { return D{x, x}; }
+inline D load_double(const double* p) {
+  D x;
+  std::memcpy(&x, p, sizeof x);
+  return x;
+}
+inline void store_double(double* p, D x) { std::memcpy(p, &x, sizeof x); }
+inline D widen_load(const float* p) { return D{static_cast<double>(p[0]), static_cast<double>(p[1])}; }
+inline void narrow_store(float* p, D x) {
+  p[0] = static_cast<float>(x[0]);
+  p[1] = static_cast<float>(x[1]);
+}
+inline D sub(D a, D b) { return a - b; }
+inline D mul(D a, D b) { return a * b; }
+inline D fma(D a, D b, D c) { return a * b + c; }
+inline DM nonzero(D x) { return x != zero_double(); }
+inline D select(DM m, D yes, D no) { return (D)((m & (DM)yes) | (~m & (DM)no)); }
+inline D min(D a, D b) { return select(a < b, a, b); }
+
+using R = F;
+constexpr int kRows = 4;
+inline R load_rows(const float* p) { return load(p); }
+inline void store_rows(float* p, R x) { store(p, x); }
+inline void stream_rows(float* p, R x) { store(p, x); }
+// x[i] lane j ↔ x[j] lane i.
+inline void transpose(R* x) {
+  const R a = x[0], b = x[1], c = x[2], d = x[3];
+  for (int i = 0; i < kRows; ++i) x[i] = R{a[i], b[i], c[i], d[i]};
+}
+
 }  // namespace RLFAST_ISA_NS
 }  // namespace rlfast

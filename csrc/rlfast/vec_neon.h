@@ -115,5 +115,33 @@ inline D accumulate(D d, F x) { return vaddq_f64(d, vaddq_f64(vcvt_f64_f32(vget_
 inline double reduce_add(D d) { return vaddvq_f64(d); }
 inline double reduce_add(F x) { return reduce_add(accumulate(zero_double(), x)); }
 
+using DM = uint64x2_t;
+constexpr int kDoubles = 2;
+inline D set1_double(double x) { return vdupq_n_f64(x); }
+inline D load_double(const double* p) { return vld1q_f64(p); }
+inline void store_double(double* p, D x) { vst1q_f64(p, x); }
+inline D widen_load(const float* p) { return vcvt_f64_f32(vld1_f32(p)); }
+inline void narrow_store(float* p, D x) { vst1_f32(p, vcvt_f32_f64(x)); }
+inline D sub(D a, D b) { return vsubq_f64(a, b); }
+inline D mul(D a, D b) { return vmulq_f64(a, b); }
+inline D fma(D a, D b, D c) { return vfmaq_f64(c, a, b); }
+inline DM nonzero(D x) { return veorq_u64(vceqzq_f64(x), vdupq_n_u64(~0ull)); }
+inline D select(DM m, D yes, D no) { return vbslq_f64(m, yes, no); }
+inline D min(D a, D b) { return select(vcltq_f64(a, b), a, b); }
+
+using R = F;
+constexpr int kRows = 4;
+inline R load_rows(const float* p) { return load(p); }
+inline void store_rows(float* p, R x) { store(p, x); }
+inline void stream_rows(float* p, R x) { store(p, x); }
+// x[i] lane j ↔ x[j] lane i.
+inline void transpose(R* x) {
+  const float32x4x2_t a = vtrnq_f32(x[0], x[1]), b = vtrnq_f32(x[2], x[3]);
+  x[0] = vcombine_f32(vget_low_f32(a.val[0]), vget_low_f32(b.val[0]));
+  x[1] = vcombine_f32(vget_low_f32(a.val[1]), vget_low_f32(b.val[1]));
+  x[2] = vcombine_f32(vget_high_f32(a.val[0]), vget_high_f32(b.val[0]));
+  x[3] = vcombine_f32(vget_high_f32(a.val[1]), vget_high_f32(b.val[1]));
+}
+
 }  // namespace RLFAST_ISA_NS
 }  // namespace rlfast

@@ -240,6 +240,15 @@ template <class T>
 T __shfl_sync(unsigned, T x, int source) {
   return simt::cast<T>(simt::exchange(simt::cast<uint32_t>(x), "shfl")[source]);
 }
+// Of the lane `delta` below; a lane that has none keeps its own.
+inline double __shfl_up_sync(unsigned, double x, int delta) {
+  const int lane = simt::block->current % simt::kWarp, source = lane < delta ? lane : lane - delta;
+  uint32_t word[2];
+  std::memcpy(word, &x, sizeof x);
+  for (uint32_t& w : word) w = simt::exchange(w, "shfl_up")[source];
+  std::memcpy(&x, word, sizeof x);
+  return x;
+}
 inline unsigned __ballot_sync(unsigned, bool vote) {
   const uint32_t* votes = simt::exchange(vote, "ballot");
   unsigned bits = 0;

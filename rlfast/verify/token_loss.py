@@ -6,8 +6,8 @@ import torch
 
 from rlfast.loss_table import LOSSES
 from rlfast.losses import Loss
-from rlfast.ops.loss_oracle import named, options
 from rlfast.ops.loss_records import METRICS
+from rlfast.ops.oracle_loss import named, options
 from rlfast.reference.token_loss import token_loss as reference
 from rlfast.verify.subject import Problem, Subject
 

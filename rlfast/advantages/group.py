@@ -1,0 +1,267 @@
+"""Advantages of whole answers against the others to the same prompt."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from rlfast import backends, validate
+from rlfast.ops import group_advantage as group_op
+from rlfast.ops.group_records import (
+    LEAVE_ONE_OUT,
+    MEAN,
+    OTHERS_STD,
+    SECOND,
+    SOFT,
+    STD,
+    UNSCALED,
+    WEIGHTED,
+    Inputs,
+    Options,
+)
+from rlfast.reductions import Whiten, total
+
+SCALES = {"none": UNSCALED, "group": STD, "others": OTHERS_STD, "batch": UNSCALED}
+
+
+class Method(NamedTuple):
+    """How an estimator compares a reward with its group."""
+
+    baseline: int | None  # None: 0, or what is given
+    scale: str = "none"  # a key of SCALES; "batch": the standard deviation of all rewards
+    bessel: bool = True
+    eps: float = 1e-4
+    lone_raw: bool = False  # a group of one keeps its reward
+    skip_zero: bool = False  # a deviation of 0 does not divide
+    whiten: Whiten | None = None  # over the batch, at last
+    per_nonzero: bool = False  # times samples ÷ nonzero rewards
+    tau: float = 1.0
+    paper: str = ""
+
+
+METHODS = {
+    "grpo": Method(MEAN, "group", paper="2402.03300"),
+    "grpo_leave_one_out": Method(LEAVE_ONE_OUT, "others", eps=1e-6, skip_zero=True),
+    "dr_grpo": Method(MEAN, paper="2503.20783"),
+    "batch_std": Method(MEAN, "batch"),
+    "rloo": Method(LEAVE_ONE_OUT, paper="2402.14740"),
+    "opo": Method(WEIGHTED, paper="2505.23585"),
+    "remax": Method(None, paper="2310.10505"),
+    "reinforce++": Method(None, whiten=Whiten(), paper="2501.03262"),
+    "reinforce++_baseline": Method(MEAN, whiten=Whiten(), paper="2501.03262"),
+    "gpg": Method(MEAN, per_nonzero=True, paper="2504.02546"),
+    "pass@k": Method(SECOND, "group", eps=1e-6, paper="2503.19595"),
+    "gdpo": Method(MEAN, "group", whiten=Whiten(), paper="2601.05242"),
+    "kimi": Method(MEAN, paper="2501.12599"),
+    "kimi_soft": Method(SOFT, paper="2501.12599"),
+    "a*-po": Method(SOFT, tau=0.5, paper="2505.20686"),
+}
+# What a trainer has in place of the paper's numbers.
+LIKE = {
+    "trl": {"eps": 1e-4},
+    "verl": {"eps": 1e-6, "lone_raw": True},
+    "openrlhf": {"eps": 1e-9},
+    "halos": {"eps": 1e-2, "bessel": False},
+    "open-instruct": {"eps": 1e-8, "bessel": False},
+    "nemo-rl": {"eps": 1e-6, "skip_zero": True},
+}
+RENAMED = {("nemo-rl", "grpo"): "grpo_leave_one_out"}
+
+
+class GroupStatistics(NamedTuple):
+    """What trainers log of a batch of groups; tensors of one float64."""
+
+    groups: torch.Tensor  # groups with a valid sample
+    zero_variance: torch.Tensor  # fraction of them whose rewards are all equal
+    reward_mean: torch.Tensor  # mean of the groups' means
+    reward_std: torch.Tensor  # mean of the groups' standard deviations
+
+
+def _method(name, like, changed: dict) -> Method:
+    if name not in METHODS:
+        validate.fail("method", f"one of {tuple(METHODS)}", repr(name))
+    if like is not None and like not in LIKE:
+        validate.fail("like", f"one of {tuple(LIKE)} or None", repr(like))
+    method = METHODS[RENAMED.get((like, name), name)]._replace(**LIKE.get(like, {}))
+    method = method._replace(**{k: v for k, v in changed.items() if v is not None})
+    if method.scale not in SCALES:
+        validate.fail("scale", f"one of {tuple(SCALES)}", repr(method.scale))
+    validate.at_least("eps", method.eps, 0.0)
+    validate.positive("tau", method.tau)
+    return method
+
+
+def _ids(group_ids, rewards):
+    """int64 [N]: a tensor of ints as it is, anything else numbered in the order in which it comes."""
+    n = rewards.shape[0]
+    if not isinstance(group_ids, torch.Tensor):
+        seen = {}
+        group_ids = torch.tensor([seen.setdefault(key, len(seen)) for key in group_ids], dtype=torch.int64)
+        group_ids = group_ids.to(rewards.device)
+    validate.tensor("group_ids", group_ids, (torch.int64, torch.int32))
+    if group_ids.shape != (n,):
+        validate.fail("group_ids", f"shape ({n},) like rewards", validate.shape(group_ids))
+    validate.same_device("group_ids", group_ids, "rewards", rewards)
+    return group_ids.long().contiguous()
+
+
+def _groups(rewards, group_size, group_ids) -> tuple:
+    """(ids or None, group size)."""
+    if (group_size is None) == (group_ids is None):
+        validate.fail("group_size", "one of group_size and group_ids", "both" if group_ids is not None else "neither")
+    if group_ids is not None:
+        return _ids(group_ids, rewards), 1
+    if isinstance(group_size, bool) or not isinstance(group_size, int):
+        validate.fail("group_size", "an int", repr(group_size), TypeError)
+    if group_size < 1 or rewards.shape[0] % group_size:
+        validate.fail("group_size", f"a divisor of the {rewards.shape[0]} rewards", group_size)
+    return None, group_size
+
+
+def _like_rewards(name: str, x, rewards):
+    if x is None:
+        return None
+    validate.tensor(name, x, (*validate.FLOATS, torch.int64, torch.int32))
+    if x.shape != rewards.shape[:1]:
+        validate.fail(name, f"shape ({rewards.shape[0]},) like rewards", validate.shape(x))
+    validate.same_device(name, x, "rewards", rewards)
+    return x.double().contiguous()
+
+
+def _over_groups(rewards, ids, size, mask, lengths, m: Method):
+    inputs = Inputs(rewards.detach().contiguous(), ids, mask, lengths if m.baseline == WEIGHTED else None)
+    options = Options(size, m.baseline, SCALES[m.scale], m.bessel, m.lone_raw, m.skip_zero, float(m.eps), float(m.tau))
+    return group_op.call(*inputs, *options, backends.requested())
+
+
+def _moments(x, mask, weights, bessel: bool):
+    """(mean, variance) of the valid elements in float64, weighted as if each stood there as often as its weight."""
+    w = torch.ones_like(x, dtype=torch.float64) if weights is None else weights
+    w = w if mask is None else torch.where(mask, w, 0.0)
+    x = x.double() if mask is None else torch.where(mask, x, 0.0).double()
+    count = total(w)
+    mean = total(w * x) / count
+    return mean, total(w * (x - mean).square()) / (count - int(bessel))
+
+
+def _over_batch(advantages, rewards, mask, lengths, m: Method):
+    """What is done with the batch once its groups are: a deviation, a factor, whitening."""
+    kind = advantages.dtype
+    if m.per_nonzero:
+        counted = rewards != 0 if mask is None else (rewards != 0) & mask
+        n = rewards.shape[0] if mask is None else mask.sum()
+        advantages = (advantages.double() * (n / counted.sum().clamp(min=1))).to(kind)
+    if m.scale == "batch":
+        _, var = _moments(rewards, mask, None, m.bessel)
+        advantages = (advantages.double() / (var.sqrt() + m.eps)).to(kind)
+    if m.whiten is not None:
+        mean, var = _moments(advantages, mask, lengths, m.whiten.bessel)
+        advantages = ((advantages.double() - mean) * (var + m.whiten.eps).rsqrt()).to(kind)
+        advantages = advantages if mask is None else torch.where(mask, advantages, 0.0)
+    return advantages
+
+
+def group_advantage(
+    rewards, *, group_size=None, group_ids=None, method="grpo", like=None, mask=None, lengths=None, baselines=None,
+    weights=None, scale=None, bessel=None, eps=None, tau=None,
+) -> torch.Tensor:  # fmt: skip
+    """The advantage of each answer over the others to its prompt.
+
+    A_i = (r_i − b) / (s + eps), with the baseline b and the deviation s of the method
+
+    Args:
+        rewards: [N] float; [N, K], several rewards each, for "gdpo".
+        group_size: an int: groups are so many answers, one after the other. Or
+        group_ids: [N] int, or a sequence of N hashable names: equal ones are a group, wherever they stand.
+        method: "grpo" (r − mean) / (std + eps); "dr_grpo" r − mean; "batch_std" (r − mean) / (std of all + eps);
+            "rloo" r − mean of the others; "grpo_leave_one_out" that, over the std of the others; "opo" r − the mean
+            weighted by ``lengths``; "remax" r − ``baselines``; "reinforce++" r, and "reinforce++_baseline" r − mean,
+            whitened over the batch; "gpg" (r − mean)·N ÷ nonzero rewards; "pass@k" (largest − second) / (std + eps) for
+            the best, 0 for the others; "gdpo" each reward as in "grpo", summed with ``weights``, whitened; "kimi"
+            r − mean; "kimi_soft" and "a*-po" r − τ·log mean exp(r/τ).
+        like: "trl", "verl", "openrlhf", "nemo-rl", "halos", "open-instruct": that trainer's eps, deviation and groups
+            of one (verl: they keep their reward; else 0).
+        mask: [N], 0 for a sample that counts nowhere: it gets 0.
+        lengths: [N], valid tokens of each answer: the weights of "opo", and of whitening over tokens.
+        baselines: [N], the reward of the greedy answer, of "remax".
+        weights: K floats, of "gdpo"; all 1 if not given.
+        scale: "none", "group", "others", "batch": in place of the method's.
+        bessel, eps, tau: in place of the method's.
+
+    Returns:
+        [N] float32 (float64 for float64), a constant.
+
+    Raises:
+        TypeError, ValueError: an argument is of the wrong type, shape, device or range.
+
+    Reference:
+        The papers are in ``rlfast.advantages.group.METHODS``.
+
+    Example:
+        >>> rlfast.group_advantage(torch.tensor([1.0, 0.0, 0.0, 1.0]), group_size=4, method="rloo")
+        tensor([ 0.6667, -0.6667, -0.6667,  0.6667])
+    """
+    validate.tensor("rewards", rewards)
+    m = _method(method, like, {"scale": scale, "bessel": bessel, "eps": eps, "tau": tau})
+    several = method == "gdpo" and rewards.dim() == 2
+    if rewards.dim() != 1 and not several:
+        validate.fail("rewards", "shape (N,), or (N, K) for gdpo", validate.shape(rewards))
+    ids, size = _groups(rewards, group_size, group_ids) if m.baseline is not None else (None, 1)
+    if mask is not None:
+        mask = validate.mask_like(mask, "rewards", rewards[:, 0] if several else rewards).contiguous()
+    lengths, baselines = _like_rewards("lengths", lengths, rewards), _like_rewards("baselines", baselines, rewards)
+    for name, given, needed in (
+        ("lengths", lengths, m.baseline == WEIGHTED),
+        ("baselines", baselines, method == "remax"),
+    ):
+        if needed and given is None:
+            validate.fail(name, f"a tensor, since method is {method!r}", "None", TypeError)
+    if several:
+        advantages = _weighted_sum(rewards, ids, size, mask, lengths, weights, m)
+    elif m.baseline is None:
+        kind = torch.float64 if rewards.dtype == torch.float64 else torch.float32
+        advantages = (rewards.double() - (0.0 if baselines is None else baselines)).to(kind)
+        advantages = advantages if mask is None else torch.where(mask, advantages, 0.0)
+    else:
+        advantages, _ = _over_groups(rewards, ids, size, mask, lengths, m)
+    plain = m.whiten is None and m.scale != "batch" and not m.per_nonzero
+    return advantages if plain else _over_batch(advantages, rewards, mask, lengths, m)
+
+
+def _weighted_sum(rewards, ids, size, mask, lengths, weights, m: Method):
+    """Σ_k w_k·A_k of the advantages by each of K rewards."""
+    count = rewards.shape[1]
+    weights = (1.0,) * count if weights is None else tuple(validate.finite("weights", w) for w in weights)
+    if len(weights) != count:
+        validate.fail("weights", f"{count} floats, one for each column of rewards", len(weights))
+    parts = [_over_groups(rewards[:, k], ids, size, mask, lengths, m)[0] for k in range(count)]
+    return sum(w * part.double() for w, part in zip(weights, parts, strict=True)).to(parts[0].dtype)
+
+
+def group_statistics(rewards, *, group_size=None, group_ids=None, mask=None, bessel=True) -> GroupStatistics:
+    """What trainers log of the rewards: how many groups say nothing, and how rewards spread.
+
+    zero_variance = groups whose valid rewards are all equal ÷ groups
+
+    Args:
+        rewards, group_size, group_ids, mask, bessel: as in ``group_advantage``.
+
+    Returns:
+        GroupStatistics.
+
+    Raises:
+        TypeError, ValueError: as in ``group_advantage``.
+
+    Example:
+        >>> rlfast.group_statistics(torch.tensor([1.0, 1.0, 0.0, 1.0]), group_size=2).zero_variance
+        tensor(0.5000, dtype=torch.float64)
+    """
+    validate.tensor("rewards", rewards)
+    if rewards.dim() != 1:
+        validate.fail("rewards", "shape (N,)", validate.shape(rewards))
+    ids, size = _groups(rewards, group_size, group_ids)
+    mask = validate.mask_like(mask, "rewards", rewards)
+    method = METHODS["dr_grpo"]._replace(bessel=bool(bessel))
+    _, (groups, equal, means, stds) = _over_groups(rewards, ids, size, mask, None, method)
+    return GroupStatistics(groups, equal / groups, means / groups, stds / groups)

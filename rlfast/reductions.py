@@ -1,0 +1,161 @@
+"""Means and whitening over a mask, with the bits of any number of threads."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from rlfast import validate
+
+CHUNK = 4096  # elements that one thread adds up; fewer than 2^15 such sums are added by one thread
+WHERE = ("inside", "outside", "floor")
+
+
+class Mean(NamedTuple):
+    """Σ mask·x ÷ max(Σ mask + eps, least)."""
+
+    eps: float = 0.0
+    least: float = 0.0
+
+
+class Whiten(NamedTuple):
+    """(x − mean) ÷ √(var + eps); "outside": ÷ (√var + eps); "floor": ÷ √max(var, eps)."""
+
+    bessel: bool = True
+    eps: float = 1e-8
+    where: str = "inside"
+    shift_mean: bool = True
+
+
+MEANS = {
+    "trl": Mean(least=1.0),
+    "verl": Mean(eps=1e-8),
+    "openrlhf": Mean(),
+    "torchrl": Mean(least=1.0),
+}
+WHITENINGS = {
+    "trl": Whiten(),
+    "verl": Whiten(),
+    "openrlhf": Whiten(bessel=False, where="floor"),
+}
+
+
+def preset(table: dict, like):
+    """The row of a table of presets; None for None."""
+    if like is not None and like not in table:
+        validate.fail("like", f"one of {tuple(table)} or None", repr(like))
+    return table.get(like)
+
+
+def total(x: torch.Tensor) -> torch.Tensor:
+    """Σ x in float64, in an order that neither the threads nor what else is computed change."""
+    flat = x.reshape(-1).double()
+    whole = flat.numel() // CHUNK * CHUNK
+    parts = flat[:whole].view(-1, CHUNK).sum(-1)
+    return torch.cat((parts, flat[whole:].sum().reshape(1))).sum()
+
+
+def _valid(mask, x) -> torch.Tensor:
+    return torch.ones(x.shape, dtype=torch.bool, device=x.device) if mask is None else mask
+
+
+def mean_of(x, valid, dim, mean: Mean) -> torch.Tensor:
+    """The mean of the valid elements in float64."""
+    kept = torch.where(valid, x, 0.0).double()
+    summed, count = (total(kept), valid.sum()) if dim is None else (kept.sum(dim), valid.sum(dim))
+    return summed / (count + mean.eps).clamp(min=mean.least)
+
+
+def whitened(x, mask, *, bessel: bool, eps: float, where: str, shift_mean: bool) -> torch.Tensor:
+    """``masked_whiten`` of checked arguments."""
+    valid = _valid(mask, x)
+    kept = torch.where(valid, x, 0.0).double()
+    count = valid.sum()
+    mean = total(kept) / count
+    centred = torch.where(valid, kept - mean, 0.0)
+    var = total(centred * centred) / (count - int(bessel))
+    root = (
+        (var + eps).sqrt()
+        if where == "inside"
+        else var.sqrt() + eps
+        if where == "outside"
+        else var.clamp(min=eps).sqrt()
+    )
+    out = centred / root
+    if not shift_mean:
+        out = torch.where(valid, out + mean, 0.0)
+    return out.to(x.dtype)
+
+
+def _checked(x, mask):
+    validate.tensor("x", x)
+    return validate.mask_like(mask, "x", x)
+
+
+def masked_mean(x, mask=None, *, dim=None, eps=None, least=None, like=None) -> torch.Tensor:
+    """The mean of the valid elements: Σ mask·x ÷ max(Σ mask + eps, least), summed in float64.
+
+    Args:
+        x: [*] float. What it holds where the mask is 0 has no effect.
+        mask: [*] like x, 0 where an element does not count; None: all count.
+        dim: an int or a tuple of them, the dimensions to reduce; None: all.
+        eps: added to the count; 0 unless ``like`` says otherwise.
+        least: the smallest count to divide by; 0 (an empty mask gives NaN) unless ``like`` says otherwise.
+        like: "trl" or "torchrl" (at least 1), "verl" (eps 1e-8), "openrlhf" (none).
+
+    Returns:
+        The mean, in x's dtype; differentiable.
+
+    Raises:
+        TypeError, ValueError: an argument is of the wrong type, shape, device or range.
+
+    Example:
+        >>> rlfast.masked_mean(torch.tensor([1.0, 2.0, 9.0]), torch.tensor([1, 1, 0]))
+        tensor(1.5000)
+    """
+    mask = _checked(x, mask)
+    mean = preset(MEANS, like) or Mean()
+    eps = mean.eps if eps is None else validate.finite("eps", eps)
+    least = mean.least if least is None else validate.finite("least", least)
+    return mean_of(x, _valid(mask, x), dim, Mean(eps, least)).to(x.dtype)
+
+
+def masked_whiten(x, mask=None, *, bessel=None, eps=None, where=None, shift_mean=None, like=None) -> torch.Tensor:
+    """x with a mean of 0 and a variance of 1 over the valid elements; 0 elsewhere.
+
+    (x − mean) ÷ √(var + eps), sums in float64: the same bits for any number of threads.
+
+    Args:
+        x: [*] float. What it holds where the mask is 0 has no effect.
+        mask: [*] like x, 0 where an element does not count; None: all count.
+        bessel: divide the squares by n − 1 (the default) or by n.
+        eps: a float ≥ 0; 1e-8 by default.
+        where: "inside" the root (the default), "outside" it (√var + eps), or "floor": √max(var, eps).
+        shift_mean: False gives the mean back after scaling.
+        like: "trl" or "verl" (Bessel, 1e-8 inside), "openrlhf" (biased, variance at least 1e-8); other arguments go
+            before it. In a batch of one valid element the Bessel-corrected variance is NaN, and so is the result.
+
+    Returns:
+        Like x; differentiable.
+
+    Raises:
+        TypeError, ValueError: an argument is of the wrong type, shape, device or range.
+
+    Example:
+        >>> rlfast.masked_whiten(torch.tensor([1.0, 3.0, 9.0]), torch.tensor([1, 1, 0]))
+        tensor([-0.7071,  0.7071,  0.0000])
+    """
+    mask = _checked(x, mask)
+    return whitened(x, mask, **whitening(like, bessel, eps, where, shift_mean)._asdict())
+
+
+def whitening(like=None, bessel=None, eps=None, where=None, shift_mean=None) -> Whiten:
+    """A preset with what is given in its place."""
+    chosen = preset(WHITENINGS, like) or Whiten()
+    given = {"bessel": bessel, "eps": eps, "where": where, "shift_mean": shift_mean}
+    chosen = chosen._replace(**{name: value for name, value in given.items() if value is not None})
+    validate.at_least("eps", chosen.eps, 0.0)
+    if chosen.where not in WHERE:
+        validate.fail("where", f"one of {WHERE}", repr(chosen.where))
+    return chosen._replace(bessel=bool(chosen.bessel), shift_mean=bool(chosen.shift_mean), eps=float(chosen.eps))

@@ -1,0 +1,306 @@
+"""The advantage functions as trainers call them: golden values, verl's and torchrl's own results, bad input."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import rlfast
+from tests.numerics import assert_same_bits, assert_value
+from tests.scan_cases import draw, mask_of
+
+GOLDEN = json.loads((Path(__file__).parent / "golden_advantages.json").read_text(encoding="utf-8"))
+X = {name: torch.tensor(values, dtype=torch.float64) for name, values in GOLDEN["inputs"].items()}
+F = {name: x.float() for name, x in X.items()}
+MASK = X["mask"].bool()
+
+R, V = torch.tensor([[0.0, 0, 0, 0, 1]]), torch.tensor([[0.5, 0.4, 0.3, 0.6, 0.2]])
+HOLES = torch.tensor([[1, 1, 0, 0, 1]])
+
+
+def near(got, wanted, digits=6):
+    torch.testing.assert_close(got.double(), torch.tensor([wanted]).double(), rtol=0, atol=0.6 * 10**-digits)
+
+
+def test_golden_gae():
+    adv, ret = rlfast.gae(R, V, gamma=1.0, lam=0.95)
+    near(adv, [0.384405, 0.5099, 0.642, 0.36, 0.8])
+    near(ret, [0.884405, 0.9099, 0.942, 0.96, 1])
+    near(rlfast.lambda_returns(R, V, gamma=1.0, lam=0.95), [0.884405, 0.9099, 0.942, 0.96, 1])
+
+
+def test_golden_masks():
+    near(rlfast.gae(R, V, HOLES, gamma=1.0, lam=0.95)[0], [0.432, 0.56, 0, 0, 0.8])
+    near(rlfast.gae(R, V, HOLES, gamma=1.0, lam=0.95, masking="zero")[0], [0.34308, 0.4664, 0, 0, 0.8])
+
+
+def test_golden_vtrace():
+    ratio = torch.tensor([[0.5, 1.5, 1, 2, 0.8]])
+    adv, target = rlfast.vtrace(R, V, ratio.log(), gamma=1.0)
+    near(adv, [0.17, 0.44, 0.54, 0.24, 0.64])
+    near(target - V, [0.17, 0.44, 0.54, 0.24, 0.64])
+
+
+def agree(got, trainer, *path, where=None):
+    """With what a trainer computes in float64, by the error of what it computes in float32."""
+    theirs = []
+    for dtype in (torch.float64, torch.float32):
+        found = GOLDEN[f"{trainer} {dtype}"]
+        for key in path:
+            found = found[key]
+        theirs.append(torch.tensor(found, dtype=dtype))
+    where = torch.ones_like(theirs[0], dtype=torch.bool) if where is None else where
+    assert_value(f"{trainer}: {path}", got[where], *(x[where] for x in theirs))
+
+
+@pytest.mark.parametrize("kind", ("float32", "float64"))
+def test_verl_gae(kind):
+    """verl leaves what it carried at masked positions; here they are 0."""
+    x = F if kind == "float32" else X
+    adv, ret = rlfast.gae(x["rewards"], x["values"], x["mask"], gamma=0.97, lam=0.9, like="verl")
+    agree(adv, "verl", "gae", 0, where=MASK)
+    agree(ret, "verl", "gae", 1, where=MASK)
+
+
+@pytest.mark.parametrize("method", ("grpo", "dr_grpo", "rloo", "opo", "gpg"))
+def test_verl_groups(method):
+    """One of the groups has one answer."""
+    more = {"lengths": X["mask"].sum(-1)} if method == "opo" else {}
+    scores = rlfast.group_advantage(F["scores"], group_ids=X["ids"].long(), method=method, like="verl", **more)
+    agree(scores.unsqueeze(-1) * F["mask"], "verl", method)
+
+
+def test_verl_pass_at_k():
+    ids = X["ids"].long()
+    ids[5] = 4
+    scores = rlfast.group_advantage(F["scores"], group_ids=ids, method="pass@k", like="verl")
+    agree(scores.unsqueeze(-1), "verl", "pass@k")
+
+
+def test_verl_reinforce_plus_plus():
+    returns = rlfast.discounted_returns(F["rewards"], F["mask"], gamma=0.97)
+    agree(returns, "verl", "reinforce++", 1)
+    agree(rlfast.masked_whiten(returns, F["mask"], like="verl"), "verl", "reinforce++", 0)
+    scores = rlfast.group_advantage(
+        F["scores"], group_ids=X["ids"].long(), method="reinforce++_baseline", like="verl", lengths=X["mask"].sum(-1)
+    )
+    agree(scores.unsqueeze(-1) * F["mask"], "verl", "reinforce++_baseline")
+
+
+def test_verl_remax():
+    returns = rlfast.reward_to_go(F["rewards"], F["mask"])
+    agree(returns, "verl", "remax", 1, where=MASK)
+    agree(returns - F["scores"].unsqueeze(-1), "verl", "remax", 0, where=MASK)
+    one = rlfast.group_advantage(F["scores"], group_size=1, method="remax", baselines=F["scores"].flip(0))
+    assert_same_bits("greedy", one, F["scores"] - F["scores"].flip(0))
+
+
+def test_verl_optimal_token_baseline():
+    mask = X["mask"].cumprod(1)
+    adv, ret = rlfast.optimal_token_baseline(
+        F["rewards"], F["logp"], F["sum_sq"].log(), mask, group_ids=X["ids"].long()
+    )
+    agree(ret, "verl", "otb", 1, where=mask.bool())
+    agree(adv, "verl", "otb", 0)
+    weighted, _ = rlfast.optimal_token_baseline(
+        F["rewards"], F["logp"], F["sum_sq"].log(), mask, group_ids=X["ids"].long(), ratio=torch.ones(7, 9)
+    )
+    assert_same_bits("ratio of 1", weighted, adv)
+
+
+def torchrl_ends() -> dict:
+    """`done` with a value to go on from is an episode that is cut; `terminated` is its end."""
+    return {"truncated": X["done"], "done": X["terminated"], "bootstrap": F["next_values"]}
+
+
+def test_torchrl_gae():
+    adv, ret = rlfast.gae(F["rewards"], F["values"], gamma=0.97, lam=0.9, like="torchrl", **torchrl_ends())
+    agree(adv, "torchrl", "gae", 0)
+    agree(ret, "torchrl", "gae", 1)
+    found = rlfast.lambda_returns(F["rewards"], F["values"], gamma=0.97, lam=0.9, **torchrl_ends())
+    agree(found, "torchrl", "td_lambda", 0)
+
+
+def test_torchrl_vtrace():
+    log_ratio = F["log_pi"] - F["log_mu"]
+    adv, target = rlfast.vtrace(F["rewards"], F["values"], log_ratio, gamma=0.97, **torchrl_ends())
+    agree(target, "torchrl", "vtrace", 1)
+    agree(adv, "torchrl", "vtrace", 0)
+
+
+def test_torchrl_reward_to_go():
+    agree(rlfast.discounted_returns(F["rewards"], gamma=0.97, done=X["done"]), "torchrl", "reward2go", 0)
+
+
+def test_openrlhf():
+    """Values and rewards are multiplied by the mask, and nothing is carried; whitening comes later, over the batch."""
+    r, v = X["rewards"] * X["mask"], X["values"] * X["mask"]
+    last, out = torch.zeros(7, dtype=torch.float64), []
+    for t in reversed(range(9)):
+        following = v[:, t + 1] if t < 8 else 0.0
+        last = r[:, t] + 0.97 * following - v[:, t] + 0.97 * 0.9 * last
+        out.append(last)
+    adv, _ = rlfast.gae(F["rewards"], F["values"], F["mask"], gamma=0.97, lam=0.9, like="openrlhf")
+    truth = torch.stack(out[::-1], 1)
+    assert_value("advantages", adv[MASK], truth[MASK], truth[MASK].float())
+    chosen = adv[MASK].double()
+    white = (adv.double() - chosen.mean()) * chosen.var(correction=0).clamp(min=1e-8).rsqrt()
+    assert_value(
+        "whitened", rlfast.masked_whiten(adv, F["mask"], like="openrlhf")[MASK], white[MASK], white[MASK].float()
+    )
+
+
+def test_trl_whitens_and_zeroes():
+    adv, _ = rlfast.gae(F["rewards"], F["values"], F["mask"], gamma=0.97, lam=0.9, like="trl")
+    bare, _ = rlfast.gae(F["rewards"], F["values"], F["mask"], gamma=0.97, lam=0.9, like="openrlhf")
+    truth = rlfast.masked_whiten(bare.double(), F["mask"])
+    assert_value("whitened", adv, truth, truth.float())
+    unchanged, _ = rlfast.gae(F["rewards"], F["values"], F["mask"], gamma=0.97, lam=0.9, like="trl", whiten=False)
+    assert_same_bits("not whitened", unchanged, bare)
+
+
+def test_vapo():
+    lengths = MASK.sum(-1)
+    adv, ret = rlfast.gae(
+        F["rewards"], F["values"], MASK, gamma=1.0, lam=rlfast.vapo_lam(lengths, alpha=0.2), critic_lam=1.0
+    )
+    for r in range(7):
+        lam = max(0.0, 1 - 1 / (0.2 * int(lengths[r])))
+        one, _ = rlfast.gae(F["rewards"][r], F["values"][r], MASK[r], gamma=1.0, lam=lam)
+        _, other = rlfast.gae(F["rewards"][r], F["values"][r], MASK[r], gamma=1.0, lam=1.0)
+        assert_same_bits("advantages", adv[r], one)
+        assert_same_bits("returns", ret[r], other)
+
+
+@pytest.mark.parametrize("like, empty", (("trl", 0.0), ("torchrl", 0.0), ("verl", 0.0), ("openrlhf", float("nan"))))
+def test_masked_mean(like, empty):
+    x, mask = draw((5, 40)), mask_of("holes", 5, 40)
+    truth = (x.double() * mask).sum(-1) / mask.sum(-1)
+    spoiled = torch.where(mask, x, torch.nan)
+    got = rlfast.masked_mean(spoiled, mask, dim=-1, like=like)
+    keep = mask.any(-1)
+    torch.testing.assert_close(got[keep].double(), truth[keep], rtol=1e-6, atol=0)
+    assert_same_bits("empty", got[~keep], torch.full_like(got[~keep], empty))
+    whole = rlfast.masked_mean(spoiled, mask)
+    assert_value("all", whole, x.double()[mask].mean(), x[mask].mean())
+    assert_same_bits("no mask", rlfast.masked_mean(x), rlfast.masked_mean(x, torch.ones_like(x)))
+    assert float(rlfast.masked_mean(torch.ones(4), torch.tensor([1, 1, 0, 0]), eps=2.0)) == 0.5
+
+
+def test_reductions_do_not_depend_on_threads(threads):
+    x, mask = draw((300_001,)), mask_of("holes", 1, 300_001)[0] | (torch.arange(300_001) % 2 == 0)
+    found = []
+    for n in (1, 2, 3):
+        threads(n)
+        found.append((rlfast.masked_mean(x, mask), rlfast.masked_whiten(x, mask)))
+    for mean, white in found[1:]:
+        assert_same_bits("mean", mean, found[0][0])
+        assert_same_bits("whitened", white, found[0][1])
+
+
+def test_reductions_are_differentiable():
+    x, mask = draw((3, 7)).double().requires_grad_(), mask_of("holes", 3, 7)
+    assert torch.autograd.gradcheck(lambda x: rlfast.masked_mean(x, mask), (x,))
+    assert torch.autograd.gradcheck(lambda x: rlfast.masked_whiten(x, mask), (x,))
+
+
+GAE = {"rewards": torch.zeros(2, 3), "values": torch.zeros(2, 3), "gamma": 0.9, "lam": 0.9}
+N = torch.zeros(6)
+BAD = {
+    "values-list": ("gae", {"values": [1.0]}, TypeError, "values: expected a torch.Tensor", "list"),
+    "values-scalar": ("gae", {"values": torch.tensor(1.0)}, ValueError, "values: expected shape [*, T]", "()"),
+    "rewards-shape": ("gae", {"rewards": torch.zeros(2, 4)}, ValueError, "rewards: expected shape (2,)", "(2, 4)"),
+    "mask-shape": ("gae", {"mask": torch.ones(3, 2)}, ValueError, "mask: expected shape (2, 3) like values", "(3, 2)"),
+    "mask-list": ("gae", {"mask": [1]}, TypeError, "mask: expected a torch.Tensor", "list"),
+    "mask-device": ("gae", {"mask": torch.ones(2, 3, device="meta")}, ValueError, "mask: expected device cpu", "meta"),
+    "done-shape": ("gae", {"done": torch.ones(2)}, ValueError, "done: expected shape (2, 3)", "(2,)"),
+    "gamma-high": ("gae", {"gamma": 1.01}, ValueError, "gamma: expected a float in [0, 1]", "1.01"),
+    "gamma-negative": ("gae", {"gamma": -0.1}, ValueError, "gamma: expected a float in [0, 1]", "-0.1"),
+    "gamma-nan": ("gae", {"gamma": float("nan")}, ValueError, "gamma: expected a finite float", "nan"),
+    "gamma-str": ("gae", {"gamma": "1"}, TypeError, "gamma: expected a float", "'1'"),
+    "lam-high": ("gae", {"lam": 2}, ValueError, "lam: expected a float in [0, 1]", "2"),
+    "lam-tensor": ("gae", {"lam": torch.tensor([0.5, 1.5])}, ValueError, "lam: expected values in [0, 1]", "1.5"),
+    "lam-tensor-shape": ("gae", {"lam": torch.zeros(3)}, ValueError, "lam: expected shape (2,), one a row, or", "(3,)"),
+    "critic-lam": ("gae", {"critic_lam": -1.0}, ValueError, "critic_lam: expected a float in [0, 1]", "-1.0"),
+    "masking": ("gae", {"masking": "skip"}, ValueError, "masking: expected one of ('carry', 'zero')", "'skip'"),
+    "like": ("gae", {"like": "trlx"}, ValueError, "like: expected one of ('trl', 'verl'", "'trlx'"),
+    "whiten": ("gae", {"whiten": 1.0}, TypeError, "whiten: expected a bool or rlfast.Whiten", "float"),
+    "bootstrap-shape": ("gae", {"bootstrap": torch.zeros(3)}, ValueError, "bootstrap: expected shape (2,)", "(3,)"),
+    "kl-coef": ("gae", {"kl_coef": "x"}, TypeError, "kl_coef: expected a float", "'x'"),
+    "cu-padded": ("gae", {"cu_seqlens": torch.tensor([0, 3])}, ValueError, "values: expected shape (N,)", "(2, 3)"),
+    "cu-float": ("gae", {"rewards": N, "values": N, "cu_seqlens": torch.zeros(2)}, TypeError,
+                 "cu_seqlens: expected dtype", "float32"),
+    "cu-end": ("gae", {"rewards": N, "values": N, "cu_seqlens": torch.tensor([0, 5])}, ValueError,
+               "cu_seqlens: expected offsets that ascend from 0 to 6", "[0, 5]"),
+    "cu-order": ("gae", {"rewards": N, "values": N, "cu_seqlens": torch.tensor([0, 4, 2, 6])}, ValueError,
+                 "cu_seqlens: expected offsets", "[0, 4, 2, 6]"),
+    "ratio": ("vtrace", {"log_ratio": torch.zeros(2, 4)}, ValueError, "log_ratio: expected shape (2, 3)", "(2, 4)"),
+    "ratio-none": ("vtrace", {"log_ratio": None}, TypeError, "log_ratio: expected a torch.Tensor", "NoneType"),
+    "clip": ("vtrace", {"log_ratio": torch.zeros(2, 3), "clip_c": -1.0}, ValueError, "clip_c: expected a float", "-1"),
+    "n": ("n_step_returns", {"n": 0, "lam": None}, ValueError, "n: expected an int ≥ 1", "0"),
+    "n-float": ("n_step_returns", {"n": 1.5, "lam": None}, TypeError, "n: expected an int", "1.5"),
+}  # fmt: skip
+SCAN_BAD = {
+    "a": ({"a": torch.zeros(2, 4)}, ValueError, "a: expected shape (2, 3) like b", "(2, 4)"),
+    "initial": ({"initial": torch.zeros(2, 3)}, ValueError, "initial: expected shape (2,)", "(2, 3)"),
+}
+GROUP_BAD = {
+    "rewards-rank": ({"rewards": torch.zeros(2, 3)}, ValueError, "rewards: expected shape (N,)", "(2, 3)"),
+    "neither": ({"group_size": None}, ValueError, "group_size: expected one of group_size and group_ids", "neither"),
+    "both": ({"group_ids": torch.zeros(6).long()}, ValueError, "group_size: expected one of", "both"),
+    "size": ({"group_size": 4}, ValueError, "group_size: expected a divisor of the 6 rewards", "4"),
+    "size-float": ({"group_size": 2.0}, TypeError, "group_size: expected an int", "2.0"),
+    "ids": ({"group_size": None, "group_ids": torch.zeros(5).long()}, ValueError, "group_ids: expected shape",
+            "(5,)"),
+    "ids-float": ({"group_size": None, "group_ids": torch.zeros(6)}, TypeError, "group_ids: expected dtype", "float32"),
+    "method": ({"method": "ppo"}, ValueError, "method: expected one of ('grpo'", "'ppo'"),
+    "like": ({"like": "x"}, ValueError, "like: expected one of ('trl'", "'x'"),
+    "eps": ({"eps": -1.0}, ValueError, "eps: expected a float ≥ 0", "-1.0"),
+    "tau": ({"tau": 0.0}, ValueError, "tau: expected a finite float > 0", "0.0"),
+    "scale": ({"scale": "std"}, ValueError, "scale: expected one of ('none'", "'std'"),
+    "lengths": ({"method": "opo"}, TypeError, "lengths: expected a tensor, since method is 'opo'", "None"),
+    "lengths-shape": ({"method": "opo", "lengths": torch.ones(5)}, ValueError, "lengths: expected shape (6,)", "(5,)"),
+    "baselines": ({"method": "remax"}, TypeError, "baselines: expected a tensor", "None"),
+    "mask": ({"mask": torch.ones(5)}, ValueError, "mask: expected shape (6,) like rewards", "(5,)"),
+    "weights": ({"method": "gdpo", "rewards": torch.zeros(6, 2), "weights": (1.0,)}, ValueError,
+                "weights: expected 2 floats", "1"),
+}  # fmt: skip
+
+
+def refused(function, arguments, kind, words):
+    with pytest.raises(kind) as caught:
+        function(**arguments)
+    assert type(caught.value) is kind
+    for word in words:
+        assert word in str(caught.value), f"{word!r} is not in {caught.value}"
+    assert re.match(r"\w+: expected .+, got .+", str(caught.value)), str(caught.value)
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input(name):
+    function, change, kind, *words = BAD[name]
+    arguments = {k: v for k, v in (GAE | change).items() if not (k == "lam" and v is None)}
+    refused(getattr(rlfast, function), arguments, kind, words)
+
+
+@pytest.mark.parametrize("name", SCAN_BAD)
+def test_bad_input_of_the_bare_scan(name):
+    change, kind, *words = SCAN_BAD[name]
+    refused(rlfast.affine_scan, {"a": torch.zeros(2, 3), "b": torch.zeros(2, 3)} | change, kind, words)
+
+
+@pytest.mark.parametrize("name", GROUP_BAD)
+def test_bad_input_of_groups(name):
+    change, kind, *words = GROUP_BAD[name]
+    refused(rlfast.group_advantage, {"rewards": torch.zeros(6), "group_size": 2} | change, kind, words)
+
+
+def test_bad_input_of_reductions():
+    refused(rlfast.masked_whiten, {"x": N, "where": "under"}, ValueError, ("where: expected one of", "'under'"))
+    refused(rlfast.masked_whiten, {"x": N, "eps": -1.0}, ValueError, ("eps: expected a float ≥ 0",))
+    refused(rlfast.masked_mean, {"x": N, "mask": torch.ones(5)}, ValueError, ("mask: expected shape (6,)",))
+    refused(rlfast.masked_mean, {"x": N, "like": "x"}, ValueError, ("like: expected one of",))

@@ -1,0 +1,231 @@
+"""``group_advantage`` on every backend: methods, groups of any kind, what trainers log."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import rlfast
+from rlfast import backends
+from rlfast.advantages.group import METHODS
+from rlfast.ops import group_advantage as group_op
+from rlfast.ops.group_records import Inputs, Options
+from rlfast.ops.oracle_group import outputs
+from tests import shared
+from tests.cases import DTYPES, few
+from tests.numerics import assert_same_bits, assert_value, assert_zero
+
+OP = "group_advantage"
+GOLDEN = torch.tensor([1.0, 0, 0, 1, 0, 0, 0, 1])
+GROUPS = ("pairs", "eights", "one", "ids", "sparse ids", "ones")
+
+
+def rewards_of(n: int, dtype="f32", seed=0):
+    """Rewards of a few levels, so that some groups are all equal."""
+    rng = torch.Generator().manual_seed(seed)
+    return (torch.randint(-1, 3, (n,), generator=rng) * 0.7 + 0.1).to(DTYPES[dtype])
+
+
+def groups_of(kind: str, n: int) -> dict:
+    """What says which answers are to one prompt; uneven groups and groups of one among the ids."""
+    rng = torch.Generator().manual_seed(4)
+    ids = torch.randint(max(1, n // 5), (n,), generator=rng)
+    return {
+        "pairs": {"group_size": 2},
+        "eights": {"group_size": 8},
+        "one": {"group_size": n},
+        "ones": {"group_size": 1},
+        "ids": {"group_ids": ids},
+        "sparse ids": {"group_ids": (ids - n // 10) * 1_000_003_579_111},
+    }[kind]
+
+
+def options_of(method: str, n: int) -> dict:
+    """What else a method needs."""
+    rng = torch.Generator().manual_seed(6)
+    lengths = torch.randint(1, 900, (n,), generator=rng)
+    return {"opo": {"lengths": lengths}, "remax": {"baselines": rewards_of(n, seed=8)}}.get(method, {})
+
+
+def on(x, device):
+    return {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in x.items()}
+
+
+def oracle(rewards, dtype, **options):
+    """The public function with the oracle for its op, in ``dtype``."""
+
+    def by_reference(*args):
+        return outputs(Inputs(*args[: group_op.TENSORS]), Options(*args[group_op.TENSORS : -1]), dtype)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(group_op, "call", by_reference)
+        return rlfast.group_advantage(rewards.to(dtype), **options)
+
+
+def check(rewards, backend, device, **options):
+    """One call against the oracle in float64, by the error of the oracle in float32."""
+    with rlfast.use_backend(backend):
+        got = rlfast.group_advantage(rewards.to(device), **on(options, device))
+    assert got.dtype == (torch.float64 if rewards.dtype == torch.float64 else torch.float32)
+    truth, own = oracle(rewards, torch.float64, **options), oracle(rewards.float(), torch.float32, **options)
+    assert_value(f"{options}", got.cpu(), truth, own)
+    return got
+
+
+@pytest.mark.parametrize("groups", GROUPS)
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "gdpo"])
+def test_method(backend, device, method, groups):
+    n = few(96, 32)
+    more = options_of(method, n)
+    check(rewards_of(n), backend, device, method=method, **groups_of(groups, n), **more)
+    mask = torch.rand(n, generator=torch.Generator().manual_seed(2)) > 0.3
+    spoiled = torch.where(mask, rewards_of(n), torch.nan)
+    with rlfast.use_backend(backend):
+        call = {"method": method, **groups_of(groups, n), **more, "mask": mask}
+        got = rlfast.group_advantage(spoiled.to(device), **on(call, device))
+    check(rewards_of(n), backend, device, **call)
+    assert_zero("masked", got.cpu()[~mask])
+    assert bool(got.isfinite().all())
+
+
+@pytest.mark.parametrize("like", ("trl", "verl", "openrlhf", "nemo-rl", "halos", "open-instruct"))
+@pytest.mark.parametrize("method", ("grpo", "rloo", "dr_grpo", "batch_std"))
+def test_trainers(backend, device, method, like):
+    for groups in ("eights", "ids"):
+        check(rewards_of(96), backend, device, method=method, like=like, **groups_of(groups, 96))
+
+
+@pytest.mark.parametrize("scale", ("none", "group", "others", "batch"))
+@pytest.mark.parametrize("bessel", (True, False))
+@pytest.mark.parametrize("method", ("grpo", "rloo", "opo", "pass@k"))
+def test_any_baseline_over_any_deviation(backend, device, method, scale, bessel):
+    more = options_of(method, 96)
+    check(rewards_of(96), backend, device, method=method, scale=scale, bessel=bessel, eps=1e-3, **more,
+          **groups_of("ids", 96))  # fmt: skip
+
+
+@pytest.mark.parametrize("tau", (1e-2, 0.5, 40.0))
+def test_soft_baseline(backend, device, tau):
+    check(rewards_of(96), backend, device, method="kimi_soft", tau=tau, **groups_of("ids", 96))
+
+
+@pytest.mark.parametrize("dtype", ("bf16", "f16"))
+def test_narrow_rewards(backend, device, dtype):
+    check(rewards_of(96, dtype), backend, device, group_size=8)
+
+
+@pytest.mark.backends("torch", "reference")
+def test_float64(backend, device):
+    check(rewards_of(96).double(), backend, device, group_size=8)
+
+
+@pytest.mark.parametrize("isa", backends.isas())
+@pytest.mark.backends("cpu")
+def test_on_every_isa(backend, device, isa):
+    with backends.use_isa(isa):
+        for method in ("grpo", "rloo", "opo", "pass@k", "kimi_soft", "grpo_leave_one_out"):
+            check(rewards_of(96), backend, device, method=method, **groups_of("ids", 96), **options_of(method, 96))
+
+
+def test_golden_values(backend, device):
+    def first_two(**options):
+        with rlfast.use_backend(backend):
+            return rlfast.group_advantage(GOLDEN.to(device), group_size=8, **on(options, device)).cpu()[:2]
+
+    lengths = torch.arange(10, 90, 10)
+    for got, wanted in (
+        (first_two(like="trl"), (1.207381, -0.724429)),
+        (first_two(bessel=False, eps=0.0), (1.290994, -0.774597)),
+        (first_two(method="rloo"), (0.714286, -0.428571)),
+        (first_two(method="opo", lengths=lengths), (1 - 0.361111, -0.361111)),
+    ):
+        torch.testing.assert_close(got, torch.tensor(wanted), rtol=0, atol=6e-7)
+
+
+@pytest.mark.parametrize("lengths", (False, True))
+def test_several_rewards(backend, device, lengths):
+    """Each normalised in its group, summed, whitened over the samples or their tokens."""
+    n = 48
+    rewards = torch.stack([rewards_of(n, seed=i) for i in range(3)], 1)
+    options = {"method": "gdpo", "weights": (1.0, 0.5, -2.0), **groups_of("ids", n)}
+    if lengths:
+        options["lengths"] = torch.arange(1, n + 1)
+    got = check(rewards, backend, device, **options).cpu().double()
+    w = options.get("lengths", torch.ones(n)).double()
+    mean = (w * got).sum() / w.sum()
+    assert abs(float(mean)) < 1e-6 and abs(float((w * (got - mean) ** 2).sum() / (w.sum() - 1)) - 1) < 1e-5
+
+
+def test_contiguous_groups_and_ids_give_the_same_bits(backend, device):
+    """And so do ids in any order, of any size, and names."""
+    rewards, found = rewards_of(96), []
+    ids = torch.arange(96) // 8
+    order = torch.randperm(96, generator=torch.Generator().manual_seed(1))
+    names = [f"prompt {int(i)}" for i in ids[order]]
+    with rlfast.use_backend(backend):
+        found.append(rlfast.group_advantage(rewards.to(device), group_size=8))
+        found.append(rlfast.group_advantage(rewards.to(device), group_ids=ids.to(device)))
+        found.append(rlfast.group_advantage(rewards.to(device), group_ids=(-ids).int().to(device)))
+    for other in found[1:]:
+        assert_same_bits("ids", other, found[0])
+    with rlfast.use_backend(backend):
+        by_name = rlfast.group_advantage(rewards[order].to(device), group_ids=names)
+        by_id = rlfast.group_advantage(rewards[order].to(device), group_ids=ids[order].to(device))
+    assert_same_bits("names", by_name, by_id)
+    torch.testing.assert_close(by_id.cpu(), found[0].cpu()[order])
+
+
+@pytest.mark.backends("cpu", "torch")
+def test_threads_do_not_change_bits(backend, device, threads):
+    shared.skip_unless_cores(2)
+    rewards, found = torch.randn(40_000, generator=torch.Generator().manual_seed(0)), []
+    for n in (1, 2, 3):
+        threads(n)
+        with rlfast.use_backend(backend):
+            for options in ({"group_size": 8}, {"group_ids": torch.arange(40_000) % 777}):
+                found.append(rlfast.group_advantage(rewards, method="reinforce++_baseline", **options))
+                found.append(rlfast.group_statistics(rewards, **options).reward_std)
+    for i in range(4, 12):
+        assert_same_bits(str(i), found[i], found[i % 4])
+
+
+def test_statistics(backend, device):
+    rewards = torch.tensor([1.0, 1, 0, 1, 0, 0, 5, 2])
+    mask = torch.tensor([1, 1, 1, 1, 1, 1, 0, 1]).bool()
+    with rlfast.use_backend(backend):
+        found = rlfast.group_statistics(rewards.to(device), group_size=2)
+        some = rlfast.group_statistics(rewards.to(device), group_size=2, mask=mask.to(device), bessel=False)
+    assert [float(x) for x in found[:2]] == [4.0, 0.5]
+    torch.testing.assert_close(found.reward_mean.cpu(), torch.tensor(1.25).double())
+    torch.testing.assert_close(found.reward_std.cpu(), torch.tensor((0.5**0.5 + 4.5**0.5) / 4).double())
+    assert [float(x) for x in some] == [4.0, 0.75, 0.875, 0.125]
+
+
+@pytest.mark.parametrize("n", (0, 1))
+def test_hardly_any_rewards(backend, device, n):
+    with rlfast.use_backend(backend):
+        out = rlfast.group_advantage(torch.ones(n, device=device), group_ids=torch.zeros(n).long().to(device))
+        kept = rlfast.group_advantage(torch.ones(n, device=device), group_size=1, like="verl", eps=0.0)
+    assert_zero("alone", out)
+    assert kept.shape == out.shape == (n,) and kept.tolist() == [1.0] * n
+
+
+def test_far_from_zero(backend, device):
+    """A common offset does not cost the deviation its digits."""
+    check(rewards_of(96) + 1e4, backend, device, group_size=8)
+    check(rewards_of(96) + 1e4, backend, device, group_size=8, like="nemo-rl")
+
+
+@pytest.mark.unpoisoned
+def test_opcheck():
+    rewards, ids = rewards_of(16), torch.arange(16) % 3
+    for args in ((rewards, None, None, None, 8), (rewards, ids, ids > 0, None, 1)):
+        torch.library.opcheck(group_op.op, (*args, 0, 1, True, False, False, 1e-4, 1.0, ""))
+
+
+@pytest.mark.unpoisoned
+def test_compiled_without_a_graph_break():
+    function = torch.compile(rlfast.group_advantage, fullgraph=True, backend="aot_eager")
+    for method in ("grpo", "reinforce++_baseline"):
+        options = {"method": method, "group_ids": torch.arange(16) % 3}
+        assert_same_bits(method, function(rewards_of(16), **options), rlfast.group_advantage(rewards_of(16), **options))

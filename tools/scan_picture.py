@@ -1,0 +1,73 @@
+"""Draw docs/scan.svg: how the CPU scans rows side by side, and a long row in segments.
+
+python tools/scan_picture.py
+"""
+
+from pathlib import Path
+
+OUT = Path(__file__).resolve().parent.parent / "docs" / "scan.svg"
+CELL, LEFT, TOP = 20, 150, 64
+LENGTHS = (26, 24, 24, 21, 19, 18, 18, 15)  # tokens of the rows of one vector, longest first
+TILE = 16
+INK, FAINT, DONE, NOW, EDGE = "#222", "#e8e8e8", "#cfe3f5", "#3b82c4", "#ffffff"
+
+
+def text(x, y, words, size=13, anchor="start", fill=INK):
+    return f'<text x="{x}" y="{y}" font-size="{size}" text-anchor="{anchor}" fill="{fill}">{words}</text>'
+
+
+def box(x, y, width, height, fill, edge=EDGE):
+    return f'<rect x="{x}" y="{y}" width="{width}" height="{height}" fill="{fill}" stroke="{edge}"/>'
+
+
+def arrow(x1, y1, x2, y2):
+    return f'<line x1="{x1}" y1="{y1}" x2="{x2}" y2="{y2}" stroke="{INK}" stroke-width="1.5" marker-end="url(#head)"/>'
+
+
+def rows():
+    """Eight rows, their last valid tokens one above the other: a vector holds one token of each."""
+    yield text(LEFT, 24, "A vector holds one token of each of eight rows, and goes back through time.", 15)
+    note = "Padding is left out: the sums are those of the packed row. Tiles of 16 tokens are turned in registers."
+    yield text(LEFT, 44, note)
+    right = LEFT + max(LENGTHS) * CELL
+    for lane, length in enumerate(LENGTHS):
+        y = TOP + lane * CELL
+        yield text(LEFT - 12, y + 15, f"row {lane}", 12, "end")
+        for back in range(length):
+            fill = DONE if back < 6 else NOW if back == 6 else FAINT
+            yield box(right - (back + 1) * CELL, y, CELL, CELL, fill)
+    bottom = TOP + len(LENGTHS) * CELL
+    yield box(right - TILE * CELL, TOP - 4, TILE * CELL, bottom - TOP + 8, "none", INK)
+    yield arrow(right, bottom + 22, right - 6.5 * CELL, bottom + 22)
+    yield text(right - 6 * CELL, bottom + 44, "G = r + γ·((1 − λ)·V′ + λ·G′), in float64", 13, "middle")
+    yield text(right - (TILE + 0.5) * CELL, bottom + 26, "a tile", 12, "end")
+
+
+def segments(top):
+    """A long row: each segment is a map of the state that comes from its right."""
+    yield text(LEFT, top, "A row of more than 65536 tokens: its segments are the rows of a vector.", 15)
+    yield text(LEFT, top + 20, "First all maps, side by side; then the carries, one after another; then all outputs.")
+    width, y = 165, top + 40
+    for index in range(3):
+        x = LEFT + index * (width + 12)
+        yield box(x, y, width, 34, DONE, NOW)
+        yield text(x + width / 2, y + 22, f"G = P{'₁₂₃'[index]}·carry + Q{'₁₂₃'[index]}", 13, "middle")
+        if index:
+            yield arrow(x + 14, y + 52, x - 26, y + 52)
+            yield text(x - 6, y + 70, "carry", 12, "middle")
+
+
+def main():
+    """Write the picture."""
+    second = TOP + len(LENGTHS) * CELL + 96
+    parts = [*rows(), *segments(second)]
+    head = (
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="900" height="{second + 130}" font-family="sans-serif">\n'
+        '<defs><marker id="head" markerWidth="8" markerHeight="8" refX="7" refY="3" orient="auto">'
+        f'<path d="M0,0 L7,3 L0,6 z" fill="{INK}"/></marker></defs>\n<rect width="100%" height="100%" fill="white"/>\n'
+    )
+    OUT.write_text(head + "\n".join(parts) + "\n</svg>\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
