@@ -223,11 +223,11 @@ def test_a_row_alone_and_in_a_batch(backend, device):
             assert_same_bits("row", a[0], b[r])
 
 
-@pytest.mark.parametrize("gamma, lam", ((1.0, 1.0), (0.999, 0.95)))
+@pytest.mark.parametrize("steps, gamma, lam", ((131072, 1.0, 1.0), (131072, 0.999, 0.95), (200_000, 1.0, 1.0)))
 @pytest.mark.backends("torch", *KERNELS)
-def test_long_rows(backend, device, gamma, lam):
-    """max|error| ≤ 1e-6·max|A| at 131072 tokens: the carry is a float64."""
-    steps = few(131072, 3000)
+def test_long_rows(backend, device, steps, gamma, lam):
+    """max|error| ≤ 1e-6·max|A| at 131072 tokens, and over more segments than two: the carry is a float64."""
+    steps = few(steps, 3000)
     call = call_of("gae", 2, steps, gamma=gamma, lam=lam)
     truth = slow_gae(call.inputs["rewards"], call.inputs["values"], gamma, lam)
     adv, ret = outputs_on(call, backend, device)

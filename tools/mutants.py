@@ -176,7 +176,7 @@ CPP = [
     ),
     *_cpp(
         "csrc/cpu/scan_steps.h",
-        ("return p == 0.0 ? q : «std::fma(p, carry, q)»;", "std::fma(p, carry, carry)", "long_rows or bare or twenty"),
+        ("return p == 0.0 ? q : «std::fma(p, carry, q)»;", "std::fma(p, carry, carry)", "long_rows"),
         ("to->now[c][lane] = g * («1.0 - l»);", "1.0"),
         ("const D x = min(most, least), magic = set1_double(«0x1.8p52»)", "0x1.8p51"),
         ("next = fma(mul(later[h], c), ahead, fma(rho, delta, «value»));", "zero_double()"),

@@ -237,20 +237,20 @@ struct GeneralStep {
 // A token's input at the rows of a group, whatever its dtype.
 struct Source {
   const TokenInput* x;
-  Column<const float> f32;
+  Reader f32;
   Column<const bf16> low;
   Column<const f16> half;
 
   void place(const ScanIn& in, const TokenInput& input, int lane, int64_t row, int64_t token) {
     x = &input;
     const int64_t at = in.begin(row, input.stride) + token;
-    f32.from[lane] = static_cast<const float*>(input.data) + at;
+    f32.from.from[lane] = static_cast<const float*>(input.data) + at;
     low.from[lane] = static_cast<const bf16*>(input.data) + at;
     half.from[lane] = static_cast<const f16*>(input.data) + at;
   }
-  void load(const Window& w, Tile* to) const {
+  void load(const Window& w, Tile* to) {
     if (!x->data) return;
-    if (x->dtype == DType::f32) return load_tile(f32, w, to);
+    if (x->dtype == DType::f32) return f32.load(w, to);
     return x->dtype == DType::bf16 ? load_tile(low, w, to) : load_tile(half, w, to);
   }
 };
@@ -361,7 +361,8 @@ private:
   void place(int64_t k) {
     w_.at = in_.reverse ? -kSteps * (k + 1) : kSteps * k;
     w_.ahead = in_.reverse ? -kAhead : kAhead;
-    w_.whole = kSteps * (k + 1) <= shortest_;
+    w_.whole = k < shortest_ / kSteps;
+    w_.left = streamed_ ? 0 : shortest_ / kSteps - k;
     for (int l = 0; !w_.whole && l < kRows; ++l) {
       const int there = static_cast<int>(std::clamp<int64_t>(span(l).high - span(l).low - kSteps * k, 0, kSteps));
       w_.first[l] = in_.reverse ? kSteps - there : 0;

@@ -90,7 +90,7 @@ def gae(
         tensor([[0.4700, 0.6000]])
     """
     if done is truncated is bootstrap is cu_seqlens is critic_lam is kl is masking is whiten is like is None:
-        out = scan_op.usual(rewards, values, mask, gamma, lam)
+        out = scan_op.usual(rewards, values, mask, gamma, lam) if kl_coef == 0.0 else None
         if out is not None:
             return out[0], out[1]
     masking, whiten = _gae_options(like, masking, whiten)
