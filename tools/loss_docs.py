@@ -142,8 +142,11 @@ def plot(surrogate: str) -> None:
         axis.grid(alpha=0.2)
     axes[0].legend(frameon=False, fontsize=8)
     PLOTS.mkdir(exist_ok=True)
-    figure.savefig(PLOTS / f"{surrogate}.svg", metadata={"Date": None})
+    path = PLOTS / f"{surrogate}.svg"
+    figure.savefig(path, metadata={"Date": None})
     pyplot.close(figure)
+    lines = path.read_text(encoding="utf-8").splitlines()
+    path.write_text("\n".join(line.rstrip() for line in lines) + "\n", encoding="utf-8")
 
 
 def main() -> int:
