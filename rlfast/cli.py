@@ -1,4 +1,4 @@
-"""``rlfast info | verify | bench``."""
+"""``rlfast info | verify | bench | new-loss``."""
 
 from __future__ import annotations
 
@@ -119,6 +119,19 @@ def _print_cells(cells) -> None:
         console.print(f"{name} is not here: {reason}", soft_wrap=True)
 
 
+def _clone(command: str, what: str) -> Path:
+    """The root of the clone that this rlfast runs from."""
+    clone = Path(rlfast.__file__).resolve().parent.parent
+    if not (clone / "bench" / "suite.py").exists():
+        print(
+            f"rlfast {command}: {what} of the repository, and this rlfast is installed in {clone}: "
+            "run it from a clone (`pip install -e .`)",
+            file=sys.stderr,
+        )
+        raise typer.Exit(1)
+    return clone
+
+
 @app.command()
 def bench(
     op: list[str] = typer.Option(None, help="Only cases of this op (repeatable)."),
@@ -128,14 +141,7 @@ def bench(
     json_path: Path = typer.Option(None, "--json", help="Write the results to this file."),
 ) -> None:
     """Time the cases of bench/suite.py beside eager, torch.compile, plain torch and installed peers."""
-    clone = Path(rlfast.__file__).resolve().parent.parent
-    if not (clone / "bench" / "suite.py").exists():
-        print(
-            "rlfast bench: the cases are in the bench/ folder of the repository, "
-            f"and this rlfast is installed in {clone}: run it from a clone (`pip install -e .`)",
-            file=sys.stderr,
-        )
-        raise typer.Exit(1)
+    clone = _clone("bench", "the cases are in the bench/ folder")
     if device not in ("cpu", "cuda"):
         raise typer.BadParameter(f"expected cpu or cuda, got {device!r}", param_hint="--device")
     if device == "cuda" and not torch.cuda.is_available():
@@ -146,6 +152,14 @@ def bench(
     sys.path.insert(0, str(clone))
     runner = importlib.import_module("bench.run")
     raise typer.Exit(runner.run(ops=op, cases=case, small=small, device=device, json_path=json_path))
+
+
+@app.command("new-loss")
+def new_loss(name: str = typer.Argument(help="Of the loss: lower-case letters, digits and _.")) -> None:
+    """Outline a loss in a clone: a formula, a row and an oracle, red until they are right."""
+    clone = _clone("new-loss", "it writes into the sources")
+    sys.path.insert(0, str(clone))
+    raise typer.Exit(importlib.import_module("tools.new_loss").main(name))
 
 
 def main() -> None:
