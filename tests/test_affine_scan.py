@@ -432,9 +432,9 @@ def test_whitening(backend, device, whiten):
 
 @pytest.mark.backends("torch", *KERNELS)
 def test_whitening_far_from_zero(backend, device):
-    """A common offset of 1e5 does not cost the variance its digits."""
+    """A common offset of 1e6 does not cost the variance its digits."""
     call = call_of("gae", 9, 70, gamma=0.0, whiten=True)
-    inputs = call.inputs | {"rewards": call.inputs["rewards"] + 1e5}
+    inputs = call.inputs | {"rewards": call.inputs["rewards"] + 1e6}
     adv, _ = outputs_on(Call("gae", inputs, call.options), backend, device)
     rounded = (inputs["rewards"].double() - inputs["values"].double()).float()
     truth = reference.masked_whiten(rounded.double(), None)
@@ -552,6 +552,25 @@ def test_compiled_backward():
         found.append([leaf.grad for leaf in leaves.values()])
     for a, b in zip(*found, strict=True):
         assert_same_bits("gradient", a, b)
+
+
+@pytest.mark.large
+@pytest.mark.parametrize("name", ("gae", "vtrace"))
+@pytest.mark.parametrize("shape", ((256, 8192), (64, 32768), (3, 1 << 20)), ids=str)
+@pytest.mark.backends("torch", *KERNELS)
+def test_full_size(backend, device, shape, name):
+    """Some rows of a large batch against the same rows alone, to the bit, and those against the oracle."""
+    rows, steps = shape if not interpreted() else (3, 3000)
+    call = call_of(name, rows, steps, mask="right")
+    whole = outputs_on(call, backend, device)
+    for r in (0, rows - 1):
+        one = Call(name, {k: v[r : r + 1] for k, v in call.inputs.items()},
+                   call.options | {"mask": call.options["mask"][r : r + 1]})  # fmt: skip
+        for a, b in zip(outputs_on(one, backend, device), whole, strict=True):
+            assert_same_bits(name, a[0], b[r])
+        few_steps = Call(name, {k: v[:, -9000:] for k, v in one.inputs.items()},
+                         one.options | {"mask": one.options["mask"][:, -9000:]})  # fmt: skip
+        check(few_steps, backend, device)
 
 
 @pytest.mark.gpu

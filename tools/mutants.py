@@ -146,7 +146,7 @@ CPP = [
         ("both(inside, «within(unit, set1(o.s.unit_low), set1(o.s.unit_high))»);", "every()"),
         ("value = «mul(k, value)», by_x", "value"),
         ("«either(at_bound, except(used, token.inside))» : at_bound;", "at_bound"),
-        ("low = tally(low, both(clipped, «greater(one, r)»));", "greater(r, one)"),
+        ("low = tally(low, both(clipped, «greater(one, r)»))", "greater(r, one)"),
         ("by_logp = add(by_logp, «only(inside, by_x)»);", "by_x"),
         ("const M m = v.mask[i], kept = «by_keep ? both(m, v.keep[i]) : m»;", "m"),
         ("inside = «o.bounded ? log_ratio(v, i, m, o).inside : m»;", "m"),
@@ -193,7 +193,7 @@ CPP = [
     *_cpp(
         "csrc/cpu/scan_whiten.h",
         ("«n * (n - (w.bessel ? 1.0 : 0.0))»", "n * n"),
-        ("low += «(high - (s - b)) + (x - b) + tail»;", "tail"),
+        ("low = add(low, «add(sub(high, sub(s, b)), sub(x, b))»);", "zero_double()", "far_from_zero"),
         ("s.add(-square, «-(std::fma(a, a, -square) + 2.0 * a * tail)»);", "square"),
     ),
     *_cpp(
@@ -203,7 +203,7 @@ CPP = [
         ("o.tau * std::log(«sum / static_cast<double>(m.n())»)", "sum"),
         ("«(n * m.mean - m.r[k]) / (n - 1.0)» : b;", "m.mean"),
         ("const double left = squares - «d * d * static_cast<double>(n()) / static_cast<double>(n() - 1)»;", "d * d"),
-        ("best = «m.r[k] > m.r[best]» ? k : best;", "m.r[k] >= m.r[best]"),
+        ("second = «k != best && m.r[k] > second» ? m.r[k] : second;", "m.r[k] > second"),
         ("if («in.mask && !in.mask[sample]») continue;", "false"),
     ),
 ]  # fmt: skip

@@ -131,7 +131,7 @@ inline void weight_tile(const Tile& t, const Sequence& q, const Objective& given
   for (int64_t i = 0; i < v.padded; i += kLanes) {
     const F r = o.sequence ? set1(q.ratio) : load(t.ratio + i);
     const F w = min(set1(kLargestWeight), o.applied ? mul(r, load(t.applied + i)) : r);
-    const F counted = only(both(v.mask[i], at_least(w, set1(kSmallestWeight))), w);
+    const F counted = only(except(v.mask[i], greater(set1(kSmallestWeight), w)), w);
     weights.add(counted), squares.add(mul(counted, counted));
     if (due(i)) weights.flush(), squares.flush();
   }
@@ -211,7 +211,7 @@ double surrogate_tile(Tile& t, const Sequence& q, const Objective& given, Sums& 
   const F zero = set1(0.0f), one = set1(1.0f), scale = set1(q.c * o.scale);
   const M unit_inside = when(q.inside);
   Sum policy, pull;
-  N used_count = zero_count(), clipped_count = zero_count(), low = zero_count();
+  N used_count = zero_count(), low = zero_count(), high = zero_count();
   for (int64_t i = 0; i < v.padded; i += kLanes) {
     const M m = v.mask[i];
     const LogRatio token = log_ratio(v, i, m, o);
@@ -240,7 +240,7 @@ double surrogate_tile(Tile& t, const Sequence& q, const Objective& given, Sums& 
 
     const M at_bound = both(used, unequal(s.clipped.x, zero));
     const M clipped = o.bounded ? either(at_bound, except(used, token.inside)) : at_bound;
-    clipped_count = tally(clipped_count, clipped), low = tally(low, both(clipped, greater(one, r)));
+    low = tally(low, both(clipped, greater(one, r))), high = tally(high, both(clipped, at_least(r, one)));
 
     if (o.kl) by_logp = add(by_logp, load(t.kl_logp + i));
     if (o.kl && o.plan.kl_ratio == 1) by_x = add(by_x, load(t.kl_ratio + i));
@@ -258,8 +258,8 @@ double surrogate_tile(Tile& t, const Sequence& q, const Objective& given, Sums& 
     }
   }
   sums.add(kPolicy, policy);
-  sums.used = add(sums.used, used_count), sums.clipped = add(sums.clipped, clipped_count);
-  sums.low = add(sums.low, low);
+  sums.used = add(sums.used, used_count), sums.low = add(sums.low, low);
+  sums.high = add(sums.high, high);
   return reduce_add(pull.sum());
 }
 

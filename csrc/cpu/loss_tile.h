@@ -120,7 +120,7 @@ inline void Tile::open(const LossFields& f, const Span& s) {
   v.logp = values(f.logp, fields[0]);
   v.old_logp = f.old_logp.data ? values(f.old_logp, fields[1]) : v.logp;
   v.ref_logp = values(f.ref_logp, fields[2]);
-  v.rollout_logp = values(f.rollout_logp, fields[3]);
+  v.rollout_logp = f.rollout_logp.data ? values(f.rollout_logp, fields[3]) : v.old_logp;
   v.adv = v.own_adv = values(f.adv, fields[4]);
   v.entropy = values(f.entropy, fields[5]);
   v.weights = values(f.weights, fields[6]);
@@ -153,12 +153,12 @@ inline bool due(int64_t i) { return (i / kLanes) % 4 == 3; }
 struct Sums {
   D of[kSums];
   F ratio_max, drift_max;
-  N clipped, low, used, kept;  // used if the surrogate has a multiplier
+  N low, high, used, kept;  // used if the surrogate has a multiplier
 
   void clear() {
     for (D& d : of) d = zero_double();
     ratio_max = drift_max = set1(0.0f);
-    clipped = low = used = kept = zero_count();
+    low = high = used = kept = zero_count();
   }
   void add(Total which, F x) { of[which] = accumulate(of[which], x); }
   void add(Total which, const Sum& x) { of[which] = rlfast::RLFAST_ISA_NS::add(of[which], x.sum()); }

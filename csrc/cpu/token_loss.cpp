@@ -79,7 +79,8 @@ Objective resolved(const LossObjective& given, const LossFields& f) {
   o.kl = *given.estimator;
   o.bounded = s.inner_low > -HUGE_VALF || s.inner_high < HUGE_VALF;
   o.unit_bounded = s.unit_low > -HUGE_VALF || s.unit_high < HUGE_VALF;
-  const bool corrected = o.rollout && (p.weight || p.gate);
+  const bool corrected = p.weight || p.gate;
+  o.rollout |= corrected;
   o.applied = corrected && !p.weight_in_ratio;
   o.multiplied = corrected || o.keep || o.weights || s.off_policy < HUGE_VALF;
   o.sequence = p.unit != kUnitToken;
@@ -112,6 +113,7 @@ public:
         by_row_(row_wise(given.plan, given.settings)),
         streamed_(tokens_in_all() * static_cast<int64_t>(sizeof(float)) > kStreamBytes),
         counts_(static_cast<size_t>(f.rows)) {
+    o_.entropy |= out.dentropy != nullptr;
     const int64_t mean = f.rows ? tokens_in_all() / f.rows : 0;
     pieces_ = by_row_ || f.cu_seqlens || mean <= kUnit ? 1 : (mean + kUnit - 1) / kUnit;
     rows_ = std::max<int64_t>(1, mean ? kUnit / mean : kUnit);
@@ -192,7 +194,7 @@ private:
     part.x = s.total(kX), part.k3 = s.total(kK3), part.ratio += s.total(kRatio), part.drift = s.total(kDrift);
     part.weight += s.total(kWeight), part.weight_sq += s.total(kWeightSq);
     part.ratio_max = std::max(part.ratio_max, reduce_max(s.ratio_max)), part.drift_max = reduce_max(s.drift_max);
-    part.low = reduce_add(s.low), part.high = reduce_add(s.clipped) - part.low;
+    part.low = reduce_add(s.low), part.high = reduce_add(s.high);
     part.used = o_.multiplied ? reduce_add(s.used) : part.tokens, part.kept = reduce_add(s.kept);
     return part;
   }
@@ -350,7 +352,7 @@ private:
     put(m.approx_kl_k1, -all.x / n), put(m.approx_kl_k3, all.k3 / n);
     put(m.clip_low, static_cast<double>(all.low) / n), put(m.clip_high, static_cast<double>(all.high) / n);
     put(m.ratio_mean, all.ratio / n), put(m.ratio_max, std::isnan(all.ratio) ? all.ratio : all.ratio_max);
-    put(m.ess, all.weight_sq > 0 ? all.weight * all.weight / (n * all.weight_sq) : all.weight_sq);
+    put(m.ess, all.weight_sq > 0 ? all.weight * all.weight / (n * all.weight_sq) : 0.0);
     put(m.dropped, static_cast<double>(all.tokens - all.used) / n);
     const bool any = all.tokens > 0;
     put(m.rollout_ratio_mean, o_.rollout ? all.drift / n : any),

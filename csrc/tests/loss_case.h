@@ -149,7 +149,7 @@ struct LossCase {
     double advantage = normal(random);
     if (s.odd == Odd::nan_token && row == 0 && t == length / 2) x[0] = NAN;
     if (s.odd == Odd::on_policy) x[1] = x[0] + 1e-3 * normal(random);
-    if (s.odd == Odd::rollout_limits && t < 3) x[3] = t == 0 ? NAN : t == 1 ? kInfinity : -kInfinity;
+    if (s.odd == Odd::rollout_limits && t < 3) x[3] = t == 0 ? NAN : row % 2 ? kInfinity : -kInfinity;
     if (s.odd == Odd::masked_garbage && (s.given & kMask) && !counts) {
       for (double& v : x) v = t % 3 == 0 ? NAN : t % 3 == 1 ? kInfinity : -kInfinity;
       weight = chosen = NAN;
