@@ -151,6 +151,12 @@ def test_generated_tables_are_up_to_date():
         assert report.fill(text, found) == text, f"{path.name} is stale: run `make docs`"
 
 
+def test_the_page_of_losses_is_what_the_table_says():
+    from tools import loss_docs
+
+    assert loss_docs.main(["--check"]) == 0, "run `make docs`"
+
+
 def test_support_cells_come_from_result_files():
     """Each kind of cell, from files made up for it."""
     head = {

@@ -149,10 +149,10 @@ def plot(surrogate: str) -> None:
     path.write_text("\n".join(line.rstrip() for line in lines) + "\n", encoding="utf-8")
 
 
-def main() -> int:
+def main(arguments=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if a page is stale")
-    check = parser.parse_args().check
+    check = parser.parse_args(arguments).check
     readme = README.read_text(encoding="utf-8")
     begin, end = "<!-- loss table -->\n", "<!-- /loss table -->"
     before, rest = readme.split(begin)
