@@ -17,7 +17,7 @@ from rlfast.reference.token_loss import token_loss as reference
 from tests.cases import DTYPES, f32, few
 from tests.numerics import assert_gradient, assert_value, assert_zero
 
-TOKEN_FIELDS = ("logp", "old_logp", "ref_logp", "rollout_logp", "entropy", "weights", "extra", "mask", "keep")
+BUILT_IN = tuple(name for name in SURROGATES if "." not in name)  # not those that tests make
 LEAVES = ("logp", "entropy")
 # The two say how n was split between the gradient and its scale, which each backend may do its own way.
 COMPARED = tuple(name for name in METRICS if name not in ("scale", "entropy_scale"))
@@ -34,7 +34,7 @@ CORRECTIONS = {
 }
 # The axes of an objective and its inputs; the first value of each is the default.
 AXES = {
-    "surrogate": tuple(SURROGATES),
+    "surrogate": BUILT_IN,
     "unit": UNITS,
     "reduce": REDUCTIONS,
     "kl": (None, "k1", "k2", "k3", "absolute", "k3+", "k1+"),

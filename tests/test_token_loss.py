@@ -9,9 +9,9 @@ import pytest
 import torch
 
 import rlfast
-from rlfast.kernels.formulas import ESTIMATORS, SURROGATES
+from rlfast.kernels.formulas import ESTIMATORS
 from tests.cases import few, interpreted, pairwise, product
-from tests.loss_cases import AXES, LossCase, case_of, check, drawn, hold, oracle, run, yardsticks
+from tests.loss_cases import AXES, BUILT_IN, LossCase, case_of, check, drawn, hold, oracle, run, yardsticks
 from tests.numerics import assert_same_bits, assert_value, assert_zero
 
 OP = "token_loss"
@@ -44,7 +44,7 @@ def test_pairwise(backend, device, combination):
     check(case_of(combination), backend, device)
 
 
-@pytest.mark.parametrize("surrogate", SURROGATES)
+@pytest.mark.parametrize("surrogate", BUILT_IN)
 @pytest.mark.parametrize("unit", ("token", "seq_mean"))
 def test_every_surrogate(backend, device, surrogate, unit):
     check(case_of({"surrogate": surrogate, "unit": unit}), backend, device)
@@ -221,3 +221,12 @@ def test_only_the_entropy_needs_a_gradient(backend, device):
     assert_zero("gradient of masked entropies", entropy.grad.cpu()[~fields["mask"]])
     wanted = -0.5 * fields["mask"].double() / fields["mask"].sum()
     assert_value("gradient of the entropy", entropy.grad.cpu(), wanted, wanted.float())
+
+
+@pytest.mark.large
+@pytest.mark.backends("torch", "cpu", "triton", "cuda")
+@pytest.mark.parametrize("name", ("grpo", "gspo"))
+def test_full_size(backend, device, name):
+    """4M tokens."""
+    fields = drawn(few(4096, 8), few(1024, 64), "f32")
+    check(LossCase(rlfast.loss(name), fields), backend, device)
