@@ -170,19 +170,23 @@ def sequence_of(
             if WEIGHT == AT_TOKEN:
                 log_w = tl.minimum(tl.maximum(tl.log(weight_at_token(drift, s)), LOG_LEAST), LOG_MOST)
             log_weight += total(tl.where(kept, tl.where(opened, log_w, LOG_LEAST), 0.0))
-    n = tl.maximum(counted, 1.0)
+    n = tl.maximum(counted, 1.0).to(tl.float32)  # float32 from here: a division of doubles is a call, and spills
     weight, gate = tl.zeros([], tl.float32) + 1.0, tl.zeros([], tl.float32) + 1.0
     if WEIGHT >= AT_SEQ_SUM:
-        level = drifted if WEIGHT == AT_SEQ_SUM else drifted / n
-        weight = weight_at_token(level.to(tl.float32), s)
+        level = drifted.to(tl.float32)
+        if WEIGHT == AT_SEQ_MEAN:
+            level = level / n
+        weight = weight_at_token(level, s)
     if GATE >= AT_SEQ_SUM:
-        level = seen if GATE == AT_SEQ_SUM else seen / n
-        gate = tl.where(open_at(level.to(tl.float32), s), 1.0, 0.0)
+        level = seen.to(tl.float32)
+        if GATE == AT_SEQ_MEAN:
+            level = level / n
+        gate = tl.where(open_at(level, s), 1.0, 0.0)
         if MASKS:
             closed = gate == 0.0
             count, ratio = tl.where(closed, 0.0, count), tl.where(closed, 0.0, ratio)
             adv, moved, log_weight = tl.where(closed, 0.0, adv), tl.where(closed, 0.0, moved), log_weight * gate
-    m = tl.maximum(count, 1.0)
+    m = tl.maximum(count, 1.0).to(tl.float32)
     if IN_RATIO:
         if WEIGHT >= AT_SEQ_SUM:
             applied = tl.minimum(tl.maximum(tl.log(weight), LOG_LEAST), LOG_MOST)
@@ -190,10 +194,10 @@ def sequence_of(
         elif GATE >= AT_SEQ_SUM:
             log_weight = tl.where(gate > 0.0, log_weight, LOG_LEAST * count)
         ratio += log_weight
-    unit = ratio if UNIT == SEQ_SUM else ratio / m
-    return Sequence(
-        count.to(tl.float32), weight, gate, unit.to(tl.float32), (moved / m).to(tl.float32), (adv / m).to(tl.float32)
-    )
+    unit = ratio.to(tl.float32)
+    if UNIT != SEQ_SUM:
+        unit = unit / m
+    return Sequence(count.to(tl.float32), weight, gate, unit, moved.to(tl.float32) / m, adv.to(tl.float32) / m)
 
 
 @jit

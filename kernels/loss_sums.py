@@ -96,15 +96,18 @@ def finish(
         n = tl.load(fields.num_items).to(tl.float64)
     if REDUCE == OVER_MAX_LEN:
         n = n * s.max_len
-    scale = s.factor / tl.where(n > 0.0, n, 1.0)
+    # float32: a division of doubles is a call, and spills
+    scale = (s.factor / tl.where(n > 0.0, n, 1.0).to(tl.float32)).to(tl.float64)
     entropy_scale = scale
     if ENTROPY_MEAN:
-        entropy_scale = s.entropy_factor / tl.maximum(pick(sums, KEPT), 1.0)
+        entropy_scale = (s.entropy_factor / tl.maximum(pick(sums, KEPT), 1.0).to(tl.float32)).to(tl.float64)
     policy = scale * pick(sums, POLICY)
     loss = policy + beta * (scale * pick(sums, KL_PART)) - entropy_coef * (entropy_scale * pick(sums, ENTROPY_PART))
-    each = 1.0 / tl.maximum(tokens, 1.0)
+    each = (1.0 / tl.maximum(tokens, 1.0).to(tl.float32)).to(tl.float64)
     w, squares = pick(sums, WEIGHTS), pick(sums, SQUARES)
-    ess = tl.where(squares > 0.0, w * w * each / tl.where(squares > 0.0, squares, 1.0), 0.0)
+    # in float32 neither the square of w nor that of a weight leaves the range: w / √squares is at most √tokens
+    per = w.to(tl.float32) / tl.sqrt(tl.where(squares > 0.0, squares, 1.0).to(tl.float32))
+    ess = tl.where(squares > 0.0, per.to(tl.float64) * per.to(tl.float64) * each, 0.0)
     found = tl.zeros([COLUMNS], tl.float64)
     found = put(put(put(found, 0, loss), 1, scale), 2, entropy_scale)
     found = put(put(put(found, 3, tokens), 4, sequences), 5, policy)

@@ -51,8 +51,9 @@ from rlfast.ops.loss_records import Fields, Output, Plan, Settings, allocate, ro
 
 CHUNK = 4096  # tokens of a program where sequences do not matter
 PROGRAMS = 1024  # fills 132 SMs × 7; more would only make the last program's sum longer
-OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
-BLOCK = 1024  # tokens at a time: 8 a thread, two loads of 16 bytes a field in flight
+# Told how many registers there are, ptxas does not spill a few to fit one more program on an SM.
+OPTIONS = {"num_warps": 8, "maxnreg": 128, "enable_fp_fusion": False}
+BLOCK = 1024  # tokens at a time: 4 a thread, one load of 16 bytes a field
 
 
 STRIDED = ("logp", "old_logp", "ref_logp", "rollout_logp", "adv", "entropy", "weights", "extra", "mask", "keep")
@@ -232,10 +233,10 @@ def token_loss(
             seen = tl.where(tl.atomic_max(where.seen + r, seen) == 0, seen, 0)
         sums = add(sums, SEQUENCES, seen.to(tl.float64))
         if UNIT != TOKEN and UNIT != SEQ_MEAN_THROUGH and where.dlogp is not None:
-            part = pulled / tl.maximum(seq.count, 1.0) if UNIT == SEQ_MEAN else pulled
-            pull_back(
-                fields, where, row, seq, s, part.to(tl.float32), SIGNED, WEIGHT, GATE, GATE_KIND, GATE_MASKS, BLOCK
-            )
+            part = pulled.to(tl.float32)
+            if UNIT == SEQ_MEAN:
+                part = part / tl.maximum(seq.count, 1.0)
+            pull_back(fields, where, row, seq, s, part, SIGNED, WEIGHT, GATE, GATE_KIND, GATE_MASKS, BLOCK)
     tl.store(where.partial + tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS), sums)
     tl.debug_barrier()  # the sums of every thread are there before one of them counts
     if tl.atomic_add(where.counter, 1, sem="acq_rel") == tl.num_programs(0) - 1:
