@@ -70,6 +70,18 @@ def test_hand_derivative_is_autograds(name):
             assert_gradient(what, got[k][part], truth[k][part], own[k][part])
 
 
+@pytest.mark.parametrize("hyper", ({}, {"dual_clip": 3.0}, {"delta": 1.1}), ids=str)
+def test_what_is_clipped(hyper):
+    """Where the loss no longer follows −A·r: also where r is 0 in float32, and never where A is."""
+    formula = SURROGATES["ppo_clip"]
+    x, adv = torch.tensor([-170.0, -0.3, 0.0, 0.15, 0.3, 2.0]), torch.tensor([[1.0], [-1.0], [0.0]])
+    t = Token(x - 1, x * 0 - 1, x, x.exp(), adv.expand(3, 6), x * 0)
+    clipped = torch_version(formula.function)(t, formula.hyper(**hyper))[3]
+    beyond = {"dual_clip": (0, 1), "delta": (1, 1)}.get(*hyper, (0, 0)) if hyper else (0, 0)
+    up = [0, 0, 0, beyond[0], 1, 1]
+    assert clipped.tolist() == [up, [1, 1, 0, 0, int("delta" in hyper), beyond[1]], [0] * 6]
+
+
 @pytest.mark.parametrize("bounds", (KlBounds(), KlBounds(0.75, 0.25)))
 @pytest.mark.parametrize("name", ESTIMATORS)
 def test_estimators(name, bounds):

@@ -40,7 +40,7 @@ RLFAST_FORMULA auto ppo_clip(const Token<V>& t, const Clip& h) {
   auto beyond = ((t.adv < 0.0f) & (loss > (-t.adv * h.dual_clip)));
   loss = select<V>(beyond, (-t.adv * h.dual_clip), loss);
   d = select<V>(beyond, 0.0f, d);
-  return Surrogate<V>{loss, d, 0.0f, select<V>(((d == 0.0f) & (slope != 0.0f)), 1.0f, 0.0f)};
+  return Surrogate<V>{loss, d, 0.0f, select<V>((loss != slope), 1.0f, 0.0f)};
 }
 
 // ℓ = −A·log p.

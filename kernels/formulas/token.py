@@ -68,7 +68,7 @@ def ppo_clip(t: Token, h: Clip):
     beyond = (t.adv < 0.0) & (loss > -t.adv * h.dual_clip)
     loss = tl.where(beyond, -t.adv * h.dual_clip, loss)
     d = tl.where(beyond, 0.0, d)
-    return loss, d, 0.0, tl.where((d == 0.0) & (slope != 0.0), 1.0, 0.0)
+    return loss, d, 0.0, tl.where(loss != slope, 1.0, 0.0)  # a free token has ℓ = −A·r
 
 
 @jit

@@ -144,9 +144,9 @@ def clipped(name, t, hyper):
 
 
 def _ppo_clipped(t, r, h):
-    c, delta = h.get("dual_clip", float("inf")), h.get("delta", float("inf"))
-    up, down = (t.adv > 0) & (r > 1 + h["eps_high"]), (t.adv < 0) & (r < 1 - h["eps_low"])
-    return up | down | ((t.adv < 0) & ((r > c) | (r > delta)))
+    c, delta, high = h.get("dual_clip", float("inf")), h.get("delta", float("inf")), 1 + h["eps_high"]
+    down = (r < 1 - h["eps_low"]) | (r > min(c, max(delta, high)))
+    return ((t.adv > 0) & (r > min(delta, high))) | ((t.adv < 0) & down)
 
 
 def _outside(t, r, h):
