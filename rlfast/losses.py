@@ -131,6 +131,8 @@ class Loss:
         validate.one_of("kl_ratio", self.kl_ratio, KL_RATIOS)
         if self.kl is not None:
             validate.one_of("kl", self.kl, KL_KINDS)
+        if self.weight_in_ratio and self.unit == "token":
+            validate.fail("unit", "the unit of a sequence with weight_in_ratio", repr(self.unit))
         if isinstance(self.correction, str):
             validate.one_of("correction", self.correction, tuple(CORRECTIONS))
             object.__setattr__(self, "correction", CORRECTIONS[self.correction]())
