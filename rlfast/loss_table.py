@@ -65,8 +65,8 @@ LOSSES = _rows(
     _row("topr", "topr", "2503.14286", unit="seq_sum", reduce=SEQ_MEAN_TOKEN_SUM),
     _row("a_lol", "a_lol", "2305.14718", needs=("adv", "old_logp"), hyper={"eps_low": 0.9, "eps_high": 0.9},
          unit="seq_sum", reduce=SEQ_MEAN_TOKEN_SUM),
-    _row("dppo_tv", "dppo_tv", "2602.04879"),
-    _row("dppo_kl", "dppo_kl", "2602.04879"),
+    _row("dppo_tv", "dppo_tv", "2602.04879", hyper={"eps_low": 0.15, "eps_high": 0.15}),
+    _row("dppo_kl", "dppo_kl", "2602.04879", hyper={"eps_low": 0.05, "eps_high": 0.05}),
     # other shapes of the surrogate
     _row("sapo", "sapo", "2511.20347", reduce=SEQ_MEAN_TOKEN_MEAN),
     _row("cpgd", "cpgd", "2505.12504"),

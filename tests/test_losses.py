@@ -64,8 +64,8 @@ PAPERS = {
     "cispo_capped": ("2506.13585", "token", "token_mean", None, {"cap": 5.0}),
     "topr": ("2503.14286", "seq_sum", "seq_mean_token_sum", None, {"cap": 1.0}),
     "a_lol": ("2305.14718", "seq_sum", "seq_mean_token_sum", None, {"eps_low": 0.9, "eps_high": 0.9}),
-    "dppo_tv": ("2602.04879", "token", "token_mean", None, {"eps_low": 0.2, "eps_high": 0.2, "cap": 20.0}),
-    "dppo_kl": ("2602.04879", "token", "token_mean", None, {"eps_low": 0.2, "eps_high": 0.2, "cap": 20.0}),
+    "dppo_tv": ("2602.04879", "token", "token_mean", None, {"eps_low": 0.15, "eps_high": 0.15, "cap": 20.0}),
+    "dppo_kl": ("2602.04879", "token", "token_mean", None, {"eps_low": 0.05, "eps_high": 0.05, "cap": 20.0}),
     "sapo": ("2511.20347", "token", "seq_mean_token_mean", None, {"tau_pos": 1.0, "tau_neg": 1.05}),
     "cpgd": ("2505.12504", "token", "token_mean", None, {"eps_low": 0.2, "eps_high": 0.2, "alpha": 0.1}),
     "apa": ("2306.02231", "token", "token_mean", None, {"inv_lambda": 10.0}),
@@ -173,6 +173,10 @@ def test_an_unknown_loss_lists_the_known():
         rlfast.loss("ppo", epsilon=0.1)
     with pytest.raises(ValueError, match=r"reduce: expected one of 'token_mean'"):
         rlfast.loss("ppo", reduce="mean")
+    with pytest.raises(ValueError, match=r"unit: expected the unit of a sequence with weight_in_ratio, got 'token'"):
+        rlfast.loss("vespo", unit="token")
+    with pytest.raises(TypeError, match=r"dual_clip: expected an option of cispo"):
+        rlfast.loss("cispo", dual_clip=3.0)
 
 
 @pytest.mark.parametrize("name", ("clip_cov", "kl_cov", "kimi", "apa"))
