@@ -32,9 +32,31 @@ CORRECTIONS = {
     "masked_sequences": Correction(gate="seq_sum", gate_kind="k3", gate_high=f32(0.3), masks=True),
     "mean_k2": Correction(weight="seq_mean", low=f32(0.9), gate="seq_mean", gate_kind="k2", gate_high=f32(0.02)),
 }
+# Hyper-parameters at which bounds are active on what ``drawn`` draws; the others keep their defaults.
+ACTIVE = {
+    "ppo_clip": {"eps_low": f32(0.1), "eps_high": f32(0.15), "dual_clip": f32(1.25)},
+    "cispo": {"eps_low": f32(0.1), "eps_high": f32(0.3)},
+    "cispo_capped": {"cap": f32(1.2)},
+    "sapo": {"tau_pos": f32(0.7), "tau_neg": f32(1.6)},
+    "vespo": {"k_pos": 1.0, "lambda_pos": f32(1.7), "k_neg": 2.0, "lambda_neg": f32(0.6)},
+    "squared_residual": {"tau": f32(0.7), "scale": 0.5},
+    "quadratic_penalty": {"tau": f32(0.7), "scale": 0.5},
+    "apa": {"inv_lambda": f32(0.3)},
+    "awr": {"coef": f32(1.2), "max_weight": f32(1.4)},
+    "a_lol": {"eps_low": f32(0.15), "eps_high": f32(0.1)},
+    "dppo_tv": {"eps_low": f32(0.03), "eps_high": f32(0.02), "cap": f32(1.2)},
+    "dppo_kl": {"eps_low": f32(0.004), "eps_high": f32(0.002), "cap": f32(1.2)},
+    "kl_cov": {"coef": f32(0.6)},
+    "cpgd": {"eps_low": f32(0.15), "eps_high": f32(0.1), "alpha": f32(0.3)},
+    "value_clipped": {"clip": f32(0.1)},
+    "value_huber": {"delta": f32(0.8), "clip": f32(0.1)},
+}
+OTHERS = {"ppo_clip": {"delta": f32(1.1)}, "topr": {"cap": f32(1.3)}}
+HYPER = {"default": {}, "active": ACTIVE, "other": ACTIVE | OTHERS}
 # The axes of an objective and its inputs; the first value of each is the default.
 AXES = {
     "surrogate": BUILT_IN,
+    "hyper": tuple(HYPER),
     "unit": UNITS,
     "reduce": REDUCTIONS,
     "kl": (None, "k1", "k2", "k3", "absolute", "k3+", "k1+"),
@@ -43,6 +65,7 @@ AXES = {
     "entropy_coef": (0.0, f32(0.1)),
     "entropy_mean": (False, True),
     "correction": tuple(CORRECTIONS),
+    "weight_in_ratio": (False, True),
     "off_policy": (math.inf, f32(0.02)),
     "bounds": ("none", "inner", "unit", "signed"),
     "mean_adv": (False, True),
@@ -50,8 +73,12 @@ AXES = {
     "num_items": (None, 17.0, "tensor"),
     "coefs": ("numbers", "tensors"),
     "dtype": ("f32", "bf16", "f16", "mixed"),
-    "layout": ("padded", "strided", "packed", "one_row", "left", "by_token"),
+    "layout": ("padded", "strided", "packed", "one_row", "left", "by_token", "packed_masked"),
+    "masked": ("anything", "garbage"),
+    "weights": ("tokens", "rows"),
     "fields": ("all", "few"),
+    "needs": (LEAVES, ("logp",), ("entropy",), ()),
+    "upstream": (1.0, f32(0.37)),
 }
 
 
@@ -63,6 +90,13 @@ class LossCase:
     fields: dict
     packed: bool = False
     call: dict = field(default_factory=dict)  # num_items, max_len, world_size, accumulation
+    lengths: tuple | None = None  # of packed sequences whose mask is passed too; None: what is masked is not packed
+    needs: tuple = LEAVES
+    upstream: float = 1.0
+
+    def leaves(self) -> tuple:
+        """The fields that need a gradient."""
+        return tuple(name for name in self.needs if name in self.fields)
 
 
 def drawn(rows: int, length: int, dtype: str, seed: int = 0) -> dict:
@@ -92,6 +126,14 @@ def drawn(rows: int, length: int, dtype: str, seed: int = 0) -> dict:
     }
 
 
+def with_garbage(fields: dict) -> dict:
+    """Masked tokens hold NaN, the infinities and 1e30, in every field that has a number a token."""
+    mask = fields["mask"]
+    bad = torch.tensor([torch.nan, torch.inf, -torch.inf, 1e30]).repeat(mask.numel() // 4 + 1)[: mask.numel()]
+    by_token = [k for k, x in fields.items() if x.shape == mask.shape and x.is_floating_point()]
+    return fields | {k: torch.where(mask, fields[k], bad.reshape(mask.shape).to(fields[k].dtype)) for k in by_token}
+
+
 def case_of(combination: dict) -> LossCase:
     """The case that a combination of the axes names."""
     c = {name: values[0] for name, values in AXES.items()} | combination
@@ -104,8 +146,17 @@ def case_of(combination: dict) -> LossCase:
         fields["mask"] = torch.arange(length) >= torch.arange(rows).unsqueeze(1) * length // rows
     if c["layout"] == "by_token":
         fields["adv"] = fields["adv"] + torch.linspace(-1, 1, length).to(fields["adv"].dtype)
-    if c["layout"] == "packed" and rows > 2:
+    lengths = None
+    if c["layout"] in ("packed", "packed_masked") and rows > 2:
         fields["mask"][1] = False  # an empty sequence: nothing of it is packed
+    if c["layout"] == "packed_masked":
+        lengths = tuple(0 if row == 1 else length - row * length // (2 * rows) for row in range(rows))
+        fields["mask"] &= torch.arange(length) < torch.tensor(lengths).unsqueeze(1)
+        fields["adv"] = fields["adv"] + torch.linspace(-1, 1, length).to(fields["adv"].dtype)
+    if c["weights"] == "rows":
+        fields["weights"] = fields["weights"][:, :1]
+    if c["masked"] == "garbage":
+        fields = with_garbage(fields)
     has_kl = c["kl"] is not None
     if c["fields"] == "few":
         needed = {"logp", "adv", "mask", "entropy", *(("ref_logp",) if has_kl else ())}
@@ -119,19 +170,20 @@ def case_of(combination: dict) -> LossCase:
     }.get(c["bounds"], {})
     coef = f32(c["entropy_coef"])
     objective = rlfast.Loss(
-        c["surrogate"], {}, unit=c["unit"], reduce=c["reduce"], kl=c["kl"],
+        c["surrogate"], HYPER[c["hyper"]].get(c["surrogate"], {}), unit=c["unit"], reduce=c["reduce"], kl=c["kl"],
         beta=torch.tensor(f32(0.3)) if tensors else f32(0.3), kl_ratio=c["kl_ratio"] if has_kl else None,
         kl_d_max=f32(0.25) if c["kl_bounds"] else math.inf, kl_max=f32(0.1) if c["kl_bounds"] else math.inf,
         entropy_coef=torch.tensor(coef) if tensors else coef, entropy_mean=c["entropy_mean"],
         correction=CORRECTIONS[c["correction"]], off_policy=c["off_policy"], mean_adv=c["mean_adv"],
-        count_empty=c["count_empty"], **limits,
+        count_empty=c["count_empty"], weight_in_ratio=c["weight_in_ratio"] and c["unit"] != "token", **limits,
     )  # fmt: skip
     call = {} if c["num_items"] is None else {"num_items": 17.0}
     if c["num_items"] == "tensor":
         call["num_items"] = torch.tensor(17)
     if c["reduce"] == "seq_sum_over_max_len":
         call["max_len"] = length
-    return LossCase(objective, fields, c["layout"] == "packed", call)
+    packed = c["layout"] in ("packed", "packed_masked")
+    return LossCase(objective, fields, packed, call, lengths, c["needs"], c["upstream"])
 
 
 def oracle(case: LossCase, dtype: torch.dtype, order: torch.Tensor | None = None) -> tuple[dict, dict]:
@@ -149,9 +201,11 @@ def oracle(case: LossCase, dtype: torch.dtype, order: torch.Tensor | None = None
     shape = case.fields["logp"].shape
     fields = {k: x.expand(shape) for k, x in case.fields.items()}
     fields = fields if order is None else {k: x[:, order] for k, x in fields.items()}
-    leaves = {k: fields[k].detach().to(dtype).requires_grad_() for k in LEAVES if k in fields}
+    leaves = {k: fields[k].detach().to(dtype).requires_grad_() for k in case.leaves()}
     loss, metrics = reference(**fields | leaves | call, dtype=dtype, **words)
-    found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True) if loss.requires_grad else [None] * 2
+    found = [None] * len(leaves)
+    if loss.requires_grad:
+        found = torch.autograd.grad(loss * case.upstream, list(leaves.values()), allow_unused=True)
     back = slice(None) if order is None else order.argsort()
     gradients = {}
     for (name, leaf), g in zip(leaves.items(), found, strict=True):
@@ -168,37 +222,35 @@ def yardsticks(case: LossCase) -> tuple[dict, dict]:
     return tuple({name: [run[i][name] for run in runs] for name in runs[0][i]} for i in (0, 1))
 
 
-def packed(fields: dict, mask: torch.Tensor) -> tuple[dict, torch.Tensor]:
-    """(fields of the tokens that count, one after the other, cu_seqlens)."""
-    shape = fields["logp"].shape
-    flat = {k: x.expand(shape)[mask] for k, x in fields.items() if k not in ("mask", "adv")}
-    if fields["adv"].shape == shape:
-        flat["adv"] = fields["adv"][mask]
-    else:
-        flat["adv"] = fields["adv"].reshape(-1)
-    ends = torch.cat((torch.zeros(1, dtype=torch.int64), mask.sum(1).cumsum(0)))
-    return flat, ends
+def packed(fields: dict, chosen: torch.Tensor) -> tuple[dict, torch.Tensor]:
+    """(fields of the chosen tokens, one after the other, cu_seqlens); what is one number a sequence stays so."""
+    flat = {k: x[chosen] if x.shape == chosen.shape else x.reshape(-1) for k, x in fields.items()}
+    return flat, torch.cat((torch.zeros(1, dtype=torch.int64), chosen.sum(1).cumsum(0)))
 
 
 def run(case: LossCase, backend: str, device: str = "cpu") -> tuple[rlfast.LossOutput, dict]:
     """(output, gradients as [rows, T]) of the public function on this backend."""
-    fields, call = dict(case.fields), dict(case.call)
-    mask = fields.get("mask", torch.ones(fields["logp"].shape, dtype=torch.bool)) != 0
+    fields, call, shape = dict(case.fields), dict(case.call), case.fields["logp"].shape
     if case.packed:
-        fields, call["cu_seqlens"] = packed(fields, mask)
-    elif fields["adv"].shape[-1] == 1:
-        fields["adv"] = fields["adv"].squeeze(-1)
+        chosen = fields["mask"] != 0
+        if case.lengths is not None:
+            chosen = torch.arange(shape[1]) < torch.tensor(case.lengths).unsqueeze(1)
+        fields, call["cu_seqlens"] = packed(fields, chosen)
+    else:
+        fields = {k: x if x.shape == shape or x.shape[0] != shape[0] else x.squeeze(1) for k, x in fields.items()}
     fields = {k: x.to(device) for k, x in fields.items()}
     call = {k: x.to(device) if isinstance(x, torch.Tensor) else x for k, x in call.items()}
-    leaves = {k: fields[k].detach().requires_grad_() for k in LEAVES if k in fields}
+    leaves = {k: fields[k].detach().requires_grad_() for k in case.leaves()}
     coefs = {k: getattr(case.objective, k) for k in ("beta", "entropy_coef")}
     coefs = {k: x.to(device) for k, x in coefs.items() if isinstance(x, torch.Tensor)}
     objective = replace(case.objective, **coefs) if coefs else case.objective
     with rlfast.use_backend(backend):
         out = objective(**fields | leaves, **call)
-    gradients = dict(zip(leaves, torch.autograd.grad(out.loss, list(leaves.values())), strict=True))
+    assert out.loss.requires_grad == bool(leaves)
+    found = torch.autograd.grad(out.loss * case.upstream, list(leaves.values())) if leaves else ()
+    gradients = dict(zip(leaves, found, strict=True))
     if case.packed:
-        gradients = {k: g.new_zeros(mask.shape).cpu().masked_scatter(mask, g.cpu()) for k, g in gradients.items()}
+        gradients = {k: g.new_zeros(shape).cpu().masked_scatter(chosen, g.cpu()) for k, g in gradients.items()}
     return out, gradients
 
 
