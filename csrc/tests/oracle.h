@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <limits>
 #include <memory>
@@ -20,6 +21,7 @@ inline constexpr double kInfinity = std::numeric_limits<double>::infinity();
 inline constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
 
 inline int64_t checks = 0, failures = 0;
+inline bool stop_at_first = false;  // failure
 
 // A heap buffer of exactly n elements, so that the address sanitizer sees the first byte beyond it; its bytes are 0xff (NaN, −1).
 template <class T>
@@ -112,6 +114,7 @@ struct Report {
     ++failures;
     if (++shown <= 5)
       std::printf("FAIL %s: %s: got %.9g, wanted %.9g within %.2g\n", where.c_str(), what.c_str(), got, wanted, bound);
+    if (stop_at_first) std::exit(1);
   }
   void near(const std::string& what, double got, double wanted, double bound) {
     ++checks;

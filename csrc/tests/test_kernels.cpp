@@ -1,5 +1,6 @@
 // Stand-alone test of the C++ kernels, for sanitizers and for machines without Python: every instruction set in turn, then the
-// CUDA kernels under simt.h. Arguments: `large` adds a real vocabulary, `no-simt` leaves the CUDA kernels out, `simt` all else.
+// CUDA kernels under simt.h. Arguments: `large` adds a real vocabulary, `no-simt` leaves the CUDA kernels out, `simt` all else, `first`
+// stops at the first failure.
 #include <chrono>
 
 #include "../cpu/kernels.h"
@@ -51,6 +52,7 @@ int run(int argc, char** argv) {
   bool large = false, simt = true, isas = true;
   for (int i = 1; i < argc; ++i) {
     large |= !std::strcmp(argv[i], "large");
+    stop_at_first |= !std::strcmp(argv[i], "first");
     simt &= std::strcmp(argv[i], "no-simt") != 0;
     isas &= std::strcmp(argv[i], "simt") != 0;
   }
