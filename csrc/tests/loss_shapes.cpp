@@ -64,6 +64,12 @@ void add_values(std::vector<LossShape>& all) {
         s.plan.gate_masks = gate_kind == 3;
         all.push_back(s);
       }
+  for (int unit : {kUnitSeqMean, kUnitSeqSum}) {
+    LossShape s;
+    s.name = "tokens that a gate masks", s.given = kOld | kRollout, s.length = 33;
+    s.plan.unit = unit, s.plan.gate = kAtToken, s.plan.gate_masks = 1, s.settings.gate_high = 0.05f;
+    all.push_back(s);
+  }
 }
 
 void add_on_policy(std::vector<LossShape>& all) {
