@@ -31,6 +31,12 @@ with rlfast.use_backend("cuda"):
             out = rlfast.token_logps(x, t, outputs=("logp", "entropy", "is_top1"), top_k=5 if rows == 3 else None)
             (out.logp.sum() + out.entropy.sum()).backward()
             assert x.grad.isfinite().all()
+        for name, rows, length in (("dapo", 3, 5003), ("gspo", 300, 1031)):
+            x = (-torch.rand(rows, length, device="cuda")).to(dtype).requires_grad_()
+            mask = torch.rand(rows, length, device="cuda") < 0.7
+            out = rlfast.loss(name)(x, adv=torch.randn(rows, device="cuda"), old_logp=x.detach() + 0.1, mask=mask)
+            out.loss.backward()
+            assert x.grad.isfinite().all()
 print("cuda kernels: done")
 """
 
