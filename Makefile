@@ -23,7 +23,7 @@ demo: doctor-demo $(VENV)/.demo  ## train SmolLM2-135M with TRL, stock and with 
 	$(PY) -m rlfast.demo $(if $(JSON),--json $(JSON))
 
 test: doctor-test $(VENV)/.dev  ## the tests, on the C++ and torch backends, then on Triton's interpreter (< 15 minutes)
-	$(PY) -m pytest tests -q -n auto -m "not slow and not large"
+	$(PY) -m pytest tests bench -q -n auto -m "not slow and not large"
 	TRITON_INTERPRET=1 $(PY) -m pytest tests -q -n auto -m "not slow and not large" --backend triton
 
 test-all: doctor-test $(VENV)/.dev  ## the full product of shapes, options and backends, and the slow tests (< 1 hour)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -13,6 +14,8 @@ from bench.baselines import token_loss as baselines
 from bench.case import DTYPES, Case, Target
 from bench.draws import generator
 
+COLD_BYTES = 256 << 20  # what is read in turn; no cache holds it
+
 
 @dataclass(frozen=True, kw_only=True)
 class TokenLoss(Case):
@@ -23,11 +26,22 @@ class TokenLoss(Case):
     rows: int
     length: int
     backward: bool = True  # False: the forward call alone, which makes the gradient too
+    cold: bool = True  # every call reads fields that were last read COLD_BYTES ago, as in a trainer
 
     NAMES: ClassVar = {"eager": "eager torch, as TRL writes it"}
 
+    @property
+    def _copies(self) -> int:
+        return -(-COLD_BYTES // self.traffic("read")) if self.cold else 1
+
+    @staticmethod
+    def _in_turn(runs: list):
+        """One arm of many."""
+        turn = itertools.cycle(runs)
+        return lambda: next(turn)()
+
     def small(self) -> TokenLoss:
-        return replace(self, rows=min(self.rows, 8), length=min(self.length, 128), budget_s=0.2)
+        return replace(self, rows=min(self.rows, 8), length=min(self.length, 128), budget_s=0.2, cold=False)
 
     def inputs(self, device: str = "cpu") -> dict[str, torch.Tensor]:
         """Ratios within a few tenths of 1, a tenth of the tokens masked at the end of their rows."""
@@ -50,10 +64,14 @@ class TokenLoss(Case):
         return {name: x if name in ("adv", "mask") else x.to(dtype) for name, x in data.items()}
 
     def _arms(self, functions: dict, data: dict, mask=None) -> dict:
-        rest = tuple(data[name] if name != "mask" or mask is None else mask for name in list(data)[1:])
         upstream = torch.ones((), device=data["logp"].device) if self.backward else None
-        leaf = {"logp": data["logp"].detach().requires_grad_()}
-        return {name: arms.arm(f, leaf, rest, ("loss",), upstream) for name, f in functions.items()}
+        runs = {name: [] for name in functions}
+        for _ in range(self._copies):
+            fields = {name: x.clone() for name, x in (data if mask is None else data | {"mask": mask}).items()}
+            leaf = {"logp": fields.pop("logp").requires_grad_()}
+            for name, f in functions.items():
+                runs[name].append(arms.arm(f, leaf, tuple(fields.values()), ("loss",), upstream))
+        return {name: self._in_turn(each) for name, each in runs.items()}
 
     def ours(self, data: dict) -> dict:
         objective = rlfast.loss(self.loss)
@@ -68,10 +86,12 @@ class TokenLoss(Case):
         return self._arms({"rlfast": run}, data)
 
     def plain(self, data: dict) -> dict:
+        """ "eager" and "compile" make what TRL logs too, as ours does; "plain ..." only the loss and its gradient."""
         function = baselines.LOSSES[self.loss]
-        eager = baselines.eager(function)
-        found = {"eager": eager, "compile": torch.compile(eager, dynamic=False)}
+        logged, alone = baselines.logged(function), baselines.alone(function)
+        found = {"eager": logged, "compile": torch.compile(logged, dynamic=False), "plain eager": alone}
         if self.backward:
+            found |= {"plain compile": torch.compile(alone, dynamic=False)}
             found |= {"plain chunked": baselines.chunked(function), "plain joint": baselines.joint(function)}
         return self._arms(found, data, data["mask"].to(data["logp"].dtype))  # as the trainers keep it
 
@@ -79,13 +99,14 @@ class TokenLoss(Case):
         fields = [x.double() for name, x in data.items() if name != "logp"]
         leaf = data["logp"].double().requires_grad_()
         with torch.enable_grad():
-            loss = baselines.eager(baselines.LOSSES[self.loss])(leaf, *fields)
+            loss = baselines.alone(baselines.LOSSES[self.loss])(leaf, *fields)
             (gradient,) = torch.autograd.grad(loss, leaf)
         return {"loss": (None, loss.detach()), "grad_logp": (None, gradient)}
 
     def ceilings(self, data: dict, device: str) -> dict:
-        # beyond the caches' reach, as the fields together are
-        return arms.bandwidth(torch.empty(self.traffic("read") // 4, device=device).fill_(1.0))
+        parts = torch.ones(self._copies, self.traffic("read") // 4, device=device)
+        each = [arms.bandwidth(part) for part in parts]
+        return {name: self._in_turn([found[name] for found in each]) for name in each[0]}
 
     def traffic(self, arm: str) -> int:
         """Fields read, mask read, gradient written; a copy moves each of those bytes twice."""
@@ -119,7 +140,15 @@ def _call(loss: str) -> TokenLoss:
     name = f"token_loss {loss} call, 4K tokens"
     target = Target("rlfast", "", 80.0, "us")
     return TokenLoss(
-        name=name, loss=loss, rows=8, length=512, backward=False, targets=(target,), budget_s=4.0, isas=False
+        name=name,
+        loss=loss,
+        rows=8,
+        length=512,
+        backward=False,
+        cold=False,
+        targets=(target,),
+        budget_s=4.0,
+        isas=False,
     )
 
 
