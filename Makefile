@@ -27,7 +27,8 @@ test: doctor-test $(VENV)/.dev  ## the tests, on the C++ and torch backends, the
 	TRITON_INTERPRET=1 $(PY) -m pytest tests -q -n auto -m "not slow and not large" --backend triton
 
 test-all: doctor-test $(VENV)/.dev  ## the full product of shapes, options and backends, and the slow tests (< 1 hour)
-	$(PY) -m pytest tests -q --full-product
+	$(PY) -m pytest tests bench -q -n auto --full-product -m "not large"
+	$(PY) -m pytest tests -q --full-product -m large
 	TRITON_INTERPRET=1 $(PY) -m pytest tests -q -n auto --full-product --backend triton
 
 check: doctor-build $(VENV)/.dev  ## ruff, clang-format and the pre-commit checks
@@ -41,7 +42,7 @@ format: doctor-build $(VENV)/.dev  ## rewrite the sources as ruff and clang-form
 	$(PY) -m ruff format .
 	git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' 'csrc/*.inc' | xargs -r $(VENV)/bin/clang-format -i
 
-compile: doctor-build $(VENV)/.dev  ## every Triton kernel to cubin and the CUDA sources, with no GPU; registers and spills
+compile: doctor-compile $(VENV)/.dev  ## every Triton kernel to cubin and the CUDA sources, with no GPU; registers and spills
 	$(PY) tools/compile_kernels.py $(if $(JSON),--json $(JSON))
 
 sanitize: doctor-sanitize $(VENV)/.built  ## the C++ core alone under ASan and UBSan

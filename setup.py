@@ -91,8 +91,10 @@ def find_nvcc() -> str:
 
 
 def include_flags() -> list[str]:
-    import pybind11
-
+    try:
+        import pybind11
+    except ImportError:
+        raise NotBuilt("pybind11 is not installed: pip install pybind11") from None
     python = {sysconfig.get_path("include"), sysconfig.get_path("platinclude")}
     if not any(Path(folder, "Python.h").exists() for folder in python):
         raise NotBuilt(f"Python's headers are missing: no Python.h in {', '.join(sorted(python))}")

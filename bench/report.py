@@ -108,6 +108,15 @@ def figures(found: list[dict]) -> list[str]:
         for family in suite.FAMILIES:
             cases = [case for case in result["cases"] if suite.family(case["case"]["op"]) is family]
             lines += ["", *_table(cases)] if cases else []
+        above = (result.get("overhead") or {}).get("above_raw", {})
+        said = ", ".join(
+            f"{micros:.1f} µs {'under no_grad' if name == 'no_grad' else name + ' autograd'}"
+            for name, micros in above.items()
+        )
+        lines += ["", f"A public call on a tiny input, above its kernel: {said}."] if above else []
+    for result in found:
+        if "ratio" in result and "parity" in result:
+            lines += ["", f"A whole GRPO step of `make demo` ({stamp(result)}): {result['ratio']:.2f}× stock TRL."]
     return lines[1:] or ["No benchmark has been committed yet: `make bench` writes one."]
 
 
@@ -165,11 +174,9 @@ def losses(found: list[dict]) -> list[str]:
     lines = []
     for result in benches(found):
         for case in result["cases"]:
-            for ours, other, ratio in outcome.faster_than_us(case):
-                lines.append(f"- {case['case']['name']}: {ours} takes {ratio:.2f}× the time of {other}.")
-            for o in outcome.outcomes(case):
-                if o.passed is False:
-                    lines.append(f"- {o.case}: wanted {o.text}, reached {o.value:.3g}.")
+            said = [f"{ours} takes {x:.2f}× the time of {other}" for ours, other, x in outcome.faster_than_us(case)]
+            said += [f"{o.text}: {o.value:.3g}" for o in outcome.outcomes(case) if o.passed is False]
+            lines += [f"- {case['case']['name']}: {'; '.join(said)}."] if said else []
         for name, micros in (result.get("overhead") or {}).get("above_raw", {}).items():
             bound = result["overhead"]["targets"][name]
             if micros > bound:

@@ -58,6 +58,10 @@ def use_backend(name: str):
     Args:
         name: one of ``reference``, ``torch``, ``cpu``, ``triton``, ``cuda``.
 
+    Note:
+        Eager calls see the request of their own thread or task. A compiler cannot read that: compiled code sees the
+        request that was made last in the process.
+
     Raises:
         ValueError: the name is unknown.
         RuntimeError: the backend is not available here; the message says why.

@@ -95,6 +95,10 @@ def verify(
         if name not in backends.NAMES:
             raise typer.BadParameter(f"expected one of {backends.NAMES}, got {name!r}", param_hint="--backend")
     cells = verification.verify(op or None, backend or None, every_isa)
+    if not cells:
+        has = {name: backends.IMPLEMENTED[name] for name in op or backends.IMPLEMENTED}
+        said = "; ".join(f"{name} has {', '.join(names)}" for name, names in has.items())
+        raise typer.BadParameter(f"nothing to verify: {said}", param_hint="--backend")
     if as_json:
         print(json.dumps([c._asdict() for c in cells], indent=1))
     else:

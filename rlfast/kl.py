@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from rlfast import validate
 from rlfast.kernels.formulas import ESTIMATORS
 from rlfast.kernels.formulas.kl import KlBounds
 from rlfast.kernels.lang import torch_version
+from rlfast.ops.dispatch import first_derivatives_only
 from rlfast.presets import kl_bounds, trainer
 
 KL_KINDS = (*ESTIMATORS, *(f"{name}+" for name in ESTIMATORS))
@@ -27,7 +27,7 @@ class _Estimate(torch.autograd.Function):
         return value
 
     @staticmethod
-    @once_differentiable
+    @first_derivatives_only
     def backward(ctx, g):
         (derivative,) = ctx.saved_tensors
         return (g * derivative).to(ctx.dtype), None, None, None

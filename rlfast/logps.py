@@ -62,7 +62,7 @@ def token_logps(
 
     Args:
         logits: [*, V] float32, bfloat16 or float16 (float64 runs on the torch backend), any strides.
-        targets: [*] or [*, K] int32 or int64 in [0, V); −100 marks a token to skip.
+        targets: [*] or [*, K] int32 or int64 in [0, V), under the mask too; −100 marks a token to skip.
         temperature: a float > 0, or a tensor of them shaped like the rows [*].
         softcap: None, or a float > 0 (Gemma 2).
         logit_scale: a float that multiplies the logits first (Cohere, Granite).
@@ -123,7 +123,9 @@ def linear_token_logps(
     top_k=None,
     memory_budget=MEMORY_BUDGET,
 ) -> TokenLogps:
-    """``token_logps(hidden @ weight.T + bias, targets)`` without the logits in full.
+    """``token_logps(hidden @ weight.T + bias, targets)``, in tiles that stay in the cache.
+
+    The logits are in memory only where a backward will want them and they fit ``memory_budget``; 0 never has them.
 
     Args:
         hidden: [*, D] float32, bfloat16 or float16: the last hidden states.
@@ -131,8 +133,9 @@ def linear_token_logps(
         targets: [*] or [*, K] int32 or int64 in [0, V); −100 marks a token to skip. Skipped tokens are not projected on
             the CPU.
         bias: [V] of hidden's dtype, or None.
-        memory_budget: bytes that the forward may keep for the backward. If the float32 logits fit (4·N·V), they are
-            kept and the backward has two GEMMs; else it recomputes them in tiles and has three. 0 always recomputes.
+        memory_budget: bytes that the forward may keep for the backward. If the logits fit (4·N·V in
+            float32), they are kept and the backward has two GEMMs; else it recomputes them in tiles and has three. 0
+            always recomputes.
         temperature, softcap, logit_scale, mask, outputs, top_k: as in ``token_logps``.
         inplace_backward: as in ``token_logps``, so that a call can be swapped; there are no logits to write over.
 
@@ -154,12 +157,12 @@ def linear_token_logps(
     targets, mask, temperatures, temperature = _rows(lead, vocab, targets, mask, temperature, ("hidden", hidden))
     softcap = 0.0 if softcap is None else validate.positive("softcap", softcap)
     logit_scale = validate.finite("logit_scale", logit_scale)
-    budget = validate.finite("memory_budget", memory_budget)
+    budget = validate.at_least("memory_budget", memory_budget, 0)
     candidates = targets.shape[-1] if targets.dim() > len(lead) else 0
     if len(lead) != 1:
         hidden, targets, mask, temperatures = _rows_flattened(hidden, len(lead), targets, mask, temperatures)
     needs_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (hidden, weight, bias))
-    keep = needs_grad and 4 * hidden.shape[0] * vocab <= budget
+    keep = needs_grad and max(4, hidden.element_size()) * hidden.shape[0] * vocab <= budget
     asked = linear_op.op(
         _unit_stride(hidden), _unit_stride(weight), bias, targets, mask, temperatures, temperature, softcap,
         logit_scale, *wanted, keep, backends.requested(),
@@ -217,14 +220,14 @@ def _rows(lead, vocab: int, targets, mask, temperature, source):
         targets = targets.long()
     if not targets.is_contiguous():
         targets = targets.contiguous()
-    if x.device.type == "cpu" and type(targets) in _PLAIN and not torch.compiler.is_compiling():
-        _in_range(targets, vocab)
     if mask is not None:
         validate.tensor("mask", mask, validate.MASKS)
         if mask.shape != lead:
             validate.fail("mask", f"shape {tuple(lead)} like the rows of {name}", validate.shape(mask))
         validate.same_device("mask", mask, name, x)
         mask = (mask if mask.dtype == torch.bool else mask != 0).contiguous()
+    if x.device.type == "cpu" and type(targets) in _PLAIN and not torch.compiler.is_compiling():
+        _in_range(targets, vocab)
     if not isinstance(temperature, torch.Tensor):
         return targets, mask, None, validate.positive("temperature", temperature)
     validate.tensor("temperature", temperature)
@@ -236,9 +239,10 @@ def _rows(lead, vocab: int, targets, mask, temperature, source):
     if temperature.requires_grad:
         validate.fail("temperature", "a tensor that needs no gradient", "requires_grad=True")
     if temperature.device.type == "cpu" and not torch.compiler.is_compiling():
-        wrong = ~(temperature > 0) | ~temperature.isfinite()
+        wrong = ~((temperature >= validate.LEAST) & (temperature <= validate.MOST))
         if wrong.any():
-            validate.fail("temperature", "finite values > 0", temperature[wrong][0].item())
+            wanted = f"values from {validate.LEAST} to {validate.MOST}"
+            validate.fail("temperature", wanted, temperature[wrong][0].item())
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     return targets, mask, temperature.to(wide).contiguous(), 1.0
 

@@ -8,8 +8,10 @@ import numbers
 import torch
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-MASKS = (torch.bool, torch.int64, torch.int32, torch.uint8, torch.int8, *FLOATS)
+MASKS = (torch.bool, torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8, *FLOATS)
 IGNORE_INDEX = -100
+# Beyond these a positive scale is 0 or inf once a kernel has it in float32, or its inverse is.
+LEAST, MOST = 1e-30, 1e30
 
 
 def fail(name: str, wanted: str, came, kind: type[Exception] = ValueError):
@@ -44,6 +46,8 @@ def positive(name: str, x) -> float:
         fail(name, "a float > 0", repr(x), TypeError)
     if not 0 < x < math.inf:  # no isfinite: Dynamo cannot trace it for a float that it made symbolic
         fail(name, "a finite float > 0", repr(x))
+    if not LEAST <= x <= MOST:
+        fail(name, f"a float from {LEAST} to {MOST}", repr(x))
     return float(x)
 
 
@@ -53,6 +57,8 @@ def finite(name: str, x) -> float:
         fail(name, "a float", repr(x), TypeError)
     if not -math.inf < x < math.inf:
         fail(name, "a finite float", repr(x))
+    if not -3.4028234e38 < x < 3.4028235e38:
+        fail(name, "a float within the range of float32", repr(x))
     return float(x)
 
 

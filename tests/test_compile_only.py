@@ -84,6 +84,22 @@ def test_row_12_no_recompilation_per_length_or_temperature(tool):
     assert _variants(launched) == {"fold": 1, "merge": 1, "gradient": 1}
 
 
+@pytest.mark.parametrize("keep", (False, True), ids=("recompute", "keep"))
+def test_row_12_no_recompilation_of_the_head(tool, keep):
+    from rlfast.kernels import linear_token_logps
+
+    weight = torch.zeros(1008, 64, dtype=torch.bfloat16)
+    with tool.compile_only(90) as launched:
+        for length in range(1, 51):
+            hidden = torch.zeros(length, 64, dtype=torch.bfloat16)
+            targets, rows = torch.zeros(length, dtype=torch.int64), torch.zeros(length)
+            transform = Transform(0.5 + length / 150, 0.0, 1.0)
+            out, kept = linear_token_logps.forward(hidden, weight, None, targets, None, transform, Wanted(0, 0), keep)
+            row, needs = (rows, None, None), (True, True, False)
+            linear_token_logps.backward(hidden, weight, None, targets, None, transform, out.aux, row, needs, kept)
+    assert set(_variants(launched).values()) == {1}
+
+
 def test_row_12_no_recompilation_per_shape_or_rate_of_a_scan(tool):
     from rlfast.kernels import affine_scan
     from rlfast.ops.scan_records import ADVANTAGES, RETURNS, REVERSE, Inputs, Options

@@ -231,9 +231,26 @@ def test_a_lazily_negated_tensor():
     assert_same_bits("logp", rlfast.token_logps(torch._neg_view(x), targets).logp, rlfast.token_logps(-x, targets).logp)
 
 
-def test_a_double_backward_is_refused():
-    """What is not there says so, instead of giving a wrong number."""
+def _logps(x):
+    return rlfast.token_logps(x, targets_of(3, 20)).logp
+
+
+def _linear_logps(x):
+    return rlfast.linear_token_logps(x, torch.ones(30, 20), targets_of(3, 30)).logp
+
+
+def _policy_loss(x):
+    return rlfast.loss("ppo")(x, old_logp=torch.zeros(3, 20), adv=torch.ones(3)).loss
+
+
+def _returns(x):
+    return rlfast.discounted_returns(x, gamma=0.5)
+
+
+@pytest.mark.parametrize("function", (_logps, _linear_logps, _policy_loss, _returns))
+def test_a_double_backward_is_refused(function):
+    """What is not there says so, instead of being left out of a sum in which the rest has a gradient."""
     x = logits_of(3, 20).requires_grad_()
-    (gradient,) = torch.autograd.grad(rlfast.token_logps(x, targets_of(3, 20)).logp.sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match=r"does not require grad|once_differentiable"):
-        gradient.sum().backward()
+    (gradient,) = torch.autograd.grad(function(x).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        (gradient.sum() + (x * x).sum()).backward()

@@ -10,7 +10,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import rlfast
-from rlfast import backends
 from tests.cases import ALL, DIFFERENTIABLE, Problem, check, f32, few, head_of, interpreted, logits_of, run, targets_of
 from tests.numerics import assert_value
 
@@ -62,7 +61,7 @@ def hold_at_most(name: str, x, bound: float) -> None:
 
 # Not the torch backend: it computes log Σp² as the yardstick does, and a search would find the unlucky order of two.
 @pytest.mark.backends("reference", "cpu", "triton", "cuda")
-@pytest.mark.parametrize("op", tuple(backends.IMPLEMENTED))
+@pytest.mark.parametrize("op", ("token_logps", "linear_token_logps"))
 def test_any_problem_is_right(backend, device, op):
     @CALM
     @given(problems(op))

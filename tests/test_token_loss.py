@@ -195,9 +195,9 @@ def test_upstream_and_second_backward(backend, device):
     assert_same_bits("gradient", again, once)
     (tripled,) = torch.autograd.grad(3.0 * loss, logp, retain_graph=True)
     assert_value("3 × gradient", tripled.cpu(), 3.0 * once.cpu().double(), 3.0 * once.cpu())
-    with pytest.raises(RuntimeError, match=r"once_differentiable|twice|does not require grad"):
+    with pytest.raises(RuntimeError, match="once_differentiable"):
         (g,) = torch.autograd.grad(loss, logp, create_graph=True)
-        torch.autograd.grad(g.sum(), logp)
+        g.sum().backward()
 
 
 def test_no_gradient_is_asked_for(backend, device):

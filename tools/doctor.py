@@ -29,6 +29,7 @@ PACKAGES = {
         "compiler": "g++",
         "aarch64": "g++-aarch64-linux-gnu",
         "qemu": "qemu-user",
+        "nvcc": "nvidia-cuda-toolkit",
     },
     "dnf": {
         "venv": "python3",
@@ -36,6 +37,7 @@ PACKAGES = {
         "compiler": "gcc-c++",
         "aarch64": "gcc-c++-aarch64-linux-gnu",
         "qemu": "qemu-user",
+        "nvcc": "cuda-toolkit",
     },
     "brew": {"venv": "python", "headers": "python", "compiler": "llvm"},
 }
@@ -165,6 +167,8 @@ def check_tools(report, goal):
     """What single goals need beside a compiler."""
     if goal == "sanitize" and compiler() is None:
         report.fail("compiler", "the sanitizers need a C++ compiler", "compiler")
+    if goal == "compile" and shutil.which("nvcc") is None:
+        report.fail("nvcc", "the CUDA sources need nvcc, of the CUDA toolkit", "nvcc")
     if goal != "test-arm" or platform.machine().lower() in ("aarch64", "arm64"):
         return
     for tool, names in (("aarch64", ["aarch64-linux-gnu-g++"]), ("qemu", ["qemu-aarch64"])):

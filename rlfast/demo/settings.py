@@ -51,5 +51,7 @@ def check(settings: Settings) -> None:
             f"--batch: expected a multiple of --generations, and those at least 2, "
             f"got {settings.batch} and {settings.generations}"
         )
+    if not settings.temperature > 0:
+        raise DemoError(f"--temperature: expected a float > 0, got {settings.temperature}")
     if settings.steps < 1 or settings.parity_steps < 1 or settings.max_completion < 1:
         raise DemoError("--steps, --parity-steps and --max-completion: expected at least 1")

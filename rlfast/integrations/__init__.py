@@ -21,7 +21,7 @@ def patch(trainer: str, *, untested: bool = False) -> Patch:
     """Put rlfast's kernels in the place of a trainer's own, until undone.
 
     Patching twice is one patch. A second call also reaches modules of the trainer that were imported since, and its
-    ``with`` block, when it ends, leaves the patch in place for whoever came first.
+    ``with`` block, when it ends, leaves the patch in place for whoever came first; an explicit undo is for all.
 
     Args:
         trainer: "trl".
@@ -30,7 +30,7 @@ def patch(trainer: str, *, untested: bool = False) -> Patch:
 
     Returns:
         Patch: a context manager that undoes the patch at its end, and a function that undoes it when called.
-        ``.replaced`` names what was replaced, ``.active`` says whether it still is.
+        Printed, or as ``.replaced``, it says what was replaced; ``.active`` says whether it still is.
 
     Raises:
         ValueError: the trainer is unknown.
@@ -43,6 +43,8 @@ def patch(trainer: str, *, untested: bool = False) -> Patch:
         >>> undo = rlfast.patch("trl")
         >>> undo()
     """
+    if not isinstance(trainer, str):
+        validate.fail("trainer", "a name", repr(trainer), TypeError)
     if trainer not in TRAINERS:
         validate.fail("trainer", f"one of {tuple(TRAINERS)}", repr(trainer))
     module, requirement = TRAINERS[trainer]

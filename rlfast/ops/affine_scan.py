@@ -21,11 +21,10 @@ The derivative of A_t = b_t + a_t·A_{t+1} is the same recurrence the other way:
 from __future__ import annotations
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from rlfast import backends
 from rlfast.native import affine_scan as native
-from rlfast.ops.dispatch import LIB, refuse_forward_mode, unobserved
+from rlfast.ops.dispatch import LIB, first_derivatives_only, refuse_forward_mode, unobserved
 from rlfast.ops.scan_records import (
     ADVANTAGES,
     DECOUPLED,
@@ -210,7 +209,7 @@ class _AffineScan(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @first_derivatives_only
     def backward(ctx, g):
         *tensors, out = ctx.saved_tensors
         x, o, g = Inputs(*tensors), ctx.options, g.contiguous()

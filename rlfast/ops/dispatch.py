@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch.autograd import forward_ad
+from torch.autograd.function import once_differentiable
 
 LIB = torch.library.Library("rlfast", "FRAGMENT")
 
@@ -39,6 +42,23 @@ def unobserved(*tensors) -> bool:
         and not torch._C._is_torch_function_mode_enabled()
         and not torch.autograd._profiler_enabled()
     )
+
+
+def first_derivatives_only(backward):
+    """A backward whose gradients raise when they are differentiated again.
+
+    torch's ``once_differentiable`` alone leaves that derivative out, without a word, where the upstream gradient is a
+    constant.
+    """
+    refused = once_differentiable(backward)
+
+    @functools.wraps(backward)
+    def run(ctx, *upstream):
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            upstream = [g if g is None or g.requires_grad else g.detach().requires_grad_() for g in upstream]
+        return refused(ctx, *upstream)
+
+    return run
 
 
 def refuse_forward_mode(name: str, *tensors) -> None:

@@ -17,10 +17,9 @@ from __future__ import annotations
 from contextlib import nullcontext
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from rlfast import backends
-from rlfast.ops.dispatch import LIB, refuse_forward_mode
+from rlfast.ops.dispatch import LIB, first_derivatives_only, refuse_forward_mode
 from rlfast.ops.records import Transform, Wanted, allocate
 from rlfast.ops.token_logps import OPTIONS, differentiable, non_differentiable
 
@@ -101,7 +100,7 @@ class _LinearTokenLogps(torch.autograd.Function):
         return (*asked, kept)
 
     @staticmethod
-    @once_differentiable
+    @first_derivatives_only
     def backward(ctx, *grads):
         grads, needs = differentiable(grads, ctx.wanted), list(ctx.needs_input_grad[:3])
         if all(g is None for g in grads):

@@ -15,10 +15,9 @@ logits themselves. ``grads`` is (g_logp, g_lse, g_entropy), each contiguous, or 
 from __future__ import annotations
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from rlfast import backends
-from rlfast.ops.dispatch import LIB, refuse_forward_mode, unobserved
+from rlfast.ops.dispatch import LIB, first_derivatives_only, refuse_forward_mode, unobserved
 from rlfast.ops.records import Outputs, Transform, Wanted, allocate
 
 NAME = "token_logps"
@@ -99,7 +98,7 @@ class _TokenLogps(torch.autograd.Function):
         return tuple(asked)
 
     @staticmethod
-    @once_differentiable
+    @first_derivatives_only
     def backward(ctx, *grads):
         if ctx.spent:
             raise RuntimeError(

@@ -21,10 +21,9 @@ The gradient comes out of the same launch, divided by factor/n, which is known o
 from __future__ import annotations
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from rlfast import backends
-from rlfast.ops.dispatch import LIB, refuse_forward_mode, unobserved
+from rlfast.ops.dispatch import LIB, first_derivatives_only, refuse_forward_mode, unobserved
 from rlfast.ops.loss_records import METRICS, Fields, Output, allocate
 
 NAME = "token_loss"
@@ -99,7 +98,7 @@ class _TokenLoss(torch.autograd.Function):
         return loss, metrics, dlogp, dentropy
 
     @staticmethod
-    @once_differentiable
+    @first_derivatives_only
     def backward(ctx, g, *_):
         grads = [None] * (FIELDS + 8)
         if g is None:
