@@ -52,7 +52,7 @@ def metrics_of(sums, inside, used, clipped, x, ratio, drift, applied, IN_RATIO: 
     w = ratio
     if not IN_RATIO:
         w = ratio * applied
-    w = tl.where(w >= SMALLEST_WEIGHT, tl.minimum(w, LARGEST_WEIGHT), 0.0)
+    w = tl.where(w < SMALLEST_WEIGHT, 0.0, tl.where(w > LARGEST_WEIGHT, LARGEST_WEIGHT, w))  # a NaN stays one
     w = tl.where(inside, w, 0.0)
     hit = tl.where(used, clipped, 0.0)
     rho = tl.where(inside, exp(within(drift, -INFINITE, 89.0)), 0.0)
@@ -106,8 +106,8 @@ def finish(
     each = (1.0 / tl.maximum(tokens, 1.0).to(tl.float32)).to(tl.float64)
     w, squares = pick(sums, WEIGHTS), pick(sums, SQUARES)
     # in float32 neither the square of w nor that of a weight leaves the range: w / √squares is at most √tokens
-    per = w.to(tl.float32) / tl.sqrt(tl.where(squares > 0.0, squares, 1.0).to(tl.float32))
-    ess = tl.where(squares > 0.0, per.to(tl.float64) * per.to(tl.float64) * each, 0.0)
+    per = w.to(tl.float32) / tl.sqrt(tl.where(squares == 0.0, 1.0, squares).to(tl.float32))
+    ess = tl.where(squares != 0.0, per.to(tl.float64) * per.to(tl.float64) * each, 0.0)
     found = tl.zeros([COLUMNS], tl.float64)
     found = put(put(put(found, 0, loss), 1, scale), 2, entropy_scale)
     found = put(put(put(found, 3, tokens), 4, sequences), 5, policy)

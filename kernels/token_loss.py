@@ -125,6 +125,7 @@ def surrogate_of(
     extra = load(fields.extra, row.extra + column, inside)
     value, by_x, by_logp, clipped = SURROGATE(Token(logp, old, u, ratio, adv, extra), numbers.hyper)
     nothing = tl.zeros(column.shape, tl.float32)
+    value = tl.where(u == u, value, u)  # a formula's minimum and maximum may drop a NaN
     value = tl.where(used, factor * value, nothing)
     by_x, by_logp = tl.where(used, factor * by_x, nothing), tl.where(used, factor * by_logp, nothing)
     return value, by_x, by_logp, clipped + nothing, used, kept

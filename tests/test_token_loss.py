@@ -109,6 +109,22 @@ def test_adversarial(backend, device, name, unit):
     check(replace(case, objective=replace(case.objective, unit=unit)), backend, device)
 
 
+@pytest.mark.parametrize("surrogate", BUILT_IN)
+@pytest.mark.parametrize("unit", ("token", "seq_mean"))
+def test_a_nan_that_counts_is_in_the_loss(backend, device, surrogate, unit):
+    """No clip hides it; what other sequences have is what they had."""
+    case = case_of({"surrogate": surrogate, "unit": unit, "reduce": "seq_mean_token_mean"})
+    row, column = case.fields["mask"].nonzero()[0].tolist()
+    logp = case.fields["logp"].clone()
+    logp[row, column] = torch.nan
+    clean, gradients = run(case, backend, device)
+    out, with_nan = run(replace(case, fields=case.fields | {"logp": logp}), backend, device)
+    assert clean.loss.isfinite() and out.loss.isnan()
+    assert all(out.metrics[name].isnan() for name in ("policy_loss", "ess", "ratio_mean", "approx_kl_k1"))
+    others = torch.arange(logp.shape[0]) != row
+    assert_same_bits("the others' gradient", with_nan["logp"].cpu()[others], gradients["logp"].cpu()[others])
+
+
 @pytest.mark.parametrize("shape", ((0, 5), (3, 0), (0, 0)))
 @pytest.mark.parametrize("name", ("ppo", "gspo"))
 def test_an_empty_batch(backend, device, shape, name):

@@ -227,7 +227,8 @@ double surrogate_tile(Tile& t, const Sequence& q, const Objective& given, Sums& 
       }
     }
     const auto s = formula({V(v.logp[i]), V(v.old_logp[i]), V(unit), V(r), V(v.adv[i]), V(v.extra[i])}, hyper);
-    F value = s.value.x, by_x = s.d_log_ratio.x, by_logp = s.d_logp.x;
+    // a formula's minimum and maximum may drop a NaN
+    F value = select(equal(unit, unit), s.value.x, unit), by_x = s.d_log_ratio.x, by_logp = s.d_logp.x;
     M used = m;
     if (o.multiplied) {
       const F k = load(t.multiplier + i);

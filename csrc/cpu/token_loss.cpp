@@ -352,7 +352,7 @@ private:
     put(m.approx_kl_k1, -all.x / n), put(m.approx_kl_k3, all.k3 / n);
     put(m.clip_low, static_cast<double>(all.low) / n), put(m.clip_high, static_cast<double>(all.high) / n);
     put(m.ratio_mean, all.ratio / n), put(m.ratio_max, std::isnan(all.ratio) ? all.ratio : all.ratio_max);
-    put(m.ess, all.weight_sq > 0 ? all.weight * all.weight / (n * all.weight_sq) : 0.0);
+    put(m.ess, all.weight_sq != 0 ? all.weight * all.weight / (n * all.weight_sq) : 0.0);
     put(m.dropped, static_cast<double>(all.tokens - all.used) / n);
     const bool any = all.tokens > 0;
     put(m.rollout_ratio_mean, o_.rollout ? all.drift / n : any),

@@ -154,7 +154,9 @@ RLFAST_DEVICE void evaluate(const Loss& a, const Piece& p, const Sequence& s, co
     bool on = bit(g.on, j) && (rho[j].open || !plan.gate_masks), kept = on && bit(keep, j);
     float multiplier = (plan.weight_in_ratio ? 1.0f : rho[j].applied()) * (f.weights.data ? weights[j] : 1.0f);
     bool used = kept && (seen[j].adv >= 0.0f || s.on_policy) && multiplier != 0.0f;
-    float value = used ? multiplier * part[j].value : 0.0f;
+    // a formula's minimum and maximum may drop a NaN
+    float found = seen[j].log_ratio == seen[j].log_ratio ? part[j].value : seen[j].log_ratio;
+    float value = used ? multiplier * found : 0.0f;
     float d_unit = used ? multiplier * part[j].d_log_ratio : 0.0f, d = used ? multiplier * part[j].d_logp : 0.0f;
     float ratio = seen[j].ratio;
     Divergence kl;
@@ -296,7 +298,7 @@ RLFAST_DEVICE void finish(const Loss& a, const Coefficients& coef) {
   m.clip_high = float(total[kCountHigh] * each);
   m.ratio_mean = float(total[kSumRatio] * each);
   m.ratio_max = float(total[kMaxRatio]);
-  m.ess = w2 > 0.0 ? float(w * w * each / w2) : 0.0f;
+  m.ess = w2 != 0.0 ? float(w * w * each / w2) : 0.0f;
   m.dropped = float(total[kCountDropped] * each);
   m.rollout_ratio_mean = float(total[kSumDrift] * each);
   m.rollout_ratio_max = float(total[kMaxDrift]);

@@ -247,7 +247,7 @@ struct Cpgd {
 };
 
 // ℓ = −min(x·A, clip(x, log(1 − ε_low), log(1 + ε_high))·A) + α·(e^x − 1 − x).
-// ∂ℓ/∂x = −A, and 0 where the bound is active; + α·(e^x − 1). arXiv 2505.12504.
+// ∂ℓ/∂x = −A, and 0 where the bound is active; + α·(e^x − 1). arXiv 2505.12504, its drift KL(π_old‖π) by k3.
 template <class V>
 RLFAST_FORMULA auto cpgd(const Token<V>& t, const Cpgd& h) {
   auto low = log((1.0f - h.eps_low));

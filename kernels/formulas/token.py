@@ -314,7 +314,7 @@ class Cpgd(NamedTuple):
 def cpgd(t: Token, h: Cpgd):
     """ℓ = −min(x·A, clip(x, log(1 − ε_low), log(1 + ε_high))·A) + α·(e^x − 1 − x).
 
-    ∂ℓ/∂x = −A, and 0 where the bound is active; + α·(e^x − 1). arXiv 2505.12504.
+    ∂ℓ/∂x = −A, and 0 where the bound is active; + α·(e^x − 1). arXiv 2505.12504, its drift KL(π_old‖π) by k3.
     """
     low, high = tl.log(1.0 - h.eps_low), tl.log(1.0 + h.eps_high)
     unclipped = -t.adv * t.log_ratio

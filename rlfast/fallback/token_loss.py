@@ -143,6 +143,8 @@ def forward(fields: Fields, surrogate: str, estimator: str, plan, settings, hype
     seen = token.Token(b.lp, b.old, unit, ratio, adv, b.extra)
     value, d_x, d_lp, clipped = torch_version(formula.function)(seen, formula.hyper(*hyper))
 
+    value = torch.where(unit == unit, value, unit)  # a formula's minimum and maximum may drop a NaN
+
     multiplier = ones if plan.weight_in_ratio else applied
     if b.weights is not None:
         multiplier = multiplier * b.weights
@@ -193,7 +195,7 @@ def _totals(b: Batch, plan: Plan, c, kept, parts, seen) -> dict:
         return torch.where(b.mask, y, torch.zeros_like(y)).amax() if y.numel() else y.new_zeros(())
 
     w = (ratio if plan.weight_in_ratio else ratio * applied).clamp(max=records.LARGEST_WEIGHT)
-    w = torch.where(w >= records.SMALLEST_WEIGHT, w, torch.zeros_like(w))
+    w = torch.where(w < records.SMALLEST_WEIGHT, torch.zeros_like(w), w)
     clipped = torch.where(used, clipped, torch.zeros_like(x))
     per_row = ones.sum(-1) if b.cu_seqlens is None else b.segments(ones)
     return {
@@ -228,7 +230,7 @@ def _finished(fields: Fields, plan: Plan, s: Settings, needs, t: dict, coefs, gr
     loss = policy + beta * (scale * t["kl_part"]) - entropy_coef * (entropy_scale * t["entropy_part"])
     n = t["tokens"].clamp(min=1.0)
     one = torch.ones_like(n)
-    ess = torch.where(t["w2"] > 0, t["w"] * t["w"] / (n * t["w2"]), torch.zeros_like(n))
+    ess = torch.where(t["w2"] != 0, t["w"] * t["w"] / (n * t["w2"]), torch.zeros_like(n))
     found = Metrics(
         loss, scale, entropy_scale, t["tokens"], one * t["sequences"], policy, t["kl"] / n, t["entropy"] / n,
         t["k1"] / n, t["k3"] / n, t["low"] / n, t["high"] / n, t["ratio"] / n, t["ratio_max"], ess,

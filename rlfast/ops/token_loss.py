@@ -89,26 +89,26 @@ def _scaled(gradient, scale, g, dtype):
 
 class _TokenLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, *args):
+    def forward(ctx, logp, entropy, args):
         loss, metrics, dlogp, dentropy = _below_autograd(*args)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(metrics, dlogp, dentropy)
         ctx.save_for_backward(metrics, dlogp, dentropy)
-        ctx.dtypes = args[0].dtype, args[5].dtype if args[5] is not None else None
+        ctx.dtypes = logp.dtype, None if entropy is None else entropy.dtype
         return loss, metrics, dlogp, dentropy
 
     @staticmethod
     @first_derivatives_only
     def backward(ctx, g, *_):
-        grads = [None] * (FIELDS + 8)
         if g is None:
-            return tuple(grads)
+            return None, None, None
         metrics, dlogp, dentropy = ctx.saved_tensors
-        if ctx.needs_input_grad[0]:
-            grads[0] = _scaled(dlogp, metrics[SCALE], g, ctx.dtypes[0])
-        if ctx.needs_input_grad[5]:
-            grads[5] = _scaled(dentropy, metrics[ENTROPY_SCALE], g, ctx.dtypes[1])
-        return tuple(grads)
+        by_logp, by_entropy = ctx.needs_input_grad[:2]
+        return (
+            _scaled(dlogp, metrics[SCALE], g, ctx.dtypes[0]) if by_logp else None,
+            _scaled(dentropy, metrics[ENTROPY_SCALE], g, ctx.dtypes[1]) if by_entropy else None,
+            None,
+        )
 
 
 def _needs(x) -> bool:
@@ -118,7 +118,7 @@ def _needs(x) -> bool:
 def _with_autograd(*args):
     refuse_forward_mode(NAME, args[0], args[5])
     if torch.is_grad_enabled() and (_needs(args[0]) or _needs(args[5])):
-        return _TokenLoss.apply(*args)
+        return _TokenLoss.apply(args[0], args[5], args)
     return _below_autograd(*args)
 
 

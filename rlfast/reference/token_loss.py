@@ -175,7 +175,7 @@ def _metrics(o, m, kl, h, sums, seen):
     w = torch.where(m > 0, ratio if o.weight_in_ratio else ratio * applied, torch.zeros_like(m)).clamp(max=1e15)
     w = torch.where(w < 1e-15, torch.zeros_like(w), w)  # the squares stay within float32
     squares = (w * w).sum()
-    ess = torch.where(squares > 0, w.sum() ** 2 / (n * squares), torch.zeros_like(n))
+    ess = torch.where(squares != 0, w.sum() ** 2 / (n * squares), torch.zeros_like(n))
     names = ("loss", "scale", "entropy_scale", "tokens", "sequences", "policy_loss")
     return dict(zip(names, (y.detach() for y in sums), strict=True)) | {
         "kl": mean(kl.detach()), "entropy": mean(h.detach()), "approx_kl_k1": mean(-x),
