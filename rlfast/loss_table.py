@@ -43,7 +43,7 @@ LOSSES = _rows(
     _row("reinforce++", "ppo_clip", "2501.03262"),
     _row("grpo", "ppo_clip", "2402.03300", kl="k3", beta=0.04, reduce=SEQ_MEAN_TOKEN_MEAN),
     _row("dr_grpo", "ppo_clip", "2503.20783", reduce="seq_sum_over_max_len"),
-    _row("bnpo", "ppo_clip", "2506.02864"),  # the mean over tokens that trainers call so; the paper is about the advantage
+    _row("bnpo", "ppo_clip", "2506.02864"),  # what trainers call so; the paper is about the advantage
     _row("dapo", "ppo_clip", "2503.14476", hyper=CLIP_HIGHER),
     _row("two_sided_grpo", "ppo_clip", "2505.07291", hyper={"delta": 4.0}, reduce=SEQ_MEAN_TOKEN_MEAN),
     _row("clip_cov", "ppo_clip", "2505.22617", needs=("adv", "keep")),
