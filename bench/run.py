@@ -103,6 +103,7 @@ def lower_isas(case: Case, say) -> dict:
 
 def run_case(case: Case, device: str, small: bool, with_memory: bool, say) -> dict:
     """Everything about one case: times, errors, ceilings, extra memory."""
+    torch.compiler.reset()  # else the ninth function of one source text is not compiled any more
     data = case.inputs(device)
     todo = arms.build(case, data, device)
     errors, failures = measure.checked(todo, case.truth(data), case.gate, say)
