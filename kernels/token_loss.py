@@ -125,7 +125,6 @@ def surrogate_of(
     extra = load(fields.extra, row.extra + column, inside)
     value, by_x, by_logp, clipped = SURROGATE(Token(logp, old, u, ratio, adv, extra), numbers.hyper)
     nothing = tl.zeros(column.shape, tl.float32)
-    value = tl.where(u == u, value, u)  # a formula's minimum and maximum may drop a NaN
     value = tl.where(used, factor * value, nothing)
     by_x, by_logp = tl.where(used, factor * by_x, nothing), tl.where(used, factor * by_logp, nothing)
     return value, by_x, by_logp, clipped + nothing, used, kept
@@ -228,6 +227,7 @@ def token_loss(
                 sums = add(add(sums, ENTROPY, total(h)), ENTROPY_PART, total(bonus * h))
             if where.dentropy is not None:
                 tl.store(where.dentropy + row.out + column, -entropy_coef * bonus, mask=column < row.end)
+            value = tl.where(used & (ratio != ratio), ratio, value)  # a formula's minimum and maximum may drop a NaN
             sums = add(sums, POLICY, total(c * value))
             sums = metrics_of(sums, inside, used, clipped, x, ratio, drift, applied, WEIGHT_IN_RATIO)
         if where.seen is not None:  # whoever is first counts the row: their sum does not depend on who that is
