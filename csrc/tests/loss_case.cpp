@@ -147,7 +147,8 @@ struct LossOracle {
     double multiplier = plan.weight_in_ratio ? k.weight : k.open ? k.rho * k.weight : 0;
     bool used = k.keep && (adv >= 0 || on_policy) && multiplier != 0;
     if (!used) multiplier = 0, v = {};
-    double value = multiplier * v.value.x, kl = 0, d_kl = 0, d_r = 0;
+    // a formula's minimum and maximum may drop a NaN
+    double value = used && std::isnan(unit) ? unit : multiplier * v.value.x, kl = 0, d_kl = 0, d_r = 0;
     if (c.s.estimator >= 0) {
       auto e = estimated(c.s, k.ref - k.logp);
       double r = plan.kl_ratio == 1 ? ratio : plan.kl_ratio == 2 ? grown(k.x) : 1;
@@ -204,7 +205,7 @@ struct LossOracle {
     mean("ratio", m.ratio_mean, t.ratio), mean("rollout ratio", m.rollout_ratio_mean, t.drift);
     r.near("ratio max", m.ratio_max, t.ratio_max, e * t.ratio_max);
     r.near("rollout ratio max", m.rollout_ratio_max, t.drift_max, e * t.drift_max);
-    double w = t.w.value, w2 = t.w2.value, ess = w2 > 0 ? w * w * each / w2 : 0;
+    double w = t.w.value, w2 = t.w2.value, ess = w2 != 0 ? w * w * each / w2 : 0;
     r.near("ess", m.ess, ess, e * 4 * ess);
   }
 
