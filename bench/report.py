@@ -48,7 +48,7 @@ def place(result: dict) -> str:
 
 def stamp(result: dict) -> str:
     """Date and commit."""
-    return f"{result['date']}, {result['commit']}{' + changes' if result.get('uncommitted') else ''}"
+    return f"{result['date'][:10]}, {result['commit']}{' + changes' if result.get('uncommitted') else ''}"
 
 
 def support(found: list[dict]) -> list[str]:
@@ -97,6 +97,11 @@ def benches(found: list[dict]) -> list[dict]:
     return list(latest.values())
 
 
+def demos(found: list[dict]) -> list[dict]:
+    """The results of ``make demo``."""
+    return [result for result in found if "parity" in result]
+
+
 def figures(found: list[dict]) -> list[str]:
     """Per device and family of ops, case by case: ours, over the best plain torch first, then the others."""
     lines = []
@@ -108,15 +113,19 @@ def figures(found: list[dict]) -> list[str]:
         for family in suite.FAMILIES:
             cases = [case for case in result["cases"] if suite.family(case["case"]["op"]) is family]
             lines += ["", *_table(cases)] if cases else []
-        above = (result.get("overhead") or {}).get("above_raw", {})
+        overhead = result.get("overhead") or {}
+        above = overhead.get("above_raw", {})
         said = ", ".join(
             f"{micros:.1f} µs {'under no_grad' if name == 'no_grad' else name + ' autograd'}"
             for name, micros in above.items()
         )
-        lines += ["", f"A public call on a tiny input, above its kernel: {said}."] if above else []
-    for result in found:
-        if "ratio" in result and "parity" in result:
-            lines += ["", f"A whole GRPO step of `make demo` ({stamp(result)}): {result['ratio']:.2f}× stock TRL."]
+        lines += (
+            ["", f"A public call on a tiny input ({overhead.get('stamp', stamp(result))}), above its kernel: {said}."]
+            if above
+            else []
+        )
+    for result in demos(found):
+        lines += ["", f"A whole GRPO step of `make demo` ({stamp(result)}): {result['ratio']:.2f}× stock TRL."]
     return lines[1:] or ["No benchmark has been committed yet: `make bench` writes one."]
 
 
@@ -160,12 +169,11 @@ def targets(found: list[dict]) -> list[str]:
             case = f"public call on a tiny input, {name}"
             lines.append(f"| {case} | ≤ {bound:g} µs over the raw kernel | {micros:.1f} | {state} |")
         lines.append("")
-    for result in found:
-        if "ratio" in result and "parity" in result:
-            state = "met" if result["ratio"] >= DEMO_RATIO and not result["failures"] else "**missed**"
-            lines += ["| case | must reach | reached | |", "|---|---|---|---|"]
-            wanted = f"≥ {DEMO_RATIO}× stock TRL"
-            lines += [f"| a whole GRPO step, {stamp(result)} | {wanted} | {result['ratio']:.2f} | {state} |"]
+    for result in demos(found):
+        state = "met" if result["ratio"] >= DEMO_RATIO and not result["failures"] else "**missed**"
+        lines += ["| case | must reach | reached | |", "|---|---|---|---|"]
+        wanted = f"≥ {DEMO_RATIO}× stock TRL"
+        lines += [f"| a whole GRPO step, {stamp(result)} | {wanted} | {result['ratio']:.2f} | {state} |"]
     return lines or ["No benchmark has been committed yet: `make bench` writes one."]
 
 
@@ -175,14 +183,14 @@ def losses(found: list[dict]) -> list[str]:
     for result in benches(found):
         for case in result["cases"]:
             said = [f"{ours} takes {x:.2f}× the time of {other}" for ours, other, x in outcome.faster_than_us(case)]
-            said += [f"{o.text}: {o.value:.3g}" for o in outcome.outcomes(case) if o.passed is False]
+            said += [f"{o.text}, reached {o.value:.3g}" for o in outcome.outcomes(case) if o.passed is False]
             lines += [f"- {case['case']['name']}: {'; '.join(said)}."] if said else []
         for name, micros in (result.get("overhead") or {}).get("above_raw", {}).items():
             bound = result["overhead"]["targets"][name]
             if micros > bound:
                 lines.append(f"- public call on a tiny input, {name}: wanted ≤ {bound:g} µs, reached {micros:.1f}.")
-    for result in found:
-        if "ratio" in result and result["ratio"] < DEMO_RATIO:
+    for result in demos(found):
+        if result["ratio"] < DEMO_RATIO:
             lines.append(f"- a whole GRPO step: wanted ≥ {DEMO_RATIO}× stock TRL, reached {result['ratio']:.2f}.")
     if lines:
         return lines

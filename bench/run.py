@@ -201,7 +201,7 @@ def updated(path: Path, measured: dict, now: dict) -> dict:
     by_name = {c["case"]["name"]: c for c in result["cases"]}
     name = measured["case"]["name"]
     kept = {"lower": by_name[name]["lower"]} if "lower" in by_name.get(name, {}) else {}
-    result["overhead"] = now.get("overhead")
+    result["overhead"] = now["overhead"] | {"stamp": report.stamp(now)} if now.get("overhead") else None
     by_name[name] = measured | {"stamp": report.stamp(now)} | kept
     result["cases"] = list(by_name.values())
     return result

@@ -114,7 +114,8 @@ def finish(
     found = put(put(found, 6, each * pick(sums, KL)), 7, each * pick(sums, ENTROPY))
     found = put(put(found, 8, each * pick(sums, K1)), 9, each * pick(sums, K3))
     found = put(put(found, 10, each * pick(sums, LOW)), 11, each * pick(sums, HIGH))
-    found = put(put(found, 12, each * pick(sums, RATIO)), 13, pick(sums, RATIO_MAX))
+    mean = each * pick(sums, RATIO)  # a maximum may drop a NaN
+    found = put(put(found, 12, mean), 13, tl.where(mean == mean, pick(sums, RATIO_MAX), mean))
     found = put(put(found, 14, ess), 15, each * pick(sums, DROPPED))
     found = put(put(found, 16, each * pick(sums, DRIFT)), 17, pick(sums, DRIFT_MAX))
     tl.store(where.metrics + lane, found.to(tl.float32), mask=lane < WRITTEN)

@@ -10,7 +10,6 @@ import torch
 from rlfast import validate
 from rlfast.ops.loss_records import Fields
 
-_MASKS = (torch.bool, torch.uint8, torch.int32, torch.int64, *validate.FLOATS)
 _INTS = (torch.int32, torch.int64)
 
 
@@ -111,13 +110,8 @@ def _by_sequence(name: str, x, logp, cu_seqlens):
 
 
 def _flags(name: str, x, logp):
-    if x is None:
-        return None
-    validate.tensor(name, x, _MASKS)
-    if x.shape != logp.shape:
-        validate.fail(name, f"shape {tuple(logp.shape)} like logp", validate.shape(x))
-    validate.same_device(name, x, "logp", logp)
-    return _laid(x if x.dtype == torch.bool else x != 0)
+    x = validate.mask_like(x, "logp", logp, name)
+    return x if x is None else _laid(x)
 
 
 def _boundaries(cu_seqlens, logp):

@@ -12,6 +12,7 @@ MASKS = (torch.bool, torch.int64, torch.int32, torch.int16, torch.uint8, torch.i
 IGNORE_INDEX = -100
 # Beyond these a positive scale is 0 or inf once a kernel has it in float32, or its inverse is.
 LEAST, MOST = 1e-30, 1e30
+FLOAT32_MAX = torch.finfo(torch.float32).max
 
 
 def fail(name: str, wanted: str, came, kind: type[Exception] = ValueError):
@@ -57,7 +58,7 @@ def finite(name: str, x) -> float:
         fail(name, "a float", repr(x), TypeError)
     if not -math.inf < x < math.inf:
         fail(name, "a finite float", repr(x))
-    if not -3.4028234e38 < x < 3.4028235e38:
+    if not -FLOAT32_MAX <= x <= FLOAT32_MAX:
         fail(name, "a float within the range of float32", repr(x))
     return float(x)
 
@@ -77,12 +78,12 @@ def at_least(name: str, x, least: float) -> float:
     return x
 
 
-def mask_like(mask, other_name: str, other: torch.Tensor) -> torch.Tensor | None:
+def mask_like(mask, other_name: str, other: torch.Tensor, name: str = "mask") -> torch.Tensor | None:
     """A mask shaped like ``other``, as bool; None stays None."""
     if mask is None:
         return None
-    tensor("mask", mask, MASKS)
+    tensor(name, mask, MASKS)
     if mask.shape != other.shape:
-        fail("mask", f"shape {shape(other)} like {other_name}", shape(mask))
-    same_device("mask", mask, other_name, other)
+        fail(name, f"shape {shape(other)} like {other_name}", shape(mask))
+    same_device(name, mask, other_name, other)
     return mask if mask.dtype == torch.bool else mask != 0

@@ -58,8 +58,8 @@ def cispo(logp, old_logp, adv, mask):
     """Token mean of −sg(clip(r))·A·log p."""
     ratio, adv = torch.exp(logp - old_logp), adv.unsqueeze(1)
     weight = torch.clamp(ratio, 0.8, 1.2).detach()
-    logged = lambda: (masked_mean(((ratio > 1.2) & (adv > 0)).to(ratio.dtype), mask),)  # noqa: E731
-    return (-weight * adv * logp * mask).sum(), mask.sum(), logged
+    total = (-weight * adv * logp * mask).sum()
+    return total, mask.sum(), lambda: (masked_mean(((ratio > 1.2) & (adv > 0)).to(ratio.dtype), mask),)
 
 
 def sapo(logp, old_logp, adv, mask):
