@@ -5,7 +5,7 @@
 #include <string>
 #include <vector>
 
-#include "bindings_loss.h"
+#include "bindings_preference.h"
 #include "cpu/kernels.h"
 #include "rlfast/formulas.gen.h"
 
@@ -67,6 +67,35 @@ void loss(py::handle fields, py::handle sizes, const char* surrogate, const char
   k.token_loss(a.objective, a.fields, a.out, threads);
 }
 
+void pair_loss(py::handle sides, py::handle rest, py::handle scores, py::handle links, py::handle means,
+               py::handle numbers, py::handle settings, int sum, py::handle outputs, int64_t pairs, const char* isa,
+               int threads) {
+  const Kernels& k = kernels_of(isa);
+  const PreferenceArguments a(sides, rest, scores, links, means, numbers, settings, sum, outputs);
+  py::gil_scoped_release release;
+  k.pair_loss(a.call, a.sides[0], a.sides[1], a.rest, pairs, a.out, threads);
+}
+
+void unpaired_loss(py::handle sides, py::handle desirable, py::handle rest, py::handle scores, py::handle links,
+                   py::handle means, py::handle numbers, py::handle settings, int sum, py::handle outputs, int64_t rows,
+                   const char* isa, int threads) {
+  const Kernels& k = kernels_of(isa);
+  const PreferenceArguments a(sides, rest, scores, links, means, numbers, settings, sum, outputs);
+  const LossFlags flags = loss_flags(desirable);
+  py::gil_scoped_release release;
+  k.unpaired_loss(a.call, a.sides[0], flags, a.rest, rows, a.out, threads);
+}
+
+// The names of the formulas that have C++: scores, links of pairs, links of single responses.
+std::vector<std::string> preference_formulas() {
+  return {
+#define RLFAST_FORMULA_NAME(formula, Hyper) #formula,
+      RLFAST_SCORE_FORMULAS(RLFAST_FORMULA_NAME) RLFAST_PAIR_FORMULAS(RLFAST_FORMULA_NAME)
+          RLFAST_SINGLE_FORMULAS(RLFAST_FORMULA_NAME)
+#undef RLFAST_FORMULA_NAME
+  };
+}
+
 // The surrogates that have a C++ formula.
 std::vector<std::string> surrogates() {
   return {
@@ -123,6 +152,9 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("linear_token_logps_backward", &linear_backward);
   m.def("token_loss", &loss);
   m.def("token_loss_surrogates", &surrogates);
+  m.def("pair_loss", &pair_loss);
+  m.def("unpaired_loss", &unpaired_loss);
+  m.def("preference_formulas", &preference_formulas);
   m.def("affine_scan", &affine_scan);
   m.def("gae", &gae);
   m.def("group_advantage", &group_advantage);

@@ -37,6 +37,8 @@ from rlfast.kl import kl_penalty  # noqa: E402
 from rlfast.logps import TokenLogps, linear_token_logps, token_logps  # noqa: E402
 from rlfast.loss_table import LOSSES, loss  # noqa: E402
 from rlfast.losses import Loss, LossMetrics, LossOutput  # noqa: E402
+from rlfast.preference import Part, PreferenceLoss, PreferenceOutput  # noqa: E402
+from rlfast.preference_table import PREFERENCES, preference_loss  # noqa: E402
 from rlfast.reductions import Whiten, masked_mean, masked_whiten  # noqa: E402
 from rlfast.rewards import length_reward, overlong_penalty, shape_rewards  # noqa: E402
 from rlfast.selections import clip_cov_keep, kl_cov_extra, rollout_keep, top_entropy_keep  # noqa: E402
@@ -52,6 +54,10 @@ __all__ = [
     "Loss",
     "LossMetrics",
     "LossOutput",
+    "PREFERENCES",
+    "Part",
+    "PreferenceLoss",
+    "PreferenceOutput",
     "RunningMeanStd",
     "TokenLogps",
     "Whiten",
@@ -76,6 +82,7 @@ __all__ = [
     "overlong_penalty",
     "patch",
     "per_decision_td",
+    "preference_loss",
     "reward_to_go",
     "rollout_keep",
     "shape_rewards",

@@ -46,22 +46,22 @@ def checked(given: Given, name: str, needs: tuple[str, ...], coefs: tuple) -> Fi
     validate.tensor("logp", logp)
     if logp.dim() not in (1, 2):
         validate.fail("logp", "shape [B, T], or [N] with cu_seqlens", validate.shape(logp))
-    cu_seqlens = _boundaries(given.cu_seqlens, logp)
+    cu_seqlens = boundaries(given.cu_seqlens, logp)
     adv = given.adv
     if adv is None:
         adv = torch.zeros((), dtype=torch.float32, device=logp.device).expand(logp.shape)
     weights = _by_sequence("weights", given.weights, logp, cu_seqlens)
     return Fields(
-        _laid(logp), _constant("old_logp", given.old_logp, logp), _constant("ref_logp", given.ref_logp, logp),
+        in_rows(logp), _constant("old_logp", given.old_logp, logp), _constant("ref_logp", given.ref_logp, logp),
         _constant("rollout_logp", given.rollout_logp, logp), _by_sequence("adv", adv, logp, cu_seqlens),
-        _like("entropy", given.entropy, logp), weights if weights is None else weights.contiguous(),
+        like_first("entropy", given.entropy, logp), weights if weights is None else weights.contiguous(),
         _constant("extra", given.extra, logp), _flags("mask", given.mask, logp), _flags("keep", given.keep, logp),
-        cu_seqlens, _count(given.num_items, logp), _coefs(coefs, logp),
+        cu_seqlens, counted(given.num_items, logp), _coefs(coefs, logp),
     )  # fmt: skip
 
 
-def _laid(x):
-    """The last dimension contiguous."""
+def in_rows(x):
+    """With the last dimension contiguous."""
     return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
 
 
@@ -72,18 +72,19 @@ def _float(x, logp):
     return x.to(torch.float64 if logp.dtype == torch.float64 else torch.float32)
 
 
-def _like(name: str, x, logp):
+def like_first(name: str, x, logp, other: str = "logp"):
+    """A float tensor of the shape, the device and, as to float64, the dtype of another."""
     if x is None:
         return None
     validate.tensor(name, x)
     if x.shape != logp.shape:
-        validate.fail(name, f"shape {tuple(logp.shape)} like logp", validate.shape(x))
-    validate.same_device(name, x, "logp", logp)
-    return _laid(_float(x, logp))
+        validate.fail(name, f"shape {tuple(logp.shape)} like {other}", validate.shape(x))
+    validate.same_device(name, x, other, logp)
+    return in_rows(_float(x, logp))
 
 
 def _constant(name: str, x, logp):
-    return x if x is None else _like(name, _without_gradient(name, x), logp)
+    return x if x is None else like_first(name, _without_gradient(name, x), logp)
 
 
 def _without_gradient(name: str, x):
@@ -110,34 +111,43 @@ def _by_sequence(name: str, x, logp, cu_seqlens):
 
 
 def _flags(name: str, x, logp):
-    x = validate.mask_like(x, "logp", logp, name)
-    return x if x is None else _laid(x)
+    x = validate.masklike_first(x, "logp", logp, name)
+    return x if x is None else in_rows(x)
 
 
-def _boundaries(cu_seqlens, logp):
+def boundaries(cu_seqlens, logp, name: str = "logp", own: str = "cu_seqlens"):
+    """Where packed rows begin and end, int64; None stays None."""
     if cu_seqlens is None:
         return None
-    validate.tensor("cu_seqlens", cu_seqlens, _INTS)
+    validate.tensor(own, cu_seqlens, _INTS)
     if logp.dim() != 1:
-        validate.fail("logp", "shape [N] with cu_seqlens", validate.shape(logp))
+        validate.fail(name, f"shape [N] with {own}", validate.shape(logp))
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
-        validate.fail("cu_seqlens", "shape [B + 1]", validate.shape(cu_seqlens))
-    validate.same_device("cu_seqlens", cu_seqlens, "logp", logp)
+        validate.fail(own, "shape [B + 1]", validate.shape(cu_seqlens))
+    validate.same_device(own, cu_seqlens, name, logp)
     if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
         ends = cu_seqlens.tolist()
         if ends[0] != 0 or ends[-1] != logp.shape[0] or any(b < a for a, b in pairwise(ends)):
-            validate.fail("cu_seqlens", f"0 = c[0] <= c[1] <= … <= c[B] = {logp.shape[0]}", str(ends[:8]))
+            validate.fail(own, f"0 = c[0] <= c[1] <= … <= c[B] = {logp.shape[0]}", str(ends[:8]))
     return cu_seqlens.long().contiguous()
 
 
-def _count(num_items, logp):
-    if num_items is None:
+def counted(num_items, logp):
+    """float32 []: a number that replaces the batch's own count; None stays None."""
+    if num_items is not None and not isinstance(num_items, torch.Tensor):
+        num_items = validate.positive("num_items", num_items)
+    return number_of("num_items", num_items, logp)
+
+
+def number_of(name: str, x, logp):
+    """float32 []: a number or a 0-dim tensor; None stays None."""
+    if x is None:
         return None
-    if not isinstance(num_items, torch.Tensor):
-        return torch.tensor(validate.positive("num_items", num_items), dtype=torch.float32, device=logp.device)
-    if num_items.dim() != 0:
-        validate.fail("num_items", "a number or a 0-dim tensor", validate.shape(num_items))
-    return num_items.to(device=logp.device, dtype=torch.float32)
+    if not isinstance(x, torch.Tensor):
+        return torch.tensor(validate.finite(name, x), dtype=torch.float32, device=logp.device)
+    if x.dim() != 0:
+        validate.fail(name, "a number or a 0-dim tensor", validate.shape(x))
+    return x.detach().to(device=logp.device, dtype=torch.float32)
 
 
 def _coefs(coefs: tuple, logp):

@@ -27,23 +27,23 @@ class LossMetrics:
     what each is, and over what it is a mean.
     """
 
-    __slots__ = ("values",)
+    __slots__ = ("names", "values")
 
-    def __init__(self, values: torch.Tensor):
-        self.values = values
+    def __init__(self, values: torch.Tensor, names: tuple[str, ...] = METRICS):
+        self.values, self.names = values, names
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        if name not in METRICS:
-            raise KeyError(f"metric: expected one of {', '.join(METRICS)}, got {name!r}")
-        return self.values[METRICS.index(name)]
+        if name not in self.names:
+            raise KeyError(f"metric: expected one of {', '.join(self.names)}, got {name!r}")
+        return self.values[self.names.index(name)]
 
     def keys(self) -> tuple[str, ...]:
         """The names."""
-        return METRICS
+        return self.names
 
     def as_dict(self) -> dict[str, float]:
         """Every metric as a float; one synchronisation."""
-        return dict(zip(METRICS, self.values.tolist(), strict=True))
+        return dict(zip(self.names, self.values.tolist(), strict=True))
 
 
 class LossOutput(NamedTuple):

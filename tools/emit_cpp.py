@@ -15,9 +15,16 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 TARGET = ROOT / "csrc" / "rlfast" / "formulas.gen.h"
-MODULES = ("token", "value", "kl")
-RESULTS = {4: "Surrogate", 2: "Estimate"}  # the record of a formula's values, by their number
-GIVEN = ("Token",)  # records that csrc/rlfast/formulas.h writes by hand
+# Modules in the order in which they are printed: the record of a formula's values, and the table that lists it.
+MODULES = {
+    "token": ("Surrogate", "SURROGATE"),
+    "value": ("Surrogate", "SURROGATE"),
+    "kl": ("Estimate", "KL"),
+    "score": ("Score", "SCORE"),
+    "pair": ("PairLoss", "PAIR"),
+    "unpaired": ("SingleLoss", "SINGLE"),
+}
+GIVEN = ("Token", "Response", "Pair", "Single")  # records that csrc/rlfast/formulas.h writes by hand
 WORDS = {"minimum": "minimum", "maximum": "maximum", "where": "select", "abs": "absolute_value", "log": "log"}
 BINARY = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.Div: "/", ast.BitAnd: "&", ast.BitOr: "|"}
 COMPARE = {ast.Gt: ">", ast.GtE: ">=", ast.Lt: "<", ast.LtE: "<=", ast.Eq: "==", ast.NotEq: "!="}
@@ -26,8 +33,8 @@ COMPARE = {ast.Gt: ">", ast.GtE: ">=", ast.Lt: "<", ast.LtE: "<=", ast.Eq: "==",
 class Formula:
     """One ``@jit`` function as a C++ template."""
 
-    def __init__(self, node: ast.FunctionDef, constants: dict[str, float], templates: set[str]):
-        self.node, self.constants, self.templates, self.known = node, constants, templates, set()
+    def __init__(self, node: ast.FunctionDef, record: str, constants: dict[str, float], templates: set[str]):
+        self.node, self.record, self.constants, self.templates, self.known = node, record, constants, templates, set()
 
     def hyper(self) -> str | None:
         """The type of the hyper-parameters of a formula that a kernel calls; None for a helper."""
@@ -35,7 +42,7 @@ class Formula:
         return named.get("h") if self.node.args.args[-1].arg == "h" and len(self.node.args.args) == 2 else None
 
     def signature(self) -> str:
-        types = {"Token": "const Token<V>&", None: "V"}
+        types = {None: "V"} | {name: f"const {name}<V>&" for name in GIVEN}
         pairs = ((a.arg, a.annotation.id if a.annotation else None) for a in self.node.args.args)
         parts = ", ".join(f"{types.get(kind, f'const {kind}&')} {name}" for name, kind in pairs)
         return f"template <class V>\nRLFAST_FORMULA auto {self.node.name}({parts})"
@@ -58,7 +65,7 @@ class Formula:
         if isinstance(node, ast.Return):
             if isinstance(node.value, ast.Tuple):
                 values = ", ".join(self.expression(x) for x in node.value.elts)
-                return [f"return {RESULTS[len(node.value.elts)]}<V>{{{values}}};"]
+                return [f"return {self.record}<V>{{{values}}};"]
             return [f"return {self.expression(node.value)};"]
         if not isinstance(node, ast.Assign):
             raise SyntaxError(f"{self.node.name}: a formula has assignments and a return, got {ast.unparse(node)}")
@@ -97,20 +104,21 @@ def struct(node: ast.ClassDef) -> str:
 
 def emit() -> str:
     """The whole header."""
-    parts, rows, constants, templates = [], {"SURROGATE": [], "KL": []}, {}, {"select"}
-    for module in MODULES:
+    parts, constants, templates = [], {}, {"select"}
+    rows = {table: [] for _, table in MODULES.values()}
+    for module, (record, table) in MODULES.items():
         tree = ast.parse((ROOT / "kernels" / "formulas" / f"{module}.py").read_text(encoding="utf-8"))
         for node in tree.body:
             if isinstance(node, ast.Assign) and ast.unparse(node.value).startswith("tl.constexpr("):
-                constants[node.targets[0].id] = float(node.value.args[0].value)
+                constants[node.targets[0].id] = float(ast.literal_eval(node.value.args[0]))
             elif isinstance(node, ast.ClassDef) and node.name not in GIVEN:
                 parts.append(struct(node))
             elif isinstance(node, ast.FunctionDef):
-                formula = Formula(node, constants, templates)
+                formula = Formula(node, record, constants, templates)
                 parts.append(formula.text())
                 templates.add(node.name)
                 if formula.hyper():
-                    rows["KL" if module == "kl" else "SURROGATE"].append(f"X({node.name}, {formula.hyper()})")
+                    rows[table].append(f"X({node.name}, {formula.hyper()})")
     tables = [
         f"// X(formula, hyper-parameters)\n#define RLFAST_{kind}_FORMULAS(X) \\\n  " + " \\\n  ".join(found)
         for kind, found in rows.items()

@@ -7,7 +7,7 @@
 #include "../rlfast/affine_scan.h"
 #include "../rlfast/group_advantage.h"
 #include "../rlfast/linear_token_logps.h"
-#include "../rlfast/token_loss.h"
+#include "../rlfast/preference.h"
 
 #ifndef RLFAST_ISAS
 #define RLFAST_ISAS(X) X(baseline)
@@ -30,6 +30,12 @@ namespace rlfast {
                                    const float* kept, const HeadGradients&, int threads);                               \
   /* fields → the loss, its metrics and its gradients, in one pass; the surrogate and the estimator are known */        \
   void token_loss(const LossObjective&, const LossFields&, const LossOut&, int threads);                                \
+  /* the responses of each pair → the loss, its metrics and its gradients; the names of the terms are known */          \
+  void pair_loss(const PreferenceCall&, const PreferenceSide& chosen, const PreferenceSide& rejected,                   \
+                 const PreferenceRest&, int64_t pairs, const PreferenceOut&, int threads);                              \
+  /* the same of single responses, each desirable or not */                                                             \
+  void unpaired_loss(const PreferenceCall&, const PreferenceSide&, const LossFlags& desirable, const PreferenceRest&,   \
+                     int64_t rows, const PreferenceOut&, int threads);                                                  \
   /* the recurrence of each row into the outputs whose pointers are not null; the advantages whitened if asked for */   \
   void affine_scan(const ScanIn&, const ScanOut&, const Whiten&, int threads);                                          \
   /* the advantage of each sample over its group, and what the groups are like */                                       \
@@ -62,6 +68,8 @@ struct Kernels {
   decltype(&baseline::linear_token_logps_forward) linear_token_logps_forward;
   decltype(&baseline::linear_token_logps_backward) linear_token_logps_backward;
   decltype(&baseline::token_loss) token_loss;
+  decltype(&baseline::pair_loss) pair_loss;
+  decltype(&baseline::unpaired_loss) unpaired_loss;
   decltype(&baseline::affine_scan) affine_scan;
   decltype(&baseline::group_advantage) group_advantage;
   decltype(&baseline::read_sum) read_sum;

@@ -12,6 +12,8 @@ RLFAST_DEVICE float log(float x) { return logf(x); }
 RLFAST_DEVICE float exp(float x) { return expf(x); }
 RLFAST_DEVICE float expm1(float x) { return expm1f(x); }
 RLFAST_DEVICE float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
+RLFAST_DEVICE float log1p(float x) { return log1pf(x); }
+RLFAST_DEVICE float softplus(float x) { return fmaxf(x, 0.0f) + log1pf(expf(-fabsf(x))); }
 
 }  // namespace rlfast::formulas
 

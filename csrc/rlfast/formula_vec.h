@@ -74,6 +74,12 @@ inline F log_of(F x) {
   return select(at_least(x, set1(0.0f)), y_log, set1(kNaN));
 }
 
+// log(1 + x) within 2 ulps for 0 ≤ x ≤ 1: log y of y = 1 + x as it is rounded, and what the rounding left out of it.
+inline F log1p_of(F x) {
+  const F one = set1(1.0f), y = add(one, x);
+  return add(log_of(y), div(sub(x, sub(y, one)), y));
+}
+
 namespace formulas {
 
 struct Mask {
@@ -112,11 +118,14 @@ inline V exp(V a) { return V(exponential(a.x).power); }
 inline V expm1(V a) { return V(exponential(a.x).grown); }
 inline V log(V a) { return V(log_of(a.x)); }
 inline V sigmoid(V a) { return 1.0f / (1.0f + exp(-a)); }
+inline V log1p(V a) { return V(log1p_of(a.x)); }
+inline V softplus(V a) { return V(max(set1(0.0f), a.x)) + log1p(exp(-absolute_value(a))); }
 
 inline float minimum(float a, float b) { return std::fmin(a, b); }
 inline float maximum(float a, float b) { return std::fmax(a, b); }
 inline float exp(float a) { return std::exp(a); }
 inline float log(float a) { return std::log(a); }
+inline float log1p(float a) { return std::log1p(a); }
 
 }  // namespace formulas
 }  // namespace RLFAST_ISA_NS

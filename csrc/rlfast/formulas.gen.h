@@ -338,6 +338,574 @@ RLFAST_FORMULA auto absolute(V d, const KlBounds& h) {
   return bounded<V>(absolute_value(c), sign, d, h);
 }
 
+// s = D.
+// ds/dS = 1. DPO, arXiv 2305.18290: the score of the reverse KL.
+template <class V>
+RLFAST_FORMULA auto log_ratio(const Response<V>& r, const NoHyper& h) {
+  (void)h;
+  return Score<V>{r.log_ratio, 1.0f};
+}
+
+// s = S.
+// ds/dS = 1: no reference.
+template <class V>
+RLFAST_FORMULA auto total(const Response<V>& r, const NoHyper& h) {
+  (void)h;
+  return Score<V>{r.logp, 1.0f};
+}
+
+// The exponent α, not 0; for the α-divergence, not 1.
+struct Alpha {
+  float alpha;
+};
+
+// s = (1 − e^(−α·S/n))/α.
+// ds/dS = e^(−α·S/n)/n. AlphaPO, arXiv 2501.03884.
+template <class V>
+RLFAST_FORMULA auto power(const Response<V>& r, const Alpha& h) {
+  auto u = (-h.alpha * (r.logp / r.length));
+  return Score<V>{(-expm1(u) / h.alpha), (exp(u) / r.length)};
+}
+
+// s = 1 − e^(−D).
+// ds/dS = e^(−D). f-DPO, arXiv 2309.16240.
+template <class V>
+RLFAST_FORMULA auto forward_kl(const Response<V>& r, const NoHyper& h) {
+  (void)h;
+  return Score<V>{-expm1(-r.log_ratio), exp(-r.log_ratio)};
+}
+
+// s = log 2 + log σ(D).
+// ds/dS = σ(−D). f-DPO, arXiv 2309.16240.
+template <class V>
+RLFAST_FORMULA auto jensen_shannon(const Response<V>& r, const NoHyper& h) {
+  (void)h;
+  return Score<V>{(0.6931471805599453f - softplus(-r.log_ratio)), sigmoid(-r.log_ratio)};
+}
+
+// The α of an α-divergence, not 1.
+struct Divergence {
+  float alpha;
+};
+
+// s = (e^u − 1)/(α − 1), u = min((α − 1)·D, 80).
+// ds/dS = e^u, and 0 where the bound is active. f-DPO, arXiv 2309.16240.
+template <class V>
+RLFAST_FORMULA auto alpha_divergence(const Response<V>& r, const Divergence& h) {
+  auto rate = (h.alpha - 1.0f);
+  auto u = (rate * r.log_ratio);
+  auto bounded = minimum(u, 80.0f);
+  return Score<V>{(expm1(bounded) / rate), select<V>((u <= 80.0f), exp(bounded), 0.0f)};
+}
+
+// β.
+struct Beta {
+  float beta;
+};
+
+// β, the share ε of labels that are wrong, a constant margin γ, and the price α of a token's length.
+struct Logistic {
+  float beta;
+  float label_smoothing;
+  float gamma;
+  float alpha;
+};
+
+// ℓ = −(1 − ε)·log σ(x) − ε·log σ(−x), x = β(w − l) − γ − m − α(n_w − n_l).
+// ∂ℓ/∂x = ε − σ(−x). DPO, arXiv 2305.18290; SimPO's γ, 2405.14734; R-DPO's α, 2403.19159; Bradley and Terry 1952.
+template <class V>
+RLFAST_FORMULA auto logistic(const Pair<V>& p, const Logistic& h) {
+  auto x = ((((h.beta * (p.chosen - p.rejected)) - h.gamma) - p.margin) - (h.alpha * (p.chosen_length - p.rejected_length)));
+  auto d = (h.beta * (h.label_smoothing - sigmoid(-x)));
+  return PairLoss<V>{(((1.0f - h.label_smoothing) * softplus(-x)) + (h.label_smoothing * softplus(x))), d, -d};
+}
+
+// β, and the share ε < ½ of labels that are wrong.
+struct Smoothed {
+  float beta;
+  float label_smoothing;
+};
+
+// ℓ = (−(1 − ε)·log σ(x) + ε·log σ(−x))/(1 − 2ε).
+// ∂ℓ/∂x = −((1 − ε)·σ(−x) + ε·σ(x))/(1 − 2ε). arXiv 2403.00409.
+template <class V>
+RLFAST_FORMULA auto robust(const Pair<V>& p, const Smoothed& h) {
+  auto x = ((h.beta * (p.chosen - p.rejected)) - p.margin);
+  auto keep = (1.0f - h.label_smoothing);
+  auto whole = (1.0f - (2.0f * h.label_smoothing));
+  auto d = ((-h.beta * ((keep * sigmoid(-x)) + (h.label_smoothing * sigmoid(x)))) / whole);
+  return PairLoss<V>{(((keep * softplus(-x)) - (h.label_smoothing * softplus(x))) / whole), d, -d};
+}
+
+// β, and the margin δ of the hinge.
+struct Hinge {
+  float beta;
+  float delta;
+};
+
+// ℓ = max(0, δ − x), x = β(w − l) − m.
+// ∂ℓ/∂x = −1 where x < δ. SLiC, arXiv 2305.10425, 2309.06657.
+template <class V>
+RLFAST_FORMULA auto hinge(const Pair<V>& p, const Hinge& h) {
+  auto gap = (h.delta - ((h.beta * (p.chosen - p.rejected)) - p.margin));
+  auto d = select<V>((gap > 0.0f), -h.beta, 0.0f);
+  return PairLoss<V>{maximum(gap, 0.0f), d, -d};
+}
+
+// ℓ = (w − l − m − 1/(2β))².
+// ∂ℓ/∂w = 2(w − l − m − 1/(2β)). arXiv 2310.12036 (17).
+template <class V>
+RLFAST_FORMULA auto ipo(const Pair<V>& p, const Beta& h) {
+  auto t = (((p.chosen - p.rejected) - p.margin) - (0.5f / h.beta));
+  return PairLoss<V>{(t * t), (2.0f * t), (-2.0f * t)};
+}
+
+// β, and the probability ε > 0 that the label is wrong.
+struct Exo {
+  float beta;
+  float label_smoothing;
+};
+
+// ℓ = q·(log q − log(1 − ε)) + (1 − q)·(log(1 − q) − log ε), q = σ(x).
+// ∂ℓ/∂x = q(1 − q)·(x − log((1 − ε)/ε)). arXiv 2402.00856 (16).
+template <class V>
+RLFAST_FORMULA auto exo_pair(const Pair<V>& p, const Exo& h) {
+  auto x = (h.beta * (p.chosen - p.rejected));
+  auto q = sigmoid(x);
+  auto rest = sigmoid(-x);
+  auto keep = -log1p((h.label_smoothing / (1.0f - h.label_smoothing)));
+  auto flip = log(h.label_smoothing);
+  auto d = ((h.beta * (q * rest)) * (x - (keep - flip)));
+  return PairLoss<V>{((q * (-softplus(-x) - keep)) + (rest * (-softplus(x) - flip))), d, -d};
+}
+
+// ℓ = −log σ(βw) − ½·log σ(−βw) − ½·log σ(−βl).
+// ∂ℓ/∂w = β(½σ(βw) − σ(−βw)), ∂ℓ/∂l = ½βσ(βl). arXiv 2402.05369.
+template <class V>
+RLFAST_FORMULA auto nca_pair(const Pair<V>& p, const Beta& h) {
+  auto w = (h.beta * p.chosen);
+  auto l_ = (h.beta * p.rejected);
+  auto value = ((softplus(-w) + (0.5f * softplus(w))) + (0.5f * softplus(l_)));
+  return PairLoss<V>{value, (h.beta * ((0.5f * sigmoid(w)) - sigmoid(-w))), ((0.5f * h.beta) * sigmoid(l_))};
+}
+
+// ℓ = −log σ(βw − δ) − log σ(δ − βl), δ the shared number.
+// ∂ℓ/∂w = −βσ(δ − βw), ∂ℓ/∂l = βσ(βl − δ). arXiv 2404.04656.
+template <class V>
+RLFAST_FORMULA auto bco(const Pair<V>& p, const Beta& h) {
+  auto w = ((h.beta * p.chosen) - p.shared);
+  auto l_ = ((h.beta * p.rejected) - p.shared);
+  return PairLoss<V>{(softplus(-w) + softplus(l_)), (-h.beta * sigmoid(-w)), (h.beta * sigmoid(l_))};
+}
+
+// β, and a factor of the whole.
+struct Sppo {
+  float beta;
+  float scale;
+};
+
+// ℓ = scale·((w − 1/(2β))² + (l + 1/(2β))²).
+// ∂ℓ/∂w = 2·scale·(w − 1/(2β)), ∂ℓ/∂l = 2·scale·(l + 1/(2β)). arXiv 2405.00675 (4.7), P = 1 for the chosen.
+template <class V>
+RLFAST_FORMULA auto sppo_hard(const Pair<V>& p, const Sppo& h) {
+  auto w = (p.chosen - (0.5f / h.beta));
+  auto l_ = (p.rejected + (0.5f / h.beta));
+  return PairLoss<V>{(h.scale * ((w * w) + (l_ * l_))), ((2.0f * h.scale) * w), ((2.0f * h.scale) * l_)};
+}
+
+// ℓ = scale·((w − (P − ½)/β)² + (l + (P − ½)/β)²), P = extra the probability that the chosen is preferred.
+// ∂ℓ/∂w = 2·scale·(w − (P − ½)/β), ∂ℓ/∂l = 2·scale·(l + (P − ½)/β). arXiv 2405.00675 (4.7).
+template <class V>
+RLFAST_FORMULA auto sppo(const Pair<V>& p, const Sppo& h) {
+  auto gain = ((p.extra - 0.5f) / h.beta);
+  auto w = (p.chosen - gain);
+  auto l_ = (p.rejected + gain);
+  return PairLoss<V>{(h.scale * ((w * w) + (l_ * l_))), ((2.0f * h.scale) * w), ((2.0f * h.scale) * l_)};
+}
+
+// ℓ = 1 − σ(βw) + σ(βl).
+// ∂ℓ/∂w = −βσ(βw)σ(−βw), ∂ℓ/∂l = βσ(βl)σ(−βl). arXiv 2408.06266 (7).
+template <class V>
+RLFAST_FORMULA auto apo_zero(const Pair<V>& p, const Beta& h) {
+  auto w = (h.beta * p.chosen);
+  auto l_ = (h.beta * p.rejected);
+  auto low = sigmoid(-w);
+  auto high = sigmoid(l_);
+  return PairLoss<V>{(low + high), (-h.beta * (sigmoid(w) * low)), (h.beta * (high * sigmoid(-l_)))};
+}
+
+// ℓ = σ(βw) + 1 − σ(x).
+// ∂ℓ/∂w = β(σ(βw)σ(−βw) − σ(x)σ(−x)), ∂ℓ/∂l = βσ(x)σ(−x). arXiv 2408.06266 (8).
+template <class V>
+RLFAST_FORMULA auto apo_down(const Pair<V>& p, const Beta& h) {
+  auto w = (h.beta * p.chosen);
+  auto x = (h.beta * (p.chosen - p.rejected));
+  auto up = sigmoid(w);
+  auto down = sigmoid(-x);
+  auto d = (h.beta * (sigmoid(x) * down));
+  return PairLoss<V>{(up + down), ((h.beta * (up * sigmoid(-w))) - d), d};
+}
+
+// β, and the temperature τ of the mixture.
+struct Disco {
+  float beta;
+  float tau;
+};
+
+// ℓ = −(1 − g)·log σ(x) + g·e^(−x), g = σ(x/τ).
+// ∂ℓ/∂x = g(1 − g)/τ·(e^(−x) + log σ(x)) − (1 − g)·σ(−x) − g·e^(−x). arXiv 2406.08414 (5).
+template <class V>
+RLFAST_FORMULA auto discopop(const Pair<V>& p, const Disco& h) {
+  auto x = (h.beta * (p.chosen - p.rejected));
+  auto u = (x / h.tau);
+  auto rest = sigmoid(-u);
+  auto grown = exp((-x - softplus(-u)));
+  auto far = softplus(-x);
+  auto d = (h.beta * ((((rest * (grown - (sigmoid(u) * far))) / h.tau) - (rest * sigmoid(-x))) - grown));
+  return PairLoss<V>{((rest * far) + grown), d, -d};
+}
+
+// β, and the scale η of the true rewards, whose difference is the margin.
+struct Rpo {
+  float beta;
+  float eta;
+};
+
+// ℓ = (x − a)², a = η·m.
+// ∂ℓ/∂x = 2(x − a). arXiv 2406.11704.
+template <class V>
+RLFAST_FORMULA auto rpo_squared(const Pair<V>& p, const Rpo& h) {
+  auto t = ((h.beta * (p.chosen - p.rejected)) - (h.eta * p.margin));
+  auto d = ((2.0f * h.beta) * t);
+  return PairLoss<V>{(t * t), d, -d};
+}
+
+// ℓ = σ(a)·(log σ(a) − log σ(x)) + σ(−a)·(log σ(−a) − log σ(−x)), a = η·m.
+// ∂ℓ/∂x = σ(−a)σ(x) − σ(a)σ(−x). arXiv 2406.11704.
+template <class V>
+RLFAST_FORMULA auto rpo_backward_kl(const Pair<V>& p, const Rpo& h) {
+  auto x = (h.beta * (p.chosen - p.rejected));
+  auto a = (h.eta * p.margin);
+  auto up = sigmoid(a);
+  auto down = sigmoid(-a);
+  auto d = (h.beta * ((down * sigmoid(x)) - (up * sigmoid(-x))));
+  return PairLoss<V>{((up * (softplus(-x) - softplus(-a))) + (down * (softplus(x) - softplus(a)))), d, -d};
+}
+
+// ℓ = σ(x)·(log σ(x) − log σ(a)) + σ(−x)·(log σ(−x) − log σ(−a)), a = η·m.
+// ∂ℓ/∂x = σ(x)σ(−x)·(x − a). arXiv 2406.11704.
+template <class V>
+RLFAST_FORMULA auto rpo_forward_kl(const Pair<V>& p, const Rpo& h) {
+  auto x = (h.beta * (p.chosen - p.rejected));
+  auto a = (h.eta * p.margin);
+  auto up = sigmoid(x);
+  auto down = sigmoid(-x);
+  auto d = ((h.beta * (up * down)) * (x - a));
+  return PairLoss<V>{((up * (softplus(-a) - softplus(-x))) + (down * (softplus(a) - softplus(x)))), d, -d};
+}
+
+// log(1 − e^x) for x < 0. Mächler 2012.
+template <class V>
+RLFAST_FORMULA auto log1mexp(V x) {
+  auto near = (x > -0.6931471805599453f);
+  auto u = exp(select<V>(near, -1.0f, x));
+  return select<V>(near, log(-expm1(select<V>(near, x, -1.0f))), -log1p((u / (1.0f - u))));
+}
+
+// ℓ = −log σ(o), o = (w − l) − (log(1 − e^w) − log(1 − e^l)), w and l mean log-probs.
+// ∂ℓ/∂w = σ(−o)/(e^w − 1), ∂ℓ/∂l = −σ(−o)/(e^l − 1). ORPO, arXiv 2403.07691 (7).
+template <class V>
+RLFAST_FORMULA auto odds_ratio(const Pair<V>& p, const NoHyper& h) {
+  (void)h;
+  auto w = minimum(p.chosen, -1e-30f);
+  auto l_ = minimum(p.rejected, -1e-30f);
+  auto o = ((w - l_) - (log1mexp<V>(w) - log1mexp<V>(l_)));
+  auto rest = sigmoid(-o);
+  return PairLoss<V>{softplus(-o), (rest / expm1(w)), (-rest / expm1(l_))};
+}
+
+// β, and the weight λ of the penalty on a chosen response that lost likelihood.
+struct Positive {
+  float beta;
+  float penalty;
+};
+
+// ℓ = −log σ(β(w − l − λ·max(0, −w))).
+// ∂ℓ/∂w = −β(1 + λ[w < 0])·σ(−x), ∂ℓ/∂l = βσ(−x). DPO-Positive, arXiv 2402.13228 (3).
+template <class V>
+RLFAST_FORMULA auto dpop(const Pair<V>& p, const Positive& h) {
+  auto lost = (p.chosen < 0.0f);
+  auto x = (h.beta * ((p.chosen - p.rejected) + select<V>(lost, (h.penalty * p.chosen), 0.0f)));
+  auto d = (h.beta * sigmoid(-x));
+  return PairLoss<V>{softplus(-x), (-d * select<V>(lost, (1.0f + h.penalty), 1.0f)), d};
+}
+
+// ℓ = −log σ(x) + λ·max(0, −w).
+// ∂ℓ/∂w = −βσ(−x) − λ[w < 0], ∂ℓ/∂l = βσ(−x).
+template <class V>
+RLFAST_FORMULA auto dpop_outside(const Pair<V>& p, const Positive& h) {
+  auto lost = (p.chosen < 0.0f);
+  auto x = (h.beta * (p.chosen - p.rejected));
+  auto d = (h.beta * sigmoid(-x));
+  return PairLoss<V>{(softplus(-x) - select<V>(lost, (h.penalty * p.chosen), 0.0f)), (-d - select<V>(lost, h.penalty, 0.0f)), d};
+}
+
+// β, and the weight λ of the calibration.
+struct Calibrated {
+  float beta;
+  float calibration;
+};
+
+// ℓ = −log σ(w − l) + λ((w − 1/(2β))² + (l + 1/(2β))²).
+// ∂ℓ/∂w = −σ(l − w) + 2λ(w − 1/(2β)), ∂ℓ/∂l = σ(l − w) + 2λ(l + 1/(2β)). arXiv 2412.14516.
+template <class V>
+RLFAST_FORMULA auto cal_dpo(const Pair<V>& p, const Calibrated& h) {
+  auto x = (p.chosen - p.rejected);
+  auto w = (p.chosen - (0.5f / h.beta));
+  auto l_ = (p.rejected + (0.5f / h.beta));
+  auto d = sigmoid(-x);
+  auto twice = (2.0f * h.calibration);
+  return PairLoss<V>{(softplus(-x) + (h.calibration * ((w * w) + (l_ * l_)))), ((twice * w) - d), ((twice * l_) + d)};
+}
+
+// ℓ = (x − 1)².
+// ∂ℓ/∂x = 2(x − 1). GPO, arXiv 2402.05749.
+template <class V>
+RLFAST_FORMULA auto squared(const Pair<V>& p, const Beta& h) {
+  auto t = ((h.beta * (p.chosen - p.rejected)) - 1.0f);
+  auto d = ((2.0f * h.beta) * t);
+  return PairLoss<V>{(t * t), d, -d};
+}
+
+// ℓ = e^(−x).
+// ∂ℓ/∂x = −e^(−x). GPO, arXiv 2402.05749.
+template <class V>
+RLFAST_FORMULA auto exponential(const Pair<V>& p, const Beta& h) {
+  auto value = exp((-h.beta * (p.chosen - p.rejected)));
+  return PairLoss<V>{value, (-h.beta * value), (h.beta * value)};
+}
+
+// ℓ = max(0, 1 − x)².
+// ∂ℓ/∂x = −2·max(0, 1 − x). GPO, arXiv 2402.05749.
+template <class V>
+RLFAST_FORMULA auto truncated_quadratic(const Pair<V>& p, const Beta& h) {
+  auto gap = (1.0f - (h.beta * (p.chosen - p.rejected)));
+  gap = maximum(gap, 0.0f);
+  auto d = ((-2.0f * h.beta) * gap);
+  return PairLoss<V>{(gap * gap), d, -d};
+}
+
+// ℓ = σ(−x)².
+// ∂ℓ/∂x = −2σ(x)σ(−x)². GPO, arXiv 2402.05749.
+template <class V>
+RLFAST_FORMULA auto savage(const Pair<V>& p, const Beta& h) {
+  auto x = (h.beta * (p.chosen - p.rejected));
+  auto down = sigmoid(-x);
+  auto d = ((-2.0f * h.beta) * ((down * down) * sigmoid(x)));
+  return PairLoss<V>{(down * down), d, -d};
+}
+
+// ℓ = −log σ(β·extra·(w − l)): a pair's own β.
+// ∂ℓ/∂w = −β·extra·σ(−x). β-DPO, arXiv 2407.08639.
+template <class V>
+RLFAST_FORMULA auto scaled_logistic(const Pair<V>& p, const Beta& h) {
+  auto rate = (h.beta * p.extra);
+  auto x = (rate * (p.chosen - p.rejected));
+  auto d = (-rate * sigmoid(-x));
+  return PairLoss<V>{softplus(-x), d, -d};
+}
+
+// β of the chosen, α of the rejected.
+struct Unequal {
+  float beta;
+  float alpha;
+};
+
+// ℓ = −log σ(βw − αl).
+// ∂ℓ/∂w = −βσ(−x), ∂ℓ/∂l = ασ(−x). D²O, arXiv 2403.03419, w the mean over a prompt's own samples.
+template <class V>
+RLFAST_FORMULA auto unequal(const Pair<V>& p, const Unequal& h) {
+  auto x = ((h.beta * p.chosen) - (h.alpha * p.rejected));
+  auto d = sigmoid(-x);
+  return PairLoss<V>{softplus(-x), (-h.beta * d), (h.alpha * d)};
+}
+
+// ℓ = −w.
+// ∂ℓ/∂w = −1.
+template <class V>
+RLFAST_FORMULA auto nll(const Pair<V>& p, const NoHyper& h) {
+  (void)h;
+  return PairLoss<V>{-p.chosen, -1.0f, 0.0f};
+}
+
+// ℓ = −w/shared: with the batch's mean length, the mean over all of its chosen tokens.
+// ∂ℓ/∂w = −1/shared.
+template <class V>
+RLFAST_FORMULA auto batch_nll(const Pair<V>& p, const NoHyper& h) {
+  (void)h;
+  return PairLoss<V>{(-p.chosen / p.shared), (-1.0f / p.shared), 0.0f};
+}
+
+// ℓ = extra·w + (1 − extra)·l: extra is 1 where the chosen came from the reference, else 0.
+// ∂ℓ/∂w = extra, ∂ℓ/∂l = 1 − extra. XPO, arXiv 2405.21046.
+template <class V>
+RLFAST_FORMULA auto exploration(const Pair<V>& p, const NoHyper& h) {
+  (void)h;
+  return PairLoss<V>{((p.extra * p.chosen) + ((1.0f - p.extra) * p.rejected)), p.extra, (1.0f - p.extra)};
+}
+
+// ℓ = −P·log σ(x) − (1 − P)·log σ(−x), P = extra.
+// ∂ℓ/∂x = (1 − P) − σ(−x). Constitutional AI, arXiv 2212.08073.
+template <class V>
+RLFAST_FORMULA auto soft_label(const Pair<V>& p, const Beta& h) {
+  auto x = (h.beta * (p.chosen - p.rejected));
+  auto d = (h.beta * ((1.0f - p.extra) - sigmoid(-x)));
+  return PairLoss<V>{((p.extra * softplus(-x)) + ((1.0f - p.extra) * softplus(x))), d, -d};
+}
+
+// ℓ = (w + l)².
+// ∂ℓ/∂w = ∂ℓ/∂l = 2(w + l). arXiv 2312.09244.
+template <class V>
+RLFAST_FORMULA auto centring(const Pair<V>& p, const NoHyper& h) {
+  (void)h;
+  auto t = (p.chosen + p.rejected);
+  return PairLoss<V>{(t * t), (2.0f * t), (2.0f * t)};
+}
+
+// The exponent γ.
+struct Focal {
+  float gamma;
+};
+
+// ℓ = −(1 − 2·max(P − ½, 0))^γ·log P, P = σ(w − l).
+// ∂ℓ/∂w = −k·(σ(−x) + γσ(x)·(−log P)[x > 0]), k the weight, which is (2σ(−x))^γ where x > 0. InternLM2, 2403.17297.
+template <class V>
+RLFAST_FORMULA auto focal(const Pair<V>& p, const Focal& h) {
+  auto x = (p.chosen - p.rejected);
+  auto easy = (x > 0.0f);
+  auto k = select<V>(easy, exp((h.gamma * (0.6931471805599453f - softplus(x)))), 1.0f);
+  auto value = softplus(-x);
+  auto d = (-k * (sigmoid(-x) + select<V>(easy, ((h.gamma * sigmoid(x)) * value), 0.0f)));
+  return PairLoss<V>{(k * value), d, -d};
+}
+
+// Where the barrier is, and how near to it a reward counts.
+struct Barrier {
+  float limit;
+  float edge;
+};
+
+// ℓ = −log(b − w) − log(b + w) − log(b − l) − log(b + l), w and l within ±edge.
+// ∂ℓ/∂w = 1/(b − w) − 1/(b + w), and 0 beyond the edge. InternLM2, arXiv 2403.17297.
+template <class V>
+RLFAST_FORMULA auto barrier(const Pair<V>& p, const Barrier& h) {
+  auto w = minimum(maximum(p.chosen, -h.edge), h.edge);
+  auto l_ = minimum(maximum(p.rejected, -h.edge), h.edge);
+  auto value = (((-log((h.limit - w)) - log((h.limit + w))) - log((h.limit - l_))) - log((h.limit + l_)));
+  auto d_w = ((1.0f / (h.limit - w)) - (1.0f / (h.limit + w)));
+  auto d_l = ((1.0f / (h.limit - l_)) - (1.0f / (h.limit + l_)));
+  d_w = select<V>((absolute_value(p.chosen) <= h.edge), d_w, 0.0f);
+  return PairLoss<V>{value, d_w, select<V>((absolute_value(p.rejected) <= h.edge), d_l, 0.0f)};
+}
+
+// How much more a pair in the wrong order counts.
+struct MaxMargin {
+  float penalty;
+};
+
+// ℓ = −x where x ≥ 0, else −penalty·x, x = w − l.
+// ∂ℓ/∂w = −1, or −penalty. Ng and Russell 2000; arXiv 2410.12491.
+template <class V>
+RLFAST_FORMULA auto max_margin(const Pair<V>& p, const MaxMargin& h) {
+  auto x = (p.chosen - p.rejected);
+  auto d = select<V>((x >= 0.0f), -1.0f, -h.penalty);
+  return PairLoss<V>{(d * x), d, -d};
+}
+
+// Where the difference is pulled to.
+struct Point {
+  float target;
+};
+
+// ℓ = ½(w − l − target)².
+// ∂ℓ/∂w = w − l − target. GPM, arXiv 2410.02197.
+template <class V>
+RLFAST_FORMULA auto regression(const Pair<V>& p, const Point& h) {
+  auto t = ((p.chosen - p.rejected) - h.target);
+  return PairLoss<V>{((0.5f * t) * t), t, -t};
+}
+
+// β, and the weights of the two kinds.
+struct Kto {
+  float beta;
+  float desirable_weight;
+  float undesirable_weight;
+};
+
+// ℓ = λ_D·(1 − σ(β(s − z))) if desirable, else λ_U·(1 − σ(β(z − s))), z the shared number.
+// ∂ℓ/∂s = ∓βλσ(u)σ(−u), u = β(s − z). arXiv 2402.01306 (8).
+template <class V>
+RLFAST_FORMULA auto kto(const Single<V>& p, const Kto& h) {
+  auto good = (p.desirable > 0.0f);
+  auto u = (h.beta * (p.score - p.shared));
+  auto low = sigmoid(-u);
+  auto high = sigmoid(u);
+  auto d = (h.beta * (low * high));
+  auto value = select<V>(good, (h.desirable_weight * low), (h.undesirable_weight * high));
+  return SingleLoss<V>{value, select<V>(good, (-h.desirable_weight * d), (h.undesirable_weight * d))};
+}
+
+// ℓ = −log σ(βs − δ) if desirable, else −log σ(δ − βs), δ the shared number.
+// ∂ℓ/∂s = −βσ(δ − βs), or βσ(βs − δ). arXiv 2404.04656.
+template <class V>
+RLFAST_FORMULA auto bco_unpaired(const Single<V>& p, const Beta& h) {
+  auto good = (p.desirable > 0.0f);
+  auto u = ((h.beta * p.score) - p.shared);
+  return SingleLoss<V>{select<V>(good, softplus(-u), softplus(u)), (h.beta * select<V>(good, -sigmoid(-u), sigmoid(u)))};
+}
+
+// ℓ = 1 − σ(βs) if desirable, else σ(βs).
+// ∂ℓ/∂s = ∓βσ(βs)σ(−βs). arXiv 2408.06266.
+template <class V>
+RLFAST_FORMULA auto apo_zero_unpaired(const Single<V>& p, const Beta& h) {
+  auto good = (p.desirable > 0.0f);
+  auto low = sigmoid((-h.beta * p.score));
+  auto high = sigmoid((h.beta * p.score));
+  auto d = (h.beta * (low * high));
+  return SingleLoss<V>{select<V>(good, low, high), select<V>(good, -d, d)};
+}
+
+// ℓ = −(2/β)·log σ(−βs) of what is to be forgotten: the undesirable. 0 of the rest.
+// ∂ℓ/∂s = 2σ(βs). arXiv 2404.05868 (3).
+template <class V>
+RLFAST_FORMULA auto npo(const Single<V>& p, const Beta& h) {
+  auto good = (p.desirable > 0.0f);
+  auto u = (h.beta * p.score);
+  return SingleLoss<V>{select<V>(good, 0.0f, (softplus(u) * (2.0f / h.beta))), select<V>(good, 0.0f, (2.0f * sigmoid(u)))};
+}
+
+// ℓ = −s of what is to be kept: the desirable. 0 of the rest.
+// ∂ℓ/∂s = −1.
+template <class V>
+RLFAST_FORMULA auto retain(const Single<V>& p, const NoHyper& h) {
+  (void)h;
+  auto good = (p.desirable > 0.0f);
+  return SingleLoss<V>{select<V>(good, -p.score, 0.0f), select<V>(good, -1.0f, 0.0f)};
+}
+
+// The regularisation τ.
+struct Dro {
+  float tau;
+};
+
+// ℓ = ½(r − τs)², r = extra the reward above the value of the prompt.
+// ∂ℓ/∂s = −τ(r − τs). DRO-V, arXiv 2405.19107 (6).
+template <class V>
+RLFAST_FORMULA auto dro(const Single<V>& p, const Dro& h) {
+  auto t = (p.extra - (h.tau * p.score));
+  return SingleLoss<V>{((0.5f * t) * t), (-h.tau * t)};
+}
+
 RLFAST_FORMULAS_END
 
 // X(formula, hyper-parameters)
@@ -369,3 +937,58 @@ RLFAST_FORMULAS_END
   X(k2, KlBounds) \
   X(k3, KlBounds) \
   X(absolute, KlBounds)
+
+// X(formula, hyper-parameters)
+#define RLFAST_SCORE_FORMULAS(X) \
+  X(log_ratio, NoHyper) \
+  X(total, NoHyper) \
+  X(power, Alpha) \
+  X(forward_kl, NoHyper) \
+  X(jensen_shannon, NoHyper) \
+  X(alpha_divergence, Divergence)
+
+// X(formula, hyper-parameters)
+#define RLFAST_PAIR_FORMULAS(X) \
+  X(logistic, Logistic) \
+  X(robust, Smoothed) \
+  X(hinge, Hinge) \
+  X(ipo, Beta) \
+  X(exo_pair, Exo) \
+  X(nca_pair, Beta) \
+  X(bco, Beta) \
+  X(sppo_hard, Sppo) \
+  X(sppo, Sppo) \
+  X(apo_zero, Beta) \
+  X(apo_down, Beta) \
+  X(discopop, Disco) \
+  X(rpo_squared, Rpo) \
+  X(rpo_backward_kl, Rpo) \
+  X(rpo_forward_kl, Rpo) \
+  X(odds_ratio, NoHyper) \
+  X(dpop, Positive) \
+  X(dpop_outside, Positive) \
+  X(cal_dpo, Calibrated) \
+  X(squared, Beta) \
+  X(exponential, Beta) \
+  X(truncated_quadratic, Beta) \
+  X(savage, Beta) \
+  X(scaled_logistic, Beta) \
+  X(unequal, Unequal) \
+  X(nll, NoHyper) \
+  X(batch_nll, NoHyper) \
+  X(exploration, NoHyper) \
+  X(soft_label, Beta) \
+  X(centring, NoHyper) \
+  X(focal, Focal) \
+  X(barrier, Barrier) \
+  X(max_margin, MaxMargin) \
+  X(regression, Point)
+
+// X(formula, hyper-parameters)
+#define RLFAST_SINGLE_FORMULAS(X) \
+  X(kto, Kto) \
+  X(bco_unpaired, Beta) \
+  X(apo_zero_unpaired, Beta) \
+  X(npo, Beta) \
+  X(retain, NoHyper) \
+  X(dro, Dro)

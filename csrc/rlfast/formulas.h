@@ -2,7 +2,8 @@
 //
 // V is a vector of float32 on the CPU (csrc/rlfast/formula_vec.h, in the namespace of its instruction set) and a float on a
 // GPU. Its words: + - * / and unary −; comparisons, whose masks know & and |; choose(mask, yes, no), minimum, maximum (the
-// operand that is not NaN, as Triton's), absolute_value, log, exp, expm1, sigmoid.
+// operand that is not NaN, as Triton's), absolute_value, log, exp, expm1, sigmoid, softplus, log1p of [0, 1]; of a float, which
+// a hyper-parameter is, log, exp and log1p.
 #pragma once
 #include <cmath>
 
@@ -36,6 +37,38 @@ struct Surrogate {
 template <class V>
 struct Estimate {
   V value, d_logp;
+};
+
+// What a score sees of a response, a link of a pair and of a single response; kernels/formulas says what each is.
+template <class V>
+struct Response {
+  V logp, log_ratio, length;
+};
+
+template <class V>
+struct Pair {
+  V chosen, rejected, chosen_length, rejected_length, margin, extra, shared;
+};
+
+template <class V>
+struct Single {
+  V score, desirable, extra, shared;
+};
+
+// A score and its derivative by the summed log p; a loss and its derivatives by the scores.
+template <class V>
+struct Score {
+  V value, d_logp;
+};
+
+template <class V>
+struct PairLoss {
+  V value, d_chosen, d_rejected;
+};
+
+template <class V>
+struct SingleLoss {
+  V value, d_score;
 };
 
 template <class V, class M>

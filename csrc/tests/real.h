@@ -1,4 +1,4 @@
-// The words of csrc/rlfast/formulas.h for a double, so that the oracle of token_loss evaluates every formula without fp32.
+// The words of csrc/rlfast/formulas.h for a double, so that the oracles of losses evaluate every formula without fp32.
 #pragma once
 #include <cmath>
 
@@ -28,5 +28,7 @@ inline Real log(Real a) { return std::log(a.x); }
 inline Real exp(Real a) { return std::exp(a.x); }
 inline Real expm1(Real a) { return std::expm1(a.x); }
 inline Real sigmoid(Real a) { return 1 / (1 + std::exp(-a.x)); }
+inline Real log1p(Real a) { return std::log1p(a.x); }
+inline Real softplus(Real a) { return std::fmax(a.x, 0) + std::log1p(std::exp(-std::fabs(a.x))); }
 
 }  // namespace rlfast::tests

@@ -1,11 +1,11 @@
 """Formulas: pure arithmetic, written once, run by Triton, by torch and by the C++ that is printed from them.
 
-``SURROGATES`` and ``ESTIMATORS`` are what a loss may name.
+``SURROGATES`` and ``ESTIMATORS`` are what a policy loss may name; ``SCORES``, ``PAIRS`` and ``SINGLES`` a preference loss.
 """
 
 from typing import NamedTuple
 
-from rlfast.kernels.formulas import kl, token, value
+from rlfast.kernels.formulas import kl, pair, score, token, unpaired, value
 
 
 class Formula(NamedTuple):
@@ -28,3 +28,6 @@ def _formulas(module) -> dict[str, Formula]:
 
 SURROGATES = _formulas(token) | _formulas(value)
 ESTIMATORS = {name: getattr(kl, name) for name in ("k1", "k2", "k3", "absolute")}
+SCORES = _formulas(score)
+PAIRS = _formulas(pair)
+SINGLES = _formulas(unpaired)

@@ -1,0 +1,523 @@
+"""Losses of a pair of responses: value, then its derivatives by the two scores.
+
+A link takes a ``Pair`` and its hyper-parameters, and returns (ℓ, ∂ℓ/∂w, ∂ℓ/∂l); w is the score of the chosen response,
+l of the rejected (``kernels/formulas/score.py``), and x = β(w − l) where nothing else is said. A reward model's scores
+are its rewards.
+"""
+
+from typing import NamedTuple
+
+from rlfast.kernels.formulas.elementary import exp, expm1, log1p, sigmoid, softplus
+from rlfast.kernels.formulas.score import LN_2
+from rlfast.kernels.formulas.token import NoHyper
+from rlfast.kernels.lang import jit, tl
+
+CERTAIN = tl.constexpr(-1e-30)  # the largest mean log-prob that has odds
+
+
+class Pair(NamedTuple):
+    """What a link sees of one pair."""
+
+    chosen: object  # w
+    rejected: object  # l
+    chosen_length: object  # n_w
+    rejected_length: object  # n_l
+    margin: object  # m; 0 if there is none
+    extra: object  # a field that a loss names for itself; 0 if there is none
+    shared: object  # a number that a loss names for itself, one for all pairs; 0 if there is none
+
+
+class Beta(NamedTuple):
+    """β."""
+
+    beta: float = 0.1
+
+
+class Logistic(NamedTuple):
+    """β, the share ε of labels that are wrong, a constant margin γ, and the price α of a token's length."""
+
+    beta: float = 0.1
+    label_smoothing: float = 0.0
+    gamma: float = 0.0
+    alpha: float = 0.0
+
+
+@jit
+def logistic(p: Pair, h: Logistic):
+    """ℓ = −(1 − ε)·log σ(x) − ε·log σ(−x), x = β(w − l) − γ − m − α(n_w − n_l).
+
+    ∂ℓ/∂x = ε − σ(−x). DPO, arXiv 2305.18290; SimPO's γ, 2405.14734; R-DPO's α, 2403.19159; Bradley and Terry 1952.
+    """
+    x = h.beta * (p.chosen - p.rejected) - h.gamma - p.margin - h.alpha * (p.chosen_length - p.rejected_length)
+    d = h.beta * (h.label_smoothing - sigmoid(-x))
+    return (1.0 - h.label_smoothing) * softplus(-x) + h.label_smoothing * softplus(x), d, -d
+
+
+class Smoothed(NamedTuple):
+    """β, and the share ε < ½ of labels that are wrong."""
+
+    beta: float = 0.1
+    label_smoothing: float = 0.1
+
+
+@jit
+def robust(p: Pair, h: Smoothed):
+    """ℓ = (−(1 − ε)·log σ(x) + ε·log σ(−x))/(1 − 2ε).
+
+    ∂ℓ/∂x = −((1 − ε)·σ(−x) + ε·σ(x))/(1 − 2ε). arXiv 2403.00409.
+    """
+    x = h.beta * (p.chosen - p.rejected) - p.margin
+    keep, whole = 1.0 - h.label_smoothing, 1.0 - 2.0 * h.label_smoothing
+    d = -h.beta * (keep * sigmoid(-x) + h.label_smoothing * sigmoid(x)) / whole
+    return (keep * softplus(-x) - h.label_smoothing * softplus(x)) / whole, d, -d
+
+
+class Hinge(NamedTuple):
+    """β, and the margin δ of the hinge."""
+
+    beta: float = 0.1
+    delta: float = 1.0
+
+
+@jit
+def hinge(p: Pair, h: Hinge):
+    """ℓ = max(0, δ − x), x = β(w − l) − m.
+
+    ∂ℓ/∂x = −1 where x < δ. SLiC, arXiv 2305.10425, 2309.06657.
+    """
+    gap = h.delta - (h.beta * (p.chosen - p.rejected) - p.margin)
+    d = tl.where(gap > 0.0, -h.beta, 0.0)
+    return tl.maximum(gap, 0.0), d, -d
+
+
+@jit
+def ipo(p: Pair, h: Beta):
+    """ℓ = (w − l − m − 1/(2β))².
+
+    ∂ℓ/∂w = 2(w − l − m − 1/(2β)). arXiv 2310.12036 (17).
+    """
+    t = (p.chosen - p.rejected) - p.margin - 0.5 / h.beta
+    return t * t, 2.0 * t, -2.0 * t
+
+
+class Exo(NamedTuple):
+    """β, and the probability ε > 0 that the label is wrong."""
+
+    beta: float = 0.1
+    label_smoothing: float = 1e-3
+
+
+@jit
+def exo_pair(p: Pair, h: Exo):
+    """ℓ = q·(log q − log(1 − ε)) + (1 − q)·(log(1 − q) − log ε), q = σ(x).
+
+    ∂ℓ/∂x = q(1 − q)·(x − log((1 − ε)/ε)). arXiv 2402.00856 (16).
+    """
+    x = h.beta * (p.chosen - p.rejected)
+    q, rest = sigmoid(x), sigmoid(-x)
+    keep, flip = -log1p(h.label_smoothing / (1.0 - h.label_smoothing)), tl.log(h.label_smoothing)
+    d = h.beta * (q * rest) * (x - (keep - flip))
+    return q * (-softplus(-x) - keep) + rest * (-softplus(x) - flip), d, -d
+
+
+@jit
+def nca_pair(p: Pair, h: Beta):
+    """ℓ = −log σ(βw) − ½·log σ(−βw) − ½·log σ(−βl).
+
+    ∂ℓ/∂w = β(½σ(βw) − σ(−βw)), ∂ℓ/∂l = ½βσ(βl). arXiv 2402.05369.
+    """
+    w, l_ = h.beta * p.chosen, h.beta * p.rejected
+    value = softplus(-w) + 0.5 * softplus(w) + 0.5 * softplus(l_)
+    return value, h.beta * (0.5 * sigmoid(w) - sigmoid(-w)), 0.5 * h.beta * sigmoid(l_)
+
+
+@jit
+def bco(p: Pair, h: Beta):
+    """ℓ = −log σ(βw − δ) − log σ(δ − βl), δ the shared number.
+
+    ∂ℓ/∂w = −βσ(δ − βw), ∂ℓ/∂l = βσ(βl − δ). arXiv 2404.04656.
+    """
+    w, l_ = h.beta * p.chosen - p.shared, h.beta * p.rejected - p.shared
+    return softplus(-w) + softplus(l_), -h.beta * sigmoid(-w), h.beta * sigmoid(l_)
+
+
+class Sppo(NamedTuple):
+    """β, and a factor of the whole."""
+
+    beta: float = 1e-3
+    scale: float = 1.0
+
+
+@jit
+def sppo_hard(p: Pair, h: Sppo):
+    """ℓ = scale·((w − 1/(2β))² + (l + 1/(2β))²).
+
+    ∂ℓ/∂w = 2·scale·(w − 1/(2β)), ∂ℓ/∂l = 2·scale·(l + 1/(2β)). arXiv 2405.00675 (4.7), P = 1 for the chosen.
+    """
+    w, l_ = p.chosen - 0.5 / h.beta, p.rejected + 0.5 / h.beta
+    return h.scale * (w * w + l_ * l_), 2.0 * h.scale * w, 2.0 * h.scale * l_
+
+
+@jit
+def sppo(p: Pair, h: Sppo):
+    """ℓ = scale·((w − (P − ½)/β)² + (l + (P − ½)/β)²), P = extra the probability that the chosen is preferred.
+
+    ∂ℓ/∂w = 2·scale·(w − (P − ½)/β), ∂ℓ/∂l = 2·scale·(l + (P − ½)/β). arXiv 2405.00675 (4.7).
+    """
+    gain = (p.extra - 0.5) / h.beta
+    w, l_ = p.chosen - gain, p.rejected + gain
+    return h.scale * (w * w + l_ * l_), 2.0 * h.scale * w, 2.0 * h.scale * l_
+
+
+@jit
+def apo_zero(p: Pair, h: Beta):
+    """ℓ = 1 − σ(βw) + σ(βl).
+
+    ∂ℓ/∂w = −βσ(βw)σ(−βw), ∂ℓ/∂l = βσ(βl)σ(−βl). arXiv 2408.06266 (7).
+    """
+    w, l_ = h.beta * p.chosen, h.beta * p.rejected
+    low, high = sigmoid(-w), sigmoid(l_)
+    return low + high, -h.beta * (sigmoid(w) * low), h.beta * (high * sigmoid(-l_))
+
+
+@jit
+def apo_down(p: Pair, h: Beta):
+    """ℓ = σ(βw) + 1 − σ(x).
+
+    ∂ℓ/∂w = β(σ(βw)σ(−βw) − σ(x)σ(−x)), ∂ℓ/∂l = βσ(x)σ(−x). arXiv 2408.06266 (8).
+    """
+    w, x = h.beta * p.chosen, h.beta * (p.chosen - p.rejected)
+    up, down = sigmoid(w), sigmoid(-x)
+    d = h.beta * (sigmoid(x) * down)
+    return up + down, h.beta * (up * sigmoid(-w)) - d, d
+
+
+class Disco(NamedTuple):
+    """β, and the temperature τ of the mixture."""
+
+    beta: float = 0.1
+    tau: float = 0.05
+
+
+@jit
+def discopop(p: Pair, h: Disco):
+    """ℓ = −(1 − g)·log σ(x) + g·e^(−x), g = σ(x/τ).
+
+    ∂ℓ/∂x = g(1 − g)/τ·(e^(−x) + log σ(x)) − (1 − g)·σ(−x) − g·e^(−x). arXiv 2406.08414 (5).
+    """
+    x = h.beta * (p.chosen - p.rejected)
+    u = x / h.tau
+    rest = sigmoid(-u)
+    grown = exp(-x - softplus(-u))  # g·e^(−x): neither factor alone stays finite
+    far = softplus(-x)
+    d = h.beta * (rest * (grown - sigmoid(u) * far) / h.tau - rest * sigmoid(-x) - grown)
+    return rest * far + grown, d, -d
+
+
+class Rpo(NamedTuple):
+    """β, and the scale η of the true rewards, whose difference is the margin."""
+
+    beta: float = 0.1
+    eta: float = 1.0
+
+
+@jit
+def rpo_squared(p: Pair, h: Rpo):
+    """ℓ = (x − a)², a = η·m.
+
+    ∂ℓ/∂x = 2(x − a). arXiv 2406.11704.
+    """
+    t = h.beta * (p.chosen - p.rejected) - h.eta * p.margin
+    d = 2.0 * h.beta * t
+    return t * t, d, -d
+
+
+@jit
+def rpo_backward_kl(p: Pair, h: Rpo):
+    """ℓ = σ(a)·(log σ(a) − log σ(x)) + σ(−a)·(log σ(−a) − log σ(−x)), a = η·m.
+
+    ∂ℓ/∂x = σ(−a)σ(x) − σ(a)σ(−x). arXiv 2406.11704.
+    """
+    x, a = h.beta * (p.chosen - p.rejected), h.eta * p.margin
+    up, down = sigmoid(a), sigmoid(-a)
+    d = h.beta * (down * sigmoid(x) - up * sigmoid(-x))
+    return up * (softplus(-x) - softplus(-a)) + down * (softplus(x) - softplus(a)), d, -d
+
+
+@jit
+def rpo_forward_kl(p: Pair, h: Rpo):
+    """ℓ = σ(x)·(log σ(x) − log σ(a)) + σ(−x)·(log σ(−x) − log σ(−a)), a = η·m.
+
+    ∂ℓ/∂x = σ(x)σ(−x)·(x − a). arXiv 2406.11704.
+    """
+    x, a = h.beta * (p.chosen - p.rejected), h.eta * p.margin
+    up, down = sigmoid(x), sigmoid(-x)
+    d = h.beta * (up * down) * (x - a)
+    return up * (softplus(-a) - softplus(-x)) + down * (softplus(a) - softplus(x)), d, -d
+
+
+@jit
+def log1mexp(x):
+    """log(1 − e^x) for x < 0. Mächler 2012."""
+    near = x > -LN_2
+    u = exp(tl.where(near, -1.0, x))  # ≤ ½
+    return tl.where(near, tl.log(-expm1(tl.where(near, x, -1.0))), -log1p(u / (1.0 - u)))
+
+
+@jit
+def odds_ratio(p: Pair, h: NoHyper):
+    """ℓ = −log σ(o), o = (w − l) − (log(1 − e^w) − log(1 − e^l)), w and l mean log-probs.
+
+    ∂ℓ/∂w = σ(−o)/(e^w − 1), ∂ℓ/∂l = −σ(−o)/(e^l − 1). ORPO, arXiv 2403.07691 (7).
+    """
+    w, l_ = tl.minimum(p.chosen, CERTAIN), tl.minimum(p.rejected, CERTAIN)
+    o = (w - l_) - (log1mexp(w) - log1mexp(l_))
+    rest = sigmoid(-o)
+    return softplus(-o), rest / expm1(w), -rest / expm1(l_)
+
+
+class Positive(NamedTuple):
+    """β, and the weight λ of the penalty on a chosen response that lost likelihood."""
+
+    beta: float = 0.1
+    penalty: float = 50.0
+
+
+@jit
+def dpop(p: Pair, h: Positive):
+    """ℓ = −log σ(β(w − l − λ·max(0, −w))).
+
+    ∂ℓ/∂w = −β(1 + λ[w < 0])·σ(−x), ∂ℓ/∂l = βσ(−x). DPO-Positive, arXiv 2402.13228 (3).
+    """
+    lost = p.chosen < 0.0
+    x = h.beta * ((p.chosen - p.rejected) + tl.where(lost, h.penalty * p.chosen, 0.0))
+    d = h.beta * sigmoid(-x)
+    return softplus(-x), -d * tl.where(lost, 1.0 + h.penalty, 1.0), d
+
+
+@jit
+def dpop_outside(p: Pair, h: Positive):
+    """ℓ = −log σ(x) + λ·max(0, −w).
+
+    ∂ℓ/∂w = −βσ(−x) − λ[w < 0], ∂ℓ/∂l = βσ(−x).
+    """
+    lost = p.chosen < 0.0
+    x = h.beta * (p.chosen - p.rejected)
+    d = h.beta * sigmoid(-x)
+    return softplus(-x) - tl.where(lost, h.penalty * p.chosen, 0.0), -d - tl.where(lost, h.penalty, 0.0), d
+
+
+class Calibrated(NamedTuple):
+    """β, and the weight λ of the calibration."""
+
+    beta: float = 0.1
+    calibration: float = 0.5
+
+
+@jit
+def cal_dpo(p: Pair, h: Calibrated):
+    """ℓ = −log σ(w − l) + λ((w − 1/(2β))² + (l + 1/(2β))²).
+
+    ∂ℓ/∂w = −σ(l − w) + 2λ(w − 1/(2β)), ∂ℓ/∂l = σ(l − w) + 2λ(l + 1/(2β)). arXiv 2412.14516.
+    """
+    x, w, l_ = p.chosen - p.rejected, p.chosen - 0.5 / h.beta, p.rejected + 0.5 / h.beta
+    d, twice = sigmoid(-x), 2.0 * h.calibration
+    return softplus(-x) + h.calibration * (w * w + l_ * l_), twice * w - d, twice * l_ + d
+
+
+@jit
+def squared(p: Pair, h: Beta):
+    """ℓ = (x − 1)².
+
+    ∂ℓ/∂x = 2(x − 1). GPO, arXiv 2402.05749.
+    """
+    t = h.beta * (p.chosen - p.rejected) - 1.0
+    d = 2.0 * h.beta * t
+    return t * t, d, -d
+
+
+@jit
+def exponential(p: Pair, h: Beta):
+    """ℓ = e^(−x).
+
+    ∂ℓ/∂x = −e^(−x). GPO, arXiv 2402.05749.
+    """
+    value = exp(-h.beta * (p.chosen - p.rejected))
+    return value, -h.beta * value, h.beta * value
+
+
+@jit
+def truncated_quadratic(p: Pair, h: Beta):
+    """ℓ = max(0, 1 − x)².
+
+    ∂ℓ/∂x = −2·max(0, 1 − x). GPO, arXiv 2402.05749.
+    """
+    gap = 1.0 - h.beta * (p.chosen - p.rejected)
+    gap = tl.maximum(gap, 0.0)
+    d = -2.0 * h.beta * gap
+    return gap * gap, d, -d
+
+
+@jit
+def savage(p: Pair, h: Beta):
+    """ℓ = σ(−x)².
+
+    ∂ℓ/∂x = −2σ(x)σ(−x)². GPO, arXiv 2402.05749.
+    """
+    x = h.beta * (p.chosen - p.rejected)
+    down = sigmoid(-x)
+    d = -2.0 * h.beta * (down * down * sigmoid(x))
+    return down * down, d, -d
+
+
+@jit
+def scaled_logistic(p: Pair, h: Beta):
+    """ℓ = −log σ(β·extra·(w − l)): a pair's own β.
+
+    ∂ℓ/∂w = −β·extra·σ(−x). β-DPO, arXiv 2407.08639.
+    """
+    rate = h.beta * p.extra
+    x = rate * (p.chosen - p.rejected)
+    d = -rate * sigmoid(-x)
+    return softplus(-x), d, -d
+
+
+class Unequal(NamedTuple):
+    """β of the chosen, α of the rejected."""
+
+    beta: float = 0.1
+    alpha: float = 0.1
+
+
+@jit
+def unequal(p: Pair, h: Unequal):
+    """ℓ = −log σ(βw − αl).
+
+    ∂ℓ/∂w = −βσ(−x), ∂ℓ/∂l = ασ(−x). D²O, arXiv 2403.03419, w the mean over a prompt's own samples.
+    """
+    x = h.beta * p.chosen - h.alpha * p.rejected
+    d = sigmoid(-x)
+    return softplus(-x), -h.beta * d, h.alpha * d
+
+
+@jit
+def nll(p: Pair, h: NoHyper):
+    """ℓ = −w.
+
+    ∂ℓ/∂w = −1.
+    """
+    return -p.chosen, -1.0, 0.0
+
+
+@jit
+def batch_nll(p: Pair, h: NoHyper):
+    """ℓ = −w/shared: with the batch's mean length, the mean over all of its chosen tokens.
+
+    ∂ℓ/∂w = −1/shared.
+    """
+    return -p.chosen / p.shared, -1.0 / p.shared, 0.0
+
+
+@jit
+def exploration(p: Pair, h: NoHyper):
+    """ℓ = extra·w + (1 − extra)·l: extra is 1 where the chosen came from the reference, else 0.
+
+    ∂ℓ/∂w = extra, ∂ℓ/∂l = 1 − extra. XPO, arXiv 2405.21046.
+    """
+    return p.extra * p.chosen + (1.0 - p.extra) * p.rejected, p.extra, 1.0 - p.extra
+
+
+@jit
+def soft_label(p: Pair, h: Beta):
+    """ℓ = −P·log σ(x) − (1 − P)·log σ(−x), P = extra.
+
+    ∂ℓ/∂x = (1 − P) − σ(−x). Constitutional AI, arXiv 2212.08073.
+    """
+    x = h.beta * (p.chosen - p.rejected)
+    d = h.beta * ((1.0 - p.extra) - sigmoid(-x))
+    return p.extra * softplus(-x) + (1.0 - p.extra) * softplus(x), d, -d
+
+
+@jit
+def centring(p: Pair, h: NoHyper):
+    """ℓ = (w + l)².
+
+    ∂ℓ/∂w = ∂ℓ/∂l = 2(w + l). arXiv 2312.09244.
+    """
+    t = p.chosen + p.rejected
+    return t * t, 2.0 * t, 2.0 * t
+
+
+class Focal(NamedTuple):
+    """The exponent γ."""
+
+    gamma: float = 2.0
+
+
+@jit
+def focal(p: Pair, h: Focal):
+    """ℓ = −(1 − 2·max(P − ½, 0))^γ·log P, P = σ(w − l).
+
+    ∂ℓ/∂w = −k·(σ(−x) + γσ(x)·(−log P)[x > 0]), k the weight, which is (2σ(−x))^γ where x > 0. InternLM2, 2403.17297.
+    """
+    x = p.chosen - p.rejected
+    easy = x > 0.0
+    k = tl.where(easy, exp(h.gamma * (LN_2 - softplus(x))), 1.0)
+    value = softplus(-x)
+    d = -k * (sigmoid(-x) + tl.where(easy, h.gamma * sigmoid(x) * value, 0.0))
+    return k * value, d, -d
+
+
+class Barrier(NamedTuple):
+    """Where the barrier is, and how near to it a reward counts."""
+
+    limit: float = 5.0
+    edge: float = 4.999
+
+
+@jit
+def barrier(p: Pair, h: Barrier):
+    """ℓ = −log(b − w) − log(b + w) − log(b − l) − log(b + l), w and l within ±edge.
+
+    ∂ℓ/∂w = 1/(b − w) − 1/(b + w), and 0 beyond the edge. InternLM2, arXiv 2403.17297.
+    """
+    w = tl.minimum(tl.maximum(p.chosen, -h.edge), h.edge)
+    l_ = tl.minimum(tl.maximum(p.rejected, -h.edge), h.edge)
+    value = -tl.log(h.limit - w) - tl.log(h.limit + w) - tl.log(h.limit - l_) - tl.log(h.limit + l_)
+    d_w = 1.0 / (h.limit - w) - 1.0 / (h.limit + w)
+    d_l = 1.0 / (h.limit - l_) - 1.0 / (h.limit + l_)
+    d_w = tl.where(tl.abs(p.chosen) <= h.edge, d_w, 0.0)
+    return value, d_w, tl.where(tl.abs(p.rejected) <= h.edge, d_l, 0.0)
+
+
+class MaxMargin(NamedTuple):
+    """How much more a pair in the wrong order counts."""
+
+    penalty: float = 2.0
+
+
+@jit
+def max_margin(p: Pair, h: MaxMargin):
+    """ℓ = −x where x ≥ 0, else −penalty·x, x = w − l.
+
+    ∂ℓ/∂w = −1, or −penalty. Ng and Russell 2000; arXiv 2410.12491.
+    """
+    x = p.chosen - p.rejected
+    d = tl.where(x >= 0.0, -1.0, -h.penalty)
+    return d * x, d, -d
+
+
+class Point(NamedTuple):
+    """Where the difference is pulled to."""
+
+    target: float = 10.0
+
+
+@jit
+def regression(p: Pair, h: Point):
+    """ℓ = ½(w − l − target)².
+
+    ∂ℓ/∂w = w − l − target. GPM, arXiv 2410.02197.
+    """
+    t = (p.chosen - p.rejected) - h.target
+    return 0.5 * t * t, t, -t

@@ -1,0 +1,246 @@
+"""Preference losses: links between the scores of two responses, and the choices around them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields, replace
+from typing import NamedTuple
+
+import torch
+
+from rlfast import backends, preference_inputs, validate
+from rlfast.kernels.formulas import PAIRS, SCORES
+from rlfast.losses import LossMetrics
+from rlfast.ops import pair_loss as op
+from rlfast.ops.preference_records import METRICS, REDUCTIONS, Settings, Term
+from rlfast.preference_inputs import PairGiven
+
+SORTS = (None, "pairs", "responses")
+REFERENCED = ("log_ratio", "forward_kl", "jensen_shannon", "alpha_divergence")  # scores that read the reference
+
+
+class PreferenceOutput(NamedTuple):
+    """The loss, with its gradient, the metrics, and, where ``per_pair`` asks for them, each pair's loss and rewards."""
+
+    loss: torch.Tensor  # []
+    metrics: LossMetrics
+    losses: torch.Tensor | None  # [B]
+    chosen_rewards: torch.Tensor | None  # [B]
+    rejected_rewards: torch.Tensor | None
+
+
+@dataclass(frozen=True)
+class Part:
+    """One of the losses that are added up: weight · link(s_chosen, s_rejected).
+
+    Args:
+        link: name of a formula of ``rlfast.kernels.formulas.PAIRS``.
+        hyper: its hyper-parameters by name; those not named have the formula's defaults.
+        score: "log_ratio", "total", "power", "forward_kl", "jensen_shannon" or "alpha_divergence".
+        score_hyper: the score's hyper-parameters.
+        mean: the score is divided by the response's length.
+        weight: of this loss in the sum.
+    """
+
+    link: str
+    hyper: dict = field(default_factory=dict)
+    score: str = "log_ratio"
+    score_hyper: dict = field(default_factory=dict)
+    mean: bool = False
+    weight: float = 1.0
+
+    def term(self, links: dict) -> Term:
+        """As the op has it."""
+        validate.one_of("link", self.link, tuple(links))
+        validate.one_of("score", self.score, tuple(SCORES))
+        numbers = _numbers("score_hyper", SCORES[self.score], self.score_hyper)
+        weight = validate.finite("weight", self.weight)
+        return Term(self.score, self.mean, self.link, weight, numbers, _numbers("hyper", links[self.link], self.hyper))
+
+    def knows(self, links: dict) -> dict[str, str]:
+        """Option → the field that it goes to."""
+        own = {name: "score_hyper" for name in SCORES[self.score].hyper._fields}
+        own |= {name: "hyper" for name in links[self.link].hyper._fields}
+        own.pop("unused", None)
+        return own
+
+
+def _numbers(what: str, formula, given: dict) -> tuple[float, ...]:
+    unknown = set(given) - set(formula.hyper._fields)
+    if unknown:
+        validate.fail(what, f"names among {', '.join(formula.hyper._fields)}", ", ".join(sorted(unknown)))
+    return tuple(validate.finite(k, x) for k, x in formula.hyper(**given)._asdict().items())
+
+
+@dataclass(frozen=True)
+class PreferenceLoss:
+    """One preference loss. ``rlfast.preference_loss(name)`` makes those of the table; this makes any other.
+
+        loss = factor/n · Σ_i w_i·Σ_k weight_k·link_k(s_k(chosen_i), s_k(rejected_i))
+
+    Args:
+        parts: the losses that are added up.
+        reduce: "mean" or "sum" over the pairs.
+        reward: the score that metrics call the reward, times the first part's β.
+        reward_mean: it is divided by the length.
+        nll: weight of −log π of the chosen response, a mean over its tokens; 0 is none.
+        nll_by_batch: the mean is over all chosen tokens of the batch instead.
+        tail: weight of the tokens beyond the length of the shorter response (LD-DPO's α).
+        kl: coefficient of the full-vocabulary KL(π_ref‖π) that is added to a response's log-probs (TDPO).
+        kl_detached: no gradient through the chosen response's.
+        sort: "pairs" or "responses": differences, or each side's log-ratios, are sorted over the batch (AOT).
+        reference_free: the reference's log-probs are not asked for; they count as 0.
+        needs: names of arguments without which the loss is another one.
+        paper: arXiv id.
+
+    Raises:
+        ValueError, TypeError: an argument is not one of the above; the message names it.
+
+    Example:
+        >>> objective = rlfast.PreferenceLoss((rlfast.Part("hinge", {"beta": 0.5}),), reference_free=True)
+        >>> out = objective(torch.tensor([-10.0]), torch.tensor([-11.0]))
+        >>> out.loss.item()
+        0.5
+    """
+
+    parts: tuple[Part, ...]
+    reduce: str = "mean"
+    reward: str = "log_ratio"
+    reward_mean: bool = False
+    nll: float = 0.0
+    nll_by_batch: bool = False
+    tail: float = 1.0
+    kl: float = 0.0
+    kl_detached: bool = False
+    sort: str | None = None
+    reference_free: bool = False
+    needs: tuple[str, ...] = ()
+    name: str = "preference loss"
+    paper: str = ""
+
+    def __post_init__(self):
+        if not self.parts or len(self.parts) > 6:
+            validate.fail("parts", "one to six", str(len(self.parts)))
+        validate.one_of("reduce", self.reduce, REDUCTIONS)
+        validate.one_of("reward", self.reward, tuple(SCORES))
+        validate.one_of("sort", self.sort, SORTS)
+        for name in ("nll", "tail", "kl"):
+            validate.finite(name, getattr(self, name))
+        object.__setattr__(self, "prepared", self._prepare())
+
+    def _prepare(self) -> tuple:
+        """The op's arguments that no tensor changes, and what a call must bring."""
+        terms = [part.term(PAIRS) for part in self.parts]
+        beta = self.parts[0].hyper.get("beta", getattr(PAIRS[self.parts[0].link].hyper(), "beta", 1.0))
+        score = next((p.score_hyper for p in self.parts if p.score == self.reward), {})
+        reward = Term(self.reward, self.reward_mean, "", float(beta), _numbers("reward", SCORES[self.reward], score), ())
+        terms = [reward, *terms]
+        with_nll = terms
+        if self.nll:
+            by_batch = self.nll_by_batch
+            nll = Part("batch_nll" if by_batch else "nll", score="total", mean=not by_batch, weight=self.nll)
+            with_nll = [*terms, nll.term(PAIRS)]
+        lengths = self.reward_mean or any(t.mean or t.score == "power" for t in with_nll)
+        lengths |= any(p.hyper.get("alpha") for p in self.parts if p.link == "logistic") or self.nll_by_batch
+        referenced = any(p.score in REFERENCED for p in self.parts) and not self.reference_free
+        return flat(with_nll), flat(terms), lengths, referenced
+
+    def with_options(self, **options) -> PreferenceLoss:
+        """The same loss with some options changed; a hyper-parameter of a part's link or score by its own name."""
+        names = {f.name for f in fields(self)} - {"parts", "name", "paper", "needs"}
+        parts, known = [], set(names) | {"mean"}
+        for part in self.parts:
+            own = part.knows(PAIRS)
+            known |= set(own)
+            mine = {k: x for k, x in options.items() if k in own and k not in names}
+            changed = {to: getattr(part, to) | {k: x for k, x in mine.items() if own[k] == to} for to in own.values()}
+            parts.append(replace(part, **changed, **{k: options[k] for k in ("mean",) if k in options}))
+        for option in options:
+            if option not in known:
+                validate.fail(
+                    option, f"an option of {self.name}: {', '.join(sorted(known))}", "an unknown name", TypeError
+                )
+        return replace(self, parts=tuple(parts), **{k: x for k, x in options.items() if k in names})
+
+    def __call__(
+        self, chosen_logps, rejected_logps, *, ref_chosen_logps=None, ref_rejected_logps=None, chosen_lengths=None,
+        rejected_lengths=None, chosen_mask=None, rejected_mask=None, chosen_cu_seqlens=None, rejected_cu_seqlens=None,
+        chosen_kl=None, rejected_kl=None, margin=None, extra=None, shared=None, weights=None, nll=None, num_items=None,
+        world_size=1, accumulation=1, per_pair=False,
+    ) -> PreferenceOutput:  # fmt: skip
+        """The loss of a batch of pairs, in one launch with its gradient by the log-probs.
+
+        Args:
+            chosen_logps: [B] float, the sums of log π over each chosen response; or its tokens, [B, T] padded with
+                ``chosen_mask``, or [N] packed with ``chosen_cu_seqlens``: then the kernel sums them. With gradient.
+            rejected_logps: the same of the rejected responses; T or N may differ.
+            ref_chosen_logps, ref_rejected_logps: like them. log π_ref.
+            chosen_lengths, rejected_lengths: [B] numbers, the tokens of the responses, where only sums are given.
+            chosen_mask, rejected_mask: like tokens, bool or number. 0 takes a token out; what it holds has no effect.
+            chosen_cu_seqlens, rejected_cu_seqlens: int [B + 1], where the packed responses begin and end.
+            chosen_kl, rejected_kl: like the log-probs. KL(π_ref‖π) over the vocabulary, for TDPO; with gradient.
+            margin: [B]. Subtracted from the difference of scores; of RPO the difference of the true rewards.
+            extra: [B]. What the link calls ``extra``: a soft label, a probability, a pair's own factor of β.
+            shared: a number or 0-dim tensor: what the link calls ``shared``, BCO's δ.
+            weights: [B]. Multiply each pair's loss; 0 takes a pair out, not out of n.
+            nll: a 0-dim tensor with gradient, in place of the NLL that ``self.nll`` weighs.
+            num_items: number or 0-dim tensor in place of the number of pairs in n.
+            world_size, accumulation: the loss is multiplied by one and divided by the other.
+            per_pair: whether to return each pair's loss and rewards too.
+
+        Returns:
+            PreferenceOutput. A batch without pairs gives a loss of 0.
+
+        Raises:
+            ValueError: a shape is wrong, or what this loss needs is missing; the message names it.
+            TypeError: a dtype is wrong.
+        """
+        chosen = preference_inputs.Given(
+            chosen_logps, ref_chosen_logps, chosen_lengths, chosen_mask, chosen_cu_seqlens, chosen_kl
+        )
+        rejected = preference_inputs.Given(
+            rejected_logps, ref_rejected_logps, rejected_lengths, rejected_mask, rejected_cu_seqlens, rejected_kl
+        )
+        rest = PairGiven(margin, extra, shared, weights, num_items)
+        return self._run(chosen, rejected, rest, nll, world_size / accumulation, per_pair)
+
+    def rows(
+        self, logps, *, ref_logps=None, lengths=None, mask=None, cu_seqlens=None, kl=None, margin=None, extra=None,
+        shared=None, weights=None, nll=None, num_items=None, world_size=1, accumulation=1, per_pair=False,
+    ) -> PreferenceOutput:  # fmt: skip
+        """The same of one batch of 2B responses, the B chosen ones first, as a concatenated forward leaves them.
+
+        Args:
+            logps: [2B] sums, [2B, T] tokens, or [N] packed tokens with ``cu_seqlens`` [2B + 1].
+            ref_logps, mask, kl: like logps.
+            lengths: [2B].
+        """
+        both = preference_inputs.Given(logps, ref_logps, lengths, mask, cu_seqlens, kl)
+        rest = PairGiven(margin, extra, shared, weights, num_items)
+        return self._run(both, None, rest, nll, world_size / accumulation, per_pair)
+
+    def _run(self, chosen, rejected, rest, nll, factor: float, per_pair: bool) -> PreferenceOutput:
+        with_nll, without, lengths, referenced = self.prepared
+        given = rest._asdict() | {"nll": nll}
+        for name in self.needs:
+            if given[name] is None:
+                validate.fail(name, f"a tensor: {self.name} needs it", "None")
+        checked = preference_inputs.checked(chosen, rejected, rest, self, lengths, referenced)
+        terms = with_nll if nll is None else without
+        needs = [_needs(checked[0]), _needs(checked[op.SIDE]), per_pair]
+        settings = Settings(float(self.tail), float(factor))
+        out = op.call(*checked, *terms, settings, REDUCTIONS.index(self.reduce), needs, backends.requested())
+        loss = out.loss if nll is None or not self.nll else out.loss + self.nll * nll
+        detail = (out.losses, *out.rewards) if per_pair else (None, None, None)
+        return PreferenceOutput(loss, LossMetrics(out.metrics, METRICS), *detail)
+
+
+def flat(terms: list[Term]) -> tuple:
+    """Terms as the op's schema has them: scores, means, links, numbers."""
+    return (
+        [t.score for t in terms], [t.mean for t in terms], [t.link for t in terms],
+        [x for t in terms for x in t.numbers()],
+    )  # fmt: skip
+
+
+def _needs(x) -> bool:
+    return x is not None and x.requires_grad and torch.is_grad_enabled()

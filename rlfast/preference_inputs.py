@@ -1,0 +1,226 @@
+"""The checks that a preference loss makes of its arguments, once, and the layout that its op wants."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from rlfast import validate
+from rlfast.loss_inputs import boundaries, counted, in_rows, like_first, number_of
+from rlfast.ops.preference_records import Side
+
+
+class Given(NamedTuple):
+    """The arguments of one side as they came."""
+
+    logps: object
+    ref_logps: object
+    lengths: object
+    mask: object
+    cu_seqlens: object
+    kl: object
+
+
+class PairGiven(NamedTuple):
+    """Those of the pairs."""
+
+    margin: object
+    extra: object
+    shared: object
+    weights: object
+    num_items: object
+
+
+class Names(NamedTuple):
+    """What the arguments of a side are called, for messages."""
+
+    logps: str
+    ref_logps: str
+    lengths: str
+    mask: str
+    cu_seqlens: str
+    kl: str
+
+
+CHOSEN, REJECTED = (
+    Names(*(f"{pattern.format(side)}" for pattern in (
+        "{}_logps", "ref_{}_logps", "{}_lengths", "{}_mask", "{}_cu_seqlens", "{}_kl"
+    )))
+    for side in ("chosen", "rejected")
+)  # fmt: skip
+ROWS = Names("logps", "ref_logps", "lengths", "mask", "cu_seqlens", "kl")
+
+
+def checked(chosen: Given, rejected: Given | None, rest: PairGiven, objective, lengths: bool, referenced: bool) -> tuple:
+    """The tensors of the op, or an error that names the argument.
+
+    Args:
+        chosen: the chosen side, or both in one where ``rejected`` is None.
+        rejected: the other.
+        rest: of the pairs.
+        objective: a ``PreferenceLoss``.
+        lengths: whether the loss reads the lengths.
+        referenced: whether it reads the reference.
+    """
+    names = ROWS if rejected is None else CHOSEN
+    first = side_of(chosen, names, objective, lengths, referenced, detached=objective.kl_detached)
+    second, pairs = Side(*(None,) * 5), rows_of(first)
+    if rejected is None:
+        if pairs % 2:
+            validate.fail("logps", "an even number of responses, the chosen first", str(pairs))
+        if objective.kl_detached and objective.kl:
+            validate.fail("kl", f"the two sides apart: {objective.name} detaches the chosen one's", "one batch of rows")
+        pairs //= 2
+    else:
+        second = side_of(rejected, REJECTED, objective, lengths, referenced)
+        validate.same_device(REJECTED.logps, second.logp, CHOSEN.logps, first.logp)
+        if rows_of(second) != pairs or is_tokens(second) != is_tokens(first):
+            wanted = f"{pairs} responses, " + ("tokens" if is_tokens(first) else "sums") + " like chosen_logps"
+            validate.fail(REJECTED.logps, wanted, validate.shape(second.logp))
+        if (first.logp.dtype == torch.float64) != (second.logp.dtype == torch.float64):
+            validate.fail(REJECTED.logps, f"dtype {first.logp.dtype} like chosen_logps", str(second.logp.dtype))
+    if objective.sort:
+        first, second = sorted_sides(first, second, objective.sort)
+    shared = rest.shared
+    if objective.nll_by_batch and objective.nll and shared is None:
+        shared = mean_length(first, pairs)
+    return (*first, *second, *fields_of(rest, shared, first.logp, pairs))
+
+
+def fields_of(rest: PairGiven, shared, logp, pairs: int) -> tuple:
+    """margin, extra, shared, weights and num_items as the op has them."""
+    of_pairs = [_field(name, getattr(rest, name), logp, pairs) for name in ("margin", "extra", "weights")]
+    number = number_of("shared", shared, logp)
+    number = number if number is None else number.expand(pairs)
+    return *of_pairs[:2], number, of_pairs[2], counted(rest.num_items, logp)
+
+
+def side_of(given: Given, names: Names, objective, lengths: bool, referenced: bool, detached: bool = False) -> Side:
+    """One side."""
+    logp = given.logps
+    validate.tensor(names.logps, logp)
+    if logp.dim() not in (1, 2):
+        wanted = f"shape [B] of sums, [B, T] of tokens, or [N] with {names.cu_seqlens}"
+        validate.fail(names.logps, wanted, validate.shape(logp))
+    ends = boundaries(given.cu_seqlens, logp, names.logps, names.cu_seqlens)
+    if referenced and given.ref_logps is None:
+        validate.fail(names.ref_logps, f"a tensor: {objective.name} needs it", "None")
+    ref = given.ref_logps
+    if ref is not None:
+        ref = like_first(names.ref_logps, _constant(names.ref_logps, ref), logp, names.logps)
+    if objective.kl:
+        if given.kl is None:
+            validate.fail(names.kl, f"a tensor: {objective.name} needs it", "None")
+        kl = like_first(names.kl, given.kl, logp, names.logps)
+        logp = logp + objective.kl * (kl.detach() if detached else kl)
+    tokens = logp.dim() == 2 or ends is not None
+    mask = validate.mask_like(given.mask, names.logps, logp, names.mask)
+    if mask is not None and not tokens:
+        validate.fail(names.mask, f"None beside sums of log-probs {validate.shape(logp)}", "a mask")
+    count = given.lengths
+    if tokens and count is not None:
+        validate.fail(names.lengths, "None beside tokens, which are counted", "a tensor")
+    if not tokens and lengths and count is None:
+        validate.fail(names.lengths, f"a tensor [B]: {objective.name} divides by it", "None")
+    if count is not None:
+        count = _lengths(names.lengths, count, logp)
+    mask = mask if mask is None else in_rows(mask)
+    return Side(in_rows(logp), ref if ref is None else in_rows(ref), mask, ends, count)
+
+
+def _constant(name: str, x):
+    if isinstance(x, torch.Tensor) and x.requires_grad:
+        validate.fail(name, "a tensor that needs no gradient", "requires_grad=True")
+    return x
+
+
+def _lengths(name: str, x, logp):
+    validate.tensor(name, x, validate.MASKS)
+    if x.shape != logp.shape:
+        validate.fail(name, f"shape {validate.shape(logp)}, one a response", validate.shape(x))
+    validate.same_device(name, x, "the log-probs", logp)
+    return x.to(torch.float64 if logp.dtype == torch.float64 else torch.float32).contiguous()
+
+
+def _field(name: str, x, logp, pairs: int):
+    if x is None:
+        return None
+    validate.tensor(name, _constant(name, x))
+    if tuple(x.shape) != (pairs,):
+        validate.fail(name, f"shape ({pairs},), one a pair", validate.shape(x))
+    validate.same_device(name, x, "the log-probs", logp)
+    if (x.dtype == torch.float64) != (logp.dtype == torch.float64):
+        x = x.to(torch.float64 if logp.dtype == torch.float64 else torch.float32)
+    return x
+
+
+def is_tokens(side: Side) -> bool:
+    """Whether a side has tokens, and not their sums."""
+    return side.logp.dim() == 2 or side.cu_seqlens is not None
+
+
+def rows_of(side: Side) -> int:
+    """How many responses there are."""
+    return side.logp.shape[0] if side.cu_seqlens is None else side.cu_seqlens.shape[0] - 1
+
+
+def mean_length(first: Side, pairs: int):
+    """The mean length of the chosen responses."""
+    if not is_tokens(first):
+        return first.lengths[:pairs].mean()
+    if first.cu_seqlens is None:
+        mask = first.mask
+        n = torch.full((), pairs * first.logp.shape[1]) if mask is None else mask[:pairs].sum()
+    else:
+        ends = first.cu_seqlens
+        inside = torch.arange(first.logp.shape[0], device=ends.device)
+        inside = (inside >= ends[0]) & (inside < ends[pairs])
+        n = (inside if first.mask is None else inside & first.mask).sum()
+    return n.to(first.logp.device, torch.float32).clamp(min=1) / max(pairs, 1)
+
+
+def summed(side: Side) -> Side:
+    """A side with its sums in place of its tokens, by torch, with gradient."""
+    if not is_tokens(side):
+        return side
+    acc = torch.float64 if side.logp.dtype == torch.float64 else torch.float32
+    mask = torch.ones_like(side.logp, dtype=torch.bool) if side.mask is None else side.mask
+
+    def total(x):
+        if x is None:
+            return None
+        x = torch.where(mask, x.to(acc), torch.zeros((), dtype=acc, device=x.device))
+        if side.cu_seqlens is None:
+            return x.sum(-1)
+        ends = side.cu_seqlens
+        return torch.segment_reduce(x[ends[0] : ends[-1]], "sum", offsets=ends - ends[0], initial=0)
+
+    return Side(total(side.logp), total(side.ref_logp), None, None, total(torch.ones_like(side.logp, dtype=acc)))
+
+
+def sorted_sides(first: Side, second: Side, how: str) -> tuple[Side, Side]:
+    """Sums whose differences are the sorted ones of optimal transport: in ascending order, ties as they came.
+
+    "pairs": sort(S_w − S_l) against sort(S_w^ref − S_l^ref); "responses": sort(D_w) against sort(D_l).
+    """
+    first = summed(first)
+    if second.logp is None:
+        first, second = halves_of(first)
+    else:
+        second = summed(second)
+    zero = torch.zeros_like(first.logp)
+    ref = [zero if x.ref_logp is None else x.ref_logp for x in (first, second)]
+    if how == "pairs":
+        ours, theirs = (first.logp - second.logp), (ref[0] - ref[1])
+        sort = [x.sort(stable=True).values for x in (ours, theirs)]
+        return Side(sort[0], sort[1], None, None, first.lengths), Side(zero, zero, None, None, second.lengths)
+    sort = [(x.logp - r).sort(stable=True).values for x, r in zip((first, second), ref, strict=True)]
+    return tuple(Side(x, zero, None, None, side.lengths) for x, side in zip(sort, (first, second), strict=True))
+
+
+def halves_of(both: Side) -> tuple[Side, Side]:
+    """Sums of one batch, cut in two."""
+    n = both.logp.shape[0] // 2
+    cut = [[x if x is None else x[part] for x in both] for part in (slice(None, n), slice(n, None))]
+    return Side(*cut[0]), Side(*cut[1])

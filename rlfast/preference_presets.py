@@ -1,0 +1,87 @@
+"""What each trainer does differently from the paper of a preference loss: options, by trainer and row.
+
+Of TRL 1.16.0, Liger 0.8.5 and OpenRLHF 0.11.2, and of HALOs as of November 2026. A row without options is there because the
+trainer has it and agrees.
+"""
+
+from __future__ import annotations
+
+from rlfast import validate
+
+# The likelihood beside a loss is a mean over all tokens of the batch.
+_BATCH = {"nll_by_batch": True}
+
+PRESETS: dict[str, dict[str, dict]] = {
+    "trl": {
+        "dpo": {},
+        "robust": {},
+        "hinge": {},
+        "ipo": {"mean": True},
+        "dpo_norm": {},
+        "ld_dpo": {},
+        "wpo": {},
+        "exo_pair": {},
+        "nca_pair": {},
+        "bco_pair": {},
+        "sppo_hard": {"beta": 0.1, "scale": 1.0},
+        "aot": {},
+        "aot_unpaired": {},
+        "apo_zero": {},
+        "apo_down": {},
+        "discopop": {},
+        "f_dpo_reverse_kl": {},
+        "f_dpo_forward_kl": {},
+        "f_dpo_js": {},
+        "f_dpo_alpha": {},
+        "mpo": _BATCH,
+        "irpo": _BATCH,
+        "rpo": _BATCH,
+        "cpo": _BATCH | {"beta": 0.1},
+        "cpo_hinge": _BATCH,
+        "cpo_ipo": _BATCH,
+        "simpo": {"beta": 0.1, "gamma": 0.5},
+        "cpo_simpo": _BATCH | {"beta": 0.1, "gamma": 0.5},
+        "alpha_po": {"beta": 0.1, "gamma": 0.5},
+        "orpo": _BATCH,  # and over prompt and response, which the caller hands in as ``nll``
+        "xpo": {},
+    },
+    "liger": {
+        "dpo": {},
+        "robust": {},
+        "apo_zero": {},
+        "apo_down": {},
+        "bco_pair": {},
+        "sppo_hard": {"beta": 0.1, "scale": 1.0},
+        "nca_pair": {},
+        "cpo": _BATCH,
+        "simpo": {"beta": 0.1, "gamma": 0.5},
+        "orpo": _BATCH,
+    },
+    "openrlhf": {
+        "dpo": {},
+        "cdpo": {},
+        "ipo": {},
+        "irpo": {},
+    },
+    "halos": {
+        "dpo": {},
+        "cdpo": {},
+        "ipo": {"mean": True},
+        "slic_hf": {"beta": 1.0},
+        "simpo": {},
+        "orpo": {},
+        "kto": {},
+    },
+}
+
+
+def preset(name: str, like: str) -> dict:
+    """The options by which a row becomes a trainer's own.
+
+    Raises:
+        ValueError: the trainer is unknown, or has no such loss.
+    """
+    rows = PRESETS[validate.one_of("like", like, tuple(PRESETS))]
+    if name not in rows:
+        validate.fail("name", f"one of {', '.join(rows)} for like={like!r}", repr(name))
+    return rows[name]
