@@ -74,6 +74,17 @@ class TorchVocabulary:
         return TorchVocabulary.minimum(TorchVocabulary.maximum(x, low), high)
 
 
+# The functions of kernels/formulas/elementary.py as torch has them: exact without what Triton needs for it.
+ELEMENTARY = {
+    "exp": torch.exp,
+    "expm1": torch.expm1,
+    "log1p": lambda x: torch.log1p(_tensor(x)),
+    "sigmoid": torch.sigmoid,
+    "softplus": lambda x: -torch.nn.functional.logsigmoid(-x),
+    "tanh": torch.tanh,
+}
+
+
 if triton is not None:
     from triton import jit
     from triton.language import constexpr as _constexpr
@@ -100,6 +111,8 @@ def _globals_of(code: types.CodeType):
 def torch_version(formula):
     """A ``@jit`` formula as a plain function of tensors: its text, and its helpers', with ``tl`` bound to torch.
 
+    The elementary functions that it calls are torch's own.
+
     Args:
         formula: a ``@jit`` function whose globals are formulas, constants and ``tl``.
 
@@ -120,6 +133,8 @@ def torch_version(formula):
             own[name] = TorchVocabulary
         elif isinstance(value, _constexpr):
             own[name] = value.value
+        elif name in ELEMENTARY and value.__module__ != source.__module__ and value.__module__.endswith(".elementary"):
+            own[name] = ELEMENTARY[name]
         elif value is not source and (hasattr(value, "fn") or _is_formula(value, source)):
             own[name] = torch_version(value)
         else:

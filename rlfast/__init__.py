@@ -42,24 +42,31 @@ from rlfast.preference_table import PREFERENCES, preference_loss  # noqa: E402
 from rlfast.reductions import Whiten, masked_mean, masked_whiten  # noqa: E402
 from rlfast.rewards import length_reward, overlong_penalty, shape_rewards  # noqa: E402
 from rlfast.selections import clip_cov_keep, kl_cov_extra, rollout_keep, top_entropy_keep  # noqa: E402
+from rlfast.statistics import DynamicBeta, RunningDelta, kto_reference_point, udm_weights, wpo_weights  # noqa: E402
+from rlfast.unpaired import UNPAIRED, UnpairedLoss, UnpairedOutput, unpaired_loss  # noqa: E402
 from rlfast.values import value_loss  # noqa: E402
 
 __version__ = "0.1.0"
 __all__ = [
     "LOSSES",
+    "PREFERENCES",
+    "UNPAIRED",
     "AdaptiveEntropy",
     "AdaptiveKL",
     "Correction",
+    "DynamicBeta",
     "GroupStatistics",
     "Loss",
     "LossMetrics",
     "LossOutput",
-    "PREFERENCES",
     "Part",
     "PreferenceLoss",
     "PreferenceOutput",
+    "RunningDelta",
     "RunningMeanStd",
     "TokenLogps",
+    "UnpairedLoss",
+    "UnpairedOutput",
     "Whiten",
     "affine_scan",
     "backends",
@@ -71,6 +78,7 @@ __all__ = [
     "group_statistics",
     "kl_cov_extra",
     "kl_penalty",
+    "kto_reference_point",
     "lambda_returns",
     "length_reward",
     "linear_token_logps",
@@ -89,8 +97,11 @@ __all__ = [
     "td_residuals",
     "token_logps",
     "top_entropy_keep",
+    "udm_weights",
+    "unpaired_loss",
     "use_backend",
     "value_loss",
     "vapo_lam",
     "vtrace",
+    "wpo_weights",
 ]

@@ -111,7 +111,7 @@ def _by_sequence(name: str, x, logp, cu_seqlens):
 
 
 def _flags(name: str, x, logp):
-    x = validate.masklike_first(x, "logp", logp, name)
+    x = validate.mask_like(x, "logp", logp, name)
     return x if x is None else in_rows(x)
 
 

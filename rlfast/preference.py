@@ -63,6 +63,13 @@ class Part:
         own.pop("unused", None)
         return own
 
+    def changed(self, links: dict, options: dict) -> Part:
+        """With the options that this part knows."""
+        own = self.knows(links)
+        mine = {k: x for k, x in options.items() if k in own}
+        fields_ = {to: getattr(self, to) | {k: x for k, x in mine.items() if own[k] == to} for to in set(own.values())}
+        return replace(self, **fields_, **({"mean": options["mean"]} if "mean" in options else {}))
+
 
 def _numbers(what: str, formula, given: dict) -> tuple[float, ...]:
     unknown = set(given) - set(formula.hyper._fields)
@@ -132,7 +139,9 @@ class PreferenceLoss:
         terms = [part.term(PAIRS) for part in self.parts]
         beta = self.parts[0].hyper.get("beta", getattr(PAIRS[self.parts[0].link].hyper(), "beta", 1.0))
         score = next((p.score_hyper for p in self.parts if p.score == self.reward), {})
-        reward = Term(self.reward, self.reward_mean, "", float(beta), _numbers("reward", SCORES[self.reward], score), ())
+        reward = Term(
+            self.reward, self.reward_mean, "", float(beta), _numbers("reward", SCORES[self.reward], score), ()
+        )
         terms = [reward, *terms]
         with_nll = terms
         if self.nll:
@@ -149,11 +158,8 @@ class PreferenceLoss:
         names = {f.name for f in fields(self)} - {"parts", "name", "paper", "needs"}
         parts, known = [], set(names) | {"mean"}
         for part in self.parts:
-            own = part.knows(PAIRS)
-            known |= set(own)
-            mine = {k: x for k, x in options.items() if k in own and k not in names}
-            changed = {to: getattr(part, to) | {k: x for k, x in mine.items() if own[k] == to} for to in own.values()}
-            parts.append(replace(part, **changed, **{k: options[k] for k in ("mean",) if k in options}))
+            known |= set(part.knows(PAIRS))
+            parts.append(part.changed(PAIRS, options))
         for option in options:
             if option not in known:
                 validate.fail(

@@ -52,7 +52,9 @@ CHOSEN, REJECTED = (
 ROWS = Names("logps", "ref_logps", "lengths", "mask", "cu_seqlens", "kl")
 
 
-def checked(chosen: Given, rejected: Given | None, rest: PairGiven, objective, lengths: bool, referenced: bool) -> tuple:
+def checked(
+    chosen: Given, rejected: Given | None, rest: PairGiven, objective, lengths: bool, referenced: bool
+) -> tuple:
     """The tensors of the op, or an error that names the argument.
 
     Args:
@@ -64,7 +66,8 @@ def checked(chosen: Given, rejected: Given | None, rest: PairGiven, objective, l
         referenced: whether it reads the reference.
     """
     names = ROWS if rejected is None else CHOSEN
-    first = side_of(chosen, names, objective, lengths, referenced, detached=objective.kl_detached)
+    kl = objective.kl
+    first = side_of(chosen, names, objective.name, lengths, referenced, kl, objective.kl_detached)
     second, pairs = Side(*(None,) * 5), rows_of(first)
     if rejected is None:
         if pairs % 2:
@@ -73,7 +76,7 @@ def checked(chosen: Given, rejected: Given | None, rest: PairGiven, objective, l
             validate.fail("kl", f"the two sides apart: {objective.name} detaches the chosen one's", "one batch of rows")
         pairs //= 2
     else:
-        second = side_of(rejected, REJECTED, objective, lengths, referenced)
+        second = side_of(rejected, REJECTED, objective.name, lengths, referenced, kl)
         validate.same_device(REJECTED.logps, second.logp, CHOSEN.logps, first.logp)
         if rows_of(second) != pairs or is_tokens(second) != is_tokens(first):
             wanted = f"{pairs} responses, " + ("tokens" if is_tokens(first) else "sums") + " like chosen_logps"
@@ -96,8 +99,31 @@ def fields_of(rest: PairGiven, shared, logp, pairs: int) -> tuple:
     return *of_pairs[:2], number, of_pairs[2], counted(rest.num_items, logp)
 
 
-def side_of(given: Given, names: Names, objective, lengths: bool, referenced: bool, detached: bool = False) -> Side:
-    """One side."""
+def checked_single(given: Given, desirable, rest: PairGiven, name: str, lengths: bool, referenced: bool) -> tuple:
+    """The tensors of the op of single responses."""
+    side = side_of(given, ROWS, name, lengths, referenced)
+    rows = rows_of(side)
+    validate.tensor("desirable", desirable, (torch.bool,))
+    if tuple(desirable.shape) != (rows,):
+        validate.fail("desirable", f"shape ({rows},), one a response", validate.shape(desirable))
+    validate.same_device("desirable", desirable, "logps", side.logp)
+    return (*side, desirable, *fields_of(rest, rest.shared, side.logp, rows))
+
+
+def side_of(
+    given: Given, names: Names, loss: str, lengths: bool, referenced: bool, kl_coef: float = 0.0, detached: bool = False
+) -> Side:
+    """One side.
+
+    Args:
+        given: its arguments.
+        names: what they are called.
+        loss: the name of the loss, for messages.
+        lengths: whether it reads the lengths.
+        referenced: whether it reads the reference.
+        kl_coef: of the KL that is added to the log-probs.
+        detached: whether that is without gradient.
+    """
     logp = given.logps
     validate.tensor(names.logps, logp)
     if logp.dim() not in (1, 2):
@@ -105,15 +131,15 @@ def side_of(given: Given, names: Names, objective, lengths: bool, referenced: bo
         validate.fail(names.logps, wanted, validate.shape(logp))
     ends = boundaries(given.cu_seqlens, logp, names.logps, names.cu_seqlens)
     if referenced and given.ref_logps is None:
-        validate.fail(names.ref_logps, f"a tensor: {objective.name} needs it", "None")
+        validate.fail(names.ref_logps, f"a tensor: {loss} needs it", "None")
     ref = given.ref_logps
     if ref is not None:
         ref = like_first(names.ref_logps, _constant(names.ref_logps, ref), logp, names.logps)
-    if objective.kl:
+    if kl_coef:
         if given.kl is None:
-            validate.fail(names.kl, f"a tensor: {objective.name} needs it", "None")
+            validate.fail(names.kl, f"a tensor: {loss} needs it", "None")
         kl = like_first(names.kl, given.kl, logp, names.logps)
-        logp = logp + objective.kl * (kl.detach() if detached else kl)
+        logp = logp + kl_coef * (kl.detach() if detached else kl)
     tokens = logp.dim() == 2 or ends is not None
     mask = validate.mask_like(given.mask, names.logps, logp, names.mask)
     if mask is not None and not tokens:
@@ -122,7 +148,7 @@ def side_of(given: Given, names: Names, objective, lengths: bool, referenced: bo
     if tokens and count is not None:
         validate.fail(names.lengths, "None beside tokens, which are counted", "a tensor")
     if not tokens and lengths and count is None:
-        validate.fail(names.lengths, f"a tensor [B]: {objective.name} divides by it", "None")
+        validate.fail(names.lengths, f"a tensor [B]: {loss} divides by it", "None")
     if count is not None:
         count = _lengths(names.lengths, count, logp)
     mask = mask if mask is None else in_rows(mask)

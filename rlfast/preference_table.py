@@ -16,7 +16,9 @@ def _rows(*rows: PreferenceLoss) -> dict[str, PreferenceLoss]:
     return {row.name: row for row in rows}
 
 
-def _row(name: str, link: str, paper: str, needs=(), hyper=None, score="log_ratio", mean=False, score_hyper=None, **rest):
+def _row(
+    name: str, link: str, paper: str, needs=(), hyper=None, score="log_ratio", mean=False, score_hyper=None, **rest
+):
     part = Part(link, hyper or {}, score, score_hyper or {}, mean)
     return PreferenceLoss((part, *rest.pop("more", ())), name=name, paper=paper, needs=needs, **rest)
 

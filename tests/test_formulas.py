@@ -127,7 +127,7 @@ def test_the_emitter_refuses_what_it_cannot_print(body):
     tool = emitter()
     node = ast.parse(f'def f(t: Token, h: Clip):\n    """Doc."""\n{body}\n').body[0]
     with pytest.raises((SyntaxError, KeyError)):
-        tool.Formula(node, {}, set()).text()
+        tool.Formula(node, "Surrogate", {}, set()).text()
 
 
 class Power(NamedTuple):

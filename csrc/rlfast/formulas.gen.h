@@ -380,7 +380,7 @@ RLFAST_FORMULA auto forward_kl(const Response<V>& r, const NoHyper& h) {
 template <class V>
 RLFAST_FORMULA auto jensen_shannon(const Response<V>& r, const NoHyper& h) {
   (void)h;
-  return Score<V>{(0.6931471805599453f - softplus(-r.log_ratio)), sigmoid(-r.log_ratio)};
+  return Score<V>{(-softplus(-r.log_ratio) + 0.6931471805599453f), sigmoid(-r.log_ratio)};
 }
 
 // The α of an α-divergence, not 1.
@@ -535,15 +535,19 @@ RLFAST_FORMULA auto apo_zero(const Pair<V>& p, const Beta& h) {
 }
 
 // ℓ = σ(βw) + 1 − σ(x).
-// ∂ℓ/∂w = β(σ(βw)σ(−βw) − σ(x)σ(−x)), ∂ℓ/∂l = βσ(x)σ(−x). arXiv 2408.06266 (8).
+// ∂ℓ/∂w = β(σ'(βw) − σ'(x)), ∂ℓ/∂l = βσ'(x), σ' = σ(u)σ(−u). The difference without its cancellation, of
+// 1/cosh² and sinh(a + b)·sinh(a − b) = cosh²a − cosh²b. arXiv 2408.06266 (8).
 template <class V>
 RLFAST_FORMULA auto apo_down(const Pair<V>& p, const Beta& h) {
   auto w = (h.beta * p.chosen);
+  auto l_ = (h.beta * p.rejected);
   auto x = (h.beta * (p.chosen - p.rejected));
-  auto up = sigmoid(w);
+  auto u = (1.0f + exp(-absolute_value(w)));
+  auto v = (1.0f + exp(-absolute_value(x)));
+  auto size = (((expm1(-absolute_value(l_)) * expm1(-absolute_value((w + x)))) * exp(-minimum(absolute_value(w), absolute_value(x)))) / (((u * u) * v) * v));
   auto down = sigmoid(-x);
-  auto d = (h.beta * (sigmoid(x) * down));
-  return PairLoss<V>{(up + down), ((h.beta * (up * sigmoid(-w))) - d), d};
+  auto d = (h.beta * select<V>(((l_ * (w + x)) > 0.0f), -size, size));
+  return PairLoss<V>{(sigmoid(w) + down), d, (h.beta * (sigmoid(x) * down))};
 }
 
 // β, and the temperature τ of the mixture.
@@ -783,7 +787,7 @@ template <class V>
 RLFAST_FORMULA auto focal(const Pair<V>& p, const Focal& h) {
   auto x = (p.chosen - p.rejected);
   auto easy = (x > 0.0f);
-  auto k = select<V>(easy, exp((h.gamma * (0.6931471805599453f - softplus(x)))), 1.0f);
+  auto k = select<V>(easy, exp((h.gamma * (-softplus(x) + 0.6931471805599453f))), 1.0f);
   auto value = softplus(-x);
   auto d = (-k * (sigmoid(-x) + select<V>(easy, ((h.gamma * sigmoid(x)) * value), 0.0f)));
   return PairLoss<V>{(k * value), d, -d};

@@ -184,12 +184,15 @@ def apo_zero(p: Pair, h: Beta):
 def apo_down(p: Pair, h: Beta):
     """ℓ = σ(βw) + 1 − σ(x).
 
-    ∂ℓ/∂w = β(σ(βw)σ(−βw) − σ(x)σ(−x)), ∂ℓ/∂l = βσ(x)σ(−x). arXiv 2408.06266 (8).
+    ∂ℓ/∂w = β(σ'(βw) − σ'(x)), ∂ℓ/∂l = βσ'(x), σ' = σ(u)σ(−u). The difference without its cancellation, of
+    1/cosh² and sinh(a + b)·sinh(a − b) = cosh²a − cosh²b. arXiv 2408.06266 (8).
     """
-    w, x = h.beta * p.chosen, h.beta * (p.chosen - p.rejected)
-    up, down = sigmoid(w), sigmoid(-x)
-    d = h.beta * (sigmoid(x) * down)
-    return up + down, h.beta * (up * sigmoid(-w)) - d, d
+    w, l_, x = h.beta * p.chosen, h.beta * p.rejected, h.beta * (p.chosen - p.rejected)
+    u, v = 1.0 + exp(-tl.abs(w)), 1.0 + exp(-tl.abs(x))
+    size = expm1(-tl.abs(l_)) * expm1(-tl.abs(w + x)) * exp(-tl.minimum(tl.abs(w), tl.abs(x))) / (u * u * v * v)
+    down = sigmoid(-x)
+    d = h.beta * tl.where(l_ * (w + x) > 0.0, -size, size)
+    return sigmoid(w) + down, d, h.beta * (sigmoid(x) * down)
 
 
 class Disco(NamedTuple):
@@ -462,7 +465,7 @@ def focal(p: Pair, h: Focal):
     """
     x = p.chosen - p.rejected
     easy = x > 0.0
-    k = tl.where(easy, exp(h.gamma * (LN_2 - softplus(x))), 1.0)
+    k = tl.where(easy, exp(h.gamma * (-softplus(x) + LN_2)), 1.0)
     value = softplus(-x)
     d = -k * (sigmoid(-x) + tl.where(easy, h.gamma * sigmoid(x) * value, 0.0))
     return k * value, d, -d

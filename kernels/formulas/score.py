@@ -71,7 +71,7 @@ def jensen_shannon(r: Response, h: NoHyper):
 
     ds/dS = σ(−D). f-DPO, arXiv 2309.16240.
     """
-    return LN_2 - softplus(-r.log_ratio), sigmoid(-r.log_ratio)
+    return -softplus(-r.log_ratio) + LN_2, sigmoid(-r.log_ratio)
 
 
 class Divergence(NamedTuple):

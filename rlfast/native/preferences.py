@@ -41,11 +41,7 @@ def side(x: Side) -> tuple:
 def arguments(sides, rest: Rest, terms: list[Term], settings, reduce: int, out: Output) -> tuple:
     """(sides, rest, scores, links, means, numbers, settings, sum, outputs)."""
     gradients, numbers = out[2:4], [x for term in terms for x in term.numbers()]
-    per_side = [
-        address
-        for i in range(len(sides))
-        for address in (_written(gradients[i]), _written(out.rewards[i]))
-    ]
+    per_side = [address for i in range(len(sides)) for address in (_written(gradients[i]), _written(out.rewards[i]))]
     fields = [None if x is None else (x.data_ptr(), DTYPES[x.dtype], x.stride(0), 0) for x in rest[:4]]
     return (
         [side(x) for x in sides], (*fields, _address(rest.num_items)), [t.score for t in terms],

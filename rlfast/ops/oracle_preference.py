@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import torch
 
 from rlfast.kernels.formulas import PAIRS, SCORES, SINGLES
-from rlfast.ops.preference_records import METRICS, MEAN, SINGLE_METRICS, Output, Rest, Side, Term
+from rlfast.ops.preference_records import MEAN, METRICS, SINGLE_METRICS, Output, Rest, Side, Term
 from rlfast.reference.pair_loss import pair_loss as pair_oracle
 from rlfast.reference.sequences import sequence_sums
 from rlfast.reference.unpaired_loss import unpaired_loss as single_oracle

@@ -102,7 +102,10 @@ def _padded(numbers, width: int) -> list[float]:
 def terms_of(scores, means, links, numbers) -> list[Term]:
     """The terms of an op's flat arguments."""
     rows = [numbers[i : i + WIDTH] for i in range(0, len(numbers), WIDTH)]
-    return [Term(s, bool(m), k, x[0], tuple(x[1:3]), tuple(x[3:])) for s, m, k, x in zip(scores, means, links, rows, strict=True)]
+    return [
+        Term(s, bool(m), k, x[0], tuple(x[1:3]), tuple(x[3:]))
+        for s, m, k, x in zip(scores, means, links, rows, strict=True)
+    ]
 
 
 def rows_of(side: Side) -> int:

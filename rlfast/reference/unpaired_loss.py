@@ -47,6 +47,14 @@ def unpaired_loss(
         "desirable_reward": mean_of(rewards, desirable), "undesirable_reward": mean_of(rewards, ~desirable),
         "desirable_logp": mean_of(sums[0], desirable), "undesirable_logp": mean_of(sums[0], ~desirable),
     }  # fmt: skip
-    return loss, {k: x.detach().to(zero.dtype) for k, x in metrics.items()} | {
-        "losses": losses.detach(), "rewards": (rewards,)
+    sizes = {  # Σ|terms| of what is one sum
+        "loss": factor * losses.abs().sum() / (n if n is not None else zero.numel() or 1),
+        "desirable_reward": mean_of(rewards.abs(), desirable), "undesirable_reward": mean_of(rewards.abs(), ~desirable),
+        "desirable_logp": mean_of(sums[0].abs(), desirable), "undesirable_logp": mean_of(sums[0].abs(), ~desirable),
     }  # fmt: skip
+    found = {k: x.detach().to(zero.dtype) for k, x in metrics.items()}
+    return loss, found | {
+        "losses": losses.detach(),
+        "rewards": (rewards,),
+        "sizes": {k: x.detach() for k, x in sizes.items()},
+    }

@@ -1,0 +1,171 @@
+"""What some preference losses know of the batches before: explicit objects, whose value a loss takes as an argument."""
+
+from __future__ import annotations
+
+import torch
+
+from rlfast import validate
+
+
+def gathered_mean(x: torch.Tensor, process_group=None) -> torch.Tensor:
+    """The mean of a vector over every rank of a process group, which may have different lengths; 0 if it is empty."""
+    parts = torch.stack([x.detach().double().sum(), torch.tensor(float(x.numel()), device=x.device).double()])
+    if process_group is not None:
+        torch.distributed.all_reduce(parts, group=process_group)
+    return (parts[0] / parts[1].clamp(min=1)).to(torch.float32)
+
+
+def kto_reference_point(kl_logps, ref_kl_logps, *, process_group=None) -> torch.Tensor:
+    """KTO's z = max(0, mean(log π − log π_ref)) over responses that belong to other prompts, without gradient.
+
+    Args:
+        kl_logps: [K] float, sums of log π over the mismatched responses.
+        ref_kl_logps: [K], the same of log π_ref.
+        process_group: the mean is over all of its ranks.
+
+    Returns:
+        float32 [], for ``shared`` of ``rlfast.unpaired_loss("kto")``.
+
+    Reference: arXiv 2402.01306.
+    """
+    validate.tensor("kl_logps", kl_logps)
+    if ref_kl_logps is None:
+        validate.fail("ref_kl_logps", "a tensor beside kl_logps", "None")
+    validate.tensor("ref_kl_logps", ref_kl_logps)
+    if kl_logps.shape != ref_kl_logps.shape:
+        validate.fail("ref_kl_logps", f"shape {validate.shape(kl_logps)} like kl_logps", validate.shape(ref_kl_logps))
+    return gathered_mean(kl_logps.float() - ref_kl_logps.float(), process_group).clamp(min=0)
+
+
+class RunningDelta:
+    """BCO's δ: the running mean of the mean rewards of desirable and undesirable responses.
+
+        δ ← m·δ + (1 − m)·½(mean(r_w) + mean(r_l))
+
+    Args:
+        momentum: m; 0 is the batch's own mean, "average" the mean over all batches so far.
+
+    Reference: arXiv 2404.04656.
+
+    Example:
+        >>> delta = rlfast.RunningDelta()
+        >>> delta.update(torch.tensor([1.0, 3.0]), torch.tensor([0.0]))
+        >>> delta.value.item()
+        1.0
+    """
+
+    def __init__(self, momentum: float | str = "average"):
+        if momentum != "average" and not 0 <= validate.finite("momentum", momentum) < 1:
+            validate.fail("momentum", "a number in [0, 1), or 'average'", repr(momentum))
+        self.momentum, self.value, self.count = momentum, torch.zeros(()), 0
+
+    def update(self, chosen_rewards, rejected_rewards, *, process_group=None) -> torch.Tensor:
+        """δ after one more batch; a side without responses leaves the other's mean."""
+        for name, x in (("chosen_rewards", chosen_rewards), ("rejected_rewards", rejected_rewards)):
+            validate.tensor(name, x)
+        sides = [x for x in (chosen_rewards, rejected_rewards) if x.numel()]
+        if not sides:
+            return self.value
+        mean = torch.stack([gathered_mean(x, process_group) for x in sides]).mean()
+        keep = self.count / (self.count + 1) if self.momentum == "average" else self.momentum * (self.count > 0)
+        self.value = self.value.to(mean.device) * keep + mean * (1 - keep)
+        self.count += 1
+        return self.value
+
+    def state_dict(self) -> dict:
+        """What a checkpoint needs."""
+        return {"value": self.value.item(), "count": self.count}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Continue from a checkpoint."""
+        self.value, self.count = torch.tensor(float(state["value"])), int(state["count"])
+
+
+class DynamicBeta:
+    """β-DPO's batch statistics: M₀ and σ of the reward gap as exponential averages, and from them each pair's factor.
+
+        β_i/β = max(1 + a(gap_i − M₀), least),   kept where |gap_i − M₀| ranks among the most probable
+
+    Args:
+        a: how strongly β follows the gap.
+        momentum: of the averages.
+        filtered: share of the pairs, those furthest from M₀ in units of σ, that are left out.
+        least: the smallest β.
+
+    Reference: arXiv 2407.08639.
+    """
+
+    def __init__(self, a: float = 0.6, momentum: float = 0.9, filtered: float = 0.2, least: float = 1e-3):
+        self.a, self.least = validate.finite("a", a), validate.positive("least", least)
+        self.momentum, self.filtered = validate.finite("momentum", momentum), validate.finite("filtered", filtered)
+        if not 0 <= momentum < 1 or not 0 <= filtered < 1:
+            validate.fail("momentum and filtered", "numbers in [0, 1)", f"{momentum} and {filtered}")
+        self.mean, self.std, self.count = torch.zeros(()), torch.ones(()), 0
+
+    def update(self, gaps, beta: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """(factors of β [B], weights [B] of 0 and 1) for ``extra`` and ``weights`` of ``preference_loss("beta_dpo")``.
+
+        Args:
+            gaps: [B] float, β(D_w − D_l) of the batch, without gradient.
+            beta: the β that the factors multiply.
+        """
+        validate.tensor("gaps", gaps)
+        gaps, m = gaps.detach().float(), self.momentum if self.count else 0.0
+        self.mean = m * self.mean.to(gaps.device) + (1 - m) * gaps.mean()
+        self.std = m * self.std.to(gaps.device) + (1 - m) * gaps.std(correction=0)
+        self.count += 1
+        factor = (1 + self.a * (gaps - self.mean)).clamp(min=self.least / validate.positive("beta", beta))
+        distance = (gaps - self.mean).abs()
+        dropped = int(self.filtered * gaps.numel())
+        keep = torch.ones_like(gaps)
+        if dropped:
+            keep[distance.sort(descending=True, stable=True).indices[:dropped]] = 0
+        return factor, keep
+
+    def state_dict(self) -> dict:
+        """What a checkpoint needs."""
+        return {"mean": self.mean.item(), "std": self.std.item(), "count": self.count}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Continue from a checkpoint."""
+        self.mean, self.std = torch.tensor(float(state["mean"])), torch.tensor(float(state["std"]))
+        self.count = int(state["count"])
+
+
+def udm_weights(desirable_probability, *, low: float = 0.5, high: float = 10.0) -> torch.Tensor:
+    """BCO's weights of undesirable responses: p/(1 − p) within bounds, p the density model's P(desirable | prompt).
+
+    Args:
+        desirable_probability: [B] float in [0, 1].
+
+    Reference: arXiv 2404.04656, underlying distribution matching.
+    """
+    validate.tensor("desirable_probability", desirable_probability)
+    p = desirable_probability.float()
+    return (p / (1 - p).clamp(min=torch.finfo(torch.float32).tiny)).clamp(low, high)
+
+
+def wpo_weights(logps, log_sum_sq_probs, mask=None, *, most: float = float("inf")) -> torch.Tensor:
+    """WPO's weight of a response: exp(mean_t(log π_t − log Σ_v p_t²)), without gradient.
+
+    Args:
+        logps: [B, T] float, log π of the tokens.
+        log_sum_sq_probs: like logps, as ``rlfast.token_logps(outputs=("log_sum_sq_probs",))`` gives it.
+        mask: like logps.
+        most: an upper bound; the authors' code has 1.
+
+    Returns:
+        float32 [B]. The loss of a pair is multiplied by those of both of its responses.
+
+    Reference: arXiv 2406.11827 (2).
+    """
+    validate.tensor("logps", logps)
+    validate.tensor("log_sum_sq_probs", log_sum_sq_probs)
+    if log_sum_sq_probs.shape != logps.shape:
+        wanted = f"shape {validate.shape(logps)} like logps"
+        validate.fail("log_sum_sq_probs", wanted, validate.shape(log_sum_sq_probs))
+    keep = validate.mask_like(mask, "logps", logps)
+    aligned = (logps.detach().float() - log_sum_sq_probs.detach().float()).nan_to_num()
+    aligned = aligned if keep is None else torch.where(keep, aligned, 0.0)
+    count = torch.full(logps.shape[:1], float(logps.shape[1]), device=logps.device) if keep is None else keep.sum(-1)
+    return (aligned.sum(-1) / count.clamp(min=1)).exp().clamp(max=most)

@@ -1,0 +1,86 @@
+"""``unpaired_loss`` on every backend against the oracle."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+import rlfast
+from rlfast.kernels.formulas import SINGLES
+from tests.cases import few
+from tests.numerics import assert_same_bits
+from tests.preference_cases import check_single, run_single, single_case
+
+OP = "unpaired_loss"
+
+
+@pytest.mark.parametrize("link", SINGLES)
+@pytest.mark.parametrize("form", ("sums", "padded", "packed"))
+def test_every_link(backend, device, link, form):
+    check_single(single_case(link, form), backend, device)
+
+
+@pytest.mark.parametrize("dtype", ("bf16", "f16", "mixed"))
+@pytest.mark.parametrize("form", ("sums", "padded", "packed"))
+def test_every_dtype(backend, device, form, dtype):
+    check_single(single_case("kto", form, dtype), backend, device)
+
+
+@pytest.mark.parametrize("reduce", ("mean", "sum"))
+@pytest.mark.parametrize("count", (None, 17.0, "tensor"))
+def test_the_normaliser(backend, device, reduce, count):
+    case = single_case("kto", reduce=reduce)
+    count = {} if count is None else {"num_items": torch.tensor(17.0) if count == "tensor" else count}
+    case = replace(case, rest=case.rest | count | {"world_size": 4, "accumulation": 2}, upstream=0.375)
+    check_single(case, backend, device)
+
+
+def test_a_mixture(backend, device):
+    more = (rlfast.Part("retain", score="total", mean=True), rlfast.Part("dro", weight=0.5))
+    check_single(single_case("npo", "packed", more=more), backend, device)
+
+
+@pytest.mark.parametrize("kind", (True, False))
+def test_one_kind_alone(backend, device, kind):
+    case = single_case("kto")
+    check_single(replace(case, desirable=torch.full_like(case.desirable, kind)), backend, device)
+
+
+def test_far_from_the_reference(backend, device):
+    case = single_case("kto")
+    case.tokens["logp"][::2] = case.tokens["logp"][::2] * 1000
+    for link in ("kto", "bco_unpaired", "apo_zero_unpaired", "npo"):
+        objective = rlfast.UnpairedLoss((rlfast.Part(link),))
+        check_single(replace(case, objective=objective), backend, device)
+
+
+@pytest.mark.parametrize("form", ("sums", "packed"))
+def test_an_empty_batch(backend, device, form):
+    case = single_case("kto", form)
+    empty = {k: x[:0] for k, x in case.tokens.items()}
+    rest = {k: x[:0] if x.dim() else x for k, x in case.rest.items()}
+    out, gradients = run_single(replace(case, tokens=empty, rest=rest, desirable=case.desirable[:0]), backend, device)
+    assert out.loss.item() == 0.0 and gradients["logps"].numel() == 0
+
+
+def test_a_nan_stays_in_its_response(backend, device):
+    case = single_case("kto", "padded")
+    clean, _ = run_single(case, backend, device)
+    case.tokens["logp"][2, 0] = torch.nan
+    out, _ = run_single(case, backend, device)
+    others = torch.arange(out.losses.shape[0]) != 2
+    assert out.loss.isnan() and out.losses[2].isnan()
+    assert_same_bits("the others", out.losses.cpu()[others], clean.losses.cpu()[others])
+
+
+def test_the_same_bits_run_after_run(backend, device, threads):
+    case = single_case("kto", "packed")
+    first, gradients = run_single(case, backend, device)
+    for count in (1, 2) * few(5, 1):
+        if backend == "cpu":
+            threads(count)
+        again, others = run_single(case, backend, device)
+        assert_same_bits("metrics", again.metrics.values, first.metrics.values)
+        assert_same_bits("gradient", others["logps"], gradients["logps"])
