@@ -21,8 +21,8 @@ except ImportError:
 
 
 def _tensor(x) -> torch.Tensor:
-    """Scalars as 0-dim float32 tensors, which do not promote a float64 operand."""
-    return x if isinstance(x, torch.Tensor) else torch.tensor(x, dtype=torch.float32)
+    """Scalars as 0-dim float64 tensors, which do not promote a float32 operand that has dimensions."""
+    return x if isinstance(x, torch.Tensor) else torch.tensor(x, dtype=torch.float64)
 
 
 def _unary(f):

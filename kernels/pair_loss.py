@@ -1,8 +1,9 @@
 """The ``triton`` backend of preference losses: one launch for the loss, its gradient and the metrics.
 
-A program takes blocks of pairs whose sums are given, or one pair of token rows at a time: sums → scores → links → Σ, and
-the gradient back to the tokens. Programs leave partial sums behind, and the last one to finish adds them up in ascending
-order. Which pairs a program takes depends on their number alone. Fused multiply-adds are off, as in ``token_loss``.
+A program takes blocks of pairs whose sums are given, or one pair of token rows at a time: sums → scores → links → Σ,
+and the gradient back to the tokens. Programs leave partial sums behind, and the last one to finish adds them up in
+ascending order. Which pairs a program takes depends on their number alone. Fused multiply-adds are off, as in
+``token_loss``.
 """
 
 from typing import NamedTuple
@@ -188,7 +189,8 @@ def forward(
         pair_loss[(programs,)](
             laid(chosen), laid(rejected), rest_of(rest), where_of(out, programs), numbers_of(terms, PAIRS, settings),
             pairs, *strides_of(chosen), *strides_of(rejected), **structure_of(terms, PAIRS), SUM=int(reduce == SUM),
-            TOKENS=int(tokens), TAIL=int(settings.tail != 1.0 and tokens), BLOCK=block, SPAN=TOKENS_AT_A_TIME, **OPTIONS,
+            TOKENS=int(tokens), TAIL=int(settings.tail != 1.0 and tokens), BLOCK=block, SPAN=TOKENS_AT_A_TIME,
+            **OPTIONS,
         )  # fmt: skip
 
 

@@ -6,8 +6,7 @@ import torch
 
 from rlfast import validate
 from rlfast.kernels.formulas import ESTIMATORS
-from rlfast.kernels.formulas.kl import KlBounds
-from rlfast.kernels.lang import torch_version
+from rlfast.ops import kl_estimate
 from rlfast.ops.dispatch import first_derivatives_only
 from rlfast.presets import kl_bounds, trainer
 
@@ -21,8 +20,8 @@ class _Estimate(torch.autograd.Function):
     def forward(ctx, logp, ref_logp, kind, bounds):
         acc = torch.promote_types(torch.promote_types(logp.dtype, ref_logp.dtype), torch.float32)
         d = ref_logp.to(acc) - logp.to(acc)
-        value, derivative = torch_version(ESTIMATORS[kind.removesuffix("+")])(d, bounds)
-        ctx.save_for_backward(-d if kind.endswith("+") else torch.as_tensor(derivative).to(d).expand_as(d))
+        value, derivative = kl_estimate.op(d, kind.removesuffix("+"), *bounds)
+        ctx.save_for_backward(-d if kind.endswith("+") else derivative)
         ctx.dtype = logp.dtype
         return value
 
@@ -66,5 +65,5 @@ def kl_penalty(logp, ref_logp, *, kind="k3", like=None):
     validate.same_device("ref_logp", ref_logp, "logp", logp)
     validate.one_of("kind", kind, KL_KINDS)
     given = kl_bounds(trainer(like), kind) if like is not None else {}
-    bounds = KlBounds(*(given.get(name, float("inf")) for name in ("kl_d_max", "kl_max")))
+    bounds = tuple(given.get(name, float("inf")) for name in ("kl_d_max", "kl_max"))
     return _Estimate.apply(logp, ref_logp.detach(), kind, bounds)

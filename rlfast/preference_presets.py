@@ -1,7 +1,7 @@
 """What each trainer does differently from the paper of a preference loss: options, by trainer and row.
 
-Of TRL 1.16.0, Liger 0.8.5 and OpenRLHF 0.11.2, and of HALOs as of November 2026. A row without options is there because the
-trainer has it and agrees.
+Of TRL 1.16.0, Liger 0.8.5 and OpenRLHF 0.11.2, and of HALOs as of November 2026. A row without options is there because
+the trainer has it and agrees.
 """
 
 from __future__ import annotations

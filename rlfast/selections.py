@@ -40,6 +40,21 @@ def _ranked_below(score, number):
     return ((rank < number) & (flat > -math.inf)).reshape(score.shape)
 
 
+def _signed(x: int) -> int:
+    """The int64 that has these 64 bits."""
+    return x - (1 << 64) if x >> 63 else x
+
+
+def _lots(like, seed):
+    """A number in [0, 1) for each place and seed, the same on every device: splitmix64, whose top 24 bits they are."""
+    place = torch.arange(like.numel(), device=like.device)
+    x = (place + torch.full((), seed, dtype=torch.int64, device=like.device) * (1 << 40)) * _signed(0x9E3779B97F4A7C15)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        x = (x ^ ((x >> shift) & ((1 << (64 - shift)) - 1))) * _signed(factor)
+    x = x ^ ((x >> 31) & ((1 << 33) - 1))
+    return (((x >> 40) & 0xFFFFFF).float() / (1 << 24)).reshape(like.shape)
+
+
 def clip_cov_keep(logp, old_logp, adv, mask=None, *, ratio=2e-4, low=1.0, high=5.0, eps_low=0.2, eps_high=0.2, seed=0):
     """Clip-Cov: a random few of the tokens whose covariance is large lose their surrogate.
 
@@ -74,8 +89,7 @@ def clip_cov_keep(logp, old_logp, adv, mask=None, *, ratio=2e-4, low=1.0, high=5
     moved = (logp.detach() - old_logp).exp()
     clipped = ((moved < 1.0 - eps_low) & (adv < 0)) | ((moved > 1.0 + eps_high) & (adv > 0))
     eligible = mask & ~clipped & (cov > low) & (cov < high)
-    draw = torch.Generator(device=cov.device).manual_seed(seed)
-    lot = torch.rand(cov.shape, generator=draw, device=cov.device)
+    lot = _lots(cov, seed)
     number = (validate.positive("ratio", ratio) * count).long().clamp(min=1)
     return ~_ranked_below(torch.where(eligible, lot, -math.inf), number)
 

@@ -588,3 +588,20 @@ def test_cuda_graph(backend, device):
         graph.replay()
         for a, b in zip(out, call.outputs(), strict=True):
             assert_same_bits("replayed", a, b)
+
+
+def test_the_backward_runs_on_the_backend_of_the_forward(monkeypatch):
+    """Also where another is asked for, or none, by the time that it runs."""
+    used = []
+    real = backends.select
+
+    def noted(op, device_type, dtype, name):
+        used.append(real(op, device_type, dtype, name))
+        return used[-1]
+
+    monkeypatch.setattr(backends, "select", noted)
+    values = torch.randn(2, 5, requires_grad=True)
+    with rlfast.use_backend("torch"):
+        _, returns = rlfast.gae(torch.randn(2, 5), values, gamma=0.9, lam=0.8)
+    returns.sum().backward()
+    assert len(used) > 1 and set(used) == {"torch"}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -80,6 +82,39 @@ def test_compiled_without_a_graph_break(backend, device, name):
         loss.backward()
         results.append((loss.detach(), metrics.detach(), *(x.grad for x in leaves)))
     for what, eager, compiled in zip(("loss", "metrics", "gradient", "of the entropy"), *results, strict=True):
+        assert_same_bits(what, compiled, eager)
+
+
+HELPERS = {
+    **{f"kl_penalty {kind}": partial(rlfast.kl_penalty, kind=kind) for kind in ("k1", "k2", "k3", "absolute", "k3+")},
+    "shape_rewards": lambda x, y: rlfast.shape_rewards(x[:, 0], x, y, beta=0.1),
+    "value_loss": lambda x, y: rlfast.value_loss(x, y, y + 0.5, x < -1).loss,
+    "masked_mean": lambda x, y: rlfast.masked_mean(x, y < -1),
+    "masked_whiten": lambda x, y: rlfast.masked_whiten(x, y < -1),
+    "clip_cov_keep": lambda x, y: x * rlfast.clip_cov_keep(x, y, y, ratio=0.2, low=0.0),
+    "kl_cov_extra": lambda x, y: x * rlfast.kl_cov_extra(x, y, ratio=0.2),
+    "top_entropy_keep": lambda x, y: x * rlfast.top_entropy_keep(y),
+    "rollout_keep": lambda x, y: x * rlfast.rollout_keep(x, y),
+    "overlong_penalty": lambda x, y: x[:, 0] * rlfast.overlong_penalty((y < -1).sum(1), max_len=7, buffer=3),
+    "preference_loss": lambda x, y: (
+        rlfast.preference_loss("ipo")(x, y, ref_chosen_logps=y.detach(), ref_rejected_logps=x.detach() + 1).loss
+    ),
+    "unpaired_loss": lambda x, y: rlfast.unpaired_loss("npo")(x, y[:, 0] < -1, ref_logps=y).loss,
+}
+
+
+@pytest.mark.parametrize("name", HELPERS)
+def test_helpers_compile_without_a_graph_break(name):
+    """fullgraph=True, forward and backward, as run eagerly."""
+    torch._dynamo.reset()
+    results = []
+    for run in (HELPERS[name], torch.compile(HELPERS[name], fullgraph=True, backend="aot_eager")):
+        x, y = inputs()["logp"].requires_grad_(), inputs()["ref_logp"]
+        out = run(x, y)
+        if out.requires_grad:
+            out.sum().backward()
+        results.append((out.detach(), torch.zeros(()) if x.grad is None else x.grad))
+    for what, eager, compiled in zip(("value", "gradient"), *results, strict=True):
         assert_same_bits(what, compiled, eager)
 
 

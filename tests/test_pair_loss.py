@@ -81,9 +81,8 @@ def extreme(link: str, name: str) -> PairCase:
         "equal": ref.clone(),
         "certain": torch.tensor([-1e-30, -1e-12, -1e-6, -1e-3, -0.5, 0.0]),
     }[name]
-    sides = {
-        "chosen": {"logp": logp, "ref_logp": ref}, "rejected": {"logp": logp.flip(0) if name != "equal" else ref, "ref_logp": ref}
-    }  # fmt: skip
+    other = ref if name == "equal" else logp.flip(0)
+    sides = {"chosen": {"logp": logp, "ref_logp": ref}, "rejected": {"logp": other, "ref_logp": ref}}
     ones = torch.ones(6, 1, dtype=torch.bool)
     tokens = {k: {n: x.unsqueeze(1) for n, x in side.items()} | {"mask": ones} for k, side in sides.items()}
     return PairCase(case.objective, tokens, rest_of(6), "sums")

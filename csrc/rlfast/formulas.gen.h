@@ -584,6 +584,20 @@ RLFAST_FORMULA auto rpo_squared(const Pair<V>& p, const Rpo& h) {
   return PairLoss<V>{(t * t), d, -d};
 }
 
+// KL of a choice with log-odds a to one with log-odds b, without the cancellation of its four terms.
+// log(1 + q(e^s − 1)) − qs = s(1 − q) + log σ(A) − log σ(B), s = |b − a|, q = σ(A), A = ±a and B = ±b so that B ≥ A.
+template <class V>
+RLFAST_FORMULA auto choice_kl(V a, V b) {
+  auto up = (b > a);
+  auto low = select<V>(up, a, -a);
+  auto high = select<V>(up, b, -b);
+  auto s = absolute_value((b - a));
+  auto q = sigmoid(low);
+  auto grown = (q * expm1(minimum(s, 80.0f)));
+  auto near = (log1p(minimum(grown, 1.0f)) - (q * s));
+  return select<V>((grown <= 1.0f), near, (((s * sigmoid(-low)) - softplus(-low)) + softplus(-high)));
+}
+
 // ℓ = σ(a)·(log σ(a) − log σ(x)) + σ(−a)·(log σ(−a) − log σ(−x)), a = η·m.
 // ∂ℓ/∂x = σ(−a)σ(x) − σ(a)σ(−x). arXiv 2406.11704.
 template <class V>
@@ -593,7 +607,7 @@ RLFAST_FORMULA auto rpo_backward_kl(const Pair<V>& p, const Rpo& h) {
   auto up = sigmoid(a);
   auto down = sigmoid(-a);
   auto d = (h.beta * ((down * sigmoid(x)) - (up * sigmoid(-x))));
-  return PairLoss<V>{((up * (softplus(-x) - softplus(-a))) + (down * (softplus(x) - softplus(a)))), d, -d};
+  return PairLoss<V>{choice_kl<V>(a, x), d, -d};
 }
 
 // ℓ = σ(x)·(log σ(x) − log σ(a)) + σ(−x)·(log σ(−x) − log σ(−a)), a = η·m.
@@ -605,7 +619,7 @@ RLFAST_FORMULA auto rpo_forward_kl(const Pair<V>& p, const Rpo& h) {
   auto up = sigmoid(x);
   auto down = sigmoid(-x);
   auto d = ((h.beta * (up * down)) * (x - a));
-  return PairLoss<V>{((up * (softplus(-a) - softplus(-x))) + (down * (softplus(a) - softplus(x)))), d, -d};
+  return PairLoss<V>{choice_kl<V>(x, a), d, -d};
 }
 
 // log(1 − e^x) for x < 0. Mächler 2012.

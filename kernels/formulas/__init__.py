@@ -1,6 +1,7 @@
 """Formulas: pure arithmetic, written once, run by Triton, by torch and by the C++ that is printed from them.
 
-``SURROGATES`` and ``ESTIMATORS`` are what a policy loss may name; ``SCORES``, ``PAIRS`` and ``SINGLES`` a preference loss.
+``SURROGATES`` and ``ESTIMATORS`` are what a policy loss may name; ``SCORES``, ``PAIRS`` and ``SINGLES`` a preference
+loss.
 """
 
 from typing import NamedTuple

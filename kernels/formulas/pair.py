@@ -236,6 +236,20 @@ def rpo_squared(p: Pair, h: Rpo):
 
 
 @jit
+def choice_kl(a, b):
+    """KL of a choice with log-odds a to one with log-odds b, without the cancellation of its four terms.
+
+    log(1 + q(e^s − 1)) − qs = s(1 − q) + log σ(A) − log σ(B), s = |b − a|, q = σ(A), A = ±a and B = ±b so that B ≥ A.
+    """
+    up = b > a
+    low, high, s = tl.where(up, a, -a), tl.where(up, b, -b), tl.abs(b - a)
+    q = sigmoid(low)
+    grown = q * expm1(tl.minimum(s, 80.0))
+    near = log1p(tl.minimum(grown, 1.0)) - q * s
+    return tl.where(grown <= 1.0, near, s * sigmoid(-low) - softplus(-low) + softplus(-high))
+
+
+@jit
 def rpo_backward_kl(p: Pair, h: Rpo):
     """ℓ = σ(a)·(log σ(a) − log σ(x)) + σ(−a)·(log σ(−a) − log σ(−x)), a = η·m.
 
@@ -244,7 +258,7 @@ def rpo_backward_kl(p: Pair, h: Rpo):
     x, a = h.beta * (p.chosen - p.rejected), h.eta * p.margin
     up, down = sigmoid(a), sigmoid(-a)
     d = h.beta * (down * sigmoid(x) - up * sigmoid(-x))
-    return up * (softplus(-x) - softplus(-a)) + down * (softplus(x) - softplus(a)), d, -d
+    return choice_kl(a, x), d, -d
 
 
 @jit
@@ -256,7 +270,7 @@ def rpo_forward_kl(p: Pair, h: Rpo):
     x, a = h.beta * (p.chosen - p.rejected), h.eta * p.margin
     up, down = sigmoid(x), sigmoid(-x)
     d = h.beta * (up * down) * (x - a)
-    return up * (softplus(-a) - softplus(-x)) + down * (softplus(a) - softplus(x)), d, -d
+    return choice_kl(x, a), d, -d
 
 
 @jit

@@ -27,7 +27,7 @@ def optimal_token_baseline(
         eps: a float ≥ 0.
 
     Returns:
-        (advantages, returns), [R, T] float32: constants. An answer alone in its group has no baseline.
+        (advantages, returns), [R, T] float32, or float64 as rewards: constants. An answer alone in its group has no baseline.
 
     Raises:
         TypeError, ValueError: an argument is of the wrong type, shape, device or range.
@@ -57,7 +57,7 @@ def optimal_token_baseline(
     with torch.no_grad():
         energy = 1.0 - 2.0 * logp.double().exp() + log_sum_sq_probs.double().exp()
         energy = energy if ratio is None else energy * ratio.double().square()
-        energy = torch.where(valid, energy, 0.0).to(torch.float32)
+        energy = torch.where(valid, energy, 0.0).to(torch.promote_types(rewards.dtype, torch.float32))
         returns = reward_to_go(rewards, mask)
         weight = torch.where(valid, affine_scan(torch.ones_like(energy), energy, reverse=False), 0.0).double()
 

@@ -85,7 +85,7 @@ def clear_around(out: Output, *sides: Side | None) -> None:
 
 
 def _forward(*args):
-    *_, scores, means, links, numbers, settings, reduce, needs, backend = args
+    *_, scores, means, links, numbers, settings, reduce, _, backend = args
     chosen, rejected = _sides(args)
     out = _allocated(args)
     kernel = kernel_of(NAME, chosen.logp, (scores, links), backend)

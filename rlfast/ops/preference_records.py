@@ -33,7 +33,7 @@ class Rest(NamedTuple):
 
 
 class Term(NamedTuple):
-    """One of the losses that are added up. The first of a call has no link: its score, times its weight, is the reward."""
+    """One of the losses that are added up. The first of a call has no link: its score · weight is the reward."""
 
     score: str
     mean: bool  # the score is divided by the length

@@ -59,7 +59,8 @@ def pair_loss(
     }  # fmt: skip
     sizes = {  # Σ|terms| of what is one sum
         "loss": factor * losses.abs().sum() / (n if n is not None else zero.numel() or 1),
-        "chosen_reward": mean_of(w.abs()), "rejected_reward": mean_of(l_.abs()), "reward_margin": mean_of(w.abs() + l_.abs()),
+        "chosen_reward": mean_of(w.abs()), "rejected_reward": mean_of(l_.abs()),
+        "reward_margin": mean_of(w.abs() + l_.abs()),
         "chosen_logp": mean_of(chosen[0].abs()), "rejected_logp": mean_of(rejected[0].abs()),
     }  # fmt: skip
     found = {k: x.detach() for k, x in metrics.items()}

@@ -1,0 +1,368 @@
+"""The tables of preference losses: golden values, presets, options, mixtures, statistics, and bad input."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import rlfast
+from rlfast import PREFERENCES, UNPAIRED
+from rlfast.preference_presets import PRESETS
+from tests.numerics import assert_value
+
+OP = "pair_loss"
+
+# (S_w, S_l, S_w^ref, S_l^ref), (n_w, n_l), β
+FIRST = (-40.0, -55.0, -42.0, -50.0), (20.0, 25.0), 0.1
+SECOND = (-31.7, -48.3, -33.1, -44.9), (17.0, 29.0), 0.13
+MEAN = {"beta": None, "mean": True}
+GOLDEN_FIRST = {
+    "dpo": ({}, 0.403186),
+    "cdpo": ({}, 0.473186),
+    "robust": ({}, 0.315686),
+    "hinge": ({}, 0.3),
+    "ipo": ({}, 4.0),
+    "ipo mean": ({"mean": True}, 22.09),
+    "exo_pair": ({}, 1.657292),
+    "nca_pair": ({}, 1.234247),
+    "cpo": ({"nll": 0.0}, 0.201413),
+    "bco_pair": ({}, 1.072216),
+    "sppo_hard": ({"scale": 1.0}, 9.0),
+    "apo_zero": ({}, 0.827707),
+    "apo_down": ({}, 0.881646),
+    "discopop": ({}, 0.496585),
+    "dpo_norm": ({"beta": 5.0}, 0.201413),
+    "f_dpo_js": ({}, 0.478632),
+    "f_dpo_alpha": ({}, 0.089973),
+    "simpo": ({"beta": 2.5, "gamma": 1.4}, 1.241154),
+    "alpha_po": ({"beta": 2.5}, 0.535320),
+    "orpo": ({"beta": None, "nll": 0.0}, 0.0585641),
+    "rpo_backward_kl": ({"margin": 1.0}, 0.009242),
+    "rpo_squared": ({"margin": 1.0}, 0.09),
+}
+# value, ∂/∂S_w, ∂/∂S_l
+GOLDEN_SECOND = {
+    "dpo": ({}, 0.429049, -0.045353, 0.045353),
+    "cdpo": ({}, 0.491449, -0.032353, 0.032353),
+    "robust": ({}, 0.351049, -0.061603, 0.061603),
+    "hinge": ({}, 0.376, -0.13, 0.13),
+    "ipo": ({}, 0.909822, 1.907692, -1.907692),
+    "ipo mean": ({"mean": True}, 13.297396, -0.429007, 0.251487),
+    "dpo_norm": ({}, 0.680258, -0.003774, 0.002212),
+    "exo_pair": ({}, 1.763830, -0.185535, 0.185535),
+    "nca_pair": ({}, 1.248609, -0.023652, 0.025432),
+    "bco_pair": ({}, 1.102653, -0.059101, 0.050864),
+    "sppo_hard": ({"scale": 1.0}, 6.182722, -4.892308, 0.892308),
+    "apo_zero": ({}, 0.845890, -0.032232, 0.030963),
+    "apo_down": ({}, 0.894247, 0.002701, 0.029531),
+    "discopop": ({}, 0.535797, -0.069652, 0.069652),
+    "f_dpo_js": ({}, 0.505984, -0.010212, 0.049954),
+    "f_dpo_alpha": ({}, 0.242272, -0.013890, 0.153109),
+    "f_dpo_forward_kl": ({}, 0.020782, -0.000659, 0.080116),
+    "cpo": ({"nll": 0.0}, 0.109353, -0.013466, 0.013466),
+    "simpo": ({"beta": 2.5, "gamma": 1.4}, 2.037623, -0.127891, 0.074971),
+    "alpha_po": ({"beta": 2.5}, 1.520847, -0.183174, 0.102162),
+    "orpo": ({"beta": None, "nll": 0.0}, 0.0820577, -0.0038969, 0.0023806),
+    "r_dpo": ({}, 0.388800, -0.041877, 0.041877),
+    "cal_dpo": ({}, 3.099557, -2.454316, 0.454316),
+    "rpo_backward_kl": ({"margin": 1.3}, 0.043265, -0.017512, 0.017512),
+    "rpo_forward_kl": ({"margin": 1.3}, 0.047797, -0.019963, 0.019963),
+    "gpo_exponential": ({}, 0.535797, -0.069654, 0.069654),
+    "gpo_truncated_quadratic": ({}, 0.141376, -0.097760, 0.097760),
+    "gpo_savage": ({}, 0.121712, -0.020605, 0.020605),
+    "margin_dpo": ({"margin": 0.7}, 0.731869, -0.067469, 0.067469),
+    "slic_hf": ({"beta": 1.0, "nll": 0.0}, 0.0, 0.0, 0.0),
+}
+LENGTHS_OF_MEANS = {"orpo": (-2.0, -2.2), "simpo": (-2.0, -2.2), "alpha_po": (-2.0, -2.2)}
+
+
+def near(got, wanted: float) -> None:
+    """To the digits that a golden value has."""
+    assert abs(got.item() - wanted) <= 6e-7 + 2e-6 * abs(wanted), f"got {got.item()!r}, wanted {wanted!r}"
+
+
+def value(name: str, options: dict, point, backend: str, device: str):
+    """(loss, ∂/∂S_w, ∂/∂S_l) of one row at one point, in float64 where the backend has it."""
+    (s_w, s_l, ref_w, ref_l), (n_w, n_l), beta = point
+    options = {"beta": beta} | options
+    margin = options.pop("margin", None)
+    options = {k: x for k, x in options.items() if x is not None}
+    dtype = torch.float64 if backend in ("reference", "torch") else torch.float32
+    made = [torch.tensor([x], dtype=dtype, device=device) for x in (s_w, s_l, ref_w, ref_l, n_w, n_l)]
+    leaves = [x.requires_grad_() for x in made[:2]]
+    margin = None if margin is None else torch.tensor([margin], dtype=dtype, device=device)
+    with rlfast.use_backend(backend):
+        out = rlfast.preference_loss(name.split()[0], **options)(
+            *leaves, ref_chosen_logps=made[2], ref_rejected_logps=made[3], chosen_lengths=made[4],
+            rejected_lengths=made[5], margin=margin,
+        )  # fmt: skip
+    return (out.loss, *torch.autograd.grad(out.loss, leaves))
+
+
+def loose(got, wanted: float, backend: str) -> None:
+    """A golden value in float32: the sums are rounded by 2⁻²⁴ of themselves, and differences of them by more."""
+    if backend in ("reference", "torch"):
+        near(got, wanted)
+    else:
+        assert abs(got.item() - wanted) <= 2e-5 * max(1.0, abs(wanted)), f"got {got.item()!r}, wanted {wanted!r}"
+
+
+@pytest.mark.parametrize("name", GOLDEN_FIRST)
+def test_golden_values(backend, device, name):
+    options, wanted = GOLDEN_FIRST[name]
+    point = FIRST
+    if name in LENGTHS_OF_MEANS:  # the golden value is at means of its own
+        point = ((*LENGTHS_OF_MEANS[name], 0.0, 0.0), (1.0, 1.0), 0.1)
+    loose(value(name, options, point, backend, device)[0], wanted, backend)
+
+
+@pytest.mark.parametrize("name", GOLDEN_SECOND)
+def test_golden_values_and_gradients(backend, device, name):
+    options, *wanted = GOLDEN_SECOND[name]
+    for got, w in zip(value(name, options, SECOND, backend, device), wanted, strict=True):
+        loose(got, w, backend)
+
+
+def test_golden_dpop(backend, device):
+    point = (-45.0, -60.0, -42.0, -50.0), (1.0, 1.0), 0.1
+    loose(value("dpop", {}, point, backend, device)[0], 14.300001, backend)
+    loose(value("dpop_outside", {}, point, backend, device)[0], 150.403186, backend)
+
+
+def single(name: str, score: float, desirable: bool, backend: str, device: str, **call):
+    """(loss, ∂/∂S) of one response."""
+    dtype = torch.float64 if backend in ("reference", "torch") else torch.float32
+    logps = torch.tensor([score], dtype=dtype, device=device, requires_grad=True)
+    options = {k: call.pop(k) for k in ("beta", "tau") if k in call}
+    call = {k: torch.tensor([x], dtype=dtype, device=device) if k == "extra" else x for k, x in call.items()}
+    with rlfast.use_backend(backend):
+        out = rlfast.unpaired_loss(name, reference_free=True, **options)(
+            logps, torch.tensor([desirable], device=device), **call
+        )
+    return out.loss, *torch.autograd.grad(out.loss, logps)
+
+
+def test_golden_unpaired(backend, device):
+    loose(single("kto", 2.0, True, backend, device, shared=0.5)[0], 0.462570, backend)
+    loose(single("kto", -5.0, False, backend, device, shared=0.5)[0], 0.365864, backend)
+    for score, good, wanted in ((1.4, True, (0.467546, -0.032363)), (-3.4, False, (0.378952, 0.030595))):
+        for got, w in zip(single("kto", score, good, backend, device, beta=0.13, shared=0.4), wanted, strict=True):
+            loose(got, w, backend)
+    loose(single("npo", -5.0, False, backend, device)[0], 9.481540, backend)
+    for got, w in zip(single("npo", -3.4, False, backend, device, beta=0.13), (7.636484, 0.782529), strict=True):
+        loose(got, w, backend)
+    for got, w in zip(single("dro_v", 2.0, True, backend, device, tau=0.5, extra=3.0), (2.0, -1.0), strict=True):
+        loose(got, w, backend)
+
+
+def test_bco_is_around_its_delta(backend, device):
+    (s_w, s_l, ref_w, ref_l), _, beta = FIRST
+    made = [torch.tensor([x], device=device) for x in (s_w, s_l, ref_w, ref_l)]
+    with rlfast.use_backend(backend):
+        out = rlfast.preference_loss("bco", beta=beta)(
+            *made[:2], ref_chosen_logps=made[2], ref_rejected_logps=made[3], shared=0.25
+        )
+    wanted = torch.nn.functional.softplus(torch.tensor([-(0.2 - 0.25), -0.5 - 0.25])).sum()
+    loose(out.loss, wanted.item(), "cpu")
+
+
+def sums(pairs: int = 6, seed: int = 0) -> dict:
+    """Sums of log-probs of a batch, and what belongs to them."""
+    rng = torch.Generator().manual_seed(seed)
+    ref = [-50 * torch.rand(pairs, generator=rng) - 5 for _ in range(2)]
+    ours = [x + 3 * torch.randn(pairs, generator=rng) for x in ref]
+    lengths = [torch.randint(5, 40, (pairs,), generator=rng) for _ in range(2)]
+    return {
+        "chosen_logps": ours[0], "rejected_logps": ours[1], "ref_chosen_logps": ref[0], "ref_rejected_logps": ref[1],
+        "chosen_lengths": lengths[0], "rejected_lengths": lengths[1],
+    }  # fmt: skip
+
+
+def needed(row, pairs: int = 6) -> dict:
+    """What a row cannot do without."""
+    given = {"margin": torch.ones(pairs), "extra": torch.ones(pairs), "weights": torch.ones(pairs), "shared": 0.3}
+    found = {name: given[name] for name in row.needs}
+    if row.kl:
+        found |= {"chosen_kl": torch.rand(pairs), "rejected_kl": torch.rand(pairs)}
+    return found
+
+
+@pytest.mark.parametrize("name", PREFERENCES)
+def test_every_row_on_every_backend(backend, device, name):
+    """A row of the table runs, and agrees with the oracle's backend."""
+    row = PREFERENCES[name]
+    torch.manual_seed(0)
+    given = sums() | needed(row)
+    losses = {}
+    for one in {backend, "reference"}:
+        call = {k: x.to(device) if isinstance(x, torch.Tensor) else x for k, x in given.items()}
+        with rlfast.use_backend(one):
+            losses[one] = row(**call).loss.cpu()
+    assert losses[backend].isfinite()
+    assert_value(name, losses[backend], losses["reference"].double(), losses["reference"] * (1 + 1e-6))
+
+
+@pytest.mark.parametrize("like", PRESETS)
+def test_presets_name_rows(like):
+    for name in PRESETS[like]:
+        rlfast.preference_loss(name, like=like) if name in PREFERENCES else rlfast.unpaired_loss(name, like=like)
+
+
+def test_a_mixture_is_the_sum_of_its_rows():
+    given = sums()
+    mixed = rlfast.preference_loss({"dpo": 0.8, "bco_pair": 0.2, "nll": 1.0}, beta=0.2)(**given).loss
+    parts = [rlfast.preference_loss(name, beta=0.2)(**given).loss for name in ("dpo", "bco_pair")]
+    nll = -(given["chosen_logps"] / given["chosen_lengths"]).mean()
+    torch.testing.assert_close(mixed, 0.8 * parts[0] + 0.2 * parts[1] + nll)
+    torch.testing.assert_close(rlfast.preference_loss("mpo", beta=0.2)(**given).loss, mixed)
+
+
+def test_tdpo_adds_the_exact_kl():
+    """TDPO1: β(Δ − (K_l − K_w)); TDPO2: no gradient through K_w."""
+    given = sums()
+    kl = [torch.rand(6, requires_grad=True) for _ in range(2)]
+    delta = (given["chosen_logps"] - given["ref_chosen_logps"]) - (
+        given["rejected_logps"] - given["ref_rejected_logps"]
+    )
+    one = rlfast.preference_loss("tdpo1")(**given, chosen_kl=kl[0], rejected_kl=kl[1]).loss
+    torch.testing.assert_close(one, torch.nn.functional.softplus(-0.1 * (delta - (kl[1] - kl[0]))).mean())
+    two = rlfast.preference_loss("tdpo2")(**given, chosen_kl=kl[0], rejected_kl=kl[1]).loss
+    wanted = torch.nn.functional.softplus(-0.1 * (delta - 0.5 * (kl[1] - kl[0].detach()))).mean()
+    torch.testing.assert_close(two, wanted)
+    got, want = (torch.autograd.grad(x, kl, allow_unused=True) for x in (two, wanted))
+    assert got[0] is None and want[0] is None
+    torch.testing.assert_close(got[1], want[1])
+
+
+@pytest.mark.parametrize("name", ("aot", "aot_unpaired"))
+def test_optimal_transport_sorts_the_batch(name):
+    given = sums(9)
+    leaves = [given.pop(k).requires_grad_() for k in ("chosen_logps", "rejected_logps")]
+    w, l_ = leaves
+    if name == "aot":
+        x = (w - l_).sort().values - (given["ref_chosen_logps"] - given["ref_rejected_logps"]).sort().values
+    else:
+        x = (w - given["ref_chosen_logps"]).sort().values - (l_ - given["ref_rejected_logps"]).sort().values
+    wanted = torch.nn.functional.softplus(-0.1 * x).mean()
+    got = rlfast.preference_loss(name)(*leaves, **given).loss
+    torch.testing.assert_close(got, wanted)
+    for a, b in zip(torch.autograd.grad(got, leaves), torch.autograd.grad(wanted, leaves), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_the_likelihood_may_be_the_callers():
+    """ORPO in TRL has it over prompt and response."""
+    given, nll = sums(), torch.tensor(2.5, requires_grad=True)
+    row = rlfast.preference_loss("orpo", like="trl")
+    given |= {"chosen_logps": -given["chosen_logps"].abs(), "rejected_logps": -given["rejected_logps"].abs()}
+    out, without = row(**given, nll=nll).loss, row.with_options(nll=0.0)(**given).loss
+    torch.testing.assert_close(out, without + 2.5)
+    assert torch.autograd.grad(out, nll)[0].item() == 1.0
+
+
+def test_metrics():
+    given = sums()
+    out = rlfast.preference_loss("dpo", beta=0.2)(**given, per_pair=True)
+    w = 0.2 * (given["chosen_logps"] - given["ref_chosen_logps"])
+    l_ = 0.2 * (given["rejected_logps"] - given["ref_rejected_logps"])
+    torch.testing.assert_close(out.chosen_rewards, w)
+    torch.testing.assert_close(out.metrics["accuracy"], (w > l_).float().mean())
+    torch.testing.assert_close(out.metrics["reward_margin"], (w - l_).mean())
+    torch.testing.assert_close(out.losses.mean(), out.loss)
+    with pytest.raises(KeyError, match="reward_margin"):
+        out.metrics["margin"]
+
+
+BAD = {
+    "rejected_logps: expected 6 responses": {
+        "rejected_logps": torch.zeros(5),
+        "ref_rejected_logps": torch.zeros(5),
+        "rejected_lengths": torch.ones(5),
+    },
+    "ref_chosen_logps: expected a tensor: dpo_norm needs it": {"ref_chosen_logps": None},
+    "ref_chosen_logps: expected shape (6,) like chosen_logps": {"ref_chosen_logps": torch.zeros(5)},
+    "chosen_lengths: expected a tensor [B]: dpo_norm divides by it": {"chosen_lengths": None},
+    "rejected_lengths: expected shape (6,)": {"rejected_lengths": torch.ones(3)},
+    "margin: expected shape (6,), one a pair": {"margin": torch.zeros(2)},
+    "weights: expected shape (6,), one a pair": {"weights": torch.zeros(6, 1)},
+    "chosen_mask: expected None beside sums": {"chosen_mask": torch.ones(6)},
+    "ref_rejected_logps: expected a tensor that needs no gradient": {
+        "ref_rejected_logps": torch.zeros(6, requires_grad=True)
+    },
+    "num_items: expected a finite float > 0": {"num_items": 0},
+    "chosen_logps: expected shape [B] of sums": {"chosen_logps": torch.zeros(1, 2, 3)},
+}
+
+
+@pytest.mark.parametrize("said", BAD)
+def test_bad_input_is_named(said):
+    with pytest.raises(ValueError, match=r"^" + said.replace("[", r"\[").replace("(", r"\(").replace(")", r"\)")):
+        rlfast.preference_loss("dpo_norm")(**sums() | BAD[said])
+
+
+def test_wrong_types_are_named():
+    with pytest.raises(TypeError, match="chosen_logps: expected dtype"):
+        rlfast.preference_loss("dpo")(**sums() | {"chosen_logps": torch.zeros(6, dtype=torch.int64)})
+    with pytest.raises(ValueError, match="logps: expected an even number of responses"):
+        rlfast.preference_loss("dpo", reference_free=True).rows(torch.zeros(5))
+    with pytest.raises(TypeError, match="desirable: expected dtype bool"):
+        rlfast.unpaired_loss("npo", reference_free=True)(torch.zeros(3), torch.ones(3))
+    with pytest.raises(ValueError, match="shared: expected a tensor: kto needs it"):
+        rlfast.unpaired_loss("kto", reference_free=True)(torch.zeros(3), torch.ones(3, dtype=torch.bool))
+
+
+def test_an_unknown_loss_lists_the_known():
+    with pytest.raises(ValueError, match="name: expected one of dpo, "):
+        rlfast.preference_loss("dp0")
+    with pytest.raises(ValueError, match="like: expected one of 'trl', 'liger'"):
+        rlfast.preference_loss("dpo", like="verl")
+    with pytest.raises(ValueError, match=r"name: expected one of .* for like='liger', got 'ipo'"):
+        rlfast.preference_loss("ipo", like="liger")
+    with pytest.raises(TypeError, match=r"eps: expected an option of dpo: .*label_smoothing"):
+        rlfast.preference_loss("dpo", eps=0.1)
+    with pytest.raises(ValueError, match="name: expected one of kto"):
+        rlfast.unpaired_loss("dpo")
+    with pytest.raises(ValueError, match="name: expected rows of one sort"):
+        rlfast.preference_loss({"dpo": 1.0, "aot": 1.0})
+
+
+def test_running_statistics_survive_a_checkpoint():
+    delta = rlfast.RunningDelta()
+    delta.update(torch.tensor([1.0, 3.0]), torch.tensor([0.0]))
+    again = rlfast.RunningDelta()
+    again.load_state_dict(delta.state_dict())
+    for one in (delta, again):
+        one.update(torch.tensor([5.0]), torch.tensor([1.0]))
+        assert one.value.item() == 2.0
+    betas = rlfast.DynamicBeta(momentum=0.5, filtered=0.25)
+    factor, keep = betas.update(torch.tensor([0.0, 1.0, 2.0, 9.0]), beta=0.1)
+    assert keep.tolist() == [1.0, 1.0, 1.0, 0.0] and betas.mean.item() == 3.0
+    torch.testing.assert_close(factor, 1 + 0.6 * torch.tensor([-3.0, -2.0, -1.0, 6.0]).clamp(min=(0.01 - 1) / 0.6))
+    fresh = rlfast.DynamicBeta(momentum=0.5, filtered=0.25)
+    fresh.load_state_dict(betas.state_dict())
+    for one in (betas, fresh):
+        one.update(torch.tensor([1.0, 1.0]), beta=0.1)
+        assert one.mean.item() == 2.0
+
+
+def test_kto_takes_its_reference_point_from_mismatched_pairs():
+    z = rlfast.kto_reference_point(torch.tensor([-1.0, -2.0]), torch.tensor([-2.0, -4.0]))
+    assert z.item() == 1.5 and rlfast.kto_reference_point(torch.tensor([-3.0]), torch.tensor([-2.0])).item() == 0.0
+    logps, good = torch.tensor([2.0, -5.0]), torch.tensor([True, False])
+    kto = rlfast.unpaired_loss("kto", reference_free=True)
+    kto_ = rlfast.UNPAIRED["kto"].with_options(reference_free=True)
+    given = kto_(logps, good, kl_logps=torch.tensor([-1.0, -2.0]), ref_kl_logps=torch.tensor([-2.0, -4.0])).loss
+    assert given == kto(logps, good, shared=1.5).loss
+
+
+def test_weights_of_wpo_and_bco():
+    logps, squares = torch.full((2, 3), -1.0), torch.full((2, 3), -2.0)
+    mask = torch.tensor([[1, 1, 0], [0, 0, 0]])
+    torch.testing.assert_close(rlfast.wpo_weights(logps, squares, mask), torch.tensor([1.0, 0.0]).exp())
+    assert rlfast.wpo_weights(logps, squares, mask, most=1.0).max() == 1.0
+    assert rlfast.udm_weights(torch.tensor([0.0, 0.5, 0.999])).tolist() == [0.5, 1.0, 10.0]
+
+
+def test_every_row_has_an_arxiv_id():
+    for row in (*PREFERENCES.values(), *UNPAIRED.values()):
+        assert row.paper.count(".") == 1 and len(row.paper) == 10, row.name
