@@ -174,7 +174,20 @@ def targets(found: list[dict]) -> list[str]:
         lines += ["| case | must reach | reached | |", "|---|---|---|---|"]
         wanted = f"≥ {DEMO_RATIO}× stock TRL"
         lines += [f"| a whole GRPO step, {stamp(result)} | {wanted} | {result['ratio']:.2f} | {state} |"]
-    return lines or ["No benchmark has been committed yet: `make bench` writes one."]
+    lines = lines or ["No benchmark has been committed yet: `make bench` writes one."]
+    return lines + (_on_gpu() if all(place(result) != PLACES[2] for result in benches(found)) else [])
+
+
+def _on_gpu() -> list[str]:
+    """The targets of a GPU, where none was there to measure them."""
+    rows = [f"| {case.name} | {outcome.text(case, t)} | |" for case in suite.CASES for t in case.gpu_targets]
+    lines = ["", "On a GPU, by `make bench-gpu`; no result of one has been committed:", ""]
+    return [
+        *lines,
+        "| case | must reach | reached |",
+        "|---|---|---|",
+        *(row[:-1] + " not yet measured |" for row in rows),
+    ]
 
 
 def losses(found: list[dict]) -> list[str]:

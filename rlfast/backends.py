@@ -29,8 +29,8 @@ IMPLEMENTED = {
     "token_logps": ("reference", "torch", "cpu", "triton", "cuda"),
     "linear_token_logps": ("reference", "torch", "cpu", "triton"),
     "token_loss": ("reference", "torch", "cpu", "triton", "cuda"),
-    "pair_loss": ("reference", "torch", "cpu", "triton", "cuda"),
-    "unpaired_loss": ("reference", "torch", "cpu", "triton", "cuda"),
+    "pair_loss": ("reference", "torch", "cpu", "triton"),
+    "unpaired_loss": ("reference", "torch", "cpu", "triton"),
     "affine_scan": ("reference", "torch", "cpu", "triton", "cuda"),
     "group_advantage": ("reference", "torch", "cpu", "triton"),
 }

@@ -22,6 +22,7 @@ MODULES = {
     "kl": ("Estimate", "KL"),
     "score": ("Score", "SCORE"),
     "pair": ("PairLoss", "PAIR"),
+    "reward": ("PairLoss", "PAIR"),
     "unpaired": ("SingleLoss", "SINGLE"),
 }
 GIVEN = ("Token", "Response", "Pair", "Single")  # records that csrc/rlfast/formulas.h writes by hand

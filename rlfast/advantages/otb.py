@@ -27,7 +27,8 @@ def optimal_token_baseline(
         eps: a float ≥ 0.
 
     Returns:
-        (advantages, returns), [R, T] float32, or float64 as rewards: constants. An answer alone in its group has no baseline.
+        (advantages, returns), [R, T] float32 (float64 as rewards): constants. An answer alone in its group has no
+        baseline.
 
     Raises:
         TypeError, ValueError: an argument is of the wrong type, shape, device or range.
