@@ -22,6 +22,7 @@ MODULES = {
     "kl": ("Estimate", "KL"),
     "score": ("Score", "SCORE"),
     "pair": ("PairLoss", "PAIR"),
+    "anchored": ("PairLoss", "PAIR"),
     "reward": ("PairLoss", "PAIR"),
     "unpaired": ("SingleLoss", "SINGLE"),
 }

@@ -479,77 +479,6 @@ RLFAST_FORMULA auto exo_pair(const Pair<V>& p, const Exo& h) {
   return PairLoss<V>{((q * (-softplus(-x) - keep)) + (rest * (-softplus(x) - flip))), d, -d};
 }
 
-// ℓ = −log σ(βw) − ½·log σ(−βw) − ½·log σ(−βl).
-// ∂ℓ/∂w = β(½σ(βw) − σ(−βw)), ∂ℓ/∂l = ½βσ(βl). arXiv 2402.05369.
-template <class V>
-RLFAST_FORMULA auto nca_pair(const Pair<V>& p, const Beta& h) {
-  auto w = (h.beta * p.chosen);
-  auto l_ = (h.beta * p.rejected);
-  auto value = ((softplus(-w) + (0.5f * softplus(w))) + (0.5f * softplus(l_)));
-  return PairLoss<V>{value, (h.beta * ((0.5f * sigmoid(w)) - sigmoid(-w))), ((0.5f * h.beta) * sigmoid(l_))};
-}
-
-// ℓ = −log σ(βw − δ) − log σ(δ − βl), δ the shared number.
-// ∂ℓ/∂w = −βσ(δ − βw), ∂ℓ/∂l = βσ(βl − δ). arXiv 2404.04656.
-template <class V>
-RLFAST_FORMULA auto bco(const Pair<V>& p, const Beta& h) {
-  auto w = ((h.beta * p.chosen) - p.shared);
-  auto l_ = ((h.beta * p.rejected) - p.shared);
-  return PairLoss<V>{(softplus(-w) + softplus(l_)), (-h.beta * sigmoid(-w)), (h.beta * sigmoid(l_))};
-}
-
-// β, and a factor of the whole.
-struct Sppo {
-  float beta;
-  float scale;
-};
-
-// ℓ = scale·((w − 1/(2β))² + (l + 1/(2β))²).
-// ∂ℓ/∂w = 2·scale·(w − 1/(2β)), ∂ℓ/∂l = 2·scale·(l + 1/(2β)). arXiv 2405.00675 (4.7), P = 1 for the chosen.
-template <class V>
-RLFAST_FORMULA auto sppo_hard(const Pair<V>& p, const Sppo& h) {
-  auto w = (p.chosen - (0.5f / h.beta));
-  auto l_ = (p.rejected + (0.5f / h.beta));
-  return PairLoss<V>{(h.scale * ((w * w) + (l_ * l_))), ((2.0f * h.scale) * w), ((2.0f * h.scale) * l_)};
-}
-
-// ℓ = scale·((w − (P − ½)/β)² + (l + (P − ½)/β)²), P = extra the probability that the chosen is preferred.
-// ∂ℓ/∂w = 2·scale·(w − (P − ½)/β), ∂ℓ/∂l = 2·scale·(l + (P − ½)/β). arXiv 2405.00675 (4.7).
-template <class V>
-RLFAST_FORMULA auto sppo(const Pair<V>& p, const Sppo& h) {
-  auto gain = ((p.extra - 0.5f) / h.beta);
-  auto w = (p.chosen - gain);
-  auto l_ = (p.rejected + gain);
-  return PairLoss<V>{(h.scale * ((w * w) + (l_ * l_))), ((2.0f * h.scale) * w), ((2.0f * h.scale) * l_)};
-}
-
-// ℓ = 1 − σ(βw) + σ(βl).
-// ∂ℓ/∂w = −βσ(βw)σ(−βw), ∂ℓ/∂l = βσ(βl)σ(−βl). arXiv 2408.06266 (7).
-template <class V>
-RLFAST_FORMULA auto apo_zero(const Pair<V>& p, const Beta& h) {
-  auto w = (h.beta * p.chosen);
-  auto l_ = (h.beta * p.rejected);
-  auto low = sigmoid(-w);
-  auto high = sigmoid(l_);
-  return PairLoss<V>{(low + high), (-h.beta * (sigmoid(w) * low)), (h.beta * (high * sigmoid(-l_)))};
-}
-
-// ℓ = σ(βw) + 1 − σ(x).
-// ∂ℓ/∂w = β(σ'(βw) − σ'(x)), ∂ℓ/∂l = βσ'(x), σ' = σ(u)σ(−u). The difference without its cancellation, of
-// 1/cosh² and sinh(a + b)·sinh(a − b) = cosh²a − cosh²b. arXiv 2408.06266 (8).
-template <class V>
-RLFAST_FORMULA auto apo_down(const Pair<V>& p, const Beta& h) {
-  auto w = (h.beta * p.chosen);
-  auto l_ = (h.beta * p.rejected);
-  auto x = (h.beta * (p.chosen - p.rejected));
-  auto u = (1.0f + exp(-absolute_value(w)));
-  auto v = (1.0f + exp(-absolute_value(x)));
-  auto size = (((expm1(-absolute_value(l_)) * expm1(-absolute_value((w + x)))) * exp(-minimum(absolute_value(w), absolute_value(x)))) / (((u * u) * v) * v));
-  auto down = sigmoid(-x);
-  auto d = (h.beta * select<V>(((l_ * (w + x)) > 0.0f), -size, size));
-  return PairLoss<V>{(sigmoid(w) + down), d, (h.beta * (sigmoid(x) * down))};
-}
-
 // β, and the temperature τ of the mixture.
 struct Disco {
   float beta;
@@ -620,70 +549,6 @@ RLFAST_FORMULA auto rpo_forward_kl(const Pair<V>& p, const Rpo& h) {
   auto down = sigmoid(-x);
   auto d = ((h.beta * (up * down)) * (x - a));
   return PairLoss<V>{choice_kl<V>(x, a), d, -d};
-}
-
-// log(1 − e^x) for x < 0. Mächler 2012.
-template <class V>
-RLFAST_FORMULA auto log1mexp(V x) {
-  auto near = (x > -0.6931471805599453f);
-  auto u = exp(select<V>(near, -1.0f, x));
-  return select<V>(near, log(-expm1(select<V>(near, x, -1.0f))), -log1p((u / (1.0f - u))));
-}
-
-// ℓ = −log σ(o), o = (w − l) − (log(1 − e^w) − log(1 − e^l)), w and l mean log-probs.
-// ∂ℓ/∂w = σ(−o)/(e^w − 1), ∂ℓ/∂l = −σ(−o)/(e^l − 1). ORPO, arXiv 2403.07691 (7).
-template <class V>
-RLFAST_FORMULA auto odds_ratio(const Pair<V>& p, const NoHyper& h) {
-  (void)h;
-  auto w = minimum(p.chosen, -1e-30f);
-  auto l_ = minimum(p.rejected, -1e-30f);
-  auto o = ((w - l_) - (log1mexp<V>(w) - log1mexp<V>(l_)));
-  auto rest = sigmoid(-o);
-  return PairLoss<V>{softplus(-o), (rest / expm1(w)), (-rest / expm1(l_))};
-}
-
-// β, and the weight λ of the penalty on a chosen response that lost likelihood.
-struct Positive {
-  float beta;
-  float penalty;
-};
-
-// ℓ = −log σ(β(w − l − λ·max(0, −w))).
-// ∂ℓ/∂w = −β(1 + λ[w < 0])·σ(−x), ∂ℓ/∂l = βσ(−x). DPO-Positive, arXiv 2402.13228 (3).
-template <class V>
-RLFAST_FORMULA auto dpop(const Pair<V>& p, const Positive& h) {
-  auto lost = (p.chosen < 0.0f);
-  auto x = (h.beta * ((p.chosen - p.rejected) + select<V>(lost, (h.penalty * p.chosen), 0.0f)));
-  auto d = (h.beta * sigmoid(-x));
-  return PairLoss<V>{softplus(-x), (-d * select<V>(lost, (1.0f + h.penalty), 1.0f)), d};
-}
-
-// ℓ = −log σ(x) + λ·max(0, −w).
-// ∂ℓ/∂w = −βσ(−x) − λ[w < 0], ∂ℓ/∂l = βσ(−x).
-template <class V>
-RLFAST_FORMULA auto dpop_outside(const Pair<V>& p, const Positive& h) {
-  auto lost = (p.chosen < 0.0f);
-  auto x = (h.beta * (p.chosen - p.rejected));
-  auto d = (h.beta * sigmoid(-x));
-  return PairLoss<V>{(softplus(-x) - select<V>(lost, (h.penalty * p.chosen), 0.0f)), (-d - select<V>(lost, h.penalty, 0.0f)), d};
-}
-
-// β, and the weight λ of the calibration.
-struct Calibrated {
-  float beta;
-  float calibration;
-};
-
-// ℓ = −log σ(w − l) + λ((w − 1/(2β))² + (l + 1/(2β))²).
-// ∂ℓ/∂w = −σ(l − w) + 2λ(w − 1/(2β)), ∂ℓ/∂l = σ(l − w) + 2λ(l + 1/(2β)). arXiv 2412.14516.
-template <class V>
-RLFAST_FORMULA auto cal_dpo(const Pair<V>& p, const Calibrated& h) {
-  auto x = (p.chosen - p.rejected);
-  auto w = (p.chosen - (0.5f / h.beta));
-  auto l_ = (p.rejected + (0.5f / h.beta));
-  auto d = sigmoid(-x);
-  auto twice = (2.0f * h.calibration);
-  return PairLoss<V>{(softplus(-x) + (h.calibration * ((w * w) + (l_ * l_)))), ((twice * w) - d), ((twice * l_) + d)};
 }
 
 // ℓ = (x − 1)².
@@ -762,6 +627,141 @@ template <class V>
 RLFAST_FORMULA auto batch_nll(const Pair<V>& p, const NoHyper& h) {
   (void)h;
   return PairLoss<V>{(-p.chosen / p.shared), (-1.0f / p.shared), 0.0f};
+}
+
+// ℓ = −log σ(βw) − ½·log σ(−βw) − ½·log σ(−βl).
+// ∂ℓ/∂w = β(½σ(βw) − σ(−βw)), ∂ℓ/∂l = ½βσ(βl). arXiv 2402.05369.
+template <class V>
+RLFAST_FORMULA auto nca_pair(const Pair<V>& p, const Beta& h) {
+  auto w = (h.beta * p.chosen);
+  auto l_ = (h.beta * p.rejected);
+  auto value = ((softplus(-w) + (0.5f * softplus(w))) + (0.5f * softplus(l_)));
+  return PairLoss<V>{value, (h.beta * ((0.5f * sigmoid(w)) - sigmoid(-w))), ((0.5f * h.beta) * sigmoid(l_))};
+}
+
+// ℓ = −log σ(βw − δ) − log σ(δ − βl), δ the shared number.
+// ∂ℓ/∂w = −βσ(δ − βw), ∂ℓ/∂l = βσ(βl − δ). arXiv 2404.04656.
+template <class V>
+RLFAST_FORMULA auto bco(const Pair<V>& p, const Beta& h) {
+  auto w = ((h.beta * p.chosen) - p.shared);
+  auto l_ = ((h.beta * p.rejected) - p.shared);
+  return PairLoss<V>{(softplus(-w) + softplus(l_)), (-h.beta * sigmoid(-w)), (h.beta * sigmoid(l_))};
+}
+
+// β, and a factor of the whole.
+struct Sppo {
+  float beta;
+  float scale;
+};
+
+// ℓ = scale·((w − 1/(2β))² + (l + 1/(2β))²).
+// ∂ℓ/∂w = 2·scale·(w − 1/(2β)), ∂ℓ/∂l = 2·scale·(l + 1/(2β)). arXiv 2405.00675 (4.7), P = 1 for the chosen.
+template <class V>
+RLFAST_FORMULA auto sppo_hard(const Pair<V>& p, const Sppo& h) {
+  auto w = (p.chosen - (0.5f / h.beta));
+  auto l_ = (p.rejected + (0.5f / h.beta));
+  return PairLoss<V>{(h.scale * ((w * w) + (l_ * l_))), ((2.0f * h.scale) * w), ((2.0f * h.scale) * l_)};
+}
+
+// ℓ = scale·((w − (P − ½)/β)² + (l + (P − ½)/β)²), P = extra the probability that the chosen is preferred.
+// ∂ℓ/∂w = 2·scale·(w − (P − ½)/β), ∂ℓ/∂l = 2·scale·(l + (P − ½)/β). arXiv 2405.00675 (4.7).
+template <class V>
+RLFAST_FORMULA auto sppo(const Pair<V>& p, const Sppo& h) {
+  auto gain = ((p.extra - 0.5f) / h.beta);
+  auto w = (p.chosen - gain);
+  auto l_ = (p.rejected + gain);
+  return PairLoss<V>{(h.scale * ((w * w) + (l_ * l_))), ((2.0f * h.scale) * w), ((2.0f * h.scale) * l_)};
+}
+
+// ℓ = 1 − σ(βw) + σ(βl).
+// ∂ℓ/∂w = −βσ(βw)σ(−βw), ∂ℓ/∂l = βσ(βl)σ(−βl). arXiv 2408.06266 (7).
+template <class V>
+RLFAST_FORMULA auto apo_zero(const Pair<V>& p, const Beta& h) {
+  auto w = (h.beta * p.chosen);
+  auto l_ = (h.beta * p.rejected);
+  auto low = sigmoid(-w);
+  auto high = sigmoid(l_);
+  return PairLoss<V>{(low + high), (-h.beta * (sigmoid(w) * low)), (h.beta * (high * sigmoid(-l_)))};
+}
+
+// ℓ = σ(βw) + 1 − σ(x).
+// ∂ℓ/∂w = β(σ'(βw) − σ'(x)), ∂ℓ/∂l = βσ'(x), σ' = σ(u)σ(−u). The difference without its cancellation, of
+// 1/cosh² and sinh(a + b)·sinh(a − b) = cosh²a − cosh²b. arXiv 2408.06266 (8).
+template <class V>
+RLFAST_FORMULA auto apo_down(const Pair<V>& p, const Beta& h) {
+  auto w = (h.beta * p.chosen);
+  auto l_ = (h.beta * p.rejected);
+  auto x = (h.beta * (p.chosen - p.rejected));
+  auto u = (1.0f + exp(-absolute_value(w)));
+  auto v = (1.0f + exp(-absolute_value(x)));
+  auto size = (((expm1(-absolute_value(l_)) * expm1(-absolute_value((w + x)))) * exp(-minimum(absolute_value(w), absolute_value(x)))) / (((u * u) * v) * v));
+  auto down = sigmoid(-x);
+  auto d = (h.beta * select<V>(((l_ * (w + x)) > 0.0f), -size, size));
+  return PairLoss<V>{(sigmoid(w) + down), d, (h.beta * (sigmoid(x) * down))};
+}
+
+// log(1 − e^x) for x < 0. Mächler 2012.
+template <class V>
+RLFAST_FORMULA auto log1mexp(V x) {
+  auto near = (x > -0.6931471805599453f);
+  auto u = exp(select<V>(near, -1.0f, x));
+  return select<V>(near, log(-expm1(select<V>(near, x, -1.0f))), -log1p((u / (1.0f - u))));
+}
+
+// ℓ = −log σ(o), o = (w − l) − (log(1 − e^w) − log(1 − e^l)), w and l mean log-probs.
+// ∂ℓ/∂w = σ(−o)/(e^w − 1), ∂ℓ/∂l = −σ(−o)/(e^l − 1). ORPO, arXiv 2403.07691 (7).
+template <class V>
+RLFAST_FORMULA auto odds_ratio(const Pair<V>& p, const NoHyper& h) {
+  (void)h;
+  auto w = minimum(p.chosen, -1e-30f);
+  auto l_ = minimum(p.rejected, -1e-30f);
+  auto o = ((w - l_) - (log1mexp<V>(w) - log1mexp<V>(l_)));
+  auto rest = sigmoid(-o);
+  return PairLoss<V>{softplus(-o), (rest / expm1(w)), (-rest / expm1(l_))};
+}
+
+// β, and the weight λ of the penalty on a chosen response that lost likelihood.
+struct Positive {
+  float beta;
+  float penalty;
+};
+
+// ℓ = −log σ(β(w − l − λ·max(0, −w))).
+// ∂ℓ/∂w = −β(1 + λ[w < 0])·σ(−x), ∂ℓ/∂l = βσ(−x). DPO-Positive, arXiv 2402.13228 (3).
+template <class V>
+RLFAST_FORMULA auto dpop(const Pair<V>& p, const Positive& h) {
+  auto lost = (p.chosen < 0.0f);
+  auto x = (h.beta * ((p.chosen - p.rejected) + select<V>(lost, (h.penalty * p.chosen), 0.0f)));
+  auto d = (h.beta * sigmoid(-x));
+  return PairLoss<V>{softplus(-x), (-d * select<V>(lost, (1.0f + h.penalty), 1.0f)), d};
+}
+
+// ℓ = −log σ(x) + λ·max(0, −w).
+// ∂ℓ/∂w = −βσ(−x) − λ[w < 0], ∂ℓ/∂l = βσ(−x).
+template <class V>
+RLFAST_FORMULA auto dpop_outside(const Pair<V>& p, const Positive& h) {
+  auto lost = (p.chosen < 0.0f);
+  auto x = (h.beta * (p.chosen - p.rejected));
+  auto d = (h.beta * sigmoid(-x));
+  return PairLoss<V>{(softplus(-x) - select<V>(lost, (h.penalty * p.chosen), 0.0f)), (-d - select<V>(lost, h.penalty, 0.0f)), d};
+}
+
+// β, and the weight λ of the calibration.
+struct Calibrated {
+  float beta;
+  float calibration;
+};
+
+// ℓ = −log σ(w − l) + λ((w − 1/(2β))² + (l + 1/(2β))²).
+// ∂ℓ/∂w = −σ(l − w) + 2λ(w − 1/(2β)), ∂ℓ/∂l = σ(l − w) + 2λ(l + 1/(2β)). arXiv 2412.14516.
+template <class V>
+RLFAST_FORMULA auto cal_dpo(const Pair<V>& p, const Calibrated& h) {
+  auto x = (p.chosen - p.rejected);
+  auto w = (p.chosen - (0.5f / h.beta));
+  auto l_ = (p.rejected + (0.5f / h.beta));
+  auto d = sigmoid(-x);
+  auto twice = (2.0f * h.calibration);
+  return PairLoss<V>{(softplus(-x) + (h.calibration * ((w * w) + (l_ * l_)))), ((twice * w) - d), ((twice * l_) + d)};
 }
 
 // ℓ = extra·w + (1 − extra)·l: extra is 1 where the chosen came from the reference, else 0.
@@ -972,20 +972,10 @@ RLFAST_FORMULAS_END
   X(hinge, Hinge) \
   X(ipo, Beta) \
   X(exo_pair, Exo) \
-  X(nca_pair, Beta) \
-  X(bco, Beta) \
-  X(sppo_hard, Sppo) \
-  X(sppo, Sppo) \
-  X(apo_zero, Beta) \
-  X(apo_down, Beta) \
   X(discopop, Disco) \
   X(rpo_squared, Rpo) \
   X(rpo_backward_kl, Rpo) \
   X(rpo_forward_kl, Rpo) \
-  X(odds_ratio, NoHyper) \
-  X(dpop, Positive) \
-  X(dpop_outside, Positive) \
-  X(cal_dpo, Calibrated) \
   X(squared, Beta) \
   X(exponential, Beta) \
   X(truncated_quadratic, Beta) \
@@ -994,6 +984,16 @@ RLFAST_FORMULAS_END
   X(unequal, Unequal) \
   X(nll, NoHyper) \
   X(batch_nll, NoHyper) \
+  X(nca_pair, Beta) \
+  X(bco, Beta) \
+  X(sppo_hard, Sppo) \
+  X(sppo, Sppo) \
+  X(apo_zero, Beta) \
+  X(apo_down, Beta) \
+  X(odds_ratio, NoHyper) \
+  X(dpop, Positive) \
+  X(dpop_outside, Positive) \
+  X(cal_dpo, Calibrated) \
   X(exploration, NoHyper) \
   X(soft_label, Beta) \
   X(centring, NoHyper) \

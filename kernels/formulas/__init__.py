@@ -6,7 +6,7 @@ loss.
 
 from typing import NamedTuple
 
-from rlfast.kernels.formulas import kl, pair, reward, score, token, unpaired, value
+from rlfast.kernels.formulas import anchored, kl, pair, reward, score, token, unpaired, value
 
 
 class Formula(NamedTuple):
@@ -30,5 +30,5 @@ def _formulas(module) -> dict[str, Formula]:
 SURROGATES = _formulas(token) | _formulas(value)
 ESTIMATORS = {name: getattr(kl, name) for name in ("k1", "k2", "k3", "absolute")}
 SCORES = _formulas(score)
-PAIRS = _formulas(pair) | _formulas(reward)
+PAIRS = _formulas(pair) | _formulas(anchored) | _formulas(reward)
 SINGLES = _formulas(unpaired)
