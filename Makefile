@@ -62,6 +62,7 @@ bench: doctor-build $(VENV)/.dev  ## every case of bench/suite.py, to bench/resu
 docs: doctor-build $(VENV)/.dev  ## the pages that are generated from result files and tables, and the examples in README and docstrings
 	$(PY) -m bench.report
 	$(PY) tools/loss_docs.py
+	$(PY) tools/preference_docs.py
 	$(PY) -m pytest -q tests/test_docs.py
 
 # On a GPU machine: this Python as it is. No network, no install; the extensions are built in place.

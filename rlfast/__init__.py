@@ -40,16 +40,30 @@ from rlfast.losses import Loss, LossMetrics, LossOutput  # noqa: E402
 from rlfast.preference import Part, PreferenceLoss, PreferenceOutput  # noqa: E402
 from rlfast.preference_table import PREFERENCES, preference_loss  # noqa: E402
 from rlfast.reductions import Whiten, masked_mean, masked_whiten  # noqa: E402
+from rlfast.reward_losses import (  # noqa: E402
+    REWARD_LOSSES,
+    RewardLoss,
+    attribute_regression_loss,
+    gaussian_reward_loss,
+    generative_reward_loss,
+    gpm_scores,
+    grm_loss,
+    process_reward_loss,
+    quantile_loss,
+    reward_loss,
+)
 from rlfast.rewards import length_reward, overlong_penalty, shape_rewards  # noqa: E402
 from rlfast.selections import clip_cov_keep, kl_cov_extra, rollout_keep, top_entropy_keep  # noqa: E402
 from rlfast.statistics import DynamicBeta, RunningDelta, kto_reference_point, udm_weights, wpo_weights  # noqa: E402
 from rlfast.unpaired import UNPAIRED, UnpairedLoss, UnpairedOutput, unpaired_loss  # noqa: E402
 from rlfast.values import value_loss  # noqa: E402
+from rlfast.weights import ema_update, extrapolate, merge, slerp  # noqa: E402
 
 __version__ = "0.1.0"
 __all__ = [
     "LOSSES",
     "PREFERENCES",
+    "REWARD_LOSSES",
     "UNPAIRED",
     "AdaptiveEntropy",
     "AdaptiveKL",
@@ -62,6 +76,7 @@ __all__ = [
     "Part",
     "PreferenceLoss",
     "PreferenceOutput",
+    "RewardLoss",
     "RunningDelta",
     "RunningMeanStd",
     "TokenLogps",
@@ -69,11 +84,18 @@ __all__ = [
     "UnpairedOutput",
     "Whiten",
     "affine_scan",
+    "attribute_regression_loss",
     "backends",
     "clip_cov_keep",
     "discounted_returns",
+    "ema_update",
+    "extrapolate",
     "formula",
     "gae",
+    "gaussian_reward_loss",
+    "generative_reward_loss",
+    "gpm_scores",
+    "grm_loss",
     "group_advantage",
     "group_statistics",
     "kl_cov_extra",
@@ -85,15 +107,20 @@ __all__ = [
     "loss",
     "masked_mean",
     "masked_whiten",
+    "merge",
     "n_step_returns",
     "optimal_token_baseline",
     "overlong_penalty",
     "patch",
     "per_decision_td",
     "preference_loss",
+    "process_reward_loss",
+    "quantile_loss",
+    "reward_loss",
     "reward_to_go",
     "rollout_keep",
     "shape_rewards",
+    "slerp",
     "td_residuals",
     "token_logps",
     "top_entropy_keep",

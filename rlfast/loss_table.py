@@ -71,6 +71,8 @@ LOSSES = _rows(
     _row("sapo", "sapo", "2511.20347", reduce=SEQ_MEAN_TOKEN_MEAN),
     _row("cpgd", "cpgd", "2505.12504"),
     _row("apa", "apa", "2306.02231", needs=("adv", "old_logp")),
+    # preferences as a reward: A is the probability of being preferred, less ½; old_logp that of the reference
+    _row("nash_md", "nash_md", "2312.00886", needs=("adv", "old_logp"), reduce=SEQ_MEAN_TOKEN_SUM),
     # a squared residual of a whole sequence; π_old is the policy that the paper's regulariser holds on to
     _row("kimi", "squared_residual", "2501.12599", needs=("adv", "old_logp"), unit="seq_sum",
          reduce=SEQ_MEAN_TOKEN_MEAN),

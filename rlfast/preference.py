@@ -149,7 +149,7 @@ class PreferenceLoss:
             nll = Part("batch_nll" if by_batch else "nll", score="total", mean=not by_batch, weight=self.nll)
             with_nll = [*terms, nll.term(PAIRS)]
         lengths = self.reward_mean or any(t.mean or t.score == "power" for t in with_nll)
-        lengths |= any(p.hyper.get("alpha") for p in self.parts if p.link == "logistic") or self.nll_by_batch
+        lengths |= any(p.hyper.get("length_price") for p in self.parts) or self.nll_by_batch
         referenced = any(p.score in REFERENCED for p in self.parts) and not self.reference_free
         return flat(with_nll), flat(terms), lengths, referenced
 
@@ -207,7 +207,7 @@ class PreferenceLoss:
             rejected_logps, ref_rejected_logps, rejected_lengths, rejected_mask, rejected_cu_seqlens, rejected_kl
         )
         rest = PairGiven(margin, extra, shared, weights, num_items)
-        return self._run(chosen, rejected, rest, nll, world_size / accumulation, per_pair)
+        return self.run(chosen, rejected, rest, nll, world_size / accumulation, per_pair)
 
     def rows(
         self, logps, *, ref_logps=None, lengths=None, mask=None, cu_seqlens=None, kl=None, margin=None, extra=None,
@@ -222,15 +222,18 @@ class PreferenceLoss:
         """
         both = preference_inputs.Given(logps, ref_logps, lengths, mask, cu_seqlens, kl)
         rest = PairGiven(margin, extra, shared, weights, num_items)
-        return self._run(both, None, rest, nll, world_size / accumulation, per_pair)
+        return self.run(both, None, rest, nll, world_size / accumulation, per_pair, (preference_inputs.ROWS,))
 
-    def _run(self, chosen, rejected, rest, nll, factor: float, per_pair: bool) -> PreferenceOutput:
+    def run(
+        self, chosen, rejected, rest, nll, factor: float, per_pair: bool, names=preference_inputs.SIDES
+    ) -> PreferenceOutput:
+        """A call whose arguments are gathered; ``names`` is what those of the sides are called."""
         with_nll, without, lengths, referenced = self.prepared
         given = rest._asdict() | {"nll": nll}
         for name in self.needs:
             if given[name] is None:
                 validate.fail(name, f"a tensor: {self.name} needs it", "None")
-        checked = preference_inputs.checked(chosen, rejected, rest, self, lengths, referenced)
+        checked = preference_inputs.checked((chosen, rejected), names, rest, self, lengths, referenced)
         terms = with_nll if nll is None else without
         needs = [_needs(checked[0]), _needs(checked[op.SIDE]), per_pair]
         settings = Settings(float(self.tail), float(factor))

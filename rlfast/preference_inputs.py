@@ -49,46 +49,49 @@ CHOSEN, REJECTED = (
     )))
     for side in ("chosen", "rejected")
 )  # fmt: skip
+SIDES = CHOSEN, REJECTED
 ROWS = Names("logps", "ref_logps", "lengths", "mask", "cu_seqlens", "kl")
 
 
-def checked(
-    chosen: Given, rejected: Given | None, rest: PairGiven, objective, lengths: bool, referenced: bool
-) -> tuple:
+def checked(sides: tuple, names: tuple, rest: PairGiven, objective, lengths: bool, referenced: bool) -> tuple:
     """The tensors of the op, or an error that names the argument.
 
     Args:
-        chosen: the chosen side, or both in one where ``rejected`` is None.
-        rejected: the other.
+        sides: the chosen side and the rejected; or both in one, and None.
+        names: what their arguments are called.
         rest: of the pairs.
         objective: a ``PreferenceLoss``.
         lengths: whether the loss reads the lengths.
         referenced: whether it reads the reference.
     """
-    names = ROWS if rejected is None else CHOSEN
-    kl = objective.kl
-    first = side_of(chosen, names, objective.name, lengths, referenced, kl, objective.kl_detached)
+    kl, loss = objective.kl, objective.name
+    first = side_of(sides[0], names[0], loss, lengths, referenced, kl, objective.kl_detached)
     second, pairs = Side(*(None,) * 5), rows_of(first)
-    if rejected is None:
+    if sides[1] is None:
         if pairs % 2:
             validate.fail("logps", "an even number of responses, the chosen first", str(pairs))
-        if objective.kl_detached and objective.kl:
-            validate.fail("kl", f"the two sides apart: {objective.name} detaches the chosen one's", "one batch of rows")
+        if objective.kl_detached and kl:
+            validate.fail("kl", f"the two sides apart: {loss} detaches the chosen one's", "one batch of rows")
         pairs //= 2
     else:
-        second = side_of(rejected, REJECTED, objective.name, lengths, referenced, kl)
-        validate.same_device(REJECTED.logps, second.logp, CHOSEN.logps, first.logp)
-        if rows_of(second) != pairs or is_tokens(second) != is_tokens(first):
-            wanted = f"{pairs} responses, " + ("tokens" if is_tokens(first) else "sums") + " like chosen_logps"
-            validate.fail(REJECTED.logps, wanted, validate.shape(second.logp))
-        if (first.logp.dtype == torch.float64) != (second.logp.dtype == torch.float64):
-            validate.fail(REJECTED.logps, f"dtype {first.logp.dtype} like chosen_logps", str(second.logp.dtype))
+        second = side_of(sides[1], names[1], loss, lengths, referenced, kl)
+        _alike(first, second, names[0].logps, names[1].logps)
     if objective.sort:
         first, second = sorted_sides(first, second, objective.sort)
     shared = rest.shared
     if objective.nll_by_batch and objective.nll and shared is None:
         shared = mean_length(first, pairs)
     return (*first, *second, *fields_of(rest, shared, first.logp, pairs))
+
+
+def _alike(first: Side, second: Side, name: str, other: str) -> None:
+    """Two sides of as many responses, in one form, on one device."""
+    validate.same_device(other, second.logp, name, first.logp)
+    if rows_of(second) != rows_of(first) or is_tokens(second) != is_tokens(first):
+        wanted = f"{rows_of(first)} responses, {'tokens' if is_tokens(first) else 'sums'} like {name}"
+        validate.fail(other, wanted, validate.shape(second.logp))
+    if (first.logp.dtype == torch.float64) != (second.logp.dtype == torch.float64):
+        validate.fail(other, f"dtype {first.logp.dtype} like {name}", str(second.logp.dtype))
 
 
 def fields_of(rest: PairGiven, shared, logp, pairs: int) -> tuple:

@@ -39,7 +39,7 @@ PREFERENCES = _rows(
     _row("dpo_norm", "logistic", "2411.15124", hyper={"beta": 5.0}, mean=True),
     _row("margin_dpo", "logistic", "2305.18290", needs=("margin",)),
     _row("step_dpo", "logistic", "2406.18629"),  # under a mask that starts at the first divergent step
-    _row("r_dpo", "logistic", "2403.19159", hyper={"alpha": 0.01}),
+    _row("r_dpo", "logistic", "2403.19159", hyper={"length_price": 0.01}),
     _row("ld_dpo", "logistic", "2409.06411", tail=0.5),
     _row("wpo", "logistic", "2406.11827", needs=("weights",)),
     _row("beta_dpo", "scaled_logistic", "2407.08639", needs=("extra",)),

@@ -48,6 +48,7 @@ ACTIVE = {
     "dppo_kl": {"eps_low": f32(0.004), "eps_high": f32(0.002), "cap": f32(1.2)},
     "kl_cov": {"coef": f32(0.6)},
     "cpgd": {"eps_low": f32(0.15), "eps_high": f32(0.12), "alpha": f32(0.3)},
+    "nash_md": {"beta": f32(0.3)},
     "value_clipped": {"clip": f32(0.1)},
     "value_huber": {"delta": f32(0.8), "clip": f32(0.1)},
 }

@@ -21,7 +21,7 @@ SIDES = ("chosen", "rejected")
 FORMS = ("sums", "padded", "packed", "rows", "packed_rows", "sum_rows")
 # Hyper-parameters that are float32 numbers, and at which every branch is taken on what ``drawn`` draws.
 HYPER = {
-    "logistic": {"beta": f32(0.13), "label_smoothing": f32(0.1), "gamma": f32(0.3), "alpha": f32(0.02)},
+    "logistic": {"beta": f32(0.13), "label_smoothing": f32(0.1), "gamma": f32(0.3), "length_price": f32(0.02)},
     "robust": {"beta": f32(0.13), "label_smoothing": f32(0.2)},
     "hinge": {"beta": f32(0.4), "delta": f32(0.7)},
     "exo_pair": {"beta": f32(0.13), "label_smoothing": f32(0.05)},

@@ -152,9 +152,10 @@ def test_generated_tables_are_up_to_date():
 
 
 def test_the_page_of_losses_is_what_the_table_says():
-    from tools import loss_docs
+    from tools import loss_docs, preference_docs
 
     assert loss_docs.main(["--check"]) == 0, "run `make docs`"
+    assert preference_docs.PAGE.read_text(encoding="utf-8") == preference_docs.page(), "run `make docs`"
 
 
 def test_support_cells_come_from_result_files():

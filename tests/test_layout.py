@@ -51,6 +51,8 @@ FLOORS = {
     "rlfast.preference_presets": 3,
     "rlfast.unpaired": 3,
     "rlfast.statistics": 3,
+    "rlfast.weights": 3,
+    "rlfast.reward_losses": 3,
     "rlfast.ops": 2,
     "rlfast.ops.records": 1,  # the arguments of a backend: what both sides of that seam speak
     "rlfast.ops.loss_records": 1,

@@ -366,3 +366,20 @@ def test_weights_of_wpo_and_bco():
 def test_every_row_has_an_arxiv_id():
     for row in (*PREFERENCES.values(), *UNPAIRED.values()):
         assert row.paper.count(".") == 1 and len(row.paper) == 10, row.name
+
+
+def test_an_option_goes_to_one_place():
+    """No hyper-parameter of a link has the name of one of a score."""
+    from rlfast.kernels.formulas import PAIRS, SCORES, SINGLES
+
+    of_scores = {name for f in SCORES.values() for name in f.hyper._fields} - {"unused"}
+    pairs = {name for row in PREFERENCES.values() for p in row.parts for name in PAIRS[p.link].hyper._fields}
+    singles = {name for f in SINGLES.values() for name in f.hyper._fields}
+    used = {p.score for row in PREFERENCES.values() for p in row.parts}
+    assert of_scores == {"alpha"} and {"power", "alpha_divergence"} <= used
+    for row in PREFERENCES.values():
+        for part in row.parts:
+            shared = set(SCORES[part.score].hyper._fields) & set(PAIRS[part.link].hyper._fields) - {"unused"}
+            assert not shared, row.name
+    assert not of_scores & singles and "alpha" in pairs  # D²O's, whose score has none
+    assert rlfast.preference_loss("f_dpo_alpha", alpha=0.25).parts[0].score_hyper == {"alpha": 0.25}

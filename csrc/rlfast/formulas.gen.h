@@ -260,6 +260,19 @@ RLFAST_FORMULA auto cpgd(const Token<V>& t, const Cpgd& h) {
   return Surrogate<V>{loss, (select<V>(active, -t.adv, 0.0f) + (h.alpha * drift)), 0.0f, select<V>(active, 0.0f, 1.0f)};
 }
 
+// Weight of the pull towards the reference.
+struct NashMd {
+  float beta;
+};
+
+// ℓ = −A·log p + β·sg(log p − log p_ref)·log p, A = P − ½ of the whole response, old_logp the reference's.
+// ∂ℓ/∂log p = −A + β(log p − log p_ref). arXiv 2312.00886.
+template <class V>
+RLFAST_FORMULA auto nash_md(const Token<V>& t, const NashMd& h) {
+  auto pull = (h.beta * (t.logp - t.old_logp));
+  return Surrogate<V>{((pull - t.adv) * t.logp), 0.0f, (pull - t.adv), 0.0f};
+}
+
 // How far V may move from V_old; off by default.
 struct ValueClip {
   float clip;
@@ -403,19 +416,20 @@ struct Beta {
   float beta;
 };
 
-// β, the share ε of labels that are wrong, a constant margin γ, and the price α of a token's length.
+// β, the share ε of labels that are wrong, a constant margin γ, and the price α of each token more.
 struct Logistic {
   float beta;
   float label_smoothing;
   float gamma;
-  float alpha;
+  float length_price;
 };
 
 // ℓ = −(1 − ε)·log σ(x) − ε·log σ(−x), x = β(w − l) − γ − m − α(n_w − n_l).
 // ∂ℓ/∂x = ε − σ(−x). DPO, arXiv 2305.18290; SimPO's γ, 2405.14734; R-DPO's α, 2403.19159; Bradley and Terry 1952.
 template <class V>
 RLFAST_FORMULA auto logistic(const Pair<V>& p, const Logistic& h) {
-  auto x = ((((h.beta * (p.chosen - p.rejected)) - h.gamma) - p.margin) - (h.alpha * (p.chosen_length - p.rejected_length)));
+  auto x = (((h.beta * (p.chosen - p.rejected)) - h.gamma) - p.margin);
+  x = (x - (h.length_price * (p.chosen_length - p.rejected_length)));
   auto d = (h.beta * (h.label_smoothing - sigmoid(-x)));
   return PairLoss<V>{(((1.0f - h.label_smoothing) * softplus(-x)) + (h.label_smoothing * softplus(x))), d, -d};
 }
@@ -946,6 +960,7 @@ RLFAST_FORMULAS_END
   X(dppo_kl, Dppo) \
   X(kl_cov, KlCov) \
   X(cpgd, Cpgd) \
+  X(nash_md, NashMd) \
   X(value_clipped, ValueClip) \
   X(value_huber, Huber)
 

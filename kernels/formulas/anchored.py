@@ -1,4 +1,4 @@
-"""Losses of a pair in which each response's own score counts, not their difference alone: ``kernels/formulas/pair.py``."""
+"""Losses of a pair in which each score counts on its own, not the difference alone; ``kernels/formulas/pair.py``."""
 
 from typing import NamedTuple
 

@@ -31,12 +31,12 @@ class Beta(NamedTuple):
 
 
 class Logistic(NamedTuple):
-    """β, the share ε of labels that are wrong, a constant margin γ, and the price α of a token's length."""
+    """β, the share ε of labels that are wrong, a constant margin γ, and the price α of each token more."""
 
     beta: float = 0.1
     label_smoothing: float = 0.0
     gamma: float = 0.0
-    alpha: float = 0.0
+    length_price: float = 0.0
 
 
 @jit
@@ -45,7 +45,8 @@ def logistic(p: Pair, h: Logistic):
 
     ∂ℓ/∂x = ε − σ(−x). DPO, arXiv 2305.18290; SimPO's γ, 2405.14734; R-DPO's α, 2403.19159; Bradley and Terry 1952.
     """
-    x = h.beta * (p.chosen - p.rejected) - h.gamma - p.margin - h.alpha * (p.chosen_length - p.rejected_length)
+    x = h.beta * (p.chosen - p.rejected) - h.gamma - p.margin
+    x = x - h.length_price * (p.chosen_length - p.rejected_length)
     d = h.beta * (h.label_smoothing - sigmoid(-x))
     return (1.0 - h.label_smoothing) * softplus(-x) + h.label_smoothing * softplus(x), d, -d
 

@@ -323,3 +323,19 @@ def cpgd(t: Token, h: Cpgd):
     active = unclipped >= clipped
     loss = tl.maximum(unclipped, clipped) + h.alpha * (drift - t.log_ratio)
     return loss, tl.where(active, -t.adv, 0.0) + h.alpha * drift, 0.0, tl.where(active, 0.0, 1.0)
+
+
+class NashMd(NamedTuple):
+    """Weight of the pull towards the reference."""
+
+    beta: float = 0.1
+
+
+@jit
+def nash_md(t: Token, h: NashMd):
+    """ℓ = −A·log p + β·sg(log p − log p_ref)·log p, A = P − ½ of the whole response, old_logp the reference's.
+
+    ∂ℓ/∂log p = −A + β(log p − log p_ref). arXiv 2312.00886.
+    """
+    pull = h.beta * (t.logp - t.old_logp)
+    return (pull - t.adv) * t.logp, 0.0, pull - t.adv, 0.0

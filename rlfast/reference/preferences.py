@@ -43,8 +43,8 @@ def alpha_divergence(r, alpha=0.5):
 # Links of a pair.
 
 
-def logistic(p, beta=0.1, label_smoothing=0.0, gamma=0.0, alpha=0.0):
-    x = beta * (p.chosen - p.rejected) - gamma - p.margin - alpha * (p.chosen_length - p.rejected_length)
+def logistic(p, beta=0.1, label_smoothing=0.0, gamma=0.0, length_price=0.0):
+    x = beta * (p.chosen - p.rejected) - gamma - p.margin - length_price * (p.chosen_length - p.rejected_length)
     return -(1 - label_smoothing) * logsigmoid(x) - label_smoothing * logsigmoid(-x)
 
 
