@@ -31,8 +31,8 @@ Made by `make docs` from `rlfast.PREFERENCES`, `rlfast.UNPAIRED` and `rlfast.REW
     loss = factor/n · Σ_i w_i·Σ_k weight_k·link_k(s_k(chosen_i), s_k(rejected_i))
 
 S = Σ m·log π of a response, D = S − S_ref, n its tokens; s is a score of a response, divided by n where it is a mean; w
-and l are the scores of the chosen and the rejected one. One kernel makes the sums of packed or padded tokens, the scores,
-the links, the gradient of every token and the metrics:
+and l are the scores of the chosen and the rejected one. One kernel makes the sums of packed or padded tokens, the
+scores, the links, the gradient of every token and the metrics:
 
 ```python
 dpo = rlfast.preference_loss("dpo", beta=0.1)
@@ -45,9 +45,9 @@ mixture = rlfast.preference_loss({"dpo": 0.8, "bco_pair": 0.2, "nll": 1.0})
 What depends on other batches is an object of its own, whose value a loss takes as an argument: `rlfast.RunningDelta` is
 BCO's δ, `rlfast.DynamicBeta` makes β-DPO's factors and its filter, `rlfast.kto_reference_point` KTO's z,
 `rlfast.udm_weights` and `rlfast.wpo_weights` weights of responses. TR-DPO is `rlfast.ema_update` of the reference
-between steps of any of these losses; iterative DPO, sDPO, DNO and GSHF are DPO with another reference or other pairs, and
-step-DPO is DPO under a mask that starts at the first step that differs. RSO samples its pairs with a reward model, and
-then takes `dpo` or `hinge`. Nash-MD is a policy loss, `rlfast.loss("nash_md")`.
+between steps of any of these losses; iterative DPO, sDPO, DNO and GSHF are DPO with another reference or other pairs,
+and step-DPO is DPO under a mask that starts at the first step that differs. RSO samples its pairs with a reward model,
+and then takes `dpo` or `hinge`. Nash-MD is a policy loss, `rlfast.loss("nash_md")`.
 """
 
 
