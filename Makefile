@@ -22,6 +22,9 @@ help:  ## this list
 demo: doctor-demo $(VENV)/.demo  ## train SmolLM2-135M with TRL, stock and with rlfast; demo.png and demo.html
 	$(PY) -m rlfast.demo $(if $(JSON),--json $(JSON))
 
+# Workers of pytest-xdist share the cores: a thread of OpenMP that spins while it waits takes another worker's time.
+test test-all: export OMP_WAIT_POLICY = passive
+
 test: doctor-test $(VENV)/.dev  ## the tests, on the C++ and torch backends, then on Triton's interpreter (< 15 minutes)
 	$(PY) -m pytest tests bench -q -n auto -m "not slow and not large"
 	TRITON_INTERPRET=1 $(PY) -m pytest tests -q -n auto -m "not slow and not large" --backend triton

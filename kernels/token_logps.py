@@ -96,6 +96,20 @@ def gradient(
 
 
 @jit
+def shares(row, target, tokens, sizes, saved):
+    """(Σ ∂L/∂log p of a row's candidates that are this one, Σ of the others): their difference would cancel."""
+    own, others = tl.zeros([], tl.float32), tl.zeros([], tl.float32)
+    for j in range(sizes.candidates):
+        other = tl.load(tokens.targets + row * sizes.candidates + j)
+        g = tl.load(saved.g_logp + row * sizes.candidates + j)
+        if other == target:
+            own += g
+        elif other != -100:
+            others += g
+    return own, others
+
+
+@jit
 def row_gradient(z, ids, row, tokens, sizes, saved):
     """∂L/∂z of one row's z; at a target 1 − p is −expm1(log p), which keeps its digits as p → 1."""
     rows = tl.cast(sizes.rows, tl.int64)
@@ -111,10 +125,9 @@ def row_gradient(z, ids, row, tokens, sizes, saved):
         for k in range(sizes.candidates):
             target = tl.load(tokens.targets + row * sizes.candidates + k)
             if target != -100:
-                g_k = tl.load(saved.g_logp + row * sizes.candidates + k)
+                own, others = shares(row, target, tokens, sizes, saved)
                 logp = tl.load(saved.aux + (2 + k) * rows + row)
-                # −g·p + g·p is exactly 0: what is left is g·(1 − p)
-                g = tl.where(ids == target, (g + g_k * p) - g_k * expm1(logp), g)
+                g = tl.where(ids == target, -others * p - own * expm1(logp), g)
     g_lse, g_entropy, entropy = tl.zeros([], tl.float32), tl.zeros([], tl.float32), tl.zeros([], tl.float32)
     if saved.g_lse is not None:
         g_lse = tl.load(saved.g_lse + row)

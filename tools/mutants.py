@@ -425,8 +425,9 @@ PYTHON = [
     ),
     *_python(
         "triton", "kernels/token_logps.py",
-        ("(g + g_k * p) - g_k * expm1(logp)", "(g + g_k * p) + g_k * expm1(logp)", "pairwise"),
-        ("(g + g_k * p) - g_k * expm1(logp)", "g + g_k", "row_05"),
+        ("-others * p - own * expm1(logp)", "-others * p + own * expm1(logp)", "pairwise"),
+        ("-others * p - own * expm1(logp)", "own - (own + others) * p", "row_05"),
+        ("            others += g", "            others += 0.5 * g", "candidates"),
         ("g = -total * p", "g = total * p", "pairwise"),
     ),
     *_python(
