@@ -91,6 +91,44 @@ def test_verl_reinforce_plus_plus():
     agree(scores.unsqueeze(-1) * F["mask"], "verl", "reinforce++_baseline")
 
 
+def test_verl_gdpo():
+    adv = rlfast.group_advantage(
+        F["columns"][:7], group_ids=X["ids"].long(), method="gdpo", weights=(1.0, 0.5, -2.0), like="verl",
+        lengths=X["mask"].sum(-1),
+    )  # fmt: skip
+    agree(adv.unsqueeze(-1) * F["mask"], "verl", "gdpo")
+
+
+@pytest.mark.parametrize("kind", ("float32", "float64"))
+@pytest.mark.parametrize("method", ("grpo", "dr_grpo", "batch_std"))
+def test_trl_groups(method, kind):
+    """On rewards of 1e-3, where the 1e-4 that is added to the deviation is a tenth of it."""
+    rewards = (F if kind == "float32" else X)["columns"][:, 0]
+    agree(rlfast.group_advantage(rewards, group_size=4, method=method, like="trl"), "trl", method)
+
+
+@pytest.mark.parametrize("kind", ("float32", "float64"))
+def test_trl_gdpo(kind):
+    given = {"method": "gdpo", "weights": (1.0, 0.5, -2.0), "like": "trl"}
+    columns = (F if kind == "float32" else X)["columns"]
+    agree(rlfast.group_advantage(columns, group_size=4, **given), "trl", "gdpo")
+    mask = torch.arange(8) != 2
+    agree(rlfast.group_advantage(columns, group_size=4, mask=mask, **given), "trl", "gdpo without the third")
+    agree(rlfast.group_advantage(columns[:1], group_size=1, **given), "trl", "gdpo of one")
+
+
+def test_one_sample_has_no_deviation():
+    """As in TRL; one that is valid, too, and whatever whitens."""
+    given = {"method": "batch_std", "like": "trl"}
+    agree(rlfast.group_advantage(F["columns"][:1, 0], group_size=1, **given), "trl", "batch_std of one")
+    for like in (None, "trl", "verl", "openrlhf"):
+        for method in ("reinforce++", *(("batch_std", "reinforce++_baseline") if like != "verl" else ())):  # lone_raw
+            pair = rlfast.group_advantage(
+                torch.tensor([1.0, 2.0]), group_size=2, method=method, like=like, mask=torch.tensor([1, 0])
+            )
+            assert pair.tolist() == [0.0, 0.0], (like, method)
+
+
 def test_verl_remax():
     returns = rlfast.reward_to_go(F["rewards"], F["mask"])
     agree(returns, "verl", "remax", 1, where=MASK)
@@ -152,6 +190,36 @@ def test_openrlhf():
     assert_value(
         "whitened", rlfast.masked_whiten(adv, F["mask"], like="openrlhf")[MASK], white[MASK], white[MASK].float()
     )
+    asked, _ = rlfast.gae(F["rewards"], F["values"], F["mask"], gamma=0.97, lam=0.9, like="openrlhf", whiten=True)
+    assert_value("at once", asked[MASK], white[MASK], white[MASK].float())
+
+
+@pytest.mark.parametrize("scale", (1.0, 1e-5))
+def test_openrlhf_reinforce(scale):
+    """Over all tokens: Σ(A − mean)²/n, at least 1e-8 of it. RLOO, GRPO and Dr. GRPO are not whitened."""
+    rewards, lengths = X["scores"][:6] * scale, X["mask"].sum(-1)[:6]
+    centred = (rewards.view(2, 3) - rewards.view(2, 3).mean(1, keepdim=True)).flatten()
+    for method, plain in (("reinforce++", rewards), ("reinforce++_baseline", centred)):
+        mean = (plain * lengths).sum() / lengths.sum()
+        var = ((plain - mean).square() * lengths).sum() / lengths.sum()
+        truth = (plain - mean) * var.clamp(min=1e-8).rsqrt()
+        given = {"group_size": 3, "method": method, "like": "openrlhf", "lengths": lengths}
+        got = rlfast.group_advantage(rewards, **given)
+        torch.testing.assert_close(got, truth, rtol=1e-12, atol=1e-12)
+        assert_value(method, rlfast.group_advantage(rewards.float(), **given), truth, truth.float())
+    others = (rewards.view(2, 3).sum(1, keepdim=True) - rewards.view(2, 3)) / 2
+    rloo = rlfast.group_advantage(rewards, group_size=3, method="rloo", like="openrlhf")
+    torch.testing.assert_close(rloo, rewards - others.flatten(), rtol=1e-12, atol=1e-12 * scale)
+
+
+def test_torchrl_average_gae():
+    """``average_gae`` divides by a deviation of at least 1e-4."""
+    for scale in (1.0, 1e-6):
+        given = {"gamma": 0.97, "lam": 0.9, "like": "torchrl"}
+        plain, _ = rlfast.gae(X["rewards"] * scale, X["values"] * scale, **given)
+        got, _ = rlfast.gae(X["rewards"] * scale, X["values"] * scale, whiten=True, **given)
+        truth = (plain - plain.mean()) / plain.std().clamp_min(1e-4)
+        torch.testing.assert_close(got, truth, rtol=1e-9, atol=1e-12)
 
 
 def test_trl_whitens_and_zeroes():

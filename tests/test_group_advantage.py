@@ -88,11 +88,50 @@ def test_method(backend, device, method, groups):
     assert bool(got.isfinite().all())
 
 
-@pytest.mark.parametrize("like", ("trl", "verl", "openrlhf", "nemo-rl", "halos", "open-instruct"))
-@pytest.mark.parametrize("method", ("grpo", "rloo", "dr_grpo", "batch_std"))
+# What is added to a deviation, and whether it is Bessel's: shared/losses.md, §5, and the trainers' code.
+TRAINERS = {"trl": (1e-4, True), "verl": (1e-6, True), "openrlhf": (1e-9, True), "halos": (1e-2, False),
+            "open-instruct": (1e-8, False), "nemo-rl": (1e-6, True)}  # fmt: skip
+
+
+def alone(r, method: str, like: str):
+    """The advantages of one group of several, as a trainer writes them down."""
+    eps, bessel = TRAINERS[like]
+    n = len(r)
+    others = torch.stack([torch.cat((r[:i], r[i + 1 :])) for i in range(n)])
+    if method == "rloo":
+        return r - others.mean(1)
+    if method == "dr_grpo":
+        return r - r.mean()
+    if like == "nemo-rl":  # the others' mean and deviation; a deviation of 0 does not divide
+        std = others.std(1, correction=1) if n > 2 else torch.zeros_like(r)
+        return (r - others.mean(1)) / torch.where(std > 0, std + eps, 1.0)
+    return (r - r.mean()) / (r.std(correction=int(bessel)) + eps)
+
+
+def by_trainer(rewards, ids, method: str, like: str):
+    """Those of a batch. verl keeps the reward of an answer alone, the others have 0 for it."""
+    out = torch.zeros_like(rewards)
+    for key in ids.unique():
+        of = ids == key
+        if int(of.sum()) > 1:
+            out[of] = alone(rewards[of], method, like)
+        elif like == "verl":
+            out[of] = rewards[of] / (1.0 + (TRAINERS[like][0] if method == "grpo" else 0.0))
+    return out
+
+
+@pytest.mark.parametrize("like", TRAINERS)
+@pytest.mark.parametrize("method", ("grpo", "rloo", "dr_grpo"))
 def test_trainers(backend, device, method, like):
+    """Not by our presets: by what is written down above."""
     for groups in ("eights", "ids"):
-        check(rewards_of(96), backend, device, method=method, like=like, **groups_of(groups, 96))
+        given = groups_of(groups, 96)
+        ids = given.get("group_ids", torch.arange(96) // 8)
+        rewards = rewards_of(96) * 1e-2
+        truth, own = (by_trainer(rewards.to(dtype), ids, method, like) for dtype in (torch.float64, torch.float32))
+        with rlfast.use_backend(backend):
+            got = rlfast.group_advantage(rewards.to(device), method=method, like=like, **on(given, device))
+        assert_value(f"{like} {groups}", got.cpu(), truth, own)
 
 
 @pytest.mark.parametrize("scale", ("none", "group", "others", "batch"))

@@ -20,7 +20,7 @@ from rlfast.ops.group_records import (
     Inputs,
     Options,
 )
-from rlfast.reductions import Whiten, total
+from rlfast.reductions import WHITENINGS, Whiten, deviation, total
 
 SCALES = {"none": UNSCALED, "group": STD, "others": OTHERS_STD, "batch": UNSCALED}
 
@@ -57,11 +57,11 @@ METHODS = {
     "kimi_soft": Method(SOFT, paper="2501.12599"),
     "a*-po": Method(SOFT, tau=0.5, paper="2505.20686"),
 }
-# What a trainer has in place of the paper's numbers.
+# What a trainer has in place of the paper's numbers; its whitening is for the methods that whiten.
 LIKE = {
-    "trl": {"eps": 1e-4},
-    "verl": {"eps": 1e-6, "lone_raw": True},
-    "openrlhf": {"eps": 1e-9},
+    "trl": {"eps": 1e-4, "whiten": Whiten(eps=1e-4, where="outside")},
+    "verl": {"eps": 1e-6, "lone_raw": True, "whiten": WHITENINGS["verl"]},
+    "openrlhf": {"eps": 1e-9, "whiten": WHITENINGS["openrlhf"]},
     "halos": {"eps": 1e-2, "bessel": False},
     "open-instruct": {"eps": 1e-8, "bessel": False},
     "nemo-rl": {"eps": 1e-6, "skip_zero": True},
@@ -83,7 +83,9 @@ def _method(name, like, changed: dict) -> Method:
         validate.fail("method", f"one of {tuple(METHODS)}", repr(name))
     if like is not None and like not in LIKE:
         validate.fail("like", f"one of {tuple(LIKE)} or None", repr(like))
-    method = METHODS[RENAMED.get((like, name), name)]._replace(**LIKE.get(like, {}))
+    method = METHODS[RENAMED.get((like, name), name)]
+    theirs = LIKE.get(like, {})
+    method = method._replace(**(theirs if method.whiten else {k: v for k, v in theirs.items() if k != "whiten"}))
     method = method._replace(**{k: v for k, v in changed.items() if v is not None})
     if method.scale not in SCALES:
         validate.fail("scale", f"one of {tuple(SCALES)}", repr(method.scale))
@@ -136,13 +138,17 @@ def _over_groups(rewards, ids, size, mask, lengths, m: Method):
 
 
 def _moments(x, mask, weights, bessel: bool):
-    """(mean, variance) of the valid elements in float64, weighted as if each stood there as often as its weight."""
+    """(mean, variance) of the valid elements in float64, weighted as if each stood there as often as its weight.
+
+    The variance of one element is 0, with Bessel's correction too: alone, a sample is at the mean.
+    """
     w = torch.ones_like(x, dtype=torch.float64) if weights is None else weights
     w = w if mask is None else torch.where(mask, w, 0.0)
     x = x.double() if mask is None else torch.where(mask, x, 0.0).double()
     count = total(w)
     mean = total(w * x) / count
-    return mean, total(w * (x - mean).square()) / (count - int(bessel))
+    freedom = count - int(bessel)
+    return mean, total(w * (x - mean).square()) / torch.where(freedom > 0, freedom, 1.0)
 
 
 def _over_batch(advantages, rewards, mask, lengths, m: Method):
@@ -157,7 +163,7 @@ def _over_batch(advantages, rewards, mask, lengths, m: Method):
         advantages = (advantages.double() / (var.sqrt() + m.eps)).to(kind)
     if m.whiten is not None:
         mean, var = _moments(advantages, mask, lengths, m.whiten.bessel)
-        advantages = ((advantages.double() - mean) * (var + m.whiten.eps).rsqrt()).to(kind)
+        advantages = ((advantages.double() - mean) / deviation(var, m.whiten.eps, m.whiten.where)).to(kind)
         advantages = advantages if mask is None else torch.where(mask, advantages, 0.0)
     return advantages
 
@@ -180,8 +186,8 @@ def group_advantage(
             whitened over the batch; "gpg" (r − mean)·N ÷ nonzero rewards; "pass@k" (largest − second) / (std + eps) for
             the best, 0 for the others; "gdpo" each reward as in "grpo", summed with ``weights``, whitened; "kimi"
             r − mean; "kimi_soft" and "a*-po" r − τ·log mean exp(r/τ).
-        like: "trl", "verl", "openrlhf", "nemo-rl", "halos", "open-instruct": that trainer's eps, deviation and groups
-            of one (verl: they keep their reward; else 0).
+        like: "trl", "verl", "openrlhf", "nemo-rl", "halos", "open-instruct": that trainer's eps, deviation, whitening
+            and groups of one (verl: they keep their reward; else 0).
         mask: [N], 0 for a sample that counts nowhere: it gets 0.
         lengths: [N], valid tokens of each answer: the weights of "opo", and of whitening over tokens.
         baselines: [N], the reward of the greedy answer, of "remax".

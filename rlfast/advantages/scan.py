@@ -11,7 +11,7 @@ from rlfast import backends, validate
 from rlfast.advantages.rows import Rows, estimate
 from rlfast.ops import affine_scan as scan_op
 from rlfast.ops.scan_records import ADVANTAGES, RETURNS, REVERSE, Inputs, Options
-from rlfast.reductions import WHITENINGS, Whiten, preset
+from rlfast.reductions import WHITENINGS, Whiten, checked_whiten, preset
 
 BOTH = ADVANTAGES | RETURNS
 
@@ -20,30 +20,27 @@ class Preset(NamedTuple):
     """How a trainer computes GAE."""
 
     masking: str
-    whiten: Whiten | None
+    whitens: bool  # unasked; OpenRLHF does so later, over the whole batch of experience
+    whiten: Whiten = Whiten()
 
 
 LIKE = {
-    "trl": Preset("zero", WHITENINGS["trl"]),  # its PPO trainer, as long as it had one
-    "verl": Preset("carry", WHITENINGS["verl"]),
-    "openrlhf": Preset(
-        "zero", None
-    ),  # whitens later, over the whole batch of experience: masked_whiten(like="openrlhf")
-    "nemo-rl": Preset("carry", None),
-    "torchrl": Preset("carry", None),
+    "trl": Preset("zero", True, WHITENINGS["trl"]),  # its PPO trainer, as long as it had one
+    "verl": Preset("carry", True, WHITENINGS["verl"]),
+    "openrlhf": Preset("zero", False, WHITENINGS["openrlhf"]),
+    "nemo-rl": Preset("carry", False),
+    "torchrl": Preset("carry", False, WHITENINGS["torchrl"]),
 }
 
 
 def _gae_options(like, masking, whiten) -> tuple[str, Whiten | None]:
-    chosen = preset(LIKE, like) or Preset("carry", None)
+    chosen = preset(LIKE, like) or Preset("carry", False)
     masking = chosen.masking if masking is None else masking
-    if whiten is None:
-        return masking, chosen.whiten
     if isinstance(whiten, Whiten):
-        return masking, whiten
-    if not isinstance(whiten, bool):
+        return masking, checked_whiten(whiten)
+    if whiten is not None and not isinstance(whiten, bool):
         validate.fail("whiten", "a bool or rlfast.Whiten", type(whiten).__name__, TypeError)
-    return masking, (chosen.whiten or Whiten()) if whiten else None
+    return masking, chosen.whiten if (chosen.whitens if whiten is None else whiten) else None
 
 
 def gae(
@@ -69,7 +66,8 @@ def gae(
         critic_lam: λ of the returns, where it is another than that of the advantages (VC-PPO, VAPO: ``vapo_lam``).
         kl: [*, T], a penalty on each token: r_t − kl_coef·kl_t.
         kl_coef: a float.
-        whiten: True, or an ``rlfast.Whiten``: the advantages whitened over the valid tokens of the batch.
+        whiten: True, which is ``like``'s whitening, or an ``rlfast.Whiten``: the advantages whitened over the valid
+            tokens of the batch.
         like: "trl", "verl", "openrlhf", "nemo-rl", "torchrl": the masking and whitening of that trainer. Valid tokens
             have its values; masked ones are 0, where verl leaves what it carried.
 
