@@ -137,6 +137,8 @@ def _count(num_items, logp):
         return torch.tensor(validate.positive("num_items", num_items), dtype=torch.float32, device=logp.device)
     if num_items.dim() != 0:
         validate.fail("num_items", "a number or a 0-dim tensor", validate.shape(num_items))
+    if num_items.device.type == "cpu" and not torch.compiler.is_compiling():
+        validate.positive("num_items", num_items.item())
     return num_items.to(device=logp.device, dtype=torch.float32)
 
 

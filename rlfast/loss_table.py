@@ -1,6 +1,6 @@
 """The table: an objective a row. What a row does not say is the default of ``rlfast.Loss``.
 
-To add one: a formula in ``kernels/formulas/token.py``, a row here, an oracle in ``rlfast/reference/token_loss.py``.
+To add one: a formula in ``kernels/formulas/token.py``, a row here, an oracle in ``rlfast/reference/surrogates.py``.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 
 from rlfast import validate
+from rlfast.kl import KL_KINDS
 from rlfast.losses import Loss
 from rlfast.presets import preset
 
@@ -101,9 +102,9 @@ def loss(name: str, *, like: str | None = None, **options) -> Loss:
         >>> round(out.loss.item(), 6)
         -0.987683
     """
-    if name not in LOSSES:
-        validate.fail("name", f"one of {', '.join(LOSSES)}", repr(name))
-    row = LOSSES[name]
+    row = LOSSES[validate.one_of("name", name, tuple(LOSSES))]
     if like is not None:
+        if options.get("kl") is not None:
+            validate.one_of("kl", options["kl"], KL_KINDS)
         row = row.with_options(**preset(name, like, options.get("kl")))
     return row.with_options(**options) if options else row

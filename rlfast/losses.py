@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from rlfast import backends, loss_inputs, validate
+from rlfast import backends, limits, loss_inputs, validate
 from rlfast.corrections import CORRECTIONS, Correction
 from rlfast.kernels.formulas import SURROGATES
 from rlfast.kernels.formulas.kl import KlBounds
@@ -83,7 +83,8 @@ class Loss:
         paper: arXiv id.
 
     Raises:
-        ValueError, TypeError: an argument is not one of the above; the message names it.
+        ValueError, TypeError: an argument is not one of the above, or a number is beyond its range in
+            ``rlfast.limits``; the message names it.
 
     Example:
         >>> objective = rlfast.Loss("ppo_clip", {"eps_high": 0.28}, reduce="token_mean")
@@ -119,9 +120,12 @@ class Loss:
     paper: str = ""
 
     def __post_init__(self):
-        formula = SURROGATES.get(getattr(self.surrogate, "name", self.surrogate))
-        if formula is None:
+        name = getattr(self.surrogate, "name", self.surrogate)
+        if not isinstance(name, str) or name not in SURROGATES:
             validate.fail("surrogate", f"one of {', '.join(SURROGATES)}", repr(self.surrogate))
+        formula = SURROGATES[name]
+        if not isinstance(self.hyper, dict):
+            validate.fail("hyper", "a dict of numbers by name", repr(self.hyper), TypeError)
         unknown = set(self.hyper) - set(formula.hyper._fields)
         if unknown:
             known = ", ".join(formula.hyper._fields)
@@ -136,11 +140,31 @@ class Loss:
         if isinstance(self.correction, str):
             validate.one_of("correction", self.correction, tuple(CORRECTIONS))
             object.__setattr__(self, "correction", CORRECTIONS[self.correction]())
+        if self.correction is not None and not isinstance(self.correction, Correction):
+            validate.fail("correction", "a Correction, or the name of one", repr(self.correction), TypeError)
+        if not isinstance(self.needs, tuple):
+            validate.fail("needs", "a tuple of names of fields", repr(self.needs), TypeError)
+        for need in self.needs:
+            validate.one_of("needs", need, loss_inputs.Given._fields)
+        for option in limits.FLAGS:
+            validate.flag(option, getattr(self, option))
         object.__setattr__(self, "prepared", self._prepare(formula))
+
+    def _number(self, option: str) -> float:
+        """An option within its range; the factor of a coefficient that is a tensor is 1."""
+        x = getattr(self, option)
+        if option in ("beta", "entropy_coef") and isinstance(x, torch.Tensor):
+            if x.dim() != 0:
+                validate.fail(option, "a number or a 0-dim tensor", validate.shape(x))
+            return 1.0
+        return validate.number(option, x, limits.OPTIONS[option])
 
     def _prepare(self, formula) -> tuple:
         """The op's arguments that no tensor changes."""
         c = self.correction or Correction()
+        for low, high in limits.ORDERED:
+            validate.ordered(low, self._number(low), high, self._number(high))
+        beta, entropy = self._number("beta"), self._number("entropy_coef")
         has_kl = self.kl is not None and (isinstance(self.beta, torch.Tensor) or self.beta != 0.0)
         kl = self.kl if has_kl else ""
         plan = Plan(
@@ -149,13 +173,15 @@ class Loss:
             int(self.entropy_mean), LEVELS.index(c.weight), int(self.weight_in_ratio), LEVELS.index(c.gate),
             int(c.gate_kind[1]), int(c.masks),
         )  # fmt: skip
-        beta, entropy = ((1.0 if isinstance(x, torch.Tensor) else float(x)) for x in (self.beta, self.entropy_coef))
         settings = Settings(
             beta, entropy, float(self.log_ratio_low), float(self.log_ratio_high), float(self.unit_low),
-            float(self.unit_high), c.low, c.high, c.gate_low, c.gate_high, float(self.off_policy),
+            float(self.unit_high), float(c.low), float(c.high), float(c.gate_low), float(c.gate_high),
+            self._number("off_policy"),
         )  # fmt: skip
-        hyper = [float(x) for x in formula.hyper(**self.hyper)]
-        bounds = [float(x) for x in KlBounds(self.kl_d_max, self.kl_max)]
+        ranges = limits.HYPER.get(formula.hyper, {})
+        given = formula.hyper(**self.hyper)
+        hyper = [validate.number(x, y, ranges.get(x, limits.ANY)) for x, y in zip(given._fields, given, strict=True)]
+        bounds = list(KlBounds(self._number("kl_d_max"), self._number("kl_max")))
         needs = tuple(self.needs) + (("ref_logp",) if kl else ()) + (("entropy",) if self._has_bonus() else ())
         needs += ("rollout_logp",) if c.weight or c.gate else ()
         name = getattr(self.surrogate, "name", self.surrogate)
@@ -205,7 +231,8 @@ class Loss:
             LossOutput(loss, metrics).
 
         Raises:
-            ValueError, TypeError: a field is missing, or has another shape, dtype or device; the message names it.
+            ValueError, TypeError: a field is missing, or has another shape, dtype or device; the message names it. On a
+                GPU, and in compiled code, what num_items and cu_seqlens hold is not looked at.
         """
         surrogate, kl, plan, settings, hyper, bounds, needs = self.prepared
         given = loss_inputs.Given(

@@ -44,7 +44,7 @@ WHITENINGS = {
 
 def preset(table: dict, like):
     """The row of a table of presets; None for None."""
-    if like is not None and like not in table:
+    if like is not None and like not in tuple(table):
         validate.fail("like", f"one of {tuple(table)} or None", repr(like))
     return table.get(like)
 

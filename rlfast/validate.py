@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
+from typing import NamedTuple
 
 import torch
 
@@ -13,6 +14,14 @@ IGNORE_INDEX = -100
 # Beyond these a positive scale is 0 or inf once a kernel has it in float32, or its inverse is.
 LEAST, MOST = 1e-30, 1e30
 FLOAT32_MAX = torch.finfo(torch.float32).max
+
+
+class Limit(NamedTuple):
+    """The range of a number, both ends included, and how a message says it."""
+
+    words: str
+    low: float
+    high: float
 
 
 def fail(name: str, wanted: str, came, kind: type[Exception] = ValueError):
@@ -61,6 +70,28 @@ def finite(name: str, x) -> float:
     if not -FLOAT32_MAX <= x <= FLOAT32_MAX:
         fail(name, "a float within the range of float32", repr(x))
     return float(x)
+
+
+def number(name: str, x, limit: Limit) -> float:
+    """A float within a range."""
+    if isinstance(x, bool) or not isinstance(x, numbers.Real):
+        fail(name, limit.words, repr(x), TypeError)
+    if not limit.low <= x <= limit.high:  # NaN is in no range
+        fail(name, limit.words, repr(x))
+    return float(x)
+
+
+def ordered(name: str, low: float, high_name: str, high: float) -> None:
+    """Two numbers, the first no larger than the second."""
+    if not low <= high:
+        fail(f"{name}, {high_name}", f"{name} <= {high_name}", f"{low}, {high}")
+
+
+def flag(name: str, x) -> bool:
+    """True or False."""
+    if not isinstance(x, bool):
+        fail(name, "True or False", repr(x), TypeError)
+    return x
 
 
 def one_of(name: str, x, choices):

@@ -79,15 +79,15 @@ class GroupStatistics(NamedTuple):
 
 
 def _method(name, like, changed: dict) -> Method:
-    if name not in METHODS:
+    if name not in tuple(METHODS):
         validate.fail("method", f"one of {tuple(METHODS)}", repr(name))
-    if like is not None and like not in LIKE:
+    if like is not None and like not in tuple(LIKE):
         validate.fail("like", f"one of {tuple(LIKE)} or None", repr(like))
     method = METHODS[RENAMED.get((like, name), name)]
     theirs = LIKE.get(like, {})
     method = method._replace(**(theirs if method.whiten else {k: v for k, v in theirs.items() if k != "whiten"}))
     method = method._replace(**{k: v for k, v in changed.items() if v is not None})
-    if method.scale not in SCALES:
+    if method.scale not in tuple(SCALES):
         validate.fail("scale", f"one of {tuple(SCALES)}", repr(method.scale))
     validate.at_least("eps", method.eps, 0.0)
     validate.positive("tau", method.tau)
