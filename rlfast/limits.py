@@ -15,6 +15,8 @@ POSITIVE = Limit(f"a float > 0, from {LEAST:g} to {MOST:g}", LEAST, MOST)
 BOUND = Limit("a float ≥ 0 (inf is off)", 0.0, math.inf)
 POSITIVE_BOUND = Limit("a float > 0 (inf is off)", LEAST, math.inf)
 FROM_ONE = Limit("a float ≥ 1 (inf is off)", 1.0, math.inf)
+SHARE = Limit("a float in [0, 1]", 0.0, 1.0)
+SOME = Limit("a float > 0, and at most 1", LEAST, 1.0)
 BELOW_ONE = Limit("a float in [0, 1)", 0.0, 1.0 - 2.0**-24)  # the largest below 1 in float32
 
 # Beyond 1, eps_low leaves a ratio without a lower bound: verl's recipe for CISPO has 10.

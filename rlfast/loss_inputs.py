@@ -123,7 +123,7 @@ def _boundaries(cu_seqlens, logp):
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
         validate.fail("cu_seqlens", "shape [B + 1]", validate.shape(cu_seqlens))
     validate.same_device("cu_seqlens", cu_seqlens, "logp", logp)
-    if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
+    if validate.looked_at(cu_seqlens):
         ends = cu_seqlens.tolist()
         if ends[0] != 0 or ends[-1] != logp.shape[0] or any(b < a for a, b in pairwise(ends)):
             validate.fail("cu_seqlens", f"0 = c[0] <= c[1] <= … <= c[B] = {logp.shape[0]}", str(ends[:8]))
@@ -137,7 +137,7 @@ def _count(num_items, logp):
         return torch.tensor(validate.positive("num_items", num_items), dtype=torch.float32, device=logp.device)
     if num_items.dim() != 0:
         validate.fail("num_items", "a number or a 0-dim tensor", validate.shape(num_items))
-    if num_items.device.type == "cpu" and not torch.compiler.is_compiling():
+    if validate.looked_at(num_items):
         validate.positive("num_items", num_items.item())
     return num_items.to(device=logp.device, dtype=torch.float32)
 

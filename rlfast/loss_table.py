@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 
 from rlfast import validate
-from rlfast.kl import KL_KINDS
+from rlfast.kl import estimator
 from rlfast.losses import Loss
 from rlfast.presets import preset
 
@@ -105,6 +105,6 @@ def loss(name: str, *, like: str | None = None, **options) -> Loss:
     row = LOSSES[validate.one_of("name", name, tuple(LOSSES))]
     if like is not None:
         if options.get("kl") is not None:
-            validate.one_of("kl", options["kl"], KL_KINDS)
+            options["kl"] = estimator("kl", options["kl"])
         row = row.with_options(**preset(name, like, options.get("kl")))
     return row.with_options(**options) if options else row

@@ -12,7 +12,7 @@ from rlfast import backends, limits, loss_inputs, validate
 from rlfast.corrections import CORRECTIONS, Correction
 from rlfast.kernels.formulas import SURROGATES
 from rlfast.kernels.formulas.kl import KlBounds
-from rlfast.kl import KL_KINDS
+from rlfast.kl import estimator
 from rlfast.ops import token_loss as op
 from rlfast.ops.loss_records import LEVELS, METRICS, REDUCTIONS, SEQ_SUM_OVER_MAX_LEN, UNITS, Plan, Settings
 
@@ -64,7 +64,7 @@ class Loss:
         hyper: its hyper-parameters by name; those not named have the formula's defaults.
         unit: "token", "seq_mean", "seq_sum" or "seq_mean_through": whose log-ratio the surrogate sees.
         reduce: "token_mean", "token_sum", "seq_mean_token_mean", "seq_mean_token_sum" or "seq_sum_over_max_len".
-        kl: "k1", "k2", "k3", "absolute" or None; with a "+", its value with the gradient of k2.
+        kl: "k1", "k2", "k3", "absolute" (or "abs") or None; with a "+", its value with the gradient of k2.
         beta: weight of the KL; a 0-dim tensor stays on its device.
         kl_d_max, kl_max: bounds of |log π_ref − log π| and of the estimate.
         kl_ratio: multiplies the estimate by r, and differentiates through it: None, "unit" or "token"; with "score", by
@@ -134,7 +134,7 @@ class Loss:
         validate.one_of("reduce", self.reduce, REDUCTIONS)
         validate.one_of("kl_ratio", self.kl_ratio, KL_RATIOS)
         if self.kl is not None:
-            validate.one_of("kl", self.kl, KL_KINDS)
+            object.__setattr__(self, "kl", estimator("kl", self.kl))
         if self.weight_in_ratio and self.unit == "token":
             validate.fail("unit", "the unit of a sequence with weight_in_ratio", repr(self.unit))
         if isinstance(self.correction, str):
@@ -152,12 +152,11 @@ class Loss:
 
     def _number(self, option: str) -> float:
         """An option within its range; the factor of a coefficient that is a tensor is 1."""
-        x = getattr(self, option)
-        if option in ("beta", "entropy_coef") and isinstance(x, torch.Tensor):
-            if x.dim() != 0:
-                validate.fail(option, "a number or a 0-dim tensor", validate.shape(x))
-            return 1.0
-        return validate.number(option, x, limits.OPTIONS[option])
+        limit = limits.OPTIONS[option]
+        if option not in ("beta", "entropy_coef"):
+            return validate.number(option, getattr(self, option), limit)
+        x = validate.scalar(option, getattr(self, option), limit)
+        return 1.0 if isinstance(x, torch.Tensor) else x
 
     def _prepare(self, formula) -> tuple:
         """The op's arguments that no tensor changes."""

@@ -122,7 +122,8 @@ PRESETS: dict[str, dict[str, dict]] = {
     },
 }  # fmt: skip
 
-# The KL in the reward: of TRL's RLOO; of verl with use_kl_in_reward; of OpenRLHF without its KL loss.
+# The KL in the reward: of TRL's RLOO; of verl with use_kl_in_reward; of OpenRLHF without its KL loss; of NeMo-RL with
+# use_kl_in_reward, as its REINFORCE++ has it.
 REWARDS = {
     None: {"beta": 0.05, "kind": "k1", "level": "token"},
     "trl": {"beta": 0.05, "kind": "k1", "level": "sequence"},

@@ -85,6 +85,43 @@ def test_errors_name_the_argument():
         rlfast.length_reward(torch.ones(3), torch.ones(3), group_size=2)
 
 
+X, TWO, ONES = torch.zeros(2, 3), torch.zeros(2), [[1, 1, 1], [1, 1, 1]]
+NAN = float("nan")
+BAD = [
+    (lambda: rlfast.shape_rewards([1.0, 2.0], X, X), "scores: expected a torch.Tensor, got list"),
+    (lambda: rlfast.shape_rewards(TWO, ONES, X), "logp: expected a torch.Tensor, got list"),
+    (lambda: rlfast.shape_rewards(TWO, X, ONES), "ref_logp: expected a torch.Tensor, got list"),
+    (lambda: rlfast.shape_rewards(TWO, X, X, ONES), "mask: expected a torch.Tensor, got list"),
+    (lambda: rlfast.shape_rewards(TWO.to("meta"), X, X), "scores: expected device cpu like logp, got meta"),
+    (lambda: rlfast.shape_rewards(TWO, X, X, beta="x"), "beta: expected a finite float, got 'x'"),
+    (lambda: rlfast.shape_rewards(TWO, X, X, beta=NAN), "beta: expected a finite float, got nan"),
+    (
+        lambda: rlfast.shape_rewards(TWO, X, X, beta=torch.ones(3)),
+        r"beta: expected a number or a 0-dim tensor, got \(3,",
+    ),
+    (lambda: rlfast.shape_rewards(TWO, X, X, clip=(1.0, -1.0)), r"clip: expected \(low, high\) with low <= high, got"),
+    (lambda: rlfast.shape_rewards(TWO, X, X, clip=1.0), r"clip: expected \(low, high\), got 1.0"),
+    (lambda: rlfast.shape_rewards(TWO, X, X, clip=(0.0, NAN)), "clip: expected a float, got nan"),
+    (lambda: rlfast.length_reward([1, 2], TWO), "lengths: expected a torch.Tensor, got list"),
+    (lambda: rlfast.length_reward(TWO, [1, 2]), "correct: expected a torch.Tensor, got list"),
+    (lambda: rlfast.length_reward(X, X), r"lengths: expected shape \[B\], got \(2, 3\)"),
+    (lambda: rlfast.length_reward(TWO, TWO, group_size="2"), "group_size: expected an int, got '2'"),
+    (lambda: rlfast.overlong_penalty([1, 2], max_len=3, buffer=1), "lengths: expected a torch.Tensor, got list"),
+    (lambda: rlfast.overlong_penalty(TWO, max_len="3", buffer=1), "max_len: expected a finite float ≥ 0, got '3'"),
+    (
+        lambda: rlfast.overlong_penalty(TWO, max_len=3, buffer=NAN),
+        r"buffer: expected a number in \[0, max_len = 3\], got",
+    ),
+    (lambda: rlfast.overlong_penalty(TWO, max_len=3, buffer=1, factor="a"), "factor: expected a finite float, got 'a'"),
+]
+
+
+@pytest.mark.parametrize("call, said", BAD, ids=[said for _, said in BAD])
+def test_bad_input_is_named(call, said):
+    with pytest.raises((ValueError, TypeError), match=said):
+        call()
+
+
 @pytest.mark.parametrize("name, factor", [("overlong_trl", 1.0), ("overlong_openrlhf", 0.5)])
 def test_the_overlong_penalty_is_the_trainers(name, factor):
     lengths = torch.tensor(GOLDEN["lengths"])

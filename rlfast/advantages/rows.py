@@ -29,11 +29,6 @@ MASKINGS = ("carry", "zero")
 _INTS = (torch.int64, torch.int32)
 
 
-def _looked_at(x: torch.Tensor) -> bool:
-    """Whether values may be looked at: not in compiled code, and not on a GPU, where that would synchronise."""
-    return x.device.type == "cpu" and not torch.compiler.is_compiling()
-
-
 class Rows:
     """The rows of a call: padded [*, T], or packed [N] with their offsets."""
 
@@ -56,7 +51,7 @@ class Rows:
             validate.fail("cu_seqlens", "shape (rows + 1,)", validate.shape(cu))
         validate.same_device("cu_seqlens", cu, self.name, self.like)
         cu = cu.long().contiguous()
-        if _looked_at(cu):
+        if validate.looked_at(cu):
             n = self.like.shape[0]
             if int(cu[0]) != 0 or int(cu[-1]) != n or bool((cu[1:] < cu[:-1]).any()):
                 validate.fail("cu_seqlens", f"offsets that ascend from 0 to {n}", cu.tolist()[:8])
@@ -100,7 +95,7 @@ class Rows:
             found = self.tokens(name, x).double().contiguous() if found is None else found
             if found.requires_grad:
                 validate.fail(name, "a tensor that needs no gradient", "requires_grad=True")
-            if _looked_at(found):
+            if validate.looked_at(found):
                 wrong = ~((found >= 0) & (found <= 1))
                 if wrong.any():
                     validate.fail(name, "values in [0, 1]", found[wrong][0].item())
