@@ -49,7 +49,7 @@ def kl_penalty(logp, ref_logp, *, kind="k3", like=None):
     Args:
         logp: any shape, float. log π of the sampled tokens, with gradient.
         ref_logp: like logp. log π_ref of the same tokens.
-        kind: "k1", "k2", "k3" or "absolute" ("abs"); with a "+", its value with the gradient of k2, which is that of the
+        kind: "k1", "k2", "k3" or "absolute" ("abs"); with a "+", its value with the gradient of k2, that of the
             KL on-policy.
         like: "trl", "verl", "openrlhf", "nemo-rl" or "liger": with that trainer's bounds on d and on the estimate.
 

@@ -28,7 +28,8 @@ SEQ_MEAN_TOKEN_MEAN, SEQ_MEAN_TOKEN_SUM = "seq_mean_token_mean", "seq_mean_token
 CLIP_HIGHER = {"eps_low": 0.2, "eps_high": 0.28}
 
 LOSSES = _rows(
-    # −A·log p, and what differs in how A was made
+    # −A·log p, and what differs in how A was made: group_advantage(method="rloo", "remax", "gpg", "opo"), and for
+    # asymre group_advantage(method="asymre", delta=δ), which is r − (mean + δ)
     _row("reinforce", "reinforce", "Williams 1992"),
     _row("rloo", "reinforce", "2402.14740", reduce=SEQ_MEAN_TOKEN_SUM),
     _row("remax", "reinforce", "2310.10505", reduce=SEQ_MEAN_TOKEN_SUM),

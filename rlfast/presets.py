@@ -129,6 +129,7 @@ REWARDS = {
     "trl": {"beta": 0.05, "kind": "k1", "level": "sequence"},
     "verl": {"beta": 0.001, "kind": "k1", "level": "token"},
     "openrlhf": {"beta": 0.01, "kind": "k1", "level": "token"},
+    "nemo-rl": {"beta": 0.01, "kind": "k3", "level": "token"},
 }
 # The critic's loss: how far V may move, and the reduction. TRL's is that of its PPO trainer, which 1.16 has no more.
 VALUES = {

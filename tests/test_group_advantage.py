@@ -181,6 +181,49 @@ def test_golden_values(backend, device):
         torch.testing.assert_close(got, torch.tensor(wanted), rtol=0, atol=6e-7)
 
 
+@pytest.mark.parametrize("delta", (None, -0.25, 0.5))
+def test_asymre(backend, device, delta):
+    """r − (mean + δ), arXiv 2506.20520; a group of one has −δ."""
+    ids = torch.cat((torch.arange(95) // 5, torch.tensor([99])))
+    mask = torch.arange(96) >= 5
+
+    def plain(r):
+        for key in ids.unique():
+            r[ids == key] -= r[ids == key].mean() + (-0.1 if delta is None else delta)
+        return torch.where(mask, r, 0.0)
+
+    with rlfast.use_backend(backend):
+        got = rlfast.group_advantage(
+            rewards_of(96).to(device), group_ids=ids.to(device), method="asymre", delta=delta, mask=mask.to(device)
+        )
+    assert_value("asymre", got.cpu(), plain(rewards_of(96).double()), plain(rewards_of(96)))
+
+
+def test_nemo_rl_whitens_as_it_does(backend, device):
+    """GDPO: leave one out, ÷ the deviation alone. REINFORCE++: Σ(A − mean)²/n over tokens, at least 1e-8."""
+    columns = torch.stack([rewards_of(24, seed=i) for i in range(2)], 1)
+    parts = torch.stack([
+        torch.cat([alone(group, "grpo", "nemo-rl") for group in columns[:, k].double().split(4)]) for k in range(2)
+    ])  # fmt: skip
+    summed = parts[0] + 0.5 * parts[1]
+    given = {"like": "nemo-rl", "group_size": 4}
+    lengths = torch.arange(1, 25)
+    centred = (columns[:, 0].double().view(6, 4) - columns[:, 0].double().view(6, 4).mean(1, keepdim=True)).flatten()
+    mean = (centred * lengths).sum() / lengths.sum()
+    var = ((centred - mean).square() * lengths).sum() / lengths.sum()
+    with rlfast.use_backend(backend):
+        got = rlfast.group_advantage(columns.to(device), method="gdpo", weights=(1.0, 0.5), **given)
+        flat = rlfast.group_advantage(torch.ones(8, 2, device=device), method="gdpo", **given)
+        plus = rlfast.group_advantage(
+            columns[:, 0].to(device), method="reinforce++_baseline", lengths=lengths.to(device), **given
+        )
+    truth = (summed - summed.mean()) / summed.std()
+    assert_value("gdpo", got.cpu(), truth, truth.float())
+    assert_zero("no variance", flat)
+    truth = (centred - mean) * var.clamp(min=1e-8).rsqrt()
+    assert_value("reinforce++_baseline", plus.cpu(), truth, truth.float())
+
+
 @pytest.mark.parametrize("lengths", (False, True))
 def test_several_rewards(backend, device, lengths):
     """Each normalised in its group, summed, whitened over the samples or their tokens."""

@@ -45,6 +45,20 @@ def test_rloo_takes_the_whole_kl_off_the_score():
     close("rewards", got, fields["scores"].clamp(-0.5, 0.5) - 0.05 * kl)
 
 
+def test_nemo_rl_takes_a_bounded_k3_off_each_token():
+    """kl_type k3, the difference within ±20 and the estimate within 10; the score is at the last token."""
+    logp, ref = torch.tensor([[-1.0, -30.0, -1.0, -2.0]]), torch.tensor([[-1.5, -1.0, -40.0, -2.0]])
+    d = (ref - logp).double().clamp(-20.0, 20.0)
+    kl = (d.exp() - 1.0 - d).clamp(-10.0, 10.0)
+    wanted = -0.01 * kl + torch.tensor([0.0, 0.0, 0.0, 1.0])
+    close("rewards", rlfast.shape_rewards(torch.ones(1), logp, ref, like="nemo-rl"), wanted)
+
+
+def test_abs_is_absolute():
+    logp, ref = torch.tensor([[-1.0, -2.0]]), torch.tensor([[-1.5, -1.0]])
+    close("abs", rlfast.shape_rewards(torch.ones(1), logp, ref, kind="abs", beta=1.0), [[-0.5, 0.0]])
+
+
 def test_the_sum_over_tokens_is_the_reward_of_the_sequence():
     tokens, mask = shaped("scores", beta=0.1, kind="k3")
     whole, _ = shaped("scores", beta=0.1, kind="k3", level="sequence")
@@ -75,7 +89,9 @@ def test_errors_name_the_argument():
     x = torch.zeros(2, 3)
     with pytest.raises(ValueError, match=r"scores: expected shape \(2,\) or \(2, 3\), got \(3,\)"):
         rlfast.shape_rewards(torch.zeros(3), x, x)
-    with pytest.raises(ValueError, match="like: expected one of None, 'trl', 'verl', 'openrlhf', got 'liger'"):
+    with pytest.raises(
+        ValueError, match="like: expected one of None, 'trl', 'verl', 'openrlhf', 'nemo-rl', got 'liger'"
+    ):
         rlfast.shape_rewards(torch.zeros(2), x, x, like="liger")
     with pytest.raises(ValueError, match=r"mask: expected shape \(2, 3\) like logp, got \(2,\)"):
         rlfast.shape_rewards(torch.zeros(2), x, x, torch.ones(2))

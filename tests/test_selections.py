@@ -105,7 +105,7 @@ def test_errors_name_the_argument():
         rlfast.top_entropy_keep(x, torch.ones(3))
     with pytest.raises(ValueError, match=r"quantile: expected a float in \[0, 1\], got 80"):
         rlfast.top_entropy_keep(x, quantile=80)
-    with pytest.raises(ValueError, match="ratio: expected a float > 0, and at most 1, got 0.0"):
+    with pytest.raises(ValueError, match=r"ratio: expected a float > 0, and at most 1, got 0\.0"):
         rlfast.kl_cov_extra(x, x, ratio=0.0)
 
 
