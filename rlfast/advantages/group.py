@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Iterable
 from typing import NamedTuple
 
 import torch
@@ -98,6 +99,7 @@ def _method(name, like, changed: dict) -> Method:
     validate.at_least("eps", method.eps, 0.0)
     validate.positive("tau", method.tau)
     validate.finite("delta", method.delta)
+    validate.flag("bessel", method.bessel)
     return method
 
 
@@ -105,6 +107,8 @@ def _ids(group_ids, rewards):
     """int64 [N]: a tensor of ints as it is, anything else numbered in the order in which it comes."""
     n = rewards.shape[0]
     if not isinstance(group_ids, torch.Tensor):
+        if not isinstance(group_ids, Iterable) or not all(isinstance(key, Hashable) for key in group_ids):
+            validate.fail("group_ids", "a tensor of ints, or a sequence of hashable names", repr(group_ids), TypeError)
         seen = {}
         group_ids = torch.tensor([seen.setdefault(key, len(seen)) for key in group_ids], dtype=torch.int64)
         group_ids = group_ids.to(rewards.device)
