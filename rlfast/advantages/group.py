@@ -107,10 +107,11 @@ def _ids(group_ids, rewards):
     """int64 [N]: a tensor of ints as it is, anything else numbered in the order in which it comes."""
     n = rewards.shape[0]
     if not isinstance(group_ids, torch.Tensor):
-        if not isinstance(group_ids, Iterable) or not all(isinstance(key, Hashable) for key in group_ids):
+        names = list(group_ids) if isinstance(group_ids, Iterable) else None
+        if names is None or not all(isinstance(key, Hashable) for key in names):
             validate.fail("group_ids", "a tensor of ints, or a sequence of hashable names", repr(group_ids), TypeError)
         seen = {}
-        group_ids = torch.tensor([seen.setdefault(key, len(seen)) for key in group_ids], dtype=torch.int64)
+        group_ids = torch.tensor([seen.setdefault(key, len(seen)) for key in names], dtype=torch.int64)
         group_ids = group_ids.to(rewards.device)
     validate.tensor("group_ids", group_ids, (torch.int64, torch.int32))
     if group_ids.shape != (n,):
