@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from rlfast import validate
+from rlfast import limits, validate
 
 
 def _summed(parts: torch.Tensor, process_group) -> torch.Tensor:
@@ -31,18 +31,21 @@ class _State:
         """Put them back, in place.
 
         Raises:
-            ValueError: the names are not those of ``state_dict``.
+            ValueError, TypeError: the names are not those of ``state_dict``, or an entry is not a number.
         """
-        if set(state) != set(self._names):
-            validate.fail("state", f"entries {', '.join(self._names)}", ", ".join(sorted(state)))
-        for name in self._names:
-            getattr(self, name).copy_(torch.as_tensor(state[name]))
+        if not isinstance(state, dict) or set(state) != set(self._names):
+            came = sorted(map(str, state)) if isinstance(state, dict) else [type(state).__name__]
+            validate.fail("state", f"entries {', '.join(self._names)}", ", ".join(came))
+        found = {name: validate.scalar(name, state[name]) for name in self._names}
+        for name, x in found.items():
+            getattr(self, name).copy_(torch.as_tensor(x))
 
 
-def _mean(measured, n, like: torch.Tensor, process_group):
-    """(mean over every process's n, Σ n) of a measurement that is a mean over n."""
+def _mean(name: str, measured, n, like: torch.Tensor, process_group):
+    """(mean over every process's n, Σ n) of a measurement that is a mean over n; over none it has no effect."""
+    measured, n = validate.scalar(name, measured), validate.scalar("n", n)
     measured, n = (x.to(like) if isinstance(x, torch.Tensor) else torch.full_like(like, x) for x in (measured, n))
-    total, count = _summed(torch.stack([measured * n, n]), process_group).unbind()
+    total, count = _summed(torch.stack([torch.where(n == 0, 0.0, measured * n), n]), process_group).unbind()
     return total / count.clamp(min=1.0), count
 
 
@@ -79,12 +82,12 @@ class AdaptiveKL(_State):
         """One step.
 
         Args:
-            kl: a number or a 0-dim tensor. The mean KL of this process's n samples.
+            kl: a number or a 0-dim tensor. The mean KL of this process's n samples. A NaN leaves β as it was.
             n: a number or a 0-dim tensor. How many samples that was.
         """
-        kl, n = _mean(kl, n, self.value, self.process_group)
+        kl, n = _mean("kl", kl, n, self.value, self.process_group)
         error = (kl / self.target - 1.0).clamp(-0.2, 0.2)
-        self.value.mul_(1.0 + error * n / self.horizon)
+        self.value.mul_((1.0 + error * n / self.horizon).nan_to_num(nan=1.0))
 
 
 class AdaptiveEntropy(_State):
@@ -118,22 +121,23 @@ class AdaptiveEntropy(_State):
         self.coef = torch.tensor(validate.finite("coef", coef), dtype=torch.float32, device=device)
         self.value = torch.zeros_like(self.coef)
         self.target, self.delta = validate.finite("target", target), validate.positive("delta", delta)
-        if not low <= high:
-            validate.fail("low, high", "low <= high", f"{low}, {high}")
-        self.low, self.high, self.process_group = low, high, process_group
+        self.low, self.high = (validate.number(x, y, limits.ANY) for x, y in (("low", low), ("high", high)))
+        validate.ordered("low", low, "high", high)
+        self.process_group = process_group
 
     def update(self, entropy, n) -> None:
         """One step.
 
         Args:
-            entropy: a number or a 0-dim tensor. The mean entropy of this process's n tokens.
+            entropy: a number or a 0-dim tensor. The mean entropy of this process's n tokens. A NaN leaves c and the
+                value as they were.
             n: a number or a 0-dim tensor. How many tokens that was.
         """
-        entropy, _ = _mean(entropy, n, self.coef, self.process_group)
-        below = entropy <= self.target
-        step = torch.where(below, self.delta, -self.delta)
-        self.coef.add_(step).clamp_(self.low, self.high)
-        self.value.copy_(torch.where(below, self.coef, 0.0))
+        entropy, _ = _mean("entropy", entropy, n, self.coef, self.process_group)
+        below, known = entropy <= self.target, ~entropy.isnan()
+        moved = (self.coef + torch.where(below, self.delta, -self.delta)).clamp(self.low, self.high)
+        self.coef.copy_(torch.where(known, moved, self.coef))
+        self.value.copy_(torch.where(known, torch.where(below, self.coef, 0.0), self.value))
 
 
 class RunningMeanStd(_State):
@@ -170,11 +174,12 @@ class RunningMeanStd(_State):
         """Take in a batch.
 
         Args:
-            x: any shape, float.
+            x: any shape, float or int.
             mask: like x, bool or number. What counts; None is all.
         """
+        validate.tensor("x", x, validate.COUNTS)
+        mask = validate.counted(mask, "x", x).to(self.mean.device)
         x = x.detach().to(self.mean)
-        mask = torch.ones_like(x, dtype=torch.bool) if mask is None else mask != 0
         x = torch.where(mask, x, 0.0)
         total, n = _summed(torch.stack([x.sum(), mask.sum().to(x)]), self.process_group).unbind()
         mean = total / n.clamp(min=1.0)
@@ -187,5 +192,6 @@ class RunningMeanStd(_State):
 
     def normalize(self, x, *, eps: float = 1e-8, centre: bool = True) -> torch.Tensor:
         """(x − mean)/(std + eps), or x/(std + eps); the dtype of x."""
+        validate.tensor("x", x)
         shifted = x - self.mean.to(x.dtype) if centre else x
         return shifted / (self.std.to(x.dtype) + eps)

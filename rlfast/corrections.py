@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from rlfast import validate
+from rlfast import limits, validate
 from rlfast.ops.loss_records import LEVELS
 
 KINDS = ("k1", "k2", "k3")
@@ -43,10 +43,17 @@ class Correction:
         validate.one_of("weight", self.weight, LEVELS)
         validate.one_of("gate", self.gate, LEVELS)
         validate.one_of("gate_kind", self.gate_kind, KINDS)
-        if not 0.0 <= self.low <= self.high:
-            validate.fail("low, high", "0 <= low <= high", f"{self.low}, {self.high}")
-        if not self.gate_low <= self.gate_high:
-            validate.fail("gate_low, gate_high", "gate_low <= gate_high", f"{self.gate_low}, {self.gate_high}")
+        validate.flag("masks", self.masks)
+        for low, high in (("low", "high"), ("gate_low", "gate_high")):
+            for name in (low, high):
+                validate.number(name, getattr(self, name), limits.OPTIONS[name])
+            validate.ordered(low, getattr(self, low), high, getattr(self, high))
+
+
+def _log(name: str, ratio) -> float:
+    """log of a bound of ρ; −inf of 0."""
+    ratio = validate.number(name, ratio, limits.BOUND)
+    return math.log(ratio) if ratio > 0 else -math.inf
 
 
 def tis(cap: float = 2.0) -> Correction:
@@ -56,7 +63,7 @@ def tis(cap: float = 2.0) -> Correction:
 
 def icepop(low: float = 0.5, high: float = 5.0) -> Correction:
     """ρ where it is in [low, high], else 0."""
-    return Correction(weight="token", gate="token", gate_low=math.log(low), gate_high=math.log(high))
+    return Correction(weight="token", gate="token", gate_low=_log("low", low), gate_high=_log("high", high))
 
 
 def sequence_tis(cap: float = 2.0) -> Correction:
@@ -66,13 +73,12 @@ def sequence_tis(cap: float = 2.0) -> Correction:
 
 def sequence_mask(high: float = 3.0, low: float = 0.0) -> Correction:
     """Π ρ of the sequence where it is in [low, high], else 0."""
-    floor = math.log(low) if low > 0 else -math.inf
-    return Correction(weight="seq_sum", gate="seq_sum", gate_low=floor, gate_high=math.log(high))
+    return Correction(weight="seq_sum", gate="seq_sum", gate_low=_log("low", low), gate_high=_log("high", high))
 
 
 def geometric_mask(low: float = 0.999, high: float = 1.002) -> Correction:
     """ρ of each token, in sequences whose geometric mean of ρ is in [low, high]; the others are dropped."""
-    return Correction(weight="token", gate="seq_mean", gate_low=math.log(low), gate_high=math.log(high))
+    return Correction(weight="token", gate="seq_mean", gate_low=_log("low", low), gate_high=_log("high", high))
 
 
 def rejection(level: str = "seq_mean", kind: str = "k1", low: float | None = None, high: float = 0.002) -> Correction:

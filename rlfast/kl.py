@@ -11,6 +11,14 @@ from rlfast.ops.dispatch import first_derivatives_only
 from rlfast.presets import kl_bounds, trainer
 
 KL_KINDS = (*ESTIMATORS, *(f"{name}+" for name in ESTIMATORS))
+ALIASES = {"abs": "absolute", "abs+": "absolute+"}  # as verl calls it
+
+
+def estimator(argument: str, name) -> str:
+    """One of ``KL_KINDS``, by its name or another."""
+    if name in tuple(ALIASES):
+        return ALIASES[name]
+    return validate.one_of(argument, name, KL_KINDS)
 
 
 class _Estimate(torch.autograd.Function):
@@ -40,8 +48,8 @@ def kl_penalty(logp, ref_logp, *, kind="k3", like=None):
     Args:
         logp: any shape, float. log π of the sampled tokens, with gradient.
         ref_logp: like logp. log π_ref of the same tokens.
-        kind: "k1", "k2", "k3" or "absolute"; with a "+", its value with the gradient of k2, which is that of the KL
-            on-policy.
+        kind: "k1", "k2", "k3" or "absolute" ("abs"); with a "+", its value with the gradient of k2, that of the
+            KL on-policy.
         like: "trl", "verl", "openrlhf", "nemo-rl" or "liger": with that trainer's bounds on d and on the estimate.
 
     Returns:
@@ -59,11 +67,8 @@ def kl_penalty(logp, ref_logp, *, kind="k3", like=None):
         0.011867
     """
     validate.tensor("logp", logp)
-    validate.tensor("ref_logp", ref_logp)
-    if ref_logp.shape != logp.shape:
-        validate.fail("ref_logp", f"shape {tuple(logp.shape)} like logp", validate.shape(ref_logp))
-    validate.same_device("ref_logp", ref_logp, "logp", logp)
-    validate.one_of("kind", kind, KL_KINDS)
+    validate.like("ref_logp", ref_logp, "logp", logp)
+    kind = estimator("kind", kind)
     given = kl_bounds(trainer(like), kind) if like is not None else {}
     bounds = tuple(given.get(name, float("inf")) for name in ("kl_d_max", "kl_max"))
     return _Estimate.apply(logp, ref_logp.detach(), kind, bounds)

@@ -125,7 +125,7 @@ def boundaries(cu_seqlens, logp, name: str = "logp", own: str = "cu_seqlens"):
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
         validate.fail(own, "shape [B + 1]", validate.shape(cu_seqlens))
     validate.same_device(own, cu_seqlens, name, logp)
-    if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
+    if validate.looked_at(cu_seqlens):
         ends = cu_seqlens.tolist()
         if ends[0] != 0 or ends[-1] != logp.shape[0] or any(b < a for a, b in pairwise(ends)):
             validate.fail(own, f"0 = c[0] <= c[1] <= … <= c[B] = {logp.shape[0]}", str(ends[:8]))
@@ -136,7 +136,10 @@ def counted(num_items, logp):
     """float32 []: a number that replaces the batch's own count; None stays None."""
     if num_items is not None and not isinstance(num_items, torch.Tensor):
         num_items = validate.positive("num_items", num_items)
-    return number_of("num_items", num_items, logp)
+    number = number_of("num_items", num_items, logp)
+    if number is not None and validate.looked_at(number):
+        validate.positive("num_items", number.item())
+    return number
 
 
 def number_of(name: str, x, logp):

@@ -1,6 +1,6 @@
 """The table: an objective a row. What a row does not say is the default of ``rlfast.Loss``.
 
-To add one: a formula in ``kernels/formulas/token.py``, a row here, an oracle in ``rlfast/reference/token_loss.py``.
+To add one: a formula in ``kernels/formulas/token.py``, a row here, an oracle in ``rlfast/reference/surrogates.py``.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 
 from rlfast import validate
+from rlfast.kl import estimator
 from rlfast.losses import Loss
 from rlfast.presets import preset
 
@@ -27,7 +28,8 @@ SEQ_MEAN_TOKEN_MEAN, SEQ_MEAN_TOKEN_SUM = "seq_mean_token_mean", "seq_mean_token
 CLIP_HIGHER = {"eps_low": 0.2, "eps_high": 0.28}
 
 LOSSES = _rows(
-    # −A·log p, and what differs in how A was made
+    # −A·log p, and what differs in how A was made: group_advantage(method="rloo", "remax", "gpg", "opo"), and for
+    # asymre group_advantage(method="asymre", delta=δ), which is r − (mean + δ)
     _row("reinforce", "reinforce", "Williams 1992"),
     _row("rloo", "reinforce", "2402.14740", reduce=SEQ_MEAN_TOKEN_SUM),
     _row("remax", "reinforce", "2310.10505", reduce=SEQ_MEAN_TOKEN_SUM),
@@ -103,9 +105,9 @@ def loss(name: str, *, like: str | None = None, **options) -> Loss:
         >>> round(out.loss.item(), 6)
         -0.987683
     """
-    if name not in LOSSES:
-        validate.fail("name", f"one of {', '.join(LOSSES)}", repr(name))
-    row = LOSSES[name]
+    row = LOSSES[validate.one_of("name", name, tuple(LOSSES))]
     if like is not None:
+        if options.get("kl") is not None:
+            options["kl"] = estimator("kl", options["kl"])
         row = row.with_options(**preset(name, like, options.get("kl")))
     return row.with_options(**options) if options else row

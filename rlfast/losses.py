@@ -8,11 +8,11 @@ from typing import NamedTuple
 
 import torch
 
-from rlfast import backends, loss_inputs, validate
+from rlfast import backends, limits, loss_inputs, validate
 from rlfast.corrections import CORRECTIONS, Correction
 from rlfast.kernels.formulas import SURROGATES
 from rlfast.kernels.formulas.kl import KlBounds
-from rlfast.kl import KL_KINDS
+from rlfast.kl import estimator
 from rlfast.ops import token_loss as op
 from rlfast.ops.loss_records import LEVELS, METRICS, REDUCTIONS, SEQ_SUM_OVER_MAX_LEN, UNITS, Plan, Settings
 
@@ -64,7 +64,7 @@ class Loss:
         hyper: its hyper-parameters by name; those not named have the formula's defaults.
         unit: "token", "seq_mean", "seq_sum" or "seq_mean_through": whose log-ratio the surrogate sees.
         reduce: "token_mean", "token_sum", "seq_mean_token_mean", "seq_mean_token_sum" or "seq_sum_over_max_len".
-        kl: "k1", "k2", "k3", "absolute" or None; with a "+", its value with the gradient of k2.
+        kl: "k1", "k2", "k3", "absolute" (or "abs") or None; with a "+", its value with the gradient of k2.
         beta: weight of the KL; a 0-dim tensor stays on its device.
         kl_d_max, kl_max: bounds of |log π_ref − log π| and of the estimate.
         kl_ratio: multiplies the estimate by r, and differentiates through it: None, "unit" or "token"; with "score", by
@@ -83,7 +83,8 @@ class Loss:
         paper: arXiv id.
 
     Raises:
-        ValueError, TypeError: an argument is not one of the above; the message names it.
+        ValueError, TypeError: an argument is not one of the above, or a number is beyond its range in
+            ``rlfast.limits``; the message names it.
 
     Example:
         >>> objective = rlfast.Loss("ppo_clip", {"eps_high": 0.28}, reduce="token_mean")
@@ -119,9 +120,12 @@ class Loss:
     paper: str = ""
 
     def __post_init__(self):
-        formula = SURROGATES.get(getattr(self.surrogate, "name", self.surrogate))
-        if formula is None:
+        name = getattr(self.surrogate, "name", self.surrogate)
+        if not isinstance(name, str) or name not in SURROGATES:
             validate.fail("surrogate", f"one of {', '.join(SURROGATES)}", repr(self.surrogate))
+        formula = SURROGATES[name]
+        if not isinstance(self.hyper, dict):
+            validate.fail("hyper", "a dict of numbers by name", repr(self.hyper), TypeError)
         unknown = set(self.hyper) - set(formula.hyper._fields)
         if unknown:
             known = ", ".join(formula.hyper._fields)
@@ -130,17 +134,36 @@ class Loss:
         validate.one_of("reduce", self.reduce, REDUCTIONS)
         validate.one_of("kl_ratio", self.kl_ratio, KL_RATIOS)
         if self.kl is not None:
-            validate.one_of("kl", self.kl, KL_KINDS)
+            object.__setattr__(self, "kl", estimator("kl", self.kl))
         if self.weight_in_ratio and self.unit == "token":
             validate.fail("unit", "the unit of a sequence with weight_in_ratio", repr(self.unit))
         if isinstance(self.correction, str):
             validate.one_of("correction", self.correction, tuple(CORRECTIONS))
             object.__setattr__(self, "correction", CORRECTIONS[self.correction]())
+        if self.correction is not None and not isinstance(self.correction, Correction):
+            validate.fail("correction", "a Correction, or the name of one", repr(self.correction), TypeError)
+        if not isinstance(self.needs, tuple):
+            validate.fail("needs", "a tuple of names of fields", repr(self.needs), TypeError)
+        for need in self.needs:
+            validate.one_of("needs", need, loss_inputs.Given._fields)
+        for option in limits.FLAGS:
+            validate.flag(option, getattr(self, option))
         object.__setattr__(self, "prepared", self._prepare(formula))
+
+    def _number(self, option: str) -> float:
+        """An option within its range; the factor of a coefficient that is a tensor is 1."""
+        limit = limits.OPTIONS[option]
+        if option not in ("beta", "entropy_coef"):
+            return validate.number(option, getattr(self, option), limit)
+        x = validate.scalar(option, getattr(self, option), limit)
+        return 1.0 if isinstance(x, torch.Tensor) else x
 
     def _prepare(self, formula) -> tuple:
         """The op's arguments that no tensor changes."""
         c = self.correction or Correction()
+        for low, high in limits.ORDERED:
+            validate.ordered(low, self._number(low), high, self._number(high))
+        beta, entropy = self._number("beta"), self._number("entropy_coef")
         has_kl = self.kl is not None and (isinstance(self.beta, torch.Tensor) or self.beta != 0.0)
         kl = self.kl if has_kl else ""
         plan = Plan(
@@ -149,13 +172,15 @@ class Loss:
             int(self.entropy_mean), LEVELS.index(c.weight), int(self.weight_in_ratio), LEVELS.index(c.gate),
             int(c.gate_kind[1]), int(c.masks),
         )  # fmt: skip
-        beta, entropy = ((1.0 if isinstance(x, torch.Tensor) else float(x)) for x in (self.beta, self.entropy_coef))
         settings = Settings(
             beta, entropy, float(self.log_ratio_low), float(self.log_ratio_high), float(self.unit_low),
-            float(self.unit_high), c.low, c.high, c.gate_low, c.gate_high, float(self.off_policy),
+            float(self.unit_high), float(c.low), float(c.high), float(c.gate_low), float(c.gate_high),
+            self._number("off_policy"),
         )  # fmt: skip
-        hyper = [float(x) for x in formula.hyper(**self.hyper)]
-        bounds = [float(x) for x in KlBounds(self.kl_d_max, self.kl_max)]
+        ranges = limits.HYPER.get(formula.hyper, {})
+        given = formula.hyper(**self.hyper)
+        hyper = [validate.number(x, y, ranges.get(x, limits.ANY)) for x, y in zip(given._fields, given, strict=True)]
+        bounds = list(KlBounds(self._number("kl_d_max"), self._number("kl_max")))
         needs = tuple(self.needs) + (("ref_logp",) if kl else ()) + (("entropy",) if self._has_bonus() else ())
         needs += ("rollout_logp",) if c.weight or c.gate else ()
         name = getattr(self.surrogate, "name", self.surrogate)
@@ -205,7 +230,8 @@ class Loss:
             LossOutput(loss, metrics).
 
         Raises:
-            ValueError, TypeError: a field is missing, or has another shape, dtype or device; the message names it.
+            ValueError, TypeError: a field is missing, or has another shape, dtype or device; the message names it. On a
+                GPU, and in compiled code, what num_items and cu_seqlens hold is not looked at.
         """
         surrogate, kl, plan, settings, hyper, bounds, needs = self.prepared
         given = loss_inputs.Given(

@@ -122,12 +122,14 @@ PRESETS: dict[str, dict[str, dict]] = {
     },
 }  # fmt: skip
 
-# The KL in the reward: of TRL's RLOO; of verl with use_kl_in_reward; of OpenRLHF without its KL loss.
+# The KL in the reward: of TRL's RLOO; of verl with use_kl_in_reward; of OpenRLHF without its KL loss; of NeMo-RL with
+# use_kl_in_reward, as its REINFORCE++ has it.
 REWARDS = {
     None: {"beta": 0.05, "kind": "k1", "level": "token"},
     "trl": {"beta": 0.05, "kind": "k1", "level": "sequence"},
     "verl": {"beta": 0.001, "kind": "k1", "level": "token"},
     "openrlhf": {"beta": 0.01, "kind": "k1", "level": "token"},
+    "nemo-rl": {"beta": 0.01, "kind": "k3", "level": "token"},
 }
 # The critic's loss: how far V may move, and the reduction. TRL's is that of its PPO trainer, which 1.16 has no more.
 VALUES = {

@@ -35,15 +35,16 @@ MEANS = {
     "torchrl": Mean(least=1.0),
 }
 WHITENINGS = {
-    "trl": Whiten(),
+    "trl": Whiten(),  # its PPO trainer's, which 1.16 has no more
     "verl": Whiten(),
     "openrlhf": Whiten(bessel=False, where="floor"),
+    "torchrl": Whiten(where="floor"),  # a deviation of at least 1e-4
 }
 
 
 def preset(table: dict, like):
     """The row of a table of presets; None for None."""
-    if like is not None and like not in table:
+    if like is not None and like not in tuple(table):
         validate.fail("like", f"one of {tuple(table)} or None", repr(like))
     return table.get(like)
 
@@ -67,6 +68,13 @@ def mean_of(x, valid, dim, mean: Mean) -> torch.Tensor:
     return summed / (count + mean.eps).clamp(min=mean.least)
 
 
+def deviation(var: torch.Tensor, eps: float, where: str) -> torch.Tensor:
+    """What whitening divides by."""
+    if where == "outside":
+        return var.sqrt() + eps
+    return (var.clamp(min=eps) if where == "floor" else var + eps).sqrt()
+
+
 def whitened(x, mask, *, bessel: bool, eps: float, where: str, shift_mean: bool) -> torch.Tensor:
     """``masked_whiten`` of checked arguments."""
     valid = _valid(mask, x)
@@ -75,14 +83,7 @@ def whitened(x, mask, *, bessel: bool, eps: float, where: str, shift_mean: bool)
     mean = total(kept) / count
     centred = torch.where(valid, kept - mean, 0.0)
     var = total(centred * centred) / (count - int(bessel))
-    root = (
-        (var + eps).sqrt()
-        if where == "inside"
-        else var.sqrt() + eps
-        if where == "outside"
-        else var.clamp(min=eps).sqrt()
-    )
-    out = centred / root
+    out = centred / deviation(var, eps, where)
     if not shift_mean:
         out = torch.where(valid, out + mean, 0.0)
     return out.to(x.dtype)
@@ -133,8 +134,9 @@ def masked_whiten(x, mask=None, *, bessel=None, eps=None, where=None, shift_mean
         eps: a float ≥ 0; 1e-8 by default.
         where: "inside" the root (the default), "outside" it (√var + eps), or "floor": √max(var, eps).
         shift_mean: False gives the mean back after scaling.
-        like: "trl" or "verl" (Bessel, 1e-8 inside), "openrlhf" (biased, variance at least 1e-8); other arguments go
-            before it. In a batch of one valid element the Bessel-corrected variance is NaN, and so is the result.
+        like: "trl" or "verl" (Bessel, 1e-8 inside), "openrlhf" (biased, variance at least 1e-8), "torchrl" (Bessel,
+            variance at least 1e-8); other arguments go before it. In a batch of one valid element the Bessel-corrected
+            variance is NaN, and so is the result.
 
     Returns:
         Like x; differentiable.
@@ -154,8 +156,12 @@ def whitening(like=None, bessel=None, eps=None, where=None, shift_mean=None) -> 
     """A preset with what is given in its place."""
     chosen = preset(WHITENINGS, like) or Whiten()
     given = {"bessel": bessel, "eps": eps, "where": where, "shift_mean": shift_mean}
-    chosen = chosen._replace(**{name: value for name, value in given.items() if value is not None})
-    validate.at_least("eps", chosen.eps, 0.0)
+    return checked_whiten(chosen._replace(**{name: value for name, value in given.items() if value is not None}))
+
+
+def checked_whiten(chosen: Whiten) -> Whiten:
+    """The same, its numbers of the right kind and range."""
+    eps = validate.at_least("eps", chosen.eps, 0.0)
     if chosen.where not in WHERE:
         validate.fail("where", f"one of {WHERE}", repr(chosen.where))
-    return chosen._replace(bessel=bool(chosen.bessel), shift_mean=bool(chosen.shift_mean), eps=float(chosen.eps))
+    return chosen._replace(bessel=bool(chosen.bessel), shift_mean=bool(chosen.shift_mean), eps=eps)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from rlfast import validate
+from rlfast import limits, validate
 from rlfast.kl import kl_penalty
 from rlfast.presets import REWARDS
 
@@ -16,6 +16,16 @@ def _last(mask):
     place = torch.arange(mask.shape[-1], device=mask.device)
     last = torch.where(mask, place, -1).amax(-1, keepdim=True) if mask.shape[-1] else place.new_zeros(())
     return mask & (place == last)
+
+
+def _clipped(scores, clip):
+    """The scores within (low, high)."""
+    if not isinstance(clip, tuple | list) or len(clip) != 2:
+        validate.fail("clip", "(low, high)", repr(clip))
+    low, high = (validate.number("clip", x, limits.ANY) for x in clip)
+    if low > high:
+        validate.fail("clip", "(low, high) with low <= high", repr(clip))
+    return scores.clamp(low, high)
 
 
 def shape_rewards(scores, logp, ref_logp, mask=None, *, beta=None, kind=None, clip=None, level=None, like=None):
@@ -33,7 +43,7 @@ def shape_rewards(scores, logp, ref_logp, mask=None, *, beta=None, kind=None, cl
         kind: of ``rlfast.kl_penalty``. "k1" if None.
         clip: (low, high), bounds of the scores before the KL is taken off.
         level: "token" or "sequence". "token" if None.
-        like: "trl" (its RLOO), "verl" or "openrlhf": that trainer's beta, kind, level and bounds.
+        like: "trl" (its RLOO), "verl", "openrlhf" or "nemo-rl": that trainer's beta, kind, level and bounds.
 
     Returns:
         [B, T], 0 where the mask is; or [B] at the level of the sequence. float32 (float64 where an input is).
@@ -50,26 +60,32 @@ def shape_rewards(scores, logp, ref_logp, mask=None, *, beta=None, kind=None, cl
         tensor([[-0.0500,  1.0000]])
     """
     defaults = REWARDS[validate.one_of("like", like, tuple(REWARDS))]
-    beta = defaults["beta"] if beta is None else beta
+    beta = validate.scalar("beta", defaults["beta"] if beta is None else beta, limits.FINITE)
     kind = defaults["kind"] if kind is None else kind
     level = validate.one_of("level", defaults["level"] if level is None else level, LEVELS)
     validate.tensor("scores", scores)
+    validate.tensor("logp", logp)
     kl = kl_penalty(logp.detach(), ref_logp, kind=kind, like=like)
     if kl.dim() != 2:
         validate.fail("logp", "shape [B, T]", validate.shape(logp))
     if scores.shape not in (kl.shape, kl.shape[:1]):
         validate.fail("scores", f"shape {tuple(kl.shape[:1])} or {tuple(kl.shape)}", validate.shape(scores))
-    mask = torch.ones_like(kl, dtype=torch.bool) if mask is None else mask != 0
-    if mask.shape != kl.shape:
-        validate.fail("mask", f"shape {tuple(kl.shape)} like logp", validate.shape(mask))
+    validate.same_device("scores", scores, "logp", logp)
+    mask = validate.counted(mask, "logp", logp)
     if clip is not None:
-        scores = scores.clamp(*clip)
+        scores = _clipped(scores, clip)
     cost = torch.where(mask, beta * kl, 0.0)
     if level == "sequence":
         total = scores if scores.dim() == 1 else torch.where(mask, scores, 0.0).sum(-1)
         return total - cost.sum(-1)
     placed = torch.where(_last(mask), scores[:, None], 0.0) if scores.dim() == 1 else torch.where(mask, scores, 0.0)
     return placed - cost
+
+
+def _vector(name: str, x) -> None:
+    validate.tensor(name, x, validate.COUNTS)
+    if x.dim() != 1:
+        validate.fail(name, "shape [B]", validate.shape(x))
 
 
 def length_reward(lengths, correct, *, group_size=None):
@@ -86,7 +102,7 @@ def length_reward(lengths, correct, *, group_size=None):
         [B] float32.
 
     Raises:
-        ValueError: a shape is wrong, or group_size does not divide B; the message names it.
+        ValueError, TypeError: a shape or a type is wrong, or group_size does not divide B; the message names it.
 
     Reference:
         arXiv 2501.12599.
@@ -95,11 +111,13 @@ def length_reward(lengths, correct, *, group_size=None):
         >>> rlfast.length_reward(torch.tensor([10, 20, 30]), torch.tensor([True, True, False]))
         tensor([ 0.5000,  0.0000, -0.5000])
     """
-    if correct.shape != lengths.shape or lengths.dim() != 1:
-        validate.fail("correct", f"shape {tuple(lengths.shape)} like lengths, [B]", validate.shape(correct))
+    _vector("lengths", lengths)
+    validate.like("correct", correct, "lengths", lengths, validate.MASKS)
     size = lengths.shape[0] if group_size is None else group_size
     if not lengths.shape[0]:
         return lengths.float()
+    if isinstance(size, bool) or not isinstance(size, int):
+        validate.fail("group_size", "an int", repr(size), TypeError)
     if size < 1 or lengths.shape[0] % size:
         validate.fail("group_size", f"a divisor of the {lengths.shape[0]} responses", repr(group_size))
     grouped = lengths.float().reshape(-1, size)
@@ -125,7 +143,7 @@ def overlong_penalty(lengths, *, max_len, buffer, factor=1.0, bounded=True):
         [B] float32, to add to the rewards.
 
     Raises:
-        ValueError: buffer is negative or larger than max_len.
+        ValueError, TypeError: an argument has the wrong shape or type, or buffer is negative or larger than max_len.
 
     Reference:
         arXiv 2503.14476, equation 13.
@@ -134,8 +152,10 @@ def overlong_penalty(lengths, *, max_len, buffer, factor=1.0, bounded=True):
         >>> rlfast.overlong_penalty(torch.tensor([70, 90, 120]), max_len=100, buffer=20)
         tensor([-0.0000, -0.5000, -1.0000])
     """
-    if not 0 <= buffer <= max_len:
-        validate.fail("buffer", f"a number in [0, max_len = {max_len}]", repr(buffer))
+    _vector("lengths", lengths)
+    validate.number("max_len", max_len, limits.NOT_NEGATIVE)
+    factor = validate.number("factor", factor, limits.FINITE)
+    validate.number("buffer", buffer, validate.Limit(f"a number in [0, max_len = {max_len}]", 0, max_len))
     over = lengths.float() - (max_len - buffer)
     share = over.clamp(min=0.0) / buffer if buffer else (over > 0).float()
     return -factor * (share.clamp(max=1.0) if bounded else share)

@@ -9,7 +9,7 @@ import math
 
 import torch
 
-from rlfast import validate
+from rlfast import limits, validate
 
 
 def _centred(x, mask, count):
@@ -24,12 +24,15 @@ def _covariance(logp, adv, mask):
     validate.tensor("adv", adv)
     logp, adv = logp.detach(), adv.detach()
     adv = adv[:, None].expand_as(logp) if adv.dim() == 1 and logp.dim() == 2 else adv
-    mask = torch.ones_like(logp, dtype=torch.bool) if mask is None else mask != 0
-    for name, x in (("adv", adv), ("mask", mask)):
-        if x.shape != logp.shape:
-            validate.fail(name, f"shape {tuple(logp.shape)} like logp", validate.shape(x))
+    validate.like("adv", adv, "logp", logp)
+    mask = validate.counted(mask, "logp", logp)
     count = mask.sum().clamp(min=1)
     return _centred(adv, mask, count) * _centred(logp, mask, count), adv, mask, count
+
+
+def _share(ratio, count):
+    """How many of so many a ratio is; at least one."""
+    return (validate.number("ratio", ratio, limits.SOME) * count).long().clamp(min=1)
 
 
 def _ranked_below(score, number):
@@ -66,7 +69,7 @@ def clip_cov_keep(logp, old_logp, adv, mask=None, *, ratio=2e-4, low=1.0, high=5
         logp, old_logp: [B, T] float. log π and log π_old.
         adv: [B, T] or [B] float. Advantages.
         mask: [B, T], bool or number. The tokens that count, of which there are n; None is all.
-        ratio: the part of the n tokens that is dropped.
+        ratio: the part of the n tokens that is dropped, of (0, 1].
         low, high: bounds of the covariance.
         eps_low, eps_high: PPO's clip range.
         seed: of the draw; give a new one at each step.
@@ -86,12 +89,17 @@ def clip_cov_keep(logp, old_logp, adv, mask=None, *, ratio=2e-4, low=1.0, high=5
         2
     """
     cov, adv, mask, count = _covariance(logp, adv, mask)
+    validate.like("old_logp", old_logp, "logp", logp)
+    for name, x, limit in (("low", low, limits.ANY), ("high", high, limits.ANY), ("eps_low", eps_low, limits.BOUND),
+                           ("eps_high", eps_high, limits.BOUND)):  # fmt: skip
+        validate.number(name, x, limit)
+    validate.ordered("low", low, "high", high)
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        validate.fail("seed", "an int", repr(seed), TypeError)
     moved = (logp.detach() - old_logp).exp()
     clipped = ((moved < 1.0 - eps_low) & (adv < 0)) | ((moved > 1.0 + eps_high) & (adv > 0))
     eligible = mask & ~clipped & (cov > low) & (cov < high)
-    lot = _lots(cov, seed)
-    number = (validate.positive("ratio", ratio) * count).long().clamp(min=1)
-    return ~_ranked_below(torch.where(eligible, lot, -math.inf), number)
+    return ~_ranked_below(torch.where(eligible, _lots(cov, seed), -math.inf), _share(ratio, count))
 
 
 def kl_cov_extra(logp, adv, mask=None, *, ratio=2e-4):
@@ -103,7 +111,7 @@ def kl_cov_extra(logp, adv, mask=None, *, ratio=2e-4):
         logp: [B, T] float. log π.
         adv: [B, T] or [B] float. Advantages.
         mask: [B, T], bool or number. The tokens that count, of which there are n; None is all.
-        ratio: the part of the n tokens that is chosen.
+        ratio: the part of the n tokens that is chosen, of (0, 1].
 
     Returns:
         [B, T] like logp, for ``extra`` of ``rlfast.loss("kl_cov")``.
@@ -120,8 +128,7 @@ def kl_cov_extra(logp, adv, mask=None, *, ratio=2e-4):
         tensor([[1., 0., 0.]])
     """
     cov, _, mask, count = _covariance(logp, adv, mask)
-    number = (validate.positive("ratio", ratio) * count).long().clamp(min=1)
-    return _ranked_below(torch.where(mask, cov, -math.inf), number).to(logp.dtype)
+    return _ranked_below(torch.where(mask, cov, -math.inf), _share(ratio, count)).to(logp.dtype)
 
 
 def top_entropy_keep(entropy, mask=None, *, quantile=0.8, process_group=None):
@@ -149,11 +156,8 @@ def top_entropy_keep(entropy, mask=None, *, quantile=0.8, process_group=None):
         tensor([[False,  True,  True, False]])
     """
     validate.tensor("entropy", entropy)
-    if not 0.0 <= quantile <= 1.0:
-        validate.fail("quantile", "a number in [0, 1]", repr(quantile))
-    mask = torch.ones_like(entropy, dtype=torch.bool) if mask is None else mask != 0
-    if mask.shape != entropy.shape:
-        validate.fail("mask", f"shape {tuple(entropy.shape)} like entropy", validate.shape(mask))
+    quantile = validate.number("quantile", quantile, limits.SHARE)
+    mask = validate.counted(mask, "entropy", entropy)
     entropy = entropy.detach()
     counted = torch.where(mask, entropy, math.inf).reshape(-1)
     if process_group is not None:
@@ -193,7 +197,7 @@ def rollout_keep(old_logp, rollout_logp, mask=None, *, kind="binary_kl", level="
         mask: [B, T], bool or number. The tokens that count; None is all.
         kind: "binary_kl", "tv", "k1", "k2" or "k3".
         level: "token", "seq_sum", "seq_mean" or "seq_max".
-        low, high: bounds of what is looked at.
+        low, high: bounds of what is looked at, numbers or 0-dim tensors.
 
     Returns:
         bool [B, T], for ``keep`` of a loss, where the others keep their place in n; or for its ``mask``, where they
@@ -210,14 +214,14 @@ def rollout_keep(old_logp, rollout_logp, mask=None, *, kind="binary_kl", level="
         >>> rlfast.rollout_keep(old_logp, rollout_logp, kind="tv", high=0.2)
         tensor([[ True, False]])
     """
-    for name, x in (("old_logp", old_logp), ("rollout_logp", rollout_logp)):
-        validate.tensor(name, x)
+    validate.tensor("old_logp", old_logp)
+    validate.like("rollout_logp", rollout_logp, "old_logp", old_logp)
     validate.one_of("kind", kind, ("binary_kl", "tv", "k1", "k2", "k3"))
     validate.one_of("level", level, ("token", "seq_sum", "seq_mean", "seq_max"))
-    mask = torch.ones_like(old_logp, dtype=torch.bool) if mask is None else mask != 0
-    for name, x in (("rollout_logp", rollout_logp), ("mask", mask)):
-        if x.shape != old_logp.shape:
-            validate.fail(name, f"shape {tuple(old_logp.shape)} like old_logp", validate.shape(x))
+    low, high = (validate.scalar(name, x, limits.ANY) for name, x in (("low", low), ("high", high)))
+    if not (isinstance(low, torch.Tensor) or isinstance(high, torch.Tensor)):
+        validate.ordered("low", low, "high", high)
+    mask = validate.counted(mask, "old_logp", old_logp)
     acc = torch.promote_types(old_logp.dtype, torch.float32)
     moved = torch.where(mask, _divergence(old_logp.detach().to(acc), rollout_logp.detach().to(acc), kind), 0.0)
     if level == "seq_max":

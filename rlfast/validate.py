@@ -4,15 +4,25 @@ from __future__ import annotations
 
 import math
 import numbers
+from typing import NamedTuple
 
 import torch
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MASKS = (torch.bool, torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8, *FLOATS)
+COUNTS = (torch.int64, torch.int32, *FLOATS)
 IGNORE_INDEX = -100
 # Beyond these a positive scale is 0 or inf once a kernel has it in float32, or its inverse is.
 LEAST, MOST = 1e-30, 1e30
 FLOAT32_MAX = torch.finfo(torch.float32).max
+
+
+class Limit(NamedTuple):
+    """The range of a number, both ends included, and how a message says it."""
+
+    words: str
+    low: float
+    high: float
 
 
 def fail(name: str, wanted: str, came, kind: type[Exception] = ValueError):
@@ -63,6 +73,41 @@ def finite(name: str, x) -> float:
     return float(x)
 
 
+def number(name: str, x, limit: Limit) -> float:
+    """A float within a range."""
+    if isinstance(x, bool) or not isinstance(x, numbers.Real):
+        fail(name, limit.words, repr(x), TypeError)
+    if not limit.low <= x <= limit.high:  # NaN is in no range
+        fail(name, limit.words, repr(x))
+    return float(x)
+
+
+def scalar(name: str, x, limit: Limit | None = None):
+    """A number, within a range if one is given, or a 0-dim tensor, which is not looked at."""
+    if isinstance(x, torch.Tensor):
+        if x.dim() != 0:
+            fail(name, "a number or a 0-dim tensor", shape(x))
+        return x
+    if limit is not None:
+        return number(name, x, limit)
+    if isinstance(x, bool) or not isinstance(x, numbers.Real):
+        fail(name, "a number or a 0-dim tensor", repr(x), TypeError)
+    return x
+
+
+def ordered(name: str, low: float, high_name: str, high: float) -> None:
+    """Two numbers, the first no larger than the second."""
+    if not low <= high:
+        fail(f"{name}, {high_name}", f"{name} <= {high_name}", f"{low}, {high}")
+
+
+def flag(name: str, x) -> bool:
+    """True or False."""
+    if not isinstance(x, bool):
+        fail(name, "True or False", repr(x), TypeError)
+    return x
+
+
 def one_of(name: str, x, choices):
     """One of these values."""
     if x not in choices:
@@ -78,12 +123,29 @@ def at_least(name: str, x, least: float) -> float:
     return x
 
 
+def looked_at(x: torch.Tensor) -> bool:
+    """Whether values may be looked at: not in compiled code, and not on a GPU, where that would synchronise."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def like(name: str, x, other_name: str, other: torch.Tensor, dtypes=FLOATS) -> torch.Tensor:
+    """A tensor shaped like another, on its device."""
+    tensor(name, x, dtypes)
+    if x.shape != other.shape:
+        fail(name, f"shape {shape(other)} like {other_name}", shape(x))
+    same_device(name, x, other_name, other)
+    return x
+
+
 def mask_like(mask, other_name: str, other: torch.Tensor, name: str = "mask") -> torch.Tensor | None:
     """A mask shaped like ``other``, as bool; None stays None."""
     if mask is None:
         return None
-    tensor(name, mask, MASKS)
-    if mask.shape != other.shape:
-        fail(name, f"shape {shape(other)} like {other_name}", shape(mask))
-    same_device(name, mask, other_name, other)
+    like(name, mask, other_name, other, MASKS)
     return mask if mask.dtype == torch.bool else mask != 0
+
+
+def counted(mask, other_name: str, other: torch.Tensor) -> torch.Tensor:
+    """The same where None is all."""
+    mask = mask_like(mask, other_name, other)
+    return torch.ones(other.shape, dtype=torch.bool, device=other.device) if mask is None else mask

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from rlfast import validate
+from rlfast import limits, validate
 from rlfast.logps import token_logps
 from rlfast.losses import Loss, LossOutput
 from rlfast.ops.loss_records import REDUCTIONS
@@ -28,13 +28,21 @@ def two_hot(returns, support):
 def _centres(support, bins: int, like) -> torch.Tensor:
     """The bins' centres, from (low, high) or as they are, in the dtype of ``like``."""
     if not isinstance(support, torch.Tensor):
-        if support is None or len(support) != 2 or not support[0] < support[1]:
-            validate.fail("support", "(low, high) with low < high, or a tensor [bins]", repr(support))
-        return torch.linspace(float(support[0]), float(support[1]), bins, dtype=like.dtype, device=like.device)
+        wanted = "(low, high) with low < high, or a tensor [bins]"
+        if not isinstance(support, tuple | list) or len(support) != 2:
+            validate.fail("support", wanted, repr(support))
+        low, high = (validate.number("support", x, limits.FINITE) for x in support)
+        if not low < high:
+            validate.fail("support", wanted, repr(support))
+        return torch.linspace(low, high, bins, dtype=like.dtype, device=like.device)
+    validate.tensor("support", support)
     if support.shape != (bins,):
         validate.fail("support", f"shape ({bins},), one centre a bin", validate.shape(support))
     validate.same_device("support", support, "values", like)
-    return support.to(like.dtype)
+    support = support.to(like.dtype)
+    if validate.looked_at(support) and not bool((support[1:] > support[:-1]).all()):
+        validate.fail("support", "centres that ascend", str(support.tolist()[:8]))
+    return support
 
 
 def _categorical_logp(values, returns, mask, support):
@@ -44,7 +52,7 @@ def _categorical_logp(values, returns, mask, support):
     bins = values.shape[-1]
     if bins < 2:
         validate.fail("values", "at least two bins", str(bins))
-    counted = torch.ones_like(returns, dtype=torch.bool) if mask is None else mask != 0
+    counted = validate.counted(mask, "returns", returns)
     returns = torch.where(counted, returns.to(torch.promote_types(returns.dtype, torch.float32)), 0.0)
     low, weight = two_hot(returns, _centres(support, bins, returns))
     weight = torch.where(counted, weight, 0.0)
@@ -83,7 +91,8 @@ def value_loss(
         clip: how far V may move from V_old; None for no bound. If left out 0.2, or the trainer's.
         kind: "mse", "huber" or "categorical", which is never clipped.
         delta: δ of "huber".
-        support: of "categorical": (low, high) of evenly spaced centres of the bins, or the centres [bins], ascending.
+        support: of "categorical": (low, high) of evenly spaced centres of the bins, or the centres [bins], ascending
+            (on a GPU, and in compiled code, that is not looked at).
         reduce: of ``rlfast.Loss``; "token_mean" if None.
         like: "trl", "verl", "openrlhf" or "nemo-rl": that trainer's clip and reduction.
         cu_seqlens, num_items, max_len, world_size, accumulation: as in a call of ``rlfast.Loss``.
@@ -116,14 +125,11 @@ def value_loss(
         if given and clip is not None:
             validate.fail("clip", 'None for kind="categorical", which is never clipped', repr(clip))
         return _objective(kind, None, delta, reduce)(_categorical_logp(values, returns, mask, support), **call)
-    if returns.shape != values.shape:
-        validate.fail("returns", f"shape {tuple(values.shape)} like values", validate.shape(returns))
+    validate.like("returns", returns, "values", values)
+    call["mask"] = validate.mask_like(mask, "values", values)
     if clip is not None:
         if old_values is None:
             validate.fail("old_values", "a tensor: values are clipped to it", "None")
-        validate.tensor("old_values", old_values)
-        if old_values.shape != values.shape:
-            validate.fail("old_values", f"shape {tuple(values.shape)} like values", validate.shape(old_values))
-        old_values = old_values.detach()
+        old_values = validate.like("old_values", old_values, "values", values).detach()
     old_values = None if clip is None else old_values
     return _objective(kind, clip, delta, reduce)(values, old_logp=old_values, adv=returns, **call)

@@ -13,6 +13,7 @@ import rlfast
 from tests.numerics import assert_same_bits, assert_value
 from tests.scan_cases import draw, mask_of
 
+OP = "affine_scan"
 GOLDEN = json.loads((Path(__file__).parent / "golden_advantages.json").read_text(encoding="utf-8"))
 X = {name: torch.tensor(values, dtype=torch.float64) for name, values in GOLDEN["inputs"].items()}
 F = {name: x.float() for name, x in X.items()}
@@ -91,6 +92,44 @@ def test_verl_reinforce_plus_plus():
     agree(scores.unsqueeze(-1) * F["mask"], "verl", "reinforce++_baseline")
 
 
+def test_verl_gdpo():
+    adv = rlfast.group_advantage(
+        F["columns"][:7], group_ids=X["ids"].long(), method="gdpo", weights=(1.0, 0.5, -2.0), like="verl",
+        lengths=X["mask"].sum(-1),
+    )  # fmt: skip
+    agree(adv.unsqueeze(-1) * F["mask"], "verl", "gdpo")
+
+
+@pytest.mark.parametrize("kind", ("float32", "float64"))
+@pytest.mark.parametrize("method", ("grpo", "dr_grpo", "batch_std"))
+def test_trl_groups(method, kind):
+    """On rewards of 1e-3, where the 1e-4 that is added to the deviation is a tenth of it."""
+    rewards = (F if kind == "float32" else X)["columns"][:, 0]
+    agree(rlfast.group_advantage(rewards, group_size=4, method=method, like="trl"), "trl", method)
+
+
+@pytest.mark.parametrize("kind", ("float32", "float64"))
+def test_trl_gdpo(kind):
+    given = {"method": "gdpo", "weights": (1.0, 0.5, -2.0), "like": "trl"}
+    columns = (F if kind == "float32" else X)["columns"]
+    agree(rlfast.group_advantage(columns, group_size=4, **given), "trl", "gdpo")
+    mask = torch.arange(8) != 2
+    agree(rlfast.group_advantage(columns, group_size=4, mask=mask, **given), "trl", "gdpo without the third")
+    agree(rlfast.group_advantage(columns[:1], group_size=1, **given), "trl", "gdpo of one")
+
+
+def test_one_sample_has_no_deviation():
+    """As in TRL; one that is valid, too, and whatever whitens."""
+    given = {"method": "batch_std", "like": "trl"}
+    agree(rlfast.group_advantage(F["columns"][:1, 0], group_size=1, **given), "trl", "batch_std of one")
+    for like in (None, "trl", "verl", "openrlhf"):
+        for method in ("reinforce++", *(("batch_std", "reinforce++_baseline") if like != "verl" else ())):  # lone_raw
+            pair = rlfast.group_advantage(
+                torch.tensor([1.0, 2.0]), group_size=2, method=method, like=like, mask=torch.tensor([1, 0])
+            )
+            assert pair.tolist() == [0.0, 0.0], (like, method)
+
+
 def test_verl_remax():
     returns = rlfast.reward_to_go(F["rewards"], F["mask"])
     agree(returns, "verl", "remax", 1, where=MASK)
@@ -152,6 +191,36 @@ def test_openrlhf():
     assert_value(
         "whitened", rlfast.masked_whiten(adv, F["mask"], like="openrlhf")[MASK], white[MASK], white[MASK].float()
     )
+    asked, _ = rlfast.gae(F["rewards"], F["values"], F["mask"], gamma=0.97, lam=0.9, like="openrlhf", whiten=True)
+    assert_value("at once", asked[MASK], white[MASK], white[MASK].float())
+
+
+@pytest.mark.parametrize("scale", (1.0, 1e-5))
+def test_openrlhf_reinforce(scale):
+    """Over all tokens: Σ(A − mean)²/n, at least 1e-8 of it. RLOO, GRPO and Dr. GRPO are not whitened."""
+    rewards, lengths = X["scores"][:6] * scale, X["mask"].sum(-1)[:6]
+    centred = (rewards.view(2, 3) - rewards.view(2, 3).mean(1, keepdim=True)).flatten()
+    for method, plain in (("reinforce++", rewards), ("reinforce++_baseline", centred)):
+        mean = (plain * lengths).sum() / lengths.sum()
+        var = ((plain - mean).square() * lengths).sum() / lengths.sum()
+        truth = (plain - mean) * var.clamp(min=1e-8).rsqrt()
+        given = {"group_size": 3, "method": method, "like": "openrlhf", "lengths": lengths}
+        got = rlfast.group_advantage(rewards, **given)
+        torch.testing.assert_close(got, truth, rtol=1e-12, atol=1e-12)
+        assert_value(method, rlfast.group_advantage(rewards.float(), **given), truth, truth.float())
+    others = (rewards.view(2, 3).sum(1, keepdim=True) - rewards.view(2, 3)) / 2
+    rloo = rlfast.group_advantage(rewards, group_size=3, method="rloo", like="openrlhf")
+    torch.testing.assert_close(rloo, rewards - others.flatten(), rtol=1e-12, atol=1e-12 * scale)
+
+
+def test_torchrl_average_gae():
+    """``average_gae`` divides by a deviation of at least 1e-4."""
+    for scale in (1.0, 1e-6):
+        given = {"gamma": 0.97, "lam": 0.9, "like": "torchrl"}
+        plain, _ = rlfast.gae(X["rewards"] * scale, X["values"] * scale, **given)
+        got, _ = rlfast.gae(X["rewards"] * scale, X["values"] * scale, whiten=True, **given)
+        truth = (plain - plain.mean()) / plain.std().clamp_min(1e-4)
+        torch.testing.assert_close(got, truth, rtol=1e-9, atol=1e-12)
 
 
 def test_trl_whitens_and_zeroes():
@@ -241,10 +310,26 @@ BAD = {
     "ratio": ("vtrace", {"log_ratio": torch.zeros(2, 4)}, ValueError, "log_ratio: expected shape (2, 3)", "(2, 4)"),
     "ratio-none": ("vtrace", {"log_ratio": None}, TypeError, "log_ratio: expected a torch.Tensor", "NoneType"),
     "clip": ("vtrace", {"log_ratio": torch.zeros(2, 3), "clip_c": -1.0}, ValueError, "clip_c: expected a float", "-1"),
+    "rewards-none": ("gae", {"rewards": None}, TypeError, "rewards: expected a torch.Tensor", "NoneType"),
+    "rewards-none-λ": ("lambda_returns", {"rewards": None}, TypeError, "rewards: expected a torch.Tensor", "NoneType"),
+    "rewards-none-n": ("n_step_returns", {"rewards": None, "n": 2, "lam": None}, TypeError,
+                       "rewards: expected a torch.Tensor", "NoneType"),
+    "truncated": ("gae", {"truncated": torch.ones(2, 3)}, ValueError, "bootstrap: expected shape (2, 3)", "None"),
+    "truncated-row": ("gae", {"truncated": torch.ones(2, 3), "bootstrap": torch.ones(2)}, ValueError,
+                      "bootstrap: expected shape (2, 3), the values after truncated tokens", "(2,)"),
+    "whiten-where": ("gae", {"whiten": rlfast.Whiten(where="x")}, ValueError, "where: expected one of", "'x'"),
+    "whiten-eps": ("gae", {"whiten": rlfast.Whiten(eps=-1.0)}, ValueError, "eps: expected a float ≥ 0", "-1.0"),
+    "whiten-nan": ("gae", {"whiten": rlfast.Whiten(eps=float("nan"))}, ValueError, "eps: expected a finite", "nan"),
+    "like-list": ("gae", {"like": ["trl"]}, ValueError, "like: expected one of ('trl', 'verl'", "['trl']"),
+    "gamma-nan-valid": ("gae", {"gamma": torch.tensor([[1.0, 1.0, torch.nan]] * 2), "mask": torch.ones(2, 3)},
+                        ValueError, "gamma: expected values in [0, 1]", "nan"),
+    "gamma-nan-zero": ("gae", {"gamma": torch.tensor([[1.0, torch.nan]] * 2)[:, [0, 0, 1]], "masking": "zero",
+                               "mask": torch.tensor([[1, 1, 0]] * 2)}, ValueError, "gamma: expected values in", "nan"),
     "n": ("n_step_returns", {"n": 0, "lam": None}, ValueError, "n: expected an int ≥ 1", "0"),
     "n-float": ("n_step_returns", {"n": 1.5, "lam": None}, TypeError, "n: expected an int", "1.5"),
 }  # fmt: skip
 SCAN_BAD = {
+    "a-none": ({"a": None}, TypeError, "a: expected a torch.Tensor", "NoneType"),
     "a": ({"a": torch.zeros(2, 4)}, ValueError, "a: expected shape (2, 3) like b", "(2, 4)"),
     "initial": ({"initial": torch.zeros(2, 3)}, ValueError, "initial: expected shape (2,)", "(2, 3)"),
 }
@@ -266,6 +351,15 @@ GROUP_BAD = {
     "lengths-shape": ({"method": "opo", "lengths": torch.ones(5)}, ValueError, "lengths: expected shape (6,)", "(5,)"),
     "baselines": ({"method": "remax"}, TypeError, "baselines: expected a tensor", "None"),
     "mask": ({"mask": torch.ones(5)}, ValueError, "mask: expected shape (6,) like rewards", "(5,)"),
+    "ids-int": ({"group_size": None, "group_ids": 5}, TypeError, "group_ids: expected a tensor of ints, or", "5"),
+    "ids-lists": ({"group_size": None, "group_ids": [[1]] * 6}, TypeError, "group_ids: expected a tensor of", "[[1]"),
+    "bessel": ({"bessel": "no"}, TypeError, "bessel: expected True or False", "'no'"),
+    "method-list": ({"method": ["grpo"]}, ValueError, "method: expected one of ('grpo'", "['grpo']"),
+    "delta": ({"method": "asymre", "delta": float("nan")}, ValueError, "delta: expected a finite float", "nan"),
+    "no-column": ({"method": "gdpo", "rewards": torch.zeros(6, 0)}, ValueError, "rewards: expected shape (N, K)",
+                  "(6, 0)"),
+    "weights-int": ({"method": "gdpo", "rewards": torch.zeros(6, 2), "weights": 3}, TypeError, "weights: expected 2",
+                    "3"),
     "weights": ({"method": "gdpo", "rewards": torch.zeros(6, 2), "weights": (1.0,)}, ValueError,
                 "weights: expected 2 floats", "1"),
 }  # fmt: skip
@@ -297,6 +391,53 @@ def test_bad_input_of_the_bare_scan(name):
 def test_bad_input_of_groups(name):
     change, kind, *words = GROUP_BAD[name]
     refused(rlfast.group_advantage, {"rewards": torch.zeros(6), "group_size": 2} | change, kind, words)
+
+
+def test_lengths_are_not_negative():
+    refused(rlfast.vapo_lam, {"lengths": torch.tensor([1, -3])}, ValueError, ("lengths: expected numbers ≥ 0", "-3"))
+    refused(rlfast.vapo_lam, {"lengths": torch.tensor([torch.nan])}, ValueError, ("lengths: expected numbers", "nan"))
+    assert rlfast.vapo_lam(torch.tensor([0])).tolist() == [0.0]
+    three = {name: torch.zeros(2, 3) for name in ("rewards", "logp", "log_sum_sq_probs")}
+    given = three | {"group_size": 2, "eps": -1.0}
+    refused(rlfast.optimal_token_baseline, given, ValueError, ("eps: expected a float ≥ 0", "-1.0"))
+
+
+@pytest.mark.parametrize("rate", ("gamma", "lam", "critic_lam"))
+def test_a_rate_at_a_masked_token_has_no_effect(backend, device, rate):
+    rates = torch.full((7, 9), 0.9)
+    plain = {"gamma": 0.9, "lam": 0.9, "critic_lam": 0.9}
+    on = {"rewards": F["rewards"].to(device), "values": F["values"].to(device), "mask": MASK.to(device)}
+    with rlfast.use_backend(backend):
+        wanted = rlfast.gae(**on, **plain | {rate: rates.to(device)})
+        got = rlfast.gae(**on, **plain | {rate: torch.where(MASK, rates, torch.nan).to(device)})
+    for x, y in zip(got, wanted, strict=True):
+        assert_same_bits(rate, x, y)
+    if rate == "gamma":
+        given = {"rewards": F["rewards"], "values": F["values"], "mask": MASK, "n": 3}
+        spoiled = rlfast.n_step_returns(**given, gamma=torch.where(MASK, rates, torch.nan))
+        assert_same_bits("n steps", spoiled, rlfast.n_step_returns(**given, gamma=rates))
+
+
+@pytest.mark.parametrize("masking", ("carry", "zero"))
+def test_returns_know_both_maskings(backend, device, masking):
+    """A masked token of "zero" discounts what comes after it, as OpenRLHF's do; one of "carry" does not."""
+
+    def plain(x):
+        state, out = torch.zeros_like(x["values"][:, 0]), []
+        for t in reversed(range(9)):
+            moved = x["rewards"][:, t] * x["mask"][:, t] + 0.9 * state
+            state = moved if masking == "zero" else torch.where(MASK[:, t], moved, state)
+            out.append(torch.where(MASK[:, t], state, 0.0))
+        return torch.stack(out[::-1], 1)
+
+    given = F["rewards"].to(device), MASK.to(device)
+    with rlfast.use_backend(backend):
+        got = rlfast.discounted_returns(*given, gamma=0.9, masking=masking)
+        sums = rlfast.reward_to_go(*given, masking=masking)
+        same = rlfast.discounted_returns(*given, gamma=1.0, masking=masking)
+    assert_value(masking, got.cpu(), plain(X), plain(F))
+    assert_same_bits("γ = 1", sums, same)
+    refused(rlfast.reward_to_go, {"rewards": N, "masking": "x"}, ValueError, ("masking: expected one of", "'x'"))
 
 
 def test_bad_input_of_reductions():

@@ -74,7 +74,6 @@ def options_of(rows: int, steps: int) -> dict:
         "bootstrap": {"bootstrap": by_row},
         "truncated": {"truncated": others, "bootstrap": by_token},
         "done and truncated": {"done": some, "truncated": others, "bootstrap": by_token},
-        "truncated without values": {"truncated": others},
         "value after the last token": {"bootstrap": by_token},
         "rates a row": {"gamma": torch.rand(rows, generator=rng), "lam": torch.rand(rows, generator=rng)},
         "rates a token": {"gamma": torch.rand(rows, steps, generator=rng)},

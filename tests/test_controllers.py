@@ -62,6 +62,48 @@ def test_nothing_seen_is_harmless():
     assert seen.mean.item() == 0.0 and seen.std.item() == 0.0 and seen.count.item() == 0.0
 
 
+def test_a_measurement_that_is_no_number_changes_nothing():
+    """Nor does one over nothing; the next one counts again."""
+    kl, entropy = rlfast.AdaptiveKL(0.1, target=1.0, horizon=10), rlfast.AdaptiveEntropy(0.01)
+    entropy.update(0.1, 4)
+    before = kl.value.item(), entropy.coef.item(), entropy.value.item()
+    for measured, n in ((float("nan"), 2), (torch.tensor(torch.nan), 2), (1.0, torch.tensor(torch.nan))):
+        kl.update(measured, n)
+        entropy.update(measured, n)
+        assert (kl.value.item(), entropy.coef.item(), entropy.value.item()) == before
+    kl.update(float("nan"), 0)
+    assert kl.value.item() == before[0]
+    kl.update(2.0, 5)
+    assert kl.value.item() == pytest.approx(0.11)
+
+
+STATISTICS = rlfast.RunningMeanStd()
+BAD = [
+    (lambda: rlfast.AdaptiveKL("a", target=1.0, horizon=1), "value: expected a float, got 'a'"),
+    (lambda: MADE["kl"]().update("a", 2), "kl: expected a number or a 0-dim tensor, got 'a'"),
+    (lambda: MADE["kl"]().update(torch.ones(2), 2), r"kl: expected a number or a 0-dim tensor, got \(2,\)"),
+    (lambda: MADE["kl"]().update(0.1, None), "n: expected a number or a 0-dim tensor, got None"),
+    (lambda: MADE["entropy"]().update([1.0], 2), r"entropy: expected a number or a 0-dim tensor, got \[1.0\]"),
+    (lambda: rlfast.AdaptiveEntropy(low="a"), "low: expected a float, got 'a'"),
+    (lambda: rlfast.AdaptiveEntropy(low=1.0, high=0.0), "low, high: expected low <= high, got 1.0, 0.0"),
+    (lambda: STATISTICS.update([1.0]), "x: expected a torch.Tensor, got list"),
+    (lambda: STATISTICS.update(torch.ones(2), [1, 1]), "mask: expected a torch.Tensor, got list"),
+    (lambda: STATISTICS.update(torch.ones(2, 3), torch.ones(3)), r"mask: expected shape \(2, 3\) like x, got \(3,\)"),
+    (lambda: STATISTICS.normalize([1.0]), "x: expected a torch.Tensor, got list"),
+    (lambda: MADE["kl"]().load_state_dict([1]), "state: expected entries value, got list"),
+    (
+        lambda: MADE["kl"]().load_state_dict({"value": torch.ones(2)}),
+        r"value: expected a number or a 0-dim tensor, got",
+    ),
+]
+
+
+@pytest.mark.parametrize("call, said", BAD, ids=[said for _, said in BAD])
+def test_bad_input_is_named(call, said):
+    with pytest.raises((ValueError, TypeError), match=said):
+        call()
+
+
 MADE = {
     "kl": lambda: rlfast.AdaptiveKL(0.2, target=0.1, horizon=10),
     "entropy": lambda: rlfast.AdaptiveEntropy(0.01),

@@ -88,11 +88,50 @@ def test_method(backend, device, method, groups):
     assert bool(got.isfinite().all())
 
 
-@pytest.mark.parametrize("like", ("trl", "verl", "openrlhf", "nemo-rl", "halos", "open-instruct"))
-@pytest.mark.parametrize("method", ("grpo", "rloo", "dr_grpo", "batch_std"))
+# What is added to a deviation, and whether it is Bessel's: shared/losses.md, §5, and the trainers' code.
+TRAINERS = {"trl": (1e-4, True), "verl": (1e-6, True), "openrlhf": (1e-9, True), "halos": (1e-2, False),
+            "open-instruct": (1e-8, False), "nemo-rl": (1e-6, True)}  # fmt: skip
+
+
+def alone(r, method: str, like: str):
+    """The advantages of one group of several, as a trainer writes them down."""
+    eps, bessel = TRAINERS[like]
+    n = len(r)
+    others = torch.stack([torch.cat((r[:i], r[i + 1 :])) for i in range(n)])
+    if method == "rloo":
+        return r - others.mean(1)
+    if method == "dr_grpo":
+        return r - r.mean()
+    if like == "nemo-rl":  # the others' mean and deviation; a deviation of 0 does not divide
+        std = others.std(1, correction=1) if n > 2 else torch.zeros_like(r)
+        return (r - others.mean(1)) / torch.where(std > 0, std + eps, 1.0)
+    return (r - r.mean()) / (r.std(correction=int(bessel)) + eps)
+
+
+def by_trainer(rewards, ids, method: str, like: str):
+    """Those of a batch. verl keeps the reward of an answer alone, the others have 0 for it."""
+    out = torch.zeros_like(rewards)
+    for key in ids.unique():
+        of = ids == key
+        if int(of.sum()) > 1:
+            out[of] = alone(rewards[of], method, like)
+        elif like == "verl":
+            out[of] = rewards[of] / (1.0 + (TRAINERS[like][0] if method == "grpo" else 0.0))
+    return out
+
+
+@pytest.mark.parametrize("like", TRAINERS)
+@pytest.mark.parametrize("method", ("grpo", "rloo", "dr_grpo"))
 def test_trainers(backend, device, method, like):
+    """Not by our presets: by what is written down above."""
     for groups in ("eights", "ids"):
-        check(rewards_of(96), backend, device, method=method, like=like, **groups_of(groups, 96))
+        given = groups_of(groups, 96)
+        ids = given.get("group_ids", torch.arange(96) // 8)
+        rewards = rewards_of(96) * 1e-2
+        truth, own = (by_trainer(rewards.to(dtype), ids, method, like) for dtype in (torch.float64, torch.float32))
+        with rlfast.use_backend(backend):
+            got = rlfast.group_advantage(rewards.to(device), method=method, like=like, **on(given, device))
+        assert_value(f"{like} {groups}", got.cpu(), truth, own)
 
 
 @pytest.mark.parametrize("scale", ("none", "group", "others", "batch"))
@@ -140,6 +179,49 @@ def test_golden_values(backend, device):
         (first_two(method="opo", lengths=lengths), (1 - 0.361111, -0.361111)),
     ):
         torch.testing.assert_close(got, torch.tensor(wanted), rtol=0, atol=6e-7)
+
+
+@pytest.mark.parametrize("delta", (None, -0.25, 0.5))
+def test_asymre(backend, device, delta):
+    """r − (mean + δ), arXiv 2506.20520; a group of one has −δ."""
+    ids = torch.cat((torch.arange(95) // 5, torch.tensor([99])))
+    mask = torch.arange(96) >= 5
+
+    def plain(r):
+        for key in ids.unique():
+            r[ids == key] -= r[ids == key].mean() + (-0.1 if delta is None else delta)
+        return torch.where(mask, r, 0.0)
+
+    with rlfast.use_backend(backend):
+        got = rlfast.group_advantage(
+            rewards_of(96).to(device), group_ids=ids.to(device), method="asymre", delta=delta, mask=mask.to(device)
+        )
+    assert_value("asymre", got.cpu(), plain(rewards_of(96).double()), plain(rewards_of(96)))
+
+
+def test_nemo_rl_whitens_as_it_does(backend, device):
+    """GDPO: leave one out, ÷ the deviation alone. REINFORCE++: Σ(A − mean)²/n over tokens, at least 1e-8."""
+    columns = torch.stack([rewards_of(24, seed=i) for i in range(2)], 1)
+    parts = torch.stack([
+        torch.cat([alone(group, "grpo", "nemo-rl") for group in columns[:, k].double().split(4)]) for k in range(2)
+    ])  # fmt: skip
+    summed = parts[0] + 0.5 * parts[1]
+    given = {"like": "nemo-rl", "group_size": 4}
+    lengths = torch.arange(1, 25)
+    centred = (columns[:, 0].double().view(6, 4) - columns[:, 0].double().view(6, 4).mean(1, keepdim=True)).flatten()
+    mean = (centred * lengths).sum() / lengths.sum()
+    var = ((centred - mean).square() * lengths).sum() / lengths.sum()
+    with rlfast.use_backend(backend):
+        got = rlfast.group_advantage(columns.to(device), method="gdpo", weights=(1.0, 0.5), **given)
+        flat = rlfast.group_advantage(torch.ones(8, 2, device=device), method="gdpo", **given)
+        plus = rlfast.group_advantage(
+            columns[:, 0].to(device), method="reinforce++_baseline", lengths=lengths.to(device), **given
+        )
+    truth = (summed - summed.mean()) / summed.std()
+    assert_value("gdpo", got.cpu(), truth, truth.float())
+    assert_zero("no variance", flat)
+    truth = (centred - mean) * var.clamp(min=1e-8).rsqrt()
+    assert_value("reinforce++_baseline", plus.cpu(), truth, truth.float())
 
 
 @pytest.mark.parametrize("lengths", (False, True))

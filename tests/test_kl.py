@@ -92,6 +92,20 @@ def test_a_half_precision_input_gives_float32():
     assert_zero("at the reference itself", value)
 
 
+@pytest.mark.parametrize("plus", ("", "+"))
+def test_abs_is_absolute(plus):
+    """As verl calls it."""
+    x = torch.tensor([-1.0, -2.0])
+    assert torch.equal(
+        rlfast.kl_penalty(x, x.flip(0), kind=f"abs{plus}"), rlfast.kl_penalty(x, x.flip(0), kind=f"absolute{plus}")
+    )
+    assert (
+        rlfast.loss("grpo", kl=f"abs{plus}").kl
+        == rlfast.loss("ppo", like="verl", kl=f"abs{plus}").kl
+        == f"absolute{plus}"
+    )
+
+
 def test_errors_name_the_argument():
     x = torch.zeros(3)
     with pytest.raises(ValueError, match=r"ref_logp: expected shape \(3,\) like logp, got \(2,\)"):

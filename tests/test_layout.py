@@ -39,6 +39,7 @@ FLOORS = {
     "rlfast.loss_inputs": 3,
     "rlfast.loss_table": 3,
     "rlfast.corrections": 3,
+    "rlfast.limits": 3,
     "rlfast.presets": 3,
     "rlfast.kl": 3,
     "rlfast.values": 3,

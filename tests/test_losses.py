@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import rlfast
+from rlfast import limits
 from rlfast.loss_table import LOSSES
 from tests.cases import few
 from tests.loss_cases import LossCase, check, drawn
@@ -136,6 +137,8 @@ WRONG = {
         "old_logp": torch.zeros(2, 3, requires_grad=True)
     },
     "num_items: expected a finite float > 0, got 0": {"num_items": 0},
+    "num_items: expected a finite float > 0, got -4.0": {"num_items": torch.tensor(-4.0)},
+    "num_items: expected a finite float > 0, got nan": {"num_items": torch.tensor(float("nan"))},
     "world_size: expected a finite float > 0, got -1": {"world_size": -1},
     "cu_seqlens": {"cu_seqlens": torch.tensor([0, 3, 6])},
 }
@@ -177,6 +180,100 @@ def test_an_unknown_loss_lists_the_known():
         rlfast.loss("vespo", unit="token")
     with pytest.raises(TypeError, match=r"dual_clip: expected an option of cispo"):
         rlfast.loss("cispo", dual_clip=3.0)
+
+
+NAN = float("nan")
+NUMBERS = [
+    ("ppo", {"eps_low": NAN}, "eps_low: expected a float ≥ 0 (inf is off), got nan"),
+    ("ppo", {"eps_low": -1.0}, "eps_low: expected a float ≥ 0 (inf is off), got -1.0"),
+    ("ppo", {"eps_high": True}, "eps_high: expected a float ≥ 0 (inf is off), got True"),
+    ("ppo", {"eps_low": "a"}, "eps_low: expected a float ≥ 0 (inf is off), got 'a'"),
+    ("ppo", {"dual_clip": None}, "dual_clip: expected a float ≥ 1 (inf is off), got None"),
+    ("ppo", {"dual_clip": 0.5}, "dual_clip: expected a float ≥ 1 (inf is off), got 0.5"),
+    ("ppo", {"delta": 0.0}, "delta: expected a float > 0 (inf is off), got 0.0"),
+    ("ppo", {"off_policy": NAN}, "off_policy: expected a float ≥ 0 (inf is off), got nan"),
+    ("ppo", {"beta": NAN}, "beta: expected a finite float, got nan"),
+    ("ppo", {"beta": "x"}, "beta: expected a finite float, got 'x'"),
+    ("ppo", {"beta": torch.zeros(2)}, "beta: expected a number or a 0-dim tensor, got (2,)"),
+    ("ppo", {"entropy_coef": float("inf")}, "entropy_coef: expected a finite float, got inf"),
+    ("ppo", {"kl_max": -1.0}, "kl_max: expected a float ≥ 0 (inf is off), got -1.0"),
+    ("ppo", {"kl_d_max": NAN}, "kl_d_max: expected a float ≥ 0 (inf is off), got nan"),
+    ("ppo", {"log_ratio_low": 1.0, "log_ratio_high": -1.0}, "expected log_ratio_low <= log_ratio_high, got 1.0, -1.0"),
+    ("gmpo", {"log_ratio_low": NAN}, "log_ratio_low: expected a float, got nan"),
+    ("gspo", {"unit_low": 2.0, "unit_high": 1.0}, "unit_low, unit_high: expected unit_low <= unit_high, got 2.0, 1.0"),
+    ("ppo", {"signed": "no"}, "signed: expected True or False, got 'no'"),
+    ("ppo", {"correction": 3}, "correction: expected a Correction, or the name of one, got 3"),
+    ("cispo_capped", {"cap": -1.0}, "cap: expected a float > 0 (inf is off), got -1.0"),
+    ("cpgd", {"eps_low": 1.5}, "eps_low: expected a float in [0, 1), got 1.5"),
+    ("cpgd", {"eps_low": 1.0}, "eps_low: expected a float in [0, 1), got 1.0"),
+    ("cpgd", {"alpha": -0.1}, "alpha: expected a finite float ≥ 0, got -0.1"),
+    ("sapo", {"tau_pos": 0.0}, "tau_pos: expected a float > 0, from 1e-30 to 1e+30, got 0.0"),
+    ("kimi", {"tau": float("inf")}, "tau: expected a finite float ≥ 0, got inf"),
+    ("awr", {"coef": NAN}, "coef: expected a finite float, got nan"),
+    ("ppo", {"like": "verl", "kl": ["k3"]}, "kl: expected one of 'k1', 'k2', 'k3', "),
+    (["ppo"], {}, "name: expected one of 'reinforce', 'rloo', "),
+]
+
+
+@pytest.mark.parametrize("name, options, said", NUMBERS, ids=[f"{n}-{o}" for n, o, _ in NUMBERS])
+def test_a_number_beyond_its_range_is_refused(name, options, said):
+    with pytest.raises((ValueError, TypeError), match=re.escape(said)):
+        rlfast.loss(name, **options)
+
+
+def test_what_is_no_record_of_an_objective_is_refused():
+    for options, said in (
+        ({"surrogate": None}, "surrogate: expected one of ppo_clip, .*, got None"),
+        ({"surrogate": ["ppo_clip"]}, r"surrogate: expected one of ppo_clip, .*, got \['ppo_clip'\]"),
+        ({"surrogate": "ppo_clip", "hyper": 3}, "hyper: expected a dict of numbers by name, got 3"),
+        ({"surrogate": "ppo_clip", "needs": 3}, "needs: expected a tuple of names of fields, got 3"),
+        ({"surrogate": "ppo_clip", "needs": ("logits",)}, "needs: expected one of 'logp', .*, got 'logits'"),
+    ):
+        with pytest.raises((ValueError, TypeError), match=said):
+            rlfast.Loss(**options)
+
+
+def test_every_hyper_parameter_has_a_range():
+    built_in = {f.hyper for name, f in rlfast.kernels.formulas.SURROGATES.items() if "." not in name}
+    assert built_in >= set(limits.HYPER)  # a new formula's may have any number until it says which
+    for hyper, ranges in limits.HYPER.items():
+        assert set(ranges) == set(hyper._fields) - {"unused"}, hyper
+        for name, limit in ranges.items():
+            assert limit.low <= hyper._field_defaults[name] <= limit.high, (hyper, name)
+
+
+def test_no_bound_is_infinite(backend, device):
+    """inf is off: eps_low = 1 leaves the ratio 0 below, and inf no bound at all."""
+    logp, old = LOGP.to(device), OLD_LOGP.to(device) + 3.0
+    for name in ("ppo", "cispo", "a_lol", "dppo_tv", "dppo_kl"):
+        with rlfast.use_backend(backend):
+            open_ = rlfast.loss(name, eps_low=float("inf"), eps_high=float("inf"))
+            out = open_(logp, adv=torch.ones(1, device=device), old_logp=old)
+        assert out.loss.isfinite() and out.metrics["clip_low"].item() == out.metrics["clip_high"].item() == 0.0, name
+
+
+CORRECTIONS = {
+    "high: expected a float ≥ 0 (inf is off), got nan": lambda c: c.tis(NAN),
+    "high: expected a float ≥ 0 (inf is off), got '2'": lambda c: c.tis("2"),
+    "low: expected a float ≥ 0 (inf is off), got -1.0": lambda c: c.icepop(-1.0, 5.0),
+    "high: expected a float ≥ 0 (inf is off), got None": lambda c: c.sequence_mask(None),
+    "gate_high: expected a float, got None": lambda c: c.rejection(high=None),
+    "gate_low: expected a float, got nan": lambda c: rlfast.Correction(gate="token", gate_low=NAN),
+    "low, high: expected low <= high, got 3.0, 2.0": lambda c: rlfast.Correction("token", low=3.0, high=2.0),
+    "gate_low, gate_high: expected gate_low <= gate_high": lambda c: c.geometric_mask(1.002, 0.999),
+    "masks: expected True or False, got 'no'": lambda c: rlfast.Correction(masks="no"),
+    "weight: expected one of None, 'token'": lambda c: rlfast.Correction("word"),
+}
+
+
+@pytest.mark.parametrize("said", CORRECTIONS)
+def test_a_correction_names_what_is_wrong(said):
+    with pytest.raises((ValueError, TypeError), match=re.escape(said)):
+        CORRECTIONS[said](rlfast.corrections)
+
+
+def test_a_bound_of_zero_is_none():
+    assert rlfast.corrections.icepop(0, 5).gate_low == rlfast.corrections.sequence_mask().gate_low == -float("inf")
 
 
 @pytest.mark.parametrize("name", ("clip_cov", "kl_cov", "kimi", "apa"))

@@ -264,6 +264,24 @@ def test_nemo_rl(name, settings, options, inputs, backend, device):
     assert_gradient("gradient", got[1], wanted, own[1])
 
 
+def test_the_correction_that_trl_has_on_with_vllm(backend, device):
+    """Π ρ of a sequence as its weight, 0 beyond 3: asked for by name, and not done unasked."""
+    config = pytest.importorskip("trl").GRPOConfig.__dataclass_fields__
+    named = {name: config[f"vllm_importance_sampling_{name}"].default for name in ("correction", "mode", "clip_max")}
+    assert named == {"correction": True, "mode": "sequence_mask", "clip_max": 3.0}
+    assert config["vllm_importance_sampling_clip_min"].default is None
+    old, drift = torch.full((3, 4), -2.0), torch.tensor([0.25, 0.3, -0.5])[:, None]  # Π ρ = e, e^1.2, e^−2
+    given = {"old_logp": old, "adv": torch.tensor([1.0, -0.5, 2.0])}
+    given = {name: x.to(device) for name, x in given.items()}
+    weights = torch.tensor([math.exp(1.0), 0.0, math.exp(-2.0)], dtype=torch.float64)
+    with rlfast.use_backend(backend):
+        plain = rlfast.loss("grpo", like="trl")(old.to(device), rollout_logp=(old - drift).to(device), **given)
+        asked = rlfast.loss("grpo", like="trl", correction="sequence_mask")
+        got = asked(old.to(device), rollout_logp=(old - drift).to(device), **given)
+    assert plain.loss.item() == pytest.approx(-given["adv"].mean().item())
+    assert got.loss.item() == pytest.approx(-(weights * given["adv"].cpu()).mean().item(), rel=1e-6)
+
+
 @pytest.mark.parametrize("like", PRESETS)
 def test_an_unknown_row_lists_the_trainers(like):
     with pytest.raises(ValueError, match=rf"name: expected one of .* for like='{like}', got 'awr'"):

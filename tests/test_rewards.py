@@ -45,6 +45,20 @@ def test_rloo_takes_the_whole_kl_off_the_score():
     close("rewards", got, fields["scores"].clamp(-0.5, 0.5) - 0.05 * kl)
 
 
+def test_nemo_rl_takes_a_bounded_k3_off_each_token():
+    """kl_type k3, the difference within ±20 and the estimate within 10; the score is at the last token."""
+    logp, ref = torch.tensor([[-1.0, -30.0, -1.0, -2.0]]), torch.tensor([[-1.5, -1.0, -40.0, -2.0]])
+    d = (ref - logp).double().clamp(-20.0, 20.0)
+    kl = (d.exp() - 1.0 - d).clamp(-10.0, 10.0)
+    wanted = -0.01 * kl + torch.tensor([0.0, 0.0, 0.0, 1.0])
+    close("rewards", rlfast.shape_rewards(torch.ones(1), logp, ref, like="nemo-rl"), wanted)
+
+
+def test_abs_is_absolute():
+    logp, ref = torch.tensor([[-1.0, -2.0]]), torch.tensor([[-1.5, -1.0]])
+    close("abs", rlfast.shape_rewards(torch.ones(1), logp, ref, kind="abs", beta=1.0), [[-0.5, 0.0]])
+
+
 def test_the_sum_over_tokens_is_the_reward_of_the_sequence():
     tokens, mask = shaped("scores", beta=0.1, kind="k3")
     whole, _ = shaped("scores", beta=0.1, kind="k3", level="sequence")
@@ -75,7 +89,9 @@ def test_errors_name_the_argument():
     x = torch.zeros(2, 3)
     with pytest.raises(ValueError, match=r"scores: expected shape \(2,\) or \(2, 3\), got \(3,\)"):
         rlfast.shape_rewards(torch.zeros(3), x, x)
-    with pytest.raises(ValueError, match="like: expected one of None, 'trl', 'verl', 'openrlhf', got 'liger'"):
+    with pytest.raises(
+        ValueError, match="like: expected one of None, 'trl', 'verl', 'openrlhf', 'nemo-rl', got 'liger'"
+    ):
         rlfast.shape_rewards(torch.zeros(2), x, x, like="liger")
     with pytest.raises(ValueError, match=r"mask: expected shape \(2, 3\) like logp, got \(2,\)"):
         rlfast.shape_rewards(torch.zeros(2), x, x, torch.ones(2))
@@ -83,6 +99,43 @@ def test_errors_name_the_argument():
         rlfast.overlong_penalty(torch.ones(1), max_len=10, buffer=11)
     with pytest.raises(ValueError, match="group_size: expected a divisor of the 3 responses, got 2"):
         rlfast.length_reward(torch.ones(3), torch.ones(3), group_size=2)
+
+
+X, TWO, ONES = torch.zeros(2, 3), torch.zeros(2), [[1, 1, 1], [1, 1, 1]]
+NAN = float("nan")
+BAD = [
+    (lambda: rlfast.shape_rewards([1.0, 2.0], X, X), "scores: expected a torch.Tensor, got list"),
+    (lambda: rlfast.shape_rewards(TWO, ONES, X), "logp: expected a torch.Tensor, got list"),
+    (lambda: rlfast.shape_rewards(TWO, X, ONES), "ref_logp: expected a torch.Tensor, got list"),
+    (lambda: rlfast.shape_rewards(TWO, X, X, ONES), "mask: expected a torch.Tensor, got list"),
+    (lambda: rlfast.shape_rewards(TWO.to("meta"), X, X), "scores: expected device cpu like logp, got meta"),
+    (lambda: rlfast.shape_rewards(TWO, X, X, beta="x"), "beta: expected a finite float, got 'x'"),
+    (lambda: rlfast.shape_rewards(TWO, X, X, beta=NAN), "beta: expected a finite float, got nan"),
+    (
+        lambda: rlfast.shape_rewards(TWO, X, X, beta=torch.ones(3)),
+        r"beta: expected a number or a 0-dim tensor, got \(3,",
+    ),
+    (lambda: rlfast.shape_rewards(TWO, X, X, clip=(1.0, -1.0)), r"clip: expected \(low, high\) with low <= high, got"),
+    (lambda: rlfast.shape_rewards(TWO, X, X, clip=1.0), r"clip: expected \(low, high\), got 1.0"),
+    (lambda: rlfast.shape_rewards(TWO, X, X, clip=(0.0, NAN)), "clip: expected a float, got nan"),
+    (lambda: rlfast.length_reward([1, 2], TWO), "lengths: expected a torch.Tensor, got list"),
+    (lambda: rlfast.length_reward(TWO, [1, 2]), "correct: expected a torch.Tensor, got list"),
+    (lambda: rlfast.length_reward(X, X), r"lengths: expected shape \[B\], got \(2, 3\)"),
+    (lambda: rlfast.length_reward(TWO, TWO, group_size="2"), "group_size: expected an int, got '2'"),
+    (lambda: rlfast.overlong_penalty([1, 2], max_len=3, buffer=1), "lengths: expected a torch.Tensor, got list"),
+    (lambda: rlfast.overlong_penalty(TWO, max_len="3", buffer=1), "max_len: expected a finite float ≥ 0, got '3'"),
+    (
+        lambda: rlfast.overlong_penalty(TWO, max_len=3, buffer=NAN),
+        r"buffer: expected a number in \[0, max_len = 3\], got",
+    ),
+    (lambda: rlfast.overlong_penalty(TWO, max_len=3, buffer=1, factor="a"), "factor: expected a finite float, got 'a'"),
+]
+
+
+@pytest.mark.parametrize("call, said", BAD, ids=[said for _, said in BAD])
+def test_bad_input_is_named(call, said):
+    with pytest.raises((ValueError, TypeError), match=said):
+        call()
 
 
 @pytest.mark.parametrize("name, factor", [("overlong_trl", 1.0), ("overlong_openrlhf", 0.5)])

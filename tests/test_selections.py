@@ -103,10 +103,37 @@ def test_errors_name_the_argument():
         rlfast.kl_cov_extra(x, torch.zeros(3, 3))
     with pytest.raises(ValueError, match=r"mask: expected shape \(2, 3\) like entropy, got \(3,\)"):
         rlfast.top_entropy_keep(x, torch.ones(3))
-    with pytest.raises(ValueError, match=r"quantile: expected a number in \[0, 1\], got 80"):
+    with pytest.raises(ValueError, match=r"quantile: expected a float in \[0, 1\], got 80"):
         rlfast.top_entropy_keep(x, quantile=80)
-    with pytest.raises(ValueError, match="ratio: expected a finite float > 0"):
+    with pytest.raises(ValueError, match=r"ratio: expected a float > 0, and at most 1, got 0\.0"):
         rlfast.kl_cov_extra(x, x, ratio=0.0)
+
+
+X, ONES = torch.zeros(2, 3), [[1, 1, 1], [1, 1, 1]]
+BAD = [
+    (lambda: rlfast.clip_cov_keep(X, X[:1], X), r"old_logp: expected shape \(2, 3\) like logp, got \(1, 3\)"),
+    (lambda: rlfast.clip_cov_keep(X, [[0.0]], X), r"old_logp: expected a torch.Tensor, got list"),
+    (lambda: rlfast.clip_cov_keep(X, X.to("meta"), X), "old_logp: expected device cpu like logp, got meta"),
+    (lambda: rlfast.clip_cov_keep(X, X, X, ONES), "mask: expected a torch.Tensor, got list"),
+    (lambda: rlfast.clip_cov_keep(X, X, X, ratio=2.0), "ratio: expected a float > 0, and at most 1, got 2.0"),
+    (lambda: rlfast.clip_cov_keep(X, X, X, low=5.0, high=1.0), "low, high: expected low <= high, got 5.0, 1.0"),
+    (lambda: rlfast.clip_cov_keep(X, X, X, eps_low=float("nan")), r"eps_low: expected a float ≥ 0 .*, got nan"),
+    (lambda: rlfast.clip_cov_keep(X, X, X, seed="a"), "seed: expected an int, got 'a'"),
+    (lambda: rlfast.kl_cov_extra(X, X, ONES), "mask: expected a torch.Tensor, got list"),
+    (lambda: rlfast.kl_cov_extra(ONES, X), "logp: expected a torch.Tensor, got list"),
+    (lambda: rlfast.top_entropy_keep(X, ONES), "mask: expected a torch.Tensor, got list"),
+    (lambda: rlfast.top_entropy_keep(X, quantile="a"), r"quantile: expected a float in \[0, 1\], got 'a'"),
+    (lambda: rlfast.rollout_keep(X, X, ONES), "mask: expected a torch.Tensor, got list"),
+    (lambda: rlfast.rollout_keep(X, X[:1]), r"rollout_logp: expected shape \(2, 3\) like old_logp, got \(1, 3\)"),
+    (lambda: rlfast.rollout_keep(X, X, low=1.0, high=0.0), "low, high: expected low <= high, got 1.0, 0.0"),
+    (lambda: rlfast.rollout_keep(X, X, high=torch.ones(2)), r"high: expected a number or a 0-dim tensor, got \(2,\)"),
+]
+
+
+@pytest.mark.parametrize("call, said", BAD, ids=[said for _, said in BAD])
+def test_bad_input_is_named(call, said):
+    with pytest.raises((ValueError, TypeError), match=said):
+        call()
 
 
 @pytest.mark.parametrize("level", ["token", "seq_sum", "seq_mean", "seq_max"])

@@ -153,6 +153,42 @@ def test_packed_values_and_bins():
     assert_zero("Σ of each row", logits.grad.double().sum(-1).round(decimals=7))
 
 
+BIN = {"kind": "categorical"}
+LOGITS, V = torch.zeros(2, 3, 3), torch.zeros(2, 3)
+BAD = [
+    ({"clip": "a"}, (V, V, V), "clip: expected a float > 0, got 'a'"),
+    ({}, (V, V, V, [1]), "mask: expected a torch.Tensor, got list"),
+    ({}, (V, V, V, torch.ones(2, 4)), r"mask: expected shape \(2, 3\) like values, got \(2, 4\)"),
+    ({"kind": "huber", "delta": -1.0}, (V, V, V), "delta: expected a finite float > 0, got -1.0"),
+    (BIN | {"support": torch.tensor([1.0, 0.0, 2.0])}, (LOGITS, None, V), "support: expected centres that ascend, got"),
+    (BIN | {"support": torch.tensor([0.0, 0.0, 2.0])}, (LOGITS, None, V), "support: expected centres that ascend, got"),
+    (
+        BIN | {"support": torch.zeros(2)},
+        (LOGITS, None, V),
+        r"support: expected shape \(3,\), one centre a bin, got \(2,",
+    ),
+    (
+        BIN | {"support": 5},
+        (LOGITS, None, V),
+        r"support: expected \(low, high\) with low < high, or a tensor .*, got 5",
+    ),
+    (BIN | {"support": ("a", "b")}, (LOGITS, None, V), "support: expected a finite float, got 'a'"),
+    (BIN | {"support": (1.0, 0.0)}, (LOGITS, None, V), r"support: expected \(low, high\) with low < high, or a tensor"),
+    (
+        BIN | {"support": (0, 1)},
+        (LOGITS, None, V, torch.ones(2, 4)),
+        r"mask: expected shape \(2, 3\) like returns, got",
+    ),
+    (BIN | {"support": (0, 1)}, (LOGITS, None, V, [1]), "mask: expected a torch.Tensor, got list"),
+]
+
+
+@pytest.mark.parametrize("options, given, said", BAD, ids=[said for *_, said in BAD])
+def test_bad_input_is_named(options, given, said):
+    with pytest.raises((ValueError, TypeError), match=said):
+        rlfast.value_loss(*given, **options)
+
+
 def test_errors_name_the_argument():
     x = torch.zeros(2, 3)
     for options, given, said in (

@@ -370,11 +370,18 @@ PYTHON = [
     ),
     *_python(
         "advantages", "rlfast/advantages/scan.py",
-        ("(1.0 - 1.0 / (alpha * lengths.double()))", "(1.0 - alpha / lengths.double())"),
+        ("(1.0 - 1.0 / (alpha * lengths.double().clamp(min=0.0)))", "(1.0 - alpha / lengths.double().clamp(min=0.0))"),
+        ("(chosen.whitens if whiten is None else whiten)", "whiten"),
+    ),
+    *_python(
+        "advantages", "rlfast/advantages/group.py",
+        ("torch.where(freedom > 0, freedom, 1.0)", "freedom"),
+        ("Whiten(eps=1e-4, where=\"outside\")", "Whiten(eps=1e-4)"),
     ),
     *_python(
         "advantages", "rlfast/reductions.py",
         ("var = total(centred * centred) / (count - int(bessel))", "var = total(centred * centred) / count"),
+        ("var.clamp(min=eps) if where == \"floor\"", "var + eps if where == \"floor\""),
         ("(count + mean.eps).clamp(min=mean.least)", "(count + mean.eps).clamp(min=0.0)"),
     ),
     *_python(

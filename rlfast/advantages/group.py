@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Iterable
 from typing import NamedTuple
 
 import torch
@@ -20,7 +21,7 @@ from rlfast.ops.group_records import (
     Inputs,
     Options,
 )
-from rlfast.reductions import Whiten, total
+from rlfast.reductions import WHITENINGS, Whiten, deviation, total
 
 SCALES = {"none": UNSCALED, "group": STD, "others": OTHERS_STD, "batch": UNSCALED}
 
@@ -36,6 +37,7 @@ class Method(NamedTuple):
     skip_zero: bool = False  # a deviation of 0 does not divide
     whiten: Whiten | None = None  # over the batch, at last
     per_nonzero: bool = False  # times samples ÷ nonzero rewards
+    delta: float = 0.0  # added to the baseline
     tau: float = 1.0
     paper: str = ""
 
@@ -53,20 +55,25 @@ METHODS = {
     "gpg": Method(MEAN, per_nonzero=True, paper="2504.02546"),
     "pass@k": Method(SECOND, "group", eps=1e-6, paper="2503.19595"),
     "gdpo": Method(MEAN, "group", whiten=Whiten(), paper="2601.05242"),
+    "asymre": Method(MEAN, delta=-0.1, paper="2506.20520"),
     "kimi": Method(MEAN, paper="2501.12599"),
     "kimi_soft": Method(SOFT, paper="2501.12599"),
     "a*-po": Method(SOFT, tau=0.5, paper="2505.20686"),
 }
-# What a trainer has in place of the paper's numbers.
+# What a trainer has in place of the paper's numbers; its whitening is for the methods that whiten.
 LIKE = {
-    "trl": {"eps": 1e-4},
-    "verl": {"eps": 1e-6, "lone_raw": True},
-    "openrlhf": {"eps": 1e-9},
+    "trl": {"eps": 1e-4, "whiten": Whiten(eps=1e-4, where="outside")},
+    "verl": {"eps": 1e-6, "lone_raw": True, "whiten": WHITENINGS["verl"]},
+    "openrlhf": {"eps": 1e-9, "whiten": WHITENINGS["openrlhf"]},
     "halos": {"eps": 1e-2, "bessel": False},
     "open-instruct": {"eps": 1e-8, "bessel": False},
-    "nemo-rl": {"eps": 1e-6, "skip_zero": True},
+    "nemo-rl": {"eps": 1e-6, "skip_zero": True, "whiten": WHITENINGS["openrlhf"]},  # of REINFORCE++
 }
 RENAMED = {("nemo-rl", "grpo"): "grpo_leave_one_out"}
+# GDPO in NeMo-RL: over the others, then divided by the deviation alone, unless that is 0.
+OF_METHOD = {
+    ("nemo-rl", "gdpo"): {"baseline": LEAVE_ONE_OUT, "scale": "others", "whiten": Whiten(eps=1e-30, where="floor")},
+}
 
 
 class GroupStatistics(NamedTuple):
@@ -79,16 +86,20 @@ class GroupStatistics(NamedTuple):
 
 
 def _method(name, like, changed: dict) -> Method:
-    if name not in METHODS:
+    if name not in tuple(METHODS):
         validate.fail("method", f"one of {tuple(METHODS)}", repr(name))
-    if like is not None and like not in LIKE:
+    if like is not None and like not in tuple(LIKE):
         validate.fail("like", f"one of {tuple(LIKE)} or None", repr(like))
-    method = METHODS[RENAMED.get((like, name), name)]._replace(**LIKE.get(like, {}))
+    method = METHODS[RENAMED.get((like, name), name)]
+    theirs = LIKE.get(like, {}) | OF_METHOD.get((like, name), {})
+    method = method._replace(**(theirs if method.whiten else {k: v for k, v in theirs.items() if k != "whiten"}))
     method = method._replace(**{k: v for k, v in changed.items() if v is not None})
-    if method.scale not in SCALES:
+    if method.scale not in tuple(SCALES):
         validate.fail("scale", f"one of {tuple(SCALES)}", repr(method.scale))
     validate.at_least("eps", method.eps, 0.0)
     validate.positive("tau", method.tau)
+    validate.finite("delta", method.delta)
+    validate.flag("bessel", method.bessel)
     return method
 
 
@@ -96,8 +107,11 @@ def _ids(group_ids, rewards):
     """int64 [N]: a tensor of ints as it is, anything else numbered in the order in which it comes."""
     n = rewards.shape[0]
     if not isinstance(group_ids, torch.Tensor):
+        names = list(group_ids) if isinstance(group_ids, Iterable) else None
+        if names is None or not all(isinstance(key, Hashable) for key in names):
+            validate.fail("group_ids", "a tensor of ints, or a sequence of hashable names", repr(group_ids), TypeError)
         seen = {}
-        group_ids = torch.tensor([seen.setdefault(key, len(seen)) for key in group_ids], dtype=torch.int64)
+        group_ids = torch.tensor([seen.setdefault(key, len(seen)) for key in names], dtype=torch.int64)
         group_ids = group_ids.to(rewards.device)
     validate.tensor("group_ids", group_ids, (torch.int64, torch.int32))
     if group_ids.shape != (n,):
@@ -136,18 +150,25 @@ def _over_groups(rewards, ids, size, mask, lengths, m: Method):
 
 
 def _moments(x, mask, weights, bessel: bool):
-    """(mean, variance) of the valid elements in float64, weighted as if each stood there as often as its weight."""
+    """(mean, variance) of the valid elements in float64, weighted as if each stood there as often as its weight.
+
+    The variance of one element is 0, with Bessel's correction too: alone, a sample is at the mean.
+    """
     w = torch.ones_like(x, dtype=torch.float64) if weights is None else weights
     w = w if mask is None else torch.where(mask, w, 0.0)
     x = x.double() if mask is None else torch.where(mask, x, 0.0).double()
     count = total(w)
     mean = total(w * x) / count
-    return mean, total(w * (x - mean).square()) / (count - int(bessel))
+    freedom = count - int(bessel)
+    return mean, total(w * (x - mean).square()) / torch.where(freedom > 0, freedom, 1.0)
 
 
 def _over_batch(advantages, rewards, mask, lengths, m: Method):
     """What is done with the batch once its groups are: a deviation, a factor, whitening."""
     kind = advantages.dtype
+    if m.delta:
+        advantages = (advantages.double() - m.delta).to(kind)
+        advantages = advantages if mask is None else torch.where(mask, advantages, 0.0)
     if m.per_nonzero:
         counted = rewards != 0 if mask is None else (rewards != 0) & mask
         n = rewards.shape[0] if mask is None else mask.sum()
@@ -157,14 +178,14 @@ def _over_batch(advantages, rewards, mask, lengths, m: Method):
         advantages = (advantages.double() / (var.sqrt() + m.eps)).to(kind)
     if m.whiten is not None:
         mean, var = _moments(advantages, mask, lengths, m.whiten.bessel)
-        advantages = ((advantages.double() - mean) * (var + m.whiten.eps).rsqrt()).to(kind)
+        advantages = ((advantages.double() - mean) / deviation(var, m.whiten.eps, m.whiten.where)).to(kind)
         advantages = advantages if mask is None else torch.where(mask, advantages, 0.0)
     return advantages
 
 
 def group_advantage(
     rewards, *, group_size=None, group_ids=None, method="grpo", like=None, mask=None, lengths=None, baselines=None,
-    weights=None, scale=None, bessel=None, eps=None, tau=None,
+    weights=None, scale=None, bessel=None, eps=None, tau=None, delta=None,
 ) -> torch.Tensor:  # fmt: skip
     """The advantage of each answer over the others to its prompt.
 
@@ -178,16 +199,17 @@ def group_advantage(
             "rloo" r − mean of the others; "grpo_leave_one_out" that, over the std of the others; "opo" r − the mean
             weighted by ``lengths``; "remax" r − ``baselines``; "reinforce++" r, and "reinforce++_baseline" r − mean,
             whitened over the batch; "gpg" (r − mean)·N ÷ nonzero rewards; "pass@k" (largest − second) / (std + eps) for
-            the best, 0 for the others; "gdpo" each reward as in "grpo", summed with ``weights``, whitened; "kimi"
-            r − mean; "kimi_soft" and "a*-po" r − τ·log mean exp(r/τ).
-        like: "trl", "verl", "openrlhf", "nemo-rl", "halos", "open-instruct": that trainer's eps, deviation and groups
-            of one (verl: they keep their reward; else 0).
+            the best, 0 for the others; "gdpo" each reward as in "grpo", summed with ``weights``, whitened; "asymre"
+            r − (mean + δ); "kimi" r − mean; "kimi_soft" and "a*-po" r − τ·log mean exp(r/τ).
+        like: "trl", "verl", "openrlhf", "nemo-rl", "halos", "open-instruct": that trainer's eps, deviation, whitening
+            and groups of one (verl: they keep their reward; else 0).
         mask: [N], 0 for a sample that counts nowhere: it gets 0.
         lengths: [N], valid tokens of each answer: the weights of "opo", and of whitening over tokens.
         baselines: [N], the reward of the greedy answer, of "remax".
         weights: K floats, of "gdpo"; all 1 if not given.
         scale: "none", "group", "others", "batch": in place of the method's.
         bessel, eps, tau: in place of the method's.
+        delta: added to the baseline, in place of the method's: −0.1 for "asymre", 0 for the others.
 
     Returns:
         [N] float32 (float64 for float64), a constant.
@@ -203,8 +225,10 @@ def group_advantage(
         tensor([ 0.6667, -0.6667, -0.6667,  0.6667])
     """
     validate.tensor("rewards", rewards)
-    m = _method(method, like, {"scale": scale, "bessel": bessel, "eps": eps, "tau": tau})
+    m = _method(method, like, {"scale": scale, "bessel": bessel, "eps": eps, "tau": tau, "delta": delta})
     several = method == "gdpo" and rewards.dim() == 2
+    if several and not rewards.shape[1]:
+        validate.fail("rewards", "shape (N, K) with K ≥ 1", validate.shape(rewards))
     if rewards.dim() != 1 and not several:
         validate.fail("rewards", "shape (N,), or (N, K) for gdpo", validate.shape(rewards))
     ids, size = _groups(rewards, group_size, group_ids) if m.baseline is not None else (None, 1)
@@ -225,13 +249,15 @@ def group_advantage(
         advantages = advantages if mask is None else torch.where(mask, advantages, 0.0)
     else:
         advantages, _ = _over_groups(rewards, ids, size, mask, lengths, m)
-    plain = m.whiten is None and m.scale != "batch" and not m.per_nonzero
+    plain = m.whiten is None and m.scale != "batch" and not m.per_nonzero and not m.delta
     return advantages if plain else _over_batch(advantages, rewards, mask, lengths, m)
 
 
 def _weighted_sum(rewards, ids, size, mask, lengths, weights, m: Method):
     """Σ_k w_k·A_k of the advantages by each of K rewards."""
     count = rewards.shape[1]
+    if weights is not None and not isinstance(weights, tuple | list):
+        validate.fail("weights", f"{count} floats, one for each column of rewards", repr(weights), TypeError)
     weights = (1.0,) * count if weights is None else tuple(validate.finite("weights", w) for w in weights)
     if len(weights) != count:
         validate.fail("weights", f"{count} floats, one for each column of rewards", len(weights))

@@ -54,12 +54,13 @@ def n_step_returns(rewards, values, mask=None, *, gamma, n, done=None, bootstrap
     if isinstance(n, bool) or not isinstance(n, int) or n < 1:
         validate.fail("n", "an int ≥ 1", repr(n), ValueError if isinstance(n, int) else TypeError)
     rows = Rows("values", values, cu_seqlens)
+    validate.tensor("rewards", rewards)
     v, r = rows.tokens("values", values).reshape(-1), rows.tokens("rewards", rewards).reshape(-1)
     keep, ends = rows.flags("mask", mask), rows.flags("done", done)
     start = rows.by_row("bootstrap", bootstrap)
     if bootstrap is not None and start is None:
         validate.fail("bootstrap", f"shape {tuple(rows.lead)}, one a row", validate.shape(bootstrap))
-    one, many = rows.rate("gamma", gamma)
+    one, many = rows.rate("gamma", gamma, keep)
     row = _row_of(rows, v.shape[0], v.device)
     a = torch.full_like(v, one, dtype=torch.float64)
     if many is not None:

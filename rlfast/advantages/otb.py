@@ -48,6 +48,7 @@ def optimal_token_baseline(
             if x.shape != rewards.shape:
                 validate.fail(name, f"shape {validate.shape(rewards)} like rewards", validate.shape(x))
             validate.same_device(name, x, "rewards", rewards)
+    eps = validate.at_least("eps", eps, 0.0)
     ids, size = _groups(rewards, group_size, group_ids)
     rows = rewards.shape[0]
     group = torch.arange(rows, device=rewards.device) // size

@@ -29,11 +29,6 @@ MASKINGS = ("carry", "zero")
 _INTS = (torch.int64, torch.int32)
 
 
-def _looked_at(x: torch.Tensor) -> bool:
-    """Whether values may be looked at: not in compiled code, and not on a GPU, where that would synchronise."""
-    return x.device.type == "cpu" and not torch.compiler.is_compiling()
-
-
 class Rows:
     """The rows of a call: padded [*, T], or packed [N] with their offsets."""
 
@@ -56,7 +51,7 @@ class Rows:
             validate.fail("cu_seqlens", "shape (rows + 1,)", validate.shape(cu))
         validate.same_device("cu_seqlens", cu, self.name, self.like)
         cu = cu.long().contiguous()
-        if _looked_at(cu):
+        if validate.looked_at(cu):
             n = self.like.shape[0]
             if int(cu[0]) != 0 or int(cu[-1]) != n or bool((cu[1:] < cu[:-1]).any()):
                 validate.fail("cu_seqlens", f"offsets that ascend from 0 to {n}", cu.tolist()[:8])
@@ -91,16 +86,21 @@ class Rows:
         validate.same_device(name, x, self.name, self.like)
         return x.double().reshape(-1).contiguous()
 
-    def rate(self, name: str, x):
-        """(float, None), or (1.0, float64 tensor): a factor in [0, 1], for all, a row or a token."""
+    def rate(self, name: str, x, mask=None):
+        """(float, None), or (1.0, float64 tensor): a factor in [0, 1], for all, a row or a token.
+
+        With a mask, one a token is 1 where it is masked, whatever it holds there.
+        """
         if isinstance(x, torch.Tensor):
             if x.dim() == 0:
                 x = x.expand(self.lead)
             found = self.by_row(name, x)
-            found = self.tokens(name, x).double().contiguous() if found is None else found
+            if found is None:
+                found = self.tokens(name, x).double().contiguous()
+                found = found if mask is None else torch.where(mask, found, 1.0)
             if found.requires_grad:
                 validate.fail(name, "a tensor that needs no gradient", "requires_grad=True")
-            if _looked_at(found):
+            if validate.looked_at(found):
                 wrong = ~((found >= 0) & (found <= 1))
                 if wrong.any():
                     validate.fail(name, "values in [0, 1]", found[wrong][0].item())
@@ -124,14 +124,21 @@ def estimate(
     """The op on checked arguments: (advantages, returns), shaped like the tokens, of which ``wanted`` are there."""
     if masking not in MASKINGS:
         validate.fail("masking", f"one of {MASKINGS}", repr(masking))
+    if rewards is None:
+        validate.fail("rewards", "a torch.Tensor", "NoneType", TypeError)
+    if truncated is not None and (not isinstance(bootstrap, torch.Tensor) or bootstrap.shape != rows.shape):
+        came = validate.shape(bootstrap) if isinstance(bootstrap, torch.Tensor) else repr(bootstrap)
+        validate.fail("bootstrap", f"shape {tuple(rows.shape)}, the values after truncated tokens", came)
     by_row, start = _rewards_by_row(rows, rewards), rows.by_row("bootstrap", bootstrap)
-    (gamma, gammas), (lam, lams) = rows.rate("gamma", gamma), rows.rate("lam", lam)
-    critic, critics = (1.0, None) if critic_lam is None else rows.rate("critic_lam", critic_lam)
+    mask = rows.flags("mask", mask)
+    left_out = None if masking == "zero" else mask  # where the rates of masked tokens have no effect
+    (gamma, gammas), (lam, lams) = rows.rate("gamma", gamma, left_out), rows.rate("lam", lam, left_out)
+    critic, critics = (1.0, None) if critic_lam is None else rows.rate("critic_lam", critic_lam, left_out)
     inputs = Inputs(
         rewards=rows.tokens("rewards", rewards) if by_row is None else None,
         values=rows.tokens("values", values), log_ratio=rows.tokens("log_ratio", log_ratio), kl=rows.tokens("kl", kl),
         coefficients=None, next_values=rows.tokens("bootstrap", bootstrap) if start is None else None,
-        mask=rows.flags("mask", mask), done=rows.flags("done", done), truncated=rows.flags("truncated", truncated),
+        mask=mask, done=rows.flags("done", done), truncated=rows.flags("truncated", truncated),
         row_rewards=by_row, bootstrap=start, gammas=gammas, lams=lams, critic_lams=critics, cu_seqlens=rows.cu,
     )  # fmt: skip
     recorded = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
@@ -146,7 +153,7 @@ def estimate(
         out = out.reshape(out.shape[0], *rows.shape)
     advantages = out[0] if wanted & ADVANTAGES else None
     if whiten is not None and not inside:
-        advantages = whitened(advantages, None if mask is None else mask != 0, **whiten._asdict())
+        advantages = whitened(advantages, mask if mask is None else mask.reshape(rows.shape), **whiten._asdict())
     return advantages, out[-1] if wanted & RETURNS else None
 
 

@@ -11,7 +11,7 @@ from rlfast import backends, validate
 from rlfast.advantages.rows import Rows, estimate
 from rlfast.ops import affine_scan as scan_op
 from rlfast.ops.scan_records import ADVANTAGES, RETURNS, REVERSE, Inputs, Options
-from rlfast.reductions import WHITENINGS, Whiten, preset
+from rlfast.reductions import WHITENINGS, Whiten, checked_whiten, preset
 
 BOTH = ADVANTAGES | RETURNS
 
@@ -20,30 +20,27 @@ class Preset(NamedTuple):
     """How a trainer computes GAE."""
 
     masking: str
-    whiten: Whiten | None
+    whitens: bool  # unasked; OpenRLHF does so later, over the whole batch of experience
+    whiten: Whiten = Whiten()
 
 
 LIKE = {
-    "trl": Preset("zero", WHITENINGS["trl"]),  # its PPO trainer, as long as it had one
-    "verl": Preset("carry", WHITENINGS["verl"]),
-    "openrlhf": Preset(
-        "zero", None
-    ),  # whitens later, over the whole batch of experience: masked_whiten(like="openrlhf")
-    "nemo-rl": Preset("carry", None),
-    "torchrl": Preset("carry", None),
+    "trl": Preset("zero", True, WHITENINGS["trl"]),  # its PPO trainer, as long as it had one
+    "verl": Preset("carry", True, WHITENINGS["verl"]),
+    "openrlhf": Preset("zero", False, WHITENINGS["openrlhf"]),
+    "nemo-rl": Preset("carry", False),
+    "torchrl": Preset("carry", False, WHITENINGS["torchrl"]),
 }
 
 
 def _gae_options(like, masking, whiten) -> tuple[str, Whiten | None]:
-    chosen = preset(LIKE, like) or Preset("carry", None)
+    chosen = preset(LIKE, like) or Preset("carry", False)
     masking = chosen.masking if masking is None else masking
-    if whiten is None:
-        return masking, chosen.whiten
     if isinstance(whiten, Whiten):
-        return masking, whiten
-    if not isinstance(whiten, bool):
+        return masking, checked_whiten(whiten)
+    if whiten is not None and not isinstance(whiten, bool):
         validate.fail("whiten", "a bool or rlfast.Whiten", type(whiten).__name__, TypeError)
-    return masking, (chosen.whiten or Whiten()) if whiten else None
+    return masking, chosen.whiten if (chosen.whitens if whiten is None else whiten) else None
 
 
 def gae(
@@ -58,18 +55,21 @@ def gae(
         rewards: [*, T] float, one a token; or [*], one a row, earned at its last valid token.
         values: [*, T] float. Packed rows: [N], with ``cu_seqlens``.
         mask: [*, T], 0 where a token does not count. Its outputs are 0, and what it holds has no effect.
-        gamma, lam: floats in [0, 1], or tensors of them, one a row [*] or one a token.
+        gamma, lam: floats in [0, 1], or tensors of them, one a row [*] or one a token. Those of masked tokens are not
+            looked at, except with "zero", where such tokens take part.
         masking: "carry" (default): a masked token is left out, the tokens around it are neighbours. "zero": it is a
             token of r = V = 0.
         done: [*, T], nonzero where an episode ends: nothing of what comes after counts.
-        truncated: [*, T], nonzero where an episode is cut: only the value after it counts, from ``bootstrap``.
+        truncated: [*, T], nonzero where an episode is cut: only the value after it counts, from ``bootstrap``, which is
+            then one a token.
         bootstrap: [*], the value after a row's last token (0 if not given); or [*, T], the value after each token,
             read at truncated tokens and at the last valid one.
         cu_seqlens: int [rows + 1], the offsets of packed rows from 0 to N.
         critic_lam: λ of the returns, where it is another than that of the advantages (VC-PPO, VAPO: ``vapo_lam``).
         kl: [*, T], a penalty on each token: r_t − kl_coef·kl_t.
         kl_coef: a float.
-        whiten: True, or an ``rlfast.Whiten``: the advantages whitened over the valid tokens of the batch.
+        whiten: True, which is ``like``'s whitening, or an ``rlfast.Whiten``: the advantages whitened over the valid
+            tokens of the batch.
         like: "trl", "verl", "openrlhf", "nemo-rl", "torchrl": the masking and whitening of that trainer. Valid tokens
             have its values; masked ones are 0, where verl leaves what it carried.
 
@@ -155,7 +155,7 @@ def td_residuals(
 
 
 def discounted_returns(
-    rewards, mask=None, *, gamma, done=None, bootstrap=None, cu_seqlens=None, kl=None, kl_coef=0.0
+    rewards, mask=None, *, gamma, masking="carry", done=None, bootstrap=None, cu_seqlens=None, kl=None, kl_coef=0.0
 ) -> torch.Tensor:
     """Discounted sums of the rewards to come.
 
@@ -163,7 +163,7 @@ def discounted_returns(
 
     Args:
         rewards: [*, T] float; or [*], one a row, earned at its last valid token, with a mask or ``kl`` of [*, T].
-        mask, gamma, done, cu_seqlens, kl, kl_coef: as in ``gae``.
+        mask, gamma, masking, done, cu_seqlens, kl, kl_coef: as in ``gae``.
         bootstrap: [*], what G is after a row's last token; 0 if not given.
 
     Returns:
@@ -180,18 +180,18 @@ def discounted_returns(
     if kl is None and mask is not None and isinstance(rewards, torch.Tensor) and rewards.shape != mask.shape:
         name, like = "mask", mask  # one reward a row: the tokens are those of the mask
     return estimate(
-        Rows(name, like, cu_seqlens), wanted=RETURNS, gamma=gamma, lam=1.0, rewards=rewards, mask=mask, done=done,
-        bootstrap=bootstrap, kl=kl, kl_coef=validate.finite("kl_coef", kl_coef),
+        Rows(name, like, cu_seqlens), wanted=RETURNS, gamma=gamma, lam=1.0, rewards=rewards, mask=mask, masking=masking,
+        done=done, bootstrap=bootstrap, kl=kl, kl_coef=validate.finite("kl_coef", kl_coef),
     )[1]  # fmt: skip
 
 
-def reward_to_go(rewards, mask=None, *, done=None, cu_seqlens=None) -> torch.Tensor:
+def reward_to_go(rewards, mask=None, *, masking="carry", done=None, cu_seqlens=None) -> torch.Tensor:
     """Sums of the rewards to come.
 
     G_t = r_t + G_{t+1}
 
     Args:
-        rewards, mask, done, cu_seqlens: as in ``discounted_returns``.
+        rewards, mask, masking, done, cu_seqlens: as in ``discounted_returns``. Without γ both maskings are the same.
 
     Returns:
         [*, T] float32; differentiable.
@@ -203,7 +203,7 @@ def reward_to_go(rewards, mask=None, *, done=None, cu_seqlens=None) -> torch.Ten
         >>> rlfast.reward_to_go(torch.tensor([[1.0, 0.0, 2.0]]))
         tensor([[3., 2., 2.]])
     """
-    return discounted_returns(rewards, mask, gamma=1.0, done=done, cu_seqlens=cu_seqlens)
+    return discounted_returns(rewards, mask, gamma=1.0, masking=masking, done=done, cu_seqlens=cu_seqlens)
 
 
 def _clip(name: str, x) -> float:
@@ -301,6 +301,7 @@ def affine_scan(a, b, reverse=True, *, mask=None, initial=None, cu_seqlens=None)
         tensor([1.5000, 1.0000, 2.0000])
     """
     rows = Rows("b", b, cu_seqlens)
+    validate.tensor("a", a)
     start = rows.by_row("initial", initial)
     if initial is not None and start is None:
         validate.fail("initial", f"shape {tuple(rows.lead)}, one a row", validate.shape(initial))
@@ -321,7 +322,7 @@ def vapo_lam(lengths, *, alpha=0.05) -> torch.Tensor:
     λ = 1 − 1/(α·length), and 0 up to a length of 1/α
 
     Args:
-        lengths: [*] int or float, the valid tokens of each row: ``mask.sum(-1)``.
+        lengths: [*] int or float ≥ 0, the valid tokens of each row: ``mask.sum(-1)``.
         alpha: a float > 0.
 
     Returns:
@@ -337,6 +338,8 @@ def vapo_lam(lengths, *, alpha=0.05) -> torch.Tensor:
         >>> rlfast.vapo_lam(torch.tensor([10, 100, 1000]))
         tensor([0.0000, 0.8000, 0.9800], dtype=torch.float64)
     """
-    validate.tensor("lengths", lengths, (*validate.FLOATS, torch.int64, torch.int32))
+    validate.tensor("lengths", lengths, validate.COUNTS)
     alpha = validate.positive("alpha", alpha)
-    return (1.0 - 1.0 / (alpha * lengths.double())).clamp(min=0.0)
+    if validate.looked_at(lengths) and not bool((lengths >= 0).all()):
+        validate.fail("lengths", "numbers ≥ 0", lengths[~(lengths >= 0)][0].item())
+    return (1.0 - 1.0 / (alpha * lengths.double().clamp(min=0.0))).clamp(min=0.0)
