@@ -31,6 +31,7 @@ from rlfast.advantages import (  # noqa: E402
 from rlfast.backends import use_backend  # noqa: E402
 from rlfast.controllers import AdaptiveEntropy, AdaptiveKL, RunningMeanStd  # noqa: E402
 from rlfast.corrections import Correction  # noqa: E402
+from rlfast.divergences import Divergence, divergence, linear_divergence  # noqa: E402
 from rlfast.formulas import formula  # noqa: E402
 from rlfast.integrations import patch  # noqa: E402
 from rlfast.kl import kl_penalty  # noqa: E402
@@ -48,6 +49,7 @@ __all__ = [
     "AdaptiveEntropy",
     "AdaptiveKL",
     "Correction",
+    "Divergence",
     "GroupStatistics",
     "Loss",
     "LossMetrics",
@@ -59,6 +61,7 @@ __all__ = [
     "backends",
     "clip_cov_keep",
     "discounted_returns",
+    "divergence",
     "formula",
     "gae",
     "group_advantage",
@@ -67,6 +70,7 @@ __all__ = [
     "kl_penalty",
     "lambda_returns",
     "length_reward",
+    "linear_divergence",
     "linear_token_logps",
     "loss",
     "masked_mean",

@@ -33,6 +33,7 @@ FLOORS = {
     "rlfast.parity": 4,
     "rlfast.verify": 5,
     "rlfast.logps": 3,
+    "rlfast.divergences": 3,
     "rlfast.advantages": 3,
     "rlfast.losses": 3,
     "rlfast.formulas": 3,
@@ -49,6 +50,7 @@ FLOORS = {
     "rlfast.ops.records": 1,  # the arguments of a backend: what both sides of that seam speak
     "rlfast.ops.loss_records": 1,
     "rlfast.ops.scan_records": 1,
+    "rlfast.ops.divergence_records": 1,
     "rlfast.ops.group_records": 1,
     "rlfast.reductions": 1,
     "rlfast.fallback": 1,
@@ -60,7 +62,13 @@ FLOORS = {
     "rlfast.reference": 0,
 }
 # Who reaches the oracle, apart from the tests.
-READS_REFERENCE = ("rlfast.ops.oracle", "rlfast.ops.oracle_loss", "rlfast.verify", "rlfast.cli")
+READS_REFERENCE = (
+    "rlfast.ops.oracle",
+    "rlfast.ops.oracle_loss",
+    "rlfast.ops.oracle_divergence",
+    "rlfast.verify",
+    "rlfast.cli",
+)
 
 
 def modules() -> dict[str, Path]:
