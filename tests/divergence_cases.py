@@ -322,9 +322,9 @@ def _far(kind: str) -> Pair:
 
 
 def _one_outcome(kind: str) -> Pair:
-    """Certain on one side, open on the other."""
-    x = logits_pair(few(12, 6), 1500)
-    x["logits" if kind == "reverse_kl" else "ref_logits"][:, 1300] += 60.0
+    """Nearly certain on one side and open on the other."""
+    x = logits_pair(few(24, 8), 1500)
+    x["logits" if kind == "reverse_kl" else "ref_logits"][:, 1300] += 12.0
     return Pair(x, {"kind": kind})
 
 
