@@ -28,8 +28,8 @@ NAMES = ("reference", "torch", "cpu", "triton", "cuda")
 IMPLEMENTED = {
     "token_logps": ("reference", "torch", "cpu", "triton", "cuda"),
     "linear_token_logps": ("reference", "torch", "cpu", "triton"),
-    "divergence": ("reference", "torch", "cpu"),
-    "linear_divergence": ("reference", "torch", "cpu"),
+    "divergence": ("reference", "torch", "cpu", "triton", "cuda"),
+    "linear_divergence": ("reference", "torch", "cpu", "triton"),
     "token_loss": ("reference", "torch", "cpu", "triton", "cuda"),
     "affine_scan": ("reference", "torch", "cpu", "triton", "cuda"),
     "group_advantage": ("reference", "torch", "cpu", "triton"),

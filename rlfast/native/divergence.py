@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from rlfast import backends
-from rlfast.native.token_logps import DTYPES, address, strides_of
+from rlfast.native.token_logps import DTYPES, address, extension_of, strides_of
 from rlfast.ops.divergence_records import Measure, Saved, allocate, candidates_of
 from rlfast.ops.records import Transform
 
@@ -34,20 +33,17 @@ def _inputs(logits, ref_logits, targets, mask, transform, ref_transform, measure
     )  # fmt: skip
 
 
-def _extension(logits):
-    """The extension, and what its kernels take last: an instruction set and threads, or a device and a stream."""
-    if logits.is_cuda:
-        device = logits.device
-        return backends.extension("cuda"), (device.index, torch.cuda.current_stream(device).cuda_stream)
-    return backends.extension("cpu"), (backends.isa(), torch.get_num_threads())
-
-
 def forward(logits, ref_logits, targets, mask, transform: Transform, ref_transform: Transform, measure, outputs):
     """See ``rlfast/ops/divergence.py``."""
     out = allocate(logits, tuple(logits.shape[:-1]), targets, outputs)
     if not logits.numel():
         return out
-    extension, last = _extension(logits)
+    extension, last = extension_of(logits)
+    if logits.is_cuda:
+        vocab = logits.shape[-1]
+        floats = extension.divergence_scratch(logits.numel() // vocab, vocab, logits.device.index)
+        scratch = torch.empty(floats, dtype=torch.float32, device=logits.device)
+        last = (scratch.data_ptr(), *last)
     extension.divergence_forward(
         *_inputs(logits, ref_logits, targets, mask, transform, ref_transform, measure),
         *map(address, (out.value, out.logp, out.lse, out.entropy, out.ref_lse, out.aux)), *last,
@@ -59,7 +55,7 @@ def backward(own, other, targets, mask, transform, other_transform, measure: Mea
     """See ``rlfast/ops/divergence.py``."""
     if not own.numel():
         return
-    extension, last = _extension(own)
+    extension, last = extension_of(own)
     extension.divergence_backward(
         *_inputs(own, other, targets, mask, transform, other_transform, measure), *map(address, (*saved, *grads)),
         out.data_ptr(), *strides_of(out), *last,

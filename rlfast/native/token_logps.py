@@ -35,7 +35,7 @@ def _inputs(logits, targets, mask, transform: Transform) -> tuple:
     )  # fmt: skip
 
 
-def _extension(logits):
+def extension_of(logits):
     """The extension, and what its kernels take last: an instruction set and threads, or a device and a stream."""
     if logits.is_cuda:
         device = logits.device
@@ -46,7 +46,7 @@ def _extension(logits):
 def forward(logits, targets, mask, transform: Transform, wanted: Wanted) -> Outputs:
     """See ``rlfast/ops/token_logps.py``."""
     out = allocate(logits, tuple(logits.shape[:-1]), targets, wanted)
-    extension, last = _extension(logits)
+    extension, last = extension_of(logits)
     if logits.is_cuda:
         vocab = logits.shape[-1]
         floats = extension.token_logps_scratch(logits.numel() // vocab, vocab, wanted.top_k, logits.device.index)
@@ -62,7 +62,7 @@ def forward(logits, targets, mask, transform: Transform, wanted: Wanted) -> Outp
 
 def backward(logits, targets, mask, transform: Transform, aux, grads, out) -> None:
     """See ``rlfast/ops/token_logps.py``."""
-    extension, last = _extension(logits)
+    extension, last = extension_of(logits)
     extension.token_logps_backward(
         *_inputs(logits, targets, mask, transform), aux.data_ptr(), *map(address, grads), out.data_ptr(),
         *strides_of(out),
