@@ -108,7 +108,7 @@ def fold_pair(
 def merge_gaps(
     tokens, scratch, ref_scratch, gaps, value, centres, candidates, rows, vocab, leaves, MEASURE: tl.constexpr
 ):
-    """KL(p‖q) = E_p[gap] + log(Σe_q / Σe_p) of MERGED_ROWS rows, and the centre of p; that of q is 0."""
+    """KL(p‖q) = E_p[gap] + log(Σe_q / Σe_p) of MERGED_ROWS rows, E_p[gap], and for the gradient of q 1/Σe of q and of p."""
     sizes = Sizes(candidates, rows, vocab, leaves)
     row = tl.program_id(0).to(tl.int64) * MERGED_ROWS + tl.arange(0, MERGED_ROWS)
     rows = tl.cast(rows, tl.int64)
@@ -138,21 +138,19 @@ def merge_gaps(
     kl = mean + tl.log(tl.div_rn(other, total))
     kl = tl.where(kl < 0.0, 0.0, kl)
     possible = tl.where(total > 0.0, other, 0.0) > 0.0
-    store_pair(kl, mean, mean, possible, live, inside, row, rows, value, centres, MEASURE)
+    of_p, of_q = (2 * rows, 0 * rows) if MEASURE == FORWARD else (0 * rows, 2 * rows)
+    zero = tl.zeros(row.shape, tl.float32)
+    store_row(value, kl, possible, live, inside, row)
+    store_row(centres + of_p, mean, possible, live, inside, row)
+    store_row(centres + of_p + rows, zero, possible, live, inside, row)
+    store_row(centres + of_q, tl.div_rn(1.0, other), possible, live, inside, row)
+    store_row(centres + of_q + rows, tl.div_rn(1.0, total), possible, live, inside, row)
 
 
 @jit
-def store_pair(d, own, ref, possible, live, inside, row, rows, value, centres, MEASURE: tl.constexpr):
-    """The divergence and its centres; NaN where it is undefined, 0 in skipped rows and where no gradient needs one."""
-    zero = tl.zeros(row.shape, tl.float32)
-    own = zero if MEASURE == FORWARD else own
-    ref = zero if MEASURE == REVERSE else ref
-    nan = float("nan")
-    tl.store(value + row, tl.where(live, tl.where(possible, d, nan), 0.0), mask=inside)
-    tl.store(centres + row, tl.where(live, tl.where(possible, own, nan), 0.0), mask=inside)
-    tl.store(centres + rows + row, zero, mask=inside)
-    tl.store(centres + 2 * rows + row, tl.where(live, tl.where(possible, ref, nan), 0.0), mask=inside)
-    tl.store(centres + 3 * rows + row, zero, mask=inside)
+def store_row(to, x, possible, live, inside, row):
+    """A number a row; NaN where the divergence is undefined, 0 in skipped rows."""
+    tl.store(to + row, tl.where(live, tl.where(possible, x, float("nan")), 0.0), mask=inside)
 
 
 @jit(do_not_specialize=[*SIDE, *INTS])
@@ -161,7 +159,7 @@ def fold_mixed(
     inner, stride_outer, stride_inner, start, columns, first_row, candidates, rows, vocab, leaves,
     KIND: tl.constexpr, REF_KIND: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    """Σ S·log S/M and Σ T·log T/M of a leaf; grid: rows × leaves."""
+    """Σ S·log S/M, Σ T·log T/M, Σ S and Σ T of a leaf; grid: rows × leaves."""
     place = Place(inner, stride_outer, stride_inner, start, columns, first_row)
     ref_place = Place(inner, ref_outer, ref_stride, start, columns, first_row)
     sizes = Sizes(candidates, rows, vocab, leaves)
@@ -176,13 +174,16 @@ def fold_mixed(
         log_t = z_of(y_ptr, ref_place, ref, local_row, row, column, REF_KIND, ALIGNED) - tl.load(ref_aux + row)
         s_sum, t_sum = tl.load(aux + rows + row), tl.load(ref_aux + rows + row)
         m_over_s, m_over_t = over_mixture((log_t - log_s) - (t_sum - s_sum), beta, rest)
-        at = halves + (start // LEAF + leaf) * rows + row
-        tl.store(at, tree_sum(-exp(log_s - s_sum) * m_over_s))
-        tl.store(at + tl.cast(leaves, tl.int64) * rows, tree_sum(-exp(log_t - t_sum) * m_over_t))
+        s, t = exp(log_s - s_sum), exp(log_t - t_sum)
+        at, one = halves + (start // LEAF + leaf) * rows + row, tl.cast(leaves, tl.int64) * rows
+        tl.store(at, tree_sum(-s * m_over_s))
+        tl.store(at + one, tree_sum(-t * m_over_t))
+        tl.store(at + 2 * one, tree_sum(s))
+        tl.store(at + 3 * one, tree_sum(t))
 
 
 @jit(do_not_specialize=Sizes._fields)
-def merge_mixed(tokens, halves, aux, ref_aux, value, centres, beta, rest, candidates, rows, vocab, leaves):
+def merge_mixed(tokens, halves, value, centres, beta, rest, candidates, rows, vocab, leaves):
     """JSD = β·KL(T‖M) + (1 − β)·KL(S‖M) of MERGED_ROWS rows, and the two halves as centres."""
     sizes = Sizes(candidates, rows, vocab, leaves)
     beta, rest = tl.cast(beta, tl.float32), tl.cast(rest, tl.float32)
@@ -190,15 +191,24 @@ def merge_mixed(tokens, halves, aux, ref_aux, value, centres, beta, rest, candid
     rows = tl.cast(rows, tl.int64)
     inside = row < rows
     live = counts(tokens, sizes, row, inside) & inside
-    own, ref = (tl.zeros(row.shape, tl.float32),) * 2
+    own, ref, s, t = (tl.zeros(row.shape, tl.float32),) * 4
+    one = tl.cast(leaves, tl.int64) * rows
     for leaf in range(leaves):
         at = halves + leaf * rows + row
         own += tl.load(at, mask=live, other=0.0)
-        ref += tl.load(at + tl.cast(leaves, tl.int64) * rows, mask=live, other=0.0)
+        ref += tl.load(at + one, mask=live, other=0.0)
+        s += tl.load(at + 2 * one, mask=live, other=0.0)
+        t += tl.load(at + 3 * one, mask=live, other=0.0)
+    # S and T sum to 1 but for the rounding of log Σe
+    own, ref = tl.div_rn(own, s), tl.div_rn(ref, t)
     d = beta * ref + rest * own
-    d = tl.where(d < 0.0, 0.0, d)
-    both = tl.load(aux + rows + row, mask=live, other=0.0) + tl.load(ref_aux + rows + row, mask=live, other=0.0)
-    store_pair(d, own, ref, both > float("-inf"), live, inside, row, rows, value, centres, JSD)
+    possible = tl.where(s > 0.0, t, 0.0) > 0.0
+    zero = tl.zeros(row.shape, tl.float32)
+    store_row(value, tl.where(d < 0.0, 0.0, d), possible, live, inside, row)
+    store_row(centres, own, possible, live, inside, row)
+    store_row(centres + rows, zero, possible, live, inside, row)
+    store_row(centres + 2 * rows, ref, possible, live, inside, row)
+    store_row(centres + 3 * rows, zero, possible, live, inside, row)
 
 
 @jit(do_not_specialize=[*SIDE, "out_outer", "out_inner", *INTS])
@@ -274,13 +284,13 @@ class Room(NamedTuple):
 
     scratch: NamedTuple
     ref_scratch: NamedTuple
-    partial: torch.Tensor  # [leaves, rows] of gaps, or [2, leaves, rows] of a JSD's halves
+    partial: torch.Tensor  # [1, leaves, rows] of gaps, or [4, leaves, rows] of a JSD's sums
 
 
 def room_for(batch: Batch, like) -> Room:
     """Scratch for every leaf of both sides."""
-    halves = 2 if batch.measure.kind == JSD.value else 1
-    partial = torch.empty((halves, batch.sizes.leaves, batch.sizes.rows), dtype=torch.float32, device=like.device)
+    sums = 4 if batch.measure.kind == JSD.value else 1
+    partial = torch.empty((sums, batch.sizes.leaves, batch.sizes.rows), dtype=torch.float32, device=like.device)
     return Room(
         allocate_scratch(batch.sizes, like), allocate_scratch(batch.sizes._replace(candidates=0), like), partial
     )
@@ -338,7 +348,7 @@ def launch_merge_mixed(batch: Batch, room: Room, out: Outputs) -> None:
     """The outputs of a JSD."""
     grid, beta, teacher = (-(-batch.sizes.rows // MERGED_ROWS.value),), batch.measure.beta, _teacher(out, batch)
     merge_mixed[grid](
-        batch.own.tokens, room.partial, out.aux, teacher, out.value, teacher[2:], beta, 1.0 - beta, *batch.sizes,
+        batch.own.tokens, room.partial, out.value, teacher[2:], beta, 1.0 - beta, *batch.sizes,
         num_warps=1, enable_fp_fusion=False,
     )  # fmt: skip
 

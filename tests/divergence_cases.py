@@ -374,7 +374,7 @@ def _near(kind: str) -> Pair:
 
 
 def _wide(kind: str) -> Pair:
-    return Pair(logits_pair(few(12, 6), 3000, torch.bfloat16, spread=20.0), {"kind": kind, "temperature": f32(0.7)})
+    return Pair(logits_pair(few(12, 6), 3000, torch.bfloat16, spread=6.0), {"kind": kind, "temperature": f32(0.7)})
 
 
 def _odd(vocab: int):

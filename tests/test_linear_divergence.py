@@ -140,8 +140,8 @@ def test_sizes_around_a_tile(backend, device, rows, dims):
 def test_strided_inputs(backend, device, budget):
     heads = heads_of((3, few(17, 3)), (40, 24), 600)
     wide = heads_of(1, (64, 24), 1200, seed=3)["weight"]
-    for hidden in (heads["hidden"][:, :-1], heads["hidden"].transpose(0, 1)):
-        ref = heads["ref_hidden"][:, :-1] if hidden.shape[0] == 3 else heads["ref_hidden"].transpose(0, 1)
+    for view in (lambda x: x[:, :-1], lambda x: x.transpose(0, 1)):
+        hidden, ref = view(heads["hidden"]), view(heads["ref_hidden"])
         for weight in (wide[::2, :40], heads["weight"].T.contiguous().T):
             inputs = heads | {"hidden": hidden, "ref_hidden": ref, "weight": weight}
             check(Pair(inputs, {}, call={"memory_budget": budget}), backend, device)

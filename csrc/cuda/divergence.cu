@@ -18,7 +18,7 @@ namespace rlfast::cuda {
 namespace {
 
 // Beside the slots of a leaf of token_logps: those of the other side, and what the pair adds.
-enum PairSlot { kOtherPeak = kSlots, kOtherSum, kGap, kHalfS, kHalfT, kPairSlots };
+enum PairSlot { kOtherPeak = kSlots, kOtherSum, kGap, kHalfS, kHalfT, kAllS, kAllT, kPairSlots };
 
 constexpr int64_t kMaxPairLeaves = 48 * 1024 / (kPairSlots * sizeof(float)) - 1;
 constexpr int kPairVectors = 2;
@@ -34,6 +34,11 @@ struct PairForward {
   Kind kind;
   float beta, rest;
   float* scratch;  // [blocks, room_of(leaves)], or null: shared memory
+};
+
+// In two parts, as it is saved.
+struct Centre {
+  float high, low;
 };
 
 struct PairSums {
@@ -86,12 +91,14 @@ RLFAST_DEVICE float distance_of(float leaf_peak, float peak) {
   return leaf_peak == -INFINITY ? 0.0f : leaf_peak - peak;
 }
 
-RLFAST_DEVICE void store_pair(const PairForward& f, float value, float own, float other, bool possible, int64_t row) {
+// own and other: both centres, in two parts.
+RLFAST_DEVICE void store_pair(const PairForward& f, float value, Centre own, Centre other, bool possible, int64_t row) {
   int64_t rows = f.own.logits.rows();
   f.out.value[row] = possible ? value < 0.0f ? 0.0f : value : NAN;
-  f.out.centre[row] = possible ? f.kind == Kind::forward ? 0.0f : own : NAN;
-  f.out.ref_centre[row] = possible ? f.kind == Kind::reverse ? 0.0f : other : NAN;
-  f.out.centre[rows + row] = f.out.ref_centre[rows + row] = 0.0f;
+  f.out.centre[row] = possible ? own.high : NAN;
+  f.out.centre[rows + row] = own.low;
+  f.out.ref_centre[row] = possible ? other.high : NAN;
+  f.out.ref_centre[rows + row] = other.low;
 }
 
 // The student's outputs, the teacher's, and a KL. KL(p‖q) = E_p[gap] + log(Σe_q / Σe_p).
@@ -120,39 +127,52 @@ RLFAST_DEVICE PairSums merge_pair(const PairForward& f, const float* stats, int6
     if (f.out.ref_lse) f.out.ref_lse[row] = peak + log_sum;
     if (f.kind != Kind::jsd) {
       float p = f.kind == Kind::reverse ? own.total : total, q = f.kind == Kind::reverse ? total : own.total;
+      // of q, whose gradient is a difference of probabilities: 1/Σe of either side, whose logarithms are rounded
       float mean = gaps / p;
-      store_pair(f, mean + logf(q / p), mean, mean, own.total > 0.0f && total > 0.0f, row);
+      Centre of_p = {mean, 0.0f}, of_q = {1.0f / q, 1.0f / p};
+      bool reverse = f.kind == Kind::reverse;
+      store_pair(f, mean + logf(q / p), reverse ? of_p : of_q, reverse ? of_q : of_p, own.total > 0.0f && total > 0.0f,
+                 row);
     }
   }
   return {own.peak, own.total, own.log_sum, peak, total, log_sum};
 }
 
-// Σ S·log S/M and Σ T·log T/M of one leaf.
+// Σ S·log S/M, Σ T·log T/M, Σ S and Σ T of one leaf.
 template <class T>
 RLFAST_DEVICE void mixed_leaf(const PairForward& f, float* stats, const PairSums& r, const RowTransform& t,
                               const RowTransform& u, int64_t row, int64_t leaf, int lane) {
-  float z[kPerLane], y[kPerLane], s = 0.0f, other = 0.0f;
+  float z[kPerLane], y[kPerLane], s = 0.0f, other = 0.0f, all_s = 0.0f, all_t = 0.0f;
   load_leaf<T>(z, f.own.logits, t, row, leaf * kLeaf, lane);
   load_leaf<T>(y, f.other, u, row, leaf * kLeaf, lane);
 #pragma unroll
   for (int i = 0; i < kPerLane; ++i) {
     float own = z[i] - r.peak, ref = y[i] - r.other_peak;
     OverMixture m = OverMixture::of((ref - own) - (r.other_log_sum - r.log_sum), f.beta, f.rest);
-    s = fmaf(PairRow::p_of(own - r.log_sum), -m.s, s);
-    other = fmaf(PairRow::p_of(ref - r.other_log_sum), -m.t, other);
+    float p = PairRow::p_of(own - r.log_sum), q = PairRow::p_of(ref - r.other_log_sum);
+    s = fmaf(p, -m.s, s), all_s += p;
+    other = fmaf(q, -m.t, other), all_t += q;
   }
-  s = warp_sum(s), other = warp_sum(other);
+  s = warp_sum(s), other = warp_sum(other), all_s = warp_sum(all_s), all_t = warp_sum(all_t);
   if (lane != 0) return;
   stats[kHalfS * f.own.leaves + leaf] = s;
   stats[kHalfT * f.own.leaves + leaf] = other;
+  stats[kAllS * f.own.leaves + leaf] = all_s;
+  stats[kAllT * f.own.leaves + leaf] = all_t;
 }
 
-RLFAST_DEVICE void merge_mixed(const PairForward& f, const float* stats, const PairSums& r, int64_t row, int lane) {
-  float s = 0.0f, t = 0.0f;
-  for (int64_t l = lane; l < f.own.leaves; l += kWarp)
-    s += stats[kHalfS * f.own.leaves + l], t += stats[kHalfT * f.own.leaves + l];
-  s = warp_sum(s), t = warp_sum(t);
-  if (lane == 0) store_pair(f, fmaf(f.beta, t, product(f.rest, s)), s, t, r.total > 0.0f && r.other_total > 0.0f, row);
+// S and T sum to 1 but for the rounding of log Σe.
+RLFAST_DEVICE void merge_mixed(const PairForward& f, const float* stats, int64_t row, int lane) {
+  int64_t leaves = f.own.leaves;
+  float s = 0.0f, t = 0.0f, all_s = 0.0f, all_t = 0.0f;
+  for (int64_t l = lane; l < leaves; l += kWarp) {
+    s += stats[kHalfS * leaves + l], t += stats[kHalfT * leaves + l];
+    all_s += stats[kAllS * leaves + l], all_t += stats[kAllT * leaves + l];
+  }
+  all_s = warp_sum(all_s), all_t = warp_sum(all_t);
+  s = warp_sum(s) / all_s, t = warp_sum(t) / all_t;
+  if (lane == 0)
+    store_pair(f, fmaf(f.beta, t, product(f.rest, s)), {s, 0.0f}, {t, 0.0f}, all_s > 0.0f && all_t > 0.0f, row);
 }
 
 RLFAST_DEVICE void skip_pair(const PairForward& f, int64_t row, int lane) {
@@ -193,7 +213,7 @@ __global__ void __launch_bounds__(kForwardWarps* kWarp, 1) pair_kernel(const Pai
       for (int64_t leaf = warp; live && leaf < f.own.leaves; leaf += warps)
         mixed_leaf<T>(f, stats, r, t, u, row, leaf, lane);
       __syncthreads();
-      if (live && warp == 0) merge_mixed(f, stats, r, row, lane);
+      if (live && warp == 0) merge_mixed(f, stats, row, lane);
       __syncthreads();
     }
   }

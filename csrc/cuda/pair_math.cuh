@@ -38,7 +38,7 @@ struct PairRow {
     float own = z - own_peak, other = y - other_peak, p = p_of(own - own_log_sum), d;
     if (high != high) return NAN;
     if (kind == Kind::forward)
-      d = p - p_of(other - other_log_sum);
+      d = product(p_of(own), high) - product(p_of(other), low);  // high and low: 1/Σe of either side
     else if (p == 0.0f)
       d = 0.0f;
     else if (kind == Kind::reverse)

@@ -36,15 +36,16 @@ def over_mixture(u, beta, rest):
 def divergence_gradient(d_own, d_other, own_log_sum, other_log_sum, high, low, beta, rest, MEASURE: tl.constexpr):
     """∂/∂z of the own side S, T the other, from d = z − peak.
 
-    KL(T‖S): S − T.  KL(S‖T): S·(gap − E_S[gap]).  JSD: −(1 − β)·S·(log M/S + KL(S‖M)).
+    KL(T‖S): S − T; high and low are 1/Σe of either side, whose logarithms are rounded.  KL(S‖T): S·(gap − E_S[gap]).
+    JSD: −(1 − β)·S·(log M/S + KL(S‖M)).
     """
-    log_p = d_own - own_log_sum
-    p = exp(log_p)
     if MEASURE == FORWARD:
-        g = p - exp(d_other - other_log_sum)
+        g = exp(d_own) * high - exp(d_other) * low
     elif MEASURE == REVERSE:
+        p = exp(d_own - own_log_sum)
         g = tl.where(p == 0.0, p, p * (((d_own - d_other) - high) - low))
     else:
+        p = exp(d_own - own_log_sum)
         u = (d_other - d_own) - (other_log_sum - own_log_sum)
         m_over_own, _ = over_mixture(u, beta, rest)
         g = tl.where(p == 0.0, p, -rest * p * ((m_over_own + high) + low))

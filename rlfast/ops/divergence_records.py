@@ -42,7 +42,7 @@ class Outputs(NamedTuple):
     ``aux`` [·, *lead] begins as that of ``token_logps`` for the student (peak, log_sum, logp of each candidate, entropy
     if asked for); then come peak and log_sum of the teacher, and two centres, the student's and the teacher's, each as a sum
     of two numbers: where p is near 1 a gradient is the difference of a centre and a number like it. The centre of p beside q
-    is KL(p‖M) for a JSD; for a KL it is E_p[gap], gap = (z_p − peak_p) − (z_q − peak_q), and 0 where no gradient needs it.
+    is KL(p‖M) for a JSD; for a KL it is E_p[gap], gap = (z_p − peak_p) − (z_q − peak_q); a gradient S − T needs none, and the room is a backend's own.
     """
 
     value: torch.Tensor  # [*lead]
