@@ -5,6 +5,7 @@
 #include <string>
 #include <vector>
 
+#include "bindings_divergence.h"
 #include "bindings_preference.h"
 #include "cpu/kernels.h"
 #include "rlfast/formulas.gen.h"
@@ -56,6 +57,38 @@ void linear_backward(RLFAST_HEAD_ARGS, Address aux, Address g_logp, Address g_ls
   k.linear_token_logps_backward(RLFAST_HEAD_RECORDS, backward_in(aux, g_logp, g_lse, g_entropy, candidates, rows),
                                 at<const float>(kept),
                                 HeadGradients{at<void>(g_hidden), at<void>(g_weight), at<void>(g_bias)}, threads);
+}
+
+void divergence_forward(RLFAST_PAIR_ARGS, RLFAST_PAIR_OUT_ARGS, const char* isa, int threads) {
+  const Kernels& k = kernels_of(isa);
+  py::gil_scoped_release release;
+  k.divergence_forward(RLFAST_PAIR_RECORDS, RLFAST_PAIR_OUT_RECORD(outer * inner), threads);
+}
+
+void divergence_backward(RLFAST_PAIR_ARGS, RLFAST_PAIR_IN_ARGS, Address out, int64_t out_outer, int64_t out_inner,
+                         const char* isa, int threads) {
+  const Kernels& k = kernels_of(isa);
+  py::gil_scoped_release release;
+  k.divergence_backward(RLFAST_PAIR_RECORDS, RLFAST_PAIR_IN_RECORD(outer * inner),
+                        Logits{at<void>(out), static_cast<DType>(dtype), outer, inner, vocab, out_outer, out_inner},
+                        threads);
+}
+
+void linear_divergence_forward(RLFAST_HEADS_ARGS, RLFAST_PAIR_OUT_ARGS, Address kept, Address ref_kept, const char* isa,
+                               int threads) {
+  const Kernels& k = kernels_of(isa);
+  py::gil_scoped_release release;
+  k.linear_divergence_forward(RLFAST_HEADS_RECORDS, RLFAST_PAIR_OUT_RECORD(rows), at<float>(kept), at<float>(ref_kept),
+                              threads);
+}
+
+void linear_divergence_backward(RLFAST_HEADS_ARGS, RLFAST_PAIR_IN_ARGS, Address kept, Address other_kept,
+                                Address g_hidden, Address g_weight, Address g_bias, const char* isa, int threads) {
+  const Kernels& k = kernels_of(isa);
+  py::gil_scoped_release release;
+  k.linear_divergence_backward(RLFAST_HEADS_RECORDS, RLFAST_PAIR_IN_RECORD(rows), at<const float>(kept),
+                               at<const float>(other_kept),
+                               HeadGradients{at<void>(g_hidden), at<void>(g_weight), at<void>(g_bias)}, threads);
 }
 
 void loss(py::handle fields, py::handle sizes, const char* surrogate, const char* estimator, py::handle plan,
@@ -150,6 +183,10 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("token_logps_backward", &backward);
   m.def("linear_token_logps_forward", &linear_forward);
   m.def("linear_token_logps_backward", &linear_backward);
+  m.def("divergence_forward", &divergence_forward);
+  m.def("divergence_backward", &divergence_backward);
+  m.def("linear_divergence_forward", &linear_divergence_forward);
+  m.def("linear_divergence_backward", &linear_divergence_backward);
   m.def("token_loss", &loss);
   m.def("token_loss_surrogates", &surrogates);
   m.def("pair_loss", &pair_loss);

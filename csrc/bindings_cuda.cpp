@@ -2,8 +2,10 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "bindings_divergence.h"
 #include "bindings_loss.h"
 #include "cuda/affine_scan.h"
+#include "cuda/divergence.h"
 #include "cuda/token_logps.h"
 #include "cuda/token_loss.h"
 
@@ -20,6 +22,20 @@ void forward(RLFAST_FORWARD_ARGS, Address scratch, int device, Address stream) {
 void backward(RLFAST_BACKWARD_ARGS, int device, Address stream) {
   py::gil_scoped_release release;
   cuda::token_logps_backward(RLFAST_BACKWARD_RECORDS, device, at<void>(stream));
+}
+
+void divergence_forward(RLFAST_PAIR_ARGS, RLFAST_PAIR_OUT_ARGS, Address scratch, int device, Address stream) {
+  py::gil_scoped_release release;
+  cuda::divergence_forward(RLFAST_PAIR_RECORDS, RLFAST_PAIR_OUT_RECORD(outer * inner), at<float>(scratch), device,
+                           at<void>(stream));
+}
+
+void divergence_backward(RLFAST_PAIR_ARGS, RLFAST_PAIR_IN_ARGS, Address out, int64_t out_outer, int64_t out_inner,
+                         int device, Address stream) {
+  py::gil_scoped_release release;
+  cuda::divergence_backward(RLFAST_PAIR_RECORDS, RLFAST_PAIR_IN_RECORD(outer * inner),
+                            Logits{at<void>(out), static_cast<DType>(dtype), outer, inner, vocab, out_outer, out_inner},
+                            device, at<void>(stream));
 }
 
 int64_t loss_scratch(py::handle fields, py::handle sizes, const char* surrogate, const char* estimator, py::handle plan,
@@ -58,6 +74,11 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("affine_scan", &affine_scan);
   m.def("token_logps_forward", &forward);
   m.def("token_logps_backward", &backward);
+  m.def(
+      "divergence_scratch", &cuda::divergence_scratch, py::arg("rows"), py::arg("vocab"), py::arg("device"),
+      "Floats of scratch that a forward of divergence needs: leaf statistics, where they do not fit in shared memory.");
+  m.def("divergence_forward", &divergence_forward);
+  m.def("divergence_backward", &divergence_backward);
   m.def("token_loss_surrogates", &cuda::token_loss_surrogates);
   m.def("token_loss_scratch", &loss_scratch, "Doubles of scratch that a call needs.");
   m.def("token_loss", &loss);

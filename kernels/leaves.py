@@ -93,8 +93,8 @@ def tree_sum(x):
 
 @jit
 def counts(tokens, sizes, row, inside):
-    """Whether rows are not skipped: not masked, and at least one target is not −100."""
-    live = row < 0
+    """Whether rows are not skipped: not masked, and if they have targets, at least one is not −100."""
+    live = row < tl.where(sizes.candidates == 0, sizes.rows, 0)
     for k in range(sizes.candidates):
         target = tl.load(tokens.targets + row * sizes.candidates + k, mask=inside, other=IGNORE)
         live = live | (target != IGNORE)
@@ -168,16 +168,29 @@ def fold(
             inside = inside_of(place, column, ALIGNED)
             x = load_logits(x_ptr, place, tokens, local_row, column, ALIGNED)
             z = tl.where(inside, transformed(x, temperature, softcap, logit_scale, KIND), float("-inf"))
-            global_leaf = place.start // LEAF + leaf
-            fold_leaf(z, inside, global_leaf, row, sizes, scratch, OUTPUTS)
-            for k in range(candidates):
-                target = tl.load(tokens.targets + row * candidates + k)
-                if (target >= 0) & (target < vocab) & (target // LEAF == global_leaf):
-                    # Loaded again, from the cache, in one leaf of a row: z kept until here costs 40 registers a thread.
-                    x = load_logits(x_ptr, place, tokens, local_row, column, ALIGNED)
-                    z = tl.where(inside, transformed(x, temperature, softcap, logit_scale, KIND), float("-inf"))
-                    at = scratch.chosen + k * tl.cast(rows, tl.int64) + row
-                    fold_chosen(z, start + column == target, at, sizes)
+            fold_leaf(z, inside, place.start // LEAF + leaf, row, sizes, scratch, OUTPUTS)
+            fold_targets(
+                x_ptr, place, tokens, sizes, scratch, local_row, leaf, temperature, softcap, logit_scale, KIND, ALIGNED
+            )
+
+
+@jit
+def fold_targets(
+    x_ptr, place, tokens, sizes, scratch, local_row, leaf, temperature, softcap, logit_scale,
+    KIND: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """What the targets of a row that are in this leaf leave behind: the leaf without each of them."""
+    row = local_row.to(tl.int64) + place.first_row
+    for k in range(sizes.candidates):
+        target = tl.load(tokens.targets + row * sizes.candidates + k)
+        if (target >= 0) & (target < sizes.vocab) & (target // LEAF == place.start // LEAF + leaf):
+            # Loaded again, from the cache, in one leaf of a row: z kept until here costs 40 registers a thread.
+            column = leaf * LEAF + tl.arange(0, LEAF)
+            x = load_logits(x_ptr, place, tokens, local_row, column, ALIGNED)
+            z = transformed(x, temperature, softcap, logit_scale, KIND)
+            z = tl.where(inside_of(place, column, ALIGNED), z, float("-inf"))
+            at = scratch.chosen + k * tl.cast(sizes.rows, tl.int64) + row
+            fold_chosen(z, place.start + column == target, at, sizes)
 
 
 @jit

@@ -31,6 +31,7 @@ from rlfast.advantages import (  # noqa: E402
 from rlfast.backends import use_backend  # noqa: E402
 from rlfast.controllers import AdaptiveEntropy, AdaptiveKL, RunningMeanStd  # noqa: E402
 from rlfast.corrections import Correction  # noqa: E402
+from rlfast.divergences import Divergence, divergence, linear_divergence  # noqa: E402
 from rlfast.formulas import formula  # noqa: E402
 from rlfast.integrations import patch  # noqa: E402
 from rlfast.kl import kl_penalty  # noqa: E402
@@ -68,6 +69,7 @@ __all__ = [
     "AdaptiveEntropy",
     "AdaptiveKL",
     "Correction",
+    "Divergence",
     "DynamicBeta",
     "GroupStatistics",
     "Loss",
@@ -88,6 +90,7 @@ __all__ = [
     "backends",
     "clip_cov_keep",
     "discounted_returns",
+    "divergence",
     "ema_update",
     "extrapolate",
     "formula",
@@ -103,6 +106,7 @@ __all__ = [
     "kto_reference_point",
     "lambda_returns",
     "length_reward",
+    "linear_divergence",
     "linear_token_logps",
     "loss",
     "masked_mean",

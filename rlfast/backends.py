@@ -28,6 +28,8 @@ NAMES = ("reference", "torch", "cpu", "triton", "cuda")
 IMPLEMENTED = {
     "token_logps": ("reference", "torch", "cpu", "triton", "cuda"),
     "linear_token_logps": ("reference", "torch", "cpu", "triton"),
+    "divergence": ("reference", "torch", "cpu", "triton", "cuda"),
+    "linear_divergence": ("reference", "torch", "cpu", "triton"),
     "token_loss": ("reference", "torch", "cpu", "triton", "cuda"),
     "pair_loss": ("reference", "torch", "cpu", "triton"),
     "unpaired_loss": ("reference", "torch", "cpu", "triton"),

@@ -151,7 +151,7 @@ def linear_token_logps(
         >>> out.logp.shape
         torch.Size([2, 5])
     """
-    hidden, weight, bias = _head(hidden, weight, bias)
+    hidden, weight, bias = checked_head(hidden, weight, bias)
     lead, vocab = hidden.shape[:-1], weight.shape[0]
     wanted = _wanted(outputs, top_k, vocab)
     targets, mask, temperatures, temperature = _rows(lead, vocab, targets, mask, temperature, ("hidden", hidden))
@@ -164,7 +164,7 @@ def linear_token_logps(
     needs_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (hidden, weight, bias))
     keep = needs_grad and max(4, hidden.element_size()) * hidden.shape[0] * vocab <= budget
     asked = linear_op.op(
-        _unit_stride(hidden), _unit_stride(weight), bias, targets, mask, temperatures, temperature, softcap,
+        unit_stride(hidden), unit_stride(weight), bias, targets, mask, temperatures, temperature, softcap,
         logit_scale, *wanted, keep, backends.requested(),
     )  # fmt: skip
     return _named(asked[:-1], lead, wanted, candidates)
@@ -181,7 +181,8 @@ def _overlaps(x) -> bool:
     return False
 
 
-def _unit_stride(x):
+def unit_stride(x):
+    """x, or a copy whose last dimension is contiguous."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
@@ -207,6 +208,12 @@ def _wanted(outputs, top_k, vocab: int) -> Wanted:
 
 def _rows(lead, vocab: int, targets, mask, temperature, source):
     """Targets, mask and temperature checked against the rows [*lead] of ``source``, as the op wants them."""
+    targets, mask = checked_targets(lead, vocab, targets, source), checked_mask(lead, mask, source)
+    return targets, mask, *checked_temperature("temperature", lead, temperature, source)
+
+
+def checked_targets(lead, vocab: int, targets, source):
+    """Targets checked against the rows [*lead] of ``source``: int64 and contiguous."""
     name, x = source
     validate.tensor("targets", targets, _INTS)
     if targets.shape[: len(lead)] != lead or targets.dim() > len(lead) + 1:
@@ -220,31 +227,43 @@ def _rows(lead, vocab: int, targets, mask, temperature, source):
         targets = targets.long()
     if not targets.is_contiguous():
         targets = targets.contiguous()
-    if mask is not None:
-        validate.tensor("mask", mask, validate.MASKS)
-        if mask.shape != lead:
-            validate.fail("mask", f"shape {tuple(lead)} like the rows of {name}", validate.shape(mask))
-        validate.same_device("mask", mask, name, x)
-        mask = (mask if mask.dtype == torch.bool else mask != 0).contiguous()
     if x.device.type == "cpu" and type(targets) in _PLAIN and not torch.compiler.is_compiling():
         _in_range(targets, vocab)
+    return targets
+
+
+def checked_mask(lead, mask, source):
+    """A mask checked against the rows [*lead] of ``source``: bool and contiguous; None stays None."""
+    if mask is None:
+        return None
+    name, x = source
+    validate.tensor("mask", mask, validate.MASKS)
+    if mask.shape != lead:
+        validate.fail("mask", f"shape {tuple(lead)} like the rows of {name}", validate.shape(mask))
+    validate.same_device("mask", mask, name, x)
+    return (mask if mask.dtype == torch.bool else mask != 0).contiguous()
+
+
+def checked_temperature(argument: str, lead, temperature, source):
+    """(None, a float), or (one a row of ``source``, contiguous, 1.0)."""
     if not isinstance(temperature, torch.Tensor):
-        return targets, mask, None, validate.positive("temperature", temperature)
-    validate.tensor("temperature", temperature)
+        return None, validate.positive(argument, temperature)
+    name, x = source
+    validate.tensor(argument, temperature)
     if temperature.dim() == 0:
         temperature = temperature.expand(lead)
     if temperature.shape != lead:
-        validate.fail("temperature", f"shape {tuple(lead)} like the rows of {name}", validate.shape(temperature))
-    validate.same_device("temperature", temperature, name, x)
+        validate.fail(argument, f"shape {tuple(lead)} like the rows of {name}", validate.shape(temperature))
+    validate.same_device(argument, temperature, name, x)
     if temperature.requires_grad:
-        validate.fail("temperature", "a tensor that needs no gradient", "requires_grad=True")
+        validate.fail(argument, "a tensor that needs no gradient", "requires_grad=True")
     if temperature.device.type == "cpu" and not torch.compiler.is_compiling():
         wrong = ~((temperature >= validate.LEAST) & (temperature <= validate.MOST))
         if wrong.any():
             wanted = f"values from {validate.LEAST} to {validate.MOST}"
-            validate.fail("temperature", wanted, temperature[wrong][0].item())
+            validate.fail(argument, wanted, temperature[wrong][0].item())
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    return targets, mask, temperature.to(wide).contiguous(), 1.0
+    return temperature.to(wide).contiguous(), 1.0
 
 
 def _in_range(targets, vocab: int) -> None:
@@ -264,23 +283,25 @@ def _in_range(targets, vocab: int) -> None:
             )
 
 
-def _head(hidden, weight, bias):
-    for name, x in (("hidden", hidden), ("weight", weight), *((("bias", bias),) if bias is not None else ())):
+def checked_head(hidden, weight, bias, prefix: str = ""):
+    """A head checked, and cast by autocast; ``prefix`` is that of its arguments' names."""
+    h, w, b = (prefix + name for name in ("hidden", "weight", "bias"))
+    for name, x in ((h, hidden), (w, weight), *(((b, bias),) if bias is not None else ())):
         validate.tensor(name, x)
     if torch.is_autocast_enabled(hidden.device.type) and hidden.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(hidden.device.type)
         hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     if hidden.dim() < 1 or hidden.shape[-1] == 0:
-        validate.fail("hidden", "shape [*, D] with D > 0", validate.shape(hidden))
+        validate.fail(h, "shape [*, D] with D > 0", validate.shape(hidden))
     if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1] or weight.shape[0] == 0:
-        validate.fail("weight", f"shape (V, {hidden.shape[-1]}) to match hidden", validate.shape(weight))
+        validate.fail(w, f"shape (V, {hidden.shape[-1]}) to match {h}", validate.shape(weight))
     if bias is not None and bias.shape != weight.shape[:1]:
-        validate.fail("bias", f"shape {tuple(weight.shape[:1])} like the rows of weight", validate.shape(bias))
-    for name, x in (("weight", weight), ("bias", bias)):
+        validate.fail(b, f"shape {tuple(weight.shape[:1])} like the rows of {w}", validate.shape(bias))
+    for name, x in ((w, weight), (b, bias)):
         if x is not None:
-            validate.same_device(name, x, "hidden", hidden)
+            validate.same_device(name, x, h, hidden)
             if x.dtype != hidden.dtype:
-                validate.fail(name, f"dtype {hidden.dtype} like hidden", str(x.dtype), TypeError)
+                validate.fail(name, f"dtype {hidden.dtype} like {h}", str(x.dtype), TypeError)
     return hidden, weight, bias
 
 

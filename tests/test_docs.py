@@ -23,6 +23,8 @@ ADVANTAGES = [
 PUBLIC = [
     rlfast.token_logps,
     rlfast.linear_token_logps,
+    rlfast.divergence,
+    rlfast.linear_divergence,
     rlfast.loss,
     rlfast.Loss,
     rlfast.formula,
@@ -46,7 +48,7 @@ PUBLIC = [
     rlfast.RunningMeanStd,
 ]
 DOCUMENTED = (
-    "token_logps", "linear_token_logps", "use_backend", "kl_penalty", "value_loss", "shape_rewards", "length_reward",
+    "token_logps", "linear_token_logps", "divergence", "linear_divergence", "use_backend", "kl_penalty", "value_loss", "shape_rewards", "length_reward",
     "overlong_penalty", "clip_cov_keep", "kl_cov_extra", "top_entropy_keep", "rollout_keep",
 )  # fmt: skip
 

@@ -16,9 +16,13 @@ namespace {
    isa::token_logps_backward,        \
    isa::linear_token_logps_forward,  \
    isa::linear_token_logps_backward, \
+   isa::divergence_forward,          \
+   isa::divergence_backward,         \
+   isa::linear_divergence_forward,   \
+   isa::linear_divergence_backward,  \
    isa::token_loss,                  \
-  isa::pair_loss,                   \
-  isa::unpaired_loss,               \
+   isa::pair_loss,                   \
+   isa::unpaired_loss,               \
    isa::affine_scan,                 \
    isa::group_advantage,             \
    isa::read_sum},

@@ -9,25 +9,11 @@
 // depend on their number.
 #include "../rlfast/row_grad.h"
 #include "kernels.h"
-#include "linear_head.h"
+#include "linear_backward.h"
 
 namespace rlfast {
 namespace RLFAST_ISA_NS {
 namespace {
-
-// Outputs above the size of a last-level cache go past it: nothing is read to be overwritten.
-constexpr int64_t kStreamBytes = 32 << 20;
-
-template <class T>
-void write_row_of(const float* x, int64_t n, bool streaming, T* y) {
-  int64_t i = 0;
-  if (streaming && reinterpret_cast<uintptr_t>(y) % (kLanes * sizeof(T)) == 0) {
-    for (; i + kLanes <= n; i += kLanes) stream(y + i, load(x + i));
-  } else {
-    for (; i + kLanes <= n; i += kLanes) store(y + i, load(x + i));
-  }
-  for (; i < n; ++i) from_float(x[i], y + i);
-}
 
 // A job is a group of rows × a group of leaves. Top-k wants the leaves of a row in ascending order: one group of all.
 struct Grid {
@@ -153,126 +139,39 @@ private:
   Buffer<TopK> best_;          // [count]
 };
 
-// Columns of the depth that one job of a backward product covers.
-constexpr int64_t kBlockCols = 192;
-
+// ∂L/∂logits of log-probs, entropies and log-sum-exps; from kept logits, or from logits made again.
 template <class T>
-class Backward {
+class TokenGradients {
 public:
-  Backward(const Head& head, const Transform& transform, const Targets& targets, const BackwardIn& in,
-           const float* kept, const HeadGradients& out, int threads)
-      : targets_(targets),
+  TokenGradients(LinearHead<T>& linear, const CountedRows& rows, const Transform& transform, const Targets& targets,
+                 const BackwardIn& in, const float* kept, int threads)
+      : linear_(linear),
+        rows_(rows),
+        targets_(targets),
         in_(in),
-        out_(out),
-        rows_(targets, head.rows),
-        count_(rows_.count),
-        threads_(threads),
-        panels_(ceil_div(head.depth, kTileCols)),
-        depth_(panels_ * kTileCols),
-        groups_(ceil_div(head.depth, kBlockCols)),
         kept_(kept),
-        linear_(head, rows_),
-        dlogits_(count_ * kLeafPitch),
-        weight_(std::max(out.hidden ? kLeaf * depth_ : 0, kept ? 0 : linear_.packed_size())),
-        hidden_(out.weight ? count_ * depth_ : 0),
-        d_hidden_(out.hidden ? count_ * depth_ : 0),
-        tiles_(threads * kBlockRows * kBlockCols),
         at_target_(threads * targets.candidates),
-        scales_(count_),
-        grads_(count_) {
-    // Four jobs a thread, so that a slow one is not waited for; at most what a product's block takes.
-    const int64_t rows = round_up(ceil_div(count_, 4 * threads), kTileRows);
-    rows_each_ = std::clamp<int64_t>(rows, kTileRows, kBlockRows);
-    for (int64_t i = 0; i < count_; ++i) {
-      const int64_t row = rows_.at[i];
+        scales_(rows.count),
+        grads_(rows.count) {
+    for (int64_t i = 0; i < rows.count; ++i) {
+      const int64_t row = rows.at[i];
       scales_[i] = row_scale(transform, row);
-      grads_[i] = row_grad(scales_[i], in, ids(row), targets.candidates, head.vocab, row);
+      grads_[i] = row_grad(scales_[i], in, ids(row), targets.candidates, linear.head().vocab, row);
     }
   }
 
-  void run() {
-    const Head& head = linear_.head();
-    const int64_t row_jobs = ceil_div(count_, rows_each_);
-#pragma omp parallel num_threads(threads_)
-    {
-      float* tile = tiles_.get() + thread() * kBlockRows * kBlockCols;
-#pragma omp for schedule(static) nowait
-      for (int64_t i = 0; i < (kept_ ? 0 : count_); ++i) linear_.gather(i);
-#pragma omp for schedule(static)
-      for (int64_t p = 0; p < (out_.weight ? panels_ : 0); ++p) pack_hidden(p);
-      for (int64_t leaf = 0; leaf * kLeaf < head.vocab; ++leaf) {
-        if (!kept_) make_dlogits_again(leaf, row_jobs);
-        const int64_t packing = out_.hidden ? panels_ : 0;
-        // Kept logits become dlogits beside the packing, without a barrier between.
-#pragma omp for schedule(dynamic, 1)
-        for (int64_t job = 0; job < packing + (kept_ ? row_jobs : 0); ++job) {
-          if (job < packing) {
-            pack_weight(leaf, job);
-          } else {
-            make_dlogits(leaf, job - packing);
-          }
-        }
-        const int64_t for_hidden = out_.hidden ? ceil_div(count_, kBlockRows) * groups_ : 0;
-        const int64_t for_weight = out_.weight ? ceil_div(linear_.width(leaf), kBlockRows) * groups_ : 0;
-        const int64_t for_bias = out_.bias ? ceil_div(linear_.width(leaf), kTileCols) : 0;
-#pragma omp for schedule(dynamic, 1)
-        for (int64_t job = 0; job < for_hidden + for_weight + for_bias; ++job) {
-          if (job < for_hidden) {
-            add_to_hidden(leaf, job);
-          } else if (job < for_hidden + for_weight) {
-            write_weight(leaf, job - for_hidden, tile);
-          } else {
-            write_bias(leaf, job - for_hidden - for_weight);
-          }
-        }
-      }
-      stream_fence();
-      if (out_.hidden) {
-#pragma omp for schedule(static)
-        for (int64_t i = 0; i < count_; ++i) {
-          write_row_of(d_hidden_.get() + i * depth_, head.depth, false,
-                       static_cast<T*>(out_.hidden) + rows_.at[i] * head.depth);
-        }
-      }
-    }
-    if (!out_.hidden) return;
-    for (int64_t row = 0; row < head.rows; ++row) {
-      if (skipped(targets_, row))
-        std::memset(static_cast<T*>(out_.hidden) + row * head.depth, 0, head.depth * sizeof(T));
-    }
-  }
+  bool again() const { return !kept_; }
+  void gather(int64_t i) { linear_.gather(i); }
+  int64_t packs(int64_t leaf) const { return ceil_div(linear_.width(leaf), kTileCols); }
+  void pack(int64_t leaf, int64_t p, float* packed) const { linear_.pack(leaf, p, packed); }
 
-private:
-  const int64_t* ids(int64_t row) const { return targets_.ids + row * targets_.candidates; }
-
-  // Called by every thread.
-  void make_dlogits_again(int64_t leaf, int64_t row_jobs) {
-    const int64_t transposed = ceil_div(linear_.width(leaf), kTileCols);
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t p = 0; p < transposed; ++p) linear_.pack(leaf, p, weight_.get());
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t job = 0; job < row_jobs; ++job) make_dlogits(leaf, job);
-  }
-
-  void pack_hidden(int64_t p) {
-    const int64_t cols = std::min<int64_t>(kTileCols, linear_.head().depth - p * kTileCols);
-    const auto row = [&](int64_t i) { return linear_.hidden(i) + p * kTileCols; };
-    pack_panel<T>(row, count_, cols, hidden_.get() + p * kTileCols * count_);
-  }
-
-  void pack_weight(int64_t leaf, int64_t p) {
-    const int64_t cols = std::min<int64_t>(kTileCols, linear_.head().depth - p * kTileCols);
-    const auto row = [&](int64_t v) { return linear_.weight(leaf * kLeaf + v) + p * kTileCols; };
-    pack_panel<T>(row, linear_.width(leaf), cols, weight_.get() + p * kTileCols * kLeaf);
-  }
-
-  void make_dlogits(int64_t leaf, int64_t job) {
-    const int64_t begin = job * rows_each_, end = std::min(count_, begin + rows_each_), n = linear_.width(leaf);
-    const int64_t vocab = linear_.head().vocab, rows = linear_.head().rows, candidates = targets_.candidates;
-    if (!kept_) linear_.project(leaf, weight_.get(), begin, end - begin, dlogits_.get() + begin * kLeafPitch);
+  void make(int64_t leaf, int64_t begin, int64_t end, float* dlogits, const float* packed) const {
+    const int64_t n = linear_.width(leaf), vocab = linear_.head().vocab, rows = linear_.head().rows;
+    const int64_t candidates = targets_.candidates;
+    if (!kept_) linear_.project(leaf, packed, begin, end - begin, dlogits + begin * kLeafPitch);
     float* at_target = &at_target_[thread() * candidates];
     for (int64_t i = begin; i < end; ++i) {
-      float* d = dlogits_.get() + i * kLeafPitch;
+      float* d = dlogits + i * kLeafPitch;
       const float* x = kept_ ? kept_ + i * vocab + leaf * kLeaf : d;
       const int64_t* id = ids(rows_.at[i]);
       const auto here = [&](int64_t k) { return id[k] >= leaf * kLeaf && id[k] < leaf * kLeaf + n; };
@@ -288,66 +187,18 @@ private:
     }
   }
 
-  void add_to_hidden(int64_t leaf, int64_t job) {
-    const int64_t i = job / groups_ * kBlockRows, d = job % groups_ * kBlockCols;
-    const Strided a{dlogits_.get() + i * kLeafPitch, kLeafPitch, 1};
-    const Panels b{weight_.get() + d * kLeaf, kTileCols * kLeaf};
-    gemm<Float32Words>(std::min(kBlockRows, count_ - i), std::min(kBlockCols, depth_ - d), linear_.width(leaf), a, b,
-                       d_hidden_.get() + i * depth_ + d, depth_, leaf > 0);
-  }
+private:
+  const int64_t* ids(int64_t row) const { return targets_.ids + row * targets_.candidates; }
 
-  void write_weight(int64_t leaf, int64_t job, float* tile) {
-    const int64_t v = job / groups_ * kBlockRows, d = job % groups_ * kBlockCols, depth = linear_.head().depth;
-    const int64_t rows = std::min(kBlockRows, linear_.width(leaf) - v), cols = std::min(kBlockCols, depth - d);
-    const Panels b{hidden_.get() + d * count_, kTileCols * count_};
-    gemm<Float32Words>(rows, std::min(kBlockCols, depth_ - d), count_, {dlogits_.get() + v, 1, kLeafPitch}, b, tile,
-                       kBlockCols, false);
-    const bool streaming = linear_.head().vocab * depth * static_cast<int64_t>(sizeof(T)) > kStreamBytes;
-    T* out = static_cast<T*>(out_.weight) + (leaf * kLeaf + v) * depth + d;
-    for (int64_t r = 0; r < rows; ++r) write_row_of(tile + r * kBlockCols, cols, streaming, out + r * depth);
-  }
-
-  // Partial sums of 16 rows, as the products have them.
-  void write_bias(int64_t leaf, int64_t job) {
-    float sum[kTileCols] = {};
-    const float* d = dlogits_.get() + job * kTileCols;
-    for (int64_t i = 0; i < count_; i += 16) {
-      float part[kTileCols] = {};
-      for (int64_t r = i; r < std::min(count_, i + 16); ++r) {
-        for (int j = 0; j < kTileCols; ++j) part[j] += d[r * kLeafPitch + j];
-      }
-      for (int j = 0; j < kTileCols; ++j) sum[j] += part[j];
-    }
-    const int64_t n = std::min<int64_t>(kTileCols, linear_.width(leaf) - job * kTileCols);
-    write_row_of(sum, n, false, static_cast<T*>(out_.bias) + leaf * kLeaf + job * kTileCols);
-  }
-
+  LinearHead<T>& linear_;
+  const CountedRows& rows_;
   const Targets& targets_;
   const BackwardIn& in_;
-  const HeadGradients& out_;
-  CountedRows rows_;
-  int64_t count_;
-  int threads_;
-  int64_t panels_, depth_, groups_;  // the depth in panels, rounded up to whole ones, and in blocks of columns
   const float* kept_;
-  LinearHead<T> linear_;
-  Buffer<float> dlogits_;   // [count, kLeafPitch]: of one leaf
-  Buffer<float> weight_;    // a leaf's, transposed while logits are made again, then [panels, kLeaf, kTileCols]
-  Buffer<float> hidden_;    // [panels, count, kTileCols]
-  Buffer<float> d_hidden_;  // [count, depth]
-  Buffer<float> tiles_;     // [threads, kBlockRows, kBlockCols]
-  int64_t rows_each_;
   Buffer<float> at_target_;  // [threads, candidates]
   Buffer<RowScale> scales_;
   Buffer<RowGrad> grads_;
 };
-
-template <class T>
-void zero_gradients(const Head& head, const HeadGradients& out) {
-  if (out.hidden) std::memset(out.hidden, 0, head.rows * head.depth * sizeof(T));
-  if (out.weight) std::memset(out.weight, 0, head.vocab * head.depth * sizeof(T));
-  if (out.bias) std::memset(out.bias, 0, head.vocab * sizeof(T));
-}
 
 }  // namespace
 
@@ -366,8 +217,11 @@ void linear_token_logps_forward(const Head& head, const Transform& transform, co
 template <class T>
 void run_backward(const Head& head, const Transform& transform, const Targets& targets, const BackwardIn& in,
                   const float* kept, const HeadGradients& out, int threads) {
-  if (CountedRows(targets, head.rows).count == 0) return zero_gradients<T>(head, out);
-  Backward<T>(head, transform, targets, in, kept, out, threads).run();
+  const CountedRows rows(targets, head.rows);
+  if (rows.count == 0) return zero_gradients<T>(head, out);
+  LinearHead<T> linear(head, rows);
+  TokenGradients<T> source(linear, rows, transform, targets, in, kept, threads);
+  HeadBackward<T, TokenGradients<T>>(linear, rows.count, rows, out, source, threads).run();
 }
 
 void linear_token_logps_backward(const Head& head, const Transform& transform, const Targets& targets,

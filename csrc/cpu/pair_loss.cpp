@@ -47,7 +47,16 @@ void link_stage(PairTile& t, int64_t padded, float weight, const float* numbers)
 constexpr NamedStage<LinkStage> kLinks[] = {RLFAST_PAIR_FORMULAS(RLFAST_LINK)};
 #undef RLFAST_LINK
 
-enum PairTotal { kLoss, kChosenReward, kRejectedReward, kChosenLogp, kRejectedLogp, kChosenLength, kRejectedLength, kTotals };
+enum PairTotal {
+  kLoss,
+  kChosenReward,
+  kRejectedReward,
+  kChosenLogp,
+  kRejectedLogp,
+  kChosenLength,
+  kRejectedLength,
+  kTotals
+};
 
 struct PairPart {
   double of[kTotals] = {};
@@ -115,7 +124,8 @@ private:
   }
 
   void open(int64_t begin, int64_t n, int64_t padded, PairTile& t) const {
-    load_field(rest_.margin, begin, n, padded, 0.0f, t.margin), load_field(rest_.extra, begin, n, padded, 0.0f, t.extra);
+    load_field(rest_.margin, begin, n, padded, 0.0f, t.margin),
+        load_field(rest_.extra, begin, n, padded, 0.0f, t.extra);
     load_field(rest_.shared, begin, n, padded, 0.0f, t.shared);
     load_field(rest_.weights, begin, n, n, 1.0f, t.weights);
     std::fill(t.weights + n, t.weights + padded, 0.0f);  // what is beyond the end does not count
@@ -147,7 +157,8 @@ private:
     for (int k = 0; k < kTotals; ++k) part.of[k] = reduce_add(of[k]);
     part.pairs = reduce_add(pairs), part.better = reduce_add(better);
     if (out_.rewards[0]) {
-      std::copy_n(t.chosen.score, n, out_.rewards[0] + begin), std::copy_n(t.rejected.score, n, out_.rewards[1] + begin);
+      std::copy_n(t.chosen.score, n, out_.rewards[0] + begin),
+          std::copy_n(t.rejected.score, n, out_.rewards[1] + begin);
     }
     return part;
   }

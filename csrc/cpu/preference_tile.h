@@ -104,8 +104,8 @@ inline void load_side(const PreferenceSide& s, int64_t begin, int64_t n, int64_t
 }
 
 // Their gradients, where they are wanted.
-inline void store_side(const PreferenceSide& s, int64_t begin, int64_t n, const float* gradient, const int64_t* shortest,
-                       float tail, bool streamed, float* out) {
+inline void store_side(const PreferenceSide& s, int64_t begin, int64_t n, const float* gradient,
+                       const int64_t* shortest, float tail, bool streamed, float* out) {
   if (!out) return;
   if (!s.tokens) {
     std::copy_n(gradient, n, out + begin);

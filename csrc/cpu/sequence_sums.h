@@ -10,9 +10,9 @@ namespace RLFAST_ISA_NS {
 constexpr int64_t kPastCacheBytes = 2 << 20;
 
 struct Tokens {
-  int64_t at, n;      // the first token in the side's memory but for the row, and how many
-  int64_t row;        // 0 of packed tokens
-  int64_t out;        // the first token in a contiguous gradient
+  int64_t at, n;  // the first token in the side's memory but for the row, and how many
+  int64_t row;    // 0 of packed tokens
+  int64_t out;    // the first token in a contiguous gradient
 };
 
 inline Tokens tokens_of(const PreferenceSide& s, int64_t row) {
@@ -91,7 +91,8 @@ inline Reduced reduced(const PreferenceSide& s, int64_t row, int64_t shared, flo
 }
 
 // ∂/∂S to each token that counts, 0 to the others.
-inline void pull_back(const PreferenceSide& s, int64_t row, float d, int64_t shared, float tail, bool streamed, float* out) {
+inline void pull_back(const PreferenceSide& s, int64_t row, float d, int64_t shared, float tail, bool streamed,
+                      float* out) {
   const Tokens t = tokens_of(s, row);
   const uint8_t* flags = flags_at(s, t);
   float* g = out + t.out;

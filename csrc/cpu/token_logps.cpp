@@ -23,11 +23,6 @@ constexpr int64_t kStreamBytes = 8 << 20;
 
 int64_t leaf_count(int64_t vocab) { return (vocab + kLeaf - 1) / kLeaf; }
 
-int leaf_columns(int64_t vocab, int64_t leaf) {
-  const int64_t left = vocab - leaf * kLeaf;
-  return static_cast<int>(left < kLeaf ? left : kLeaf);
-}
-
 // What one thread needs beside the logits.
 struct Scratch {
   alignas(64) float buffer[kLeaf];
@@ -62,16 +57,7 @@ void finish_row(const T* x, int64_t vocab, const LeafStats* leaf, const Targets&
   float peak;
   w.target.resize(static_cast<size_t>(candidates));
   w.scale.resize(static_cast<size_t>(leaves));
-  for (int64_t k = 0; k < candidates; ++k) {
-    const int64_t id = targets.ids[row * candidates + k], at = id / kLeaf;
-    if (id < 0 || id >= vocab) {
-      w.target[k] = {id == kIgnoreIndex ? -1 : -2, false, 0.0f, {}};
-      continue;
-    }
-    const int n = leaf_columns(vocab, at);
-    const float* y = load_leaf(x + at * kLeaf, n, s, w.buffer, &peak);
-    w.target[k] = target_stats(y, n, at, static_cast<int>(id % kLeaf), s.log2, w.copy);
-  }
+  find_targets(x, vocab, targets, s, row, w.buffer, w.copy, w.target.data());
   TopK best{nullptr, nullptr, out.top_k, 0};
   if (out.top_k) {
     w.heap.resize(static_cast<size_t>(out.top_k));

@@ -87,9 +87,10 @@ RLFAST_DEVICE LeafSums sum_moments(const float (&z)[kPerLane], float reference, 
           warp_sum((ee[0] + ee[1]) + (ee[2] + ee[3])), warp_sum((sz[0] + sz[1]) + (sz[2] + sz[3]))};
 }
 
-// Whether the row counts: not masked, and some candidate is not −100. All lanes of the warp take part.
+// Whether the row counts: not masked, and if it has candidates, one is not −100. All lanes of the warp take part.
 RLFAST_DEVICE bool counts(const Targets& targets, int64_t row, int lane) {
   if (targets.mask && !targets.mask[row]) return false;
+  if (targets.candidates == 0) return true;
   const int64_t* ids = targets.ids + row * targets.candidates;
   bool any = false;
   for (int64_t k = lane; k < targets.candidates; k += kWarp) any |= ids[k] != kIgnoreIndex;

@@ -117,7 +117,29 @@ inline bool skipped(const Targets& t, int64_t row) {
   for (int64_t k = 0; k < t.candidates; ++k) {
     if (t.ids[row * t.candidates + k] != kIgnoreIndex) return false;
   }
-  return true;
+  return t.candidates > 0;
+}
+
+inline int leaf_columns(int64_t vocab, int64_t leaf) {
+  const int64_t left = vocab - leaf * kLeaf;
+  return static_cast<int>(left < kLeaf ? left : kLeaf);
+}
+
+// The targets of a row of logits, each in its leaf; `buffer` and `copy` [kLeaf].
+template <class T>
+void find_targets(const T* x, int64_t vocab, const Targets& targets, const RowScale& s, int64_t row, float* buffer,
+                  float* copy, TargetStats* found) {
+  for (int64_t k = 0; k < targets.candidates; ++k) {
+    const int64_t id = targets.ids[row * targets.candidates + k], at = id / kLeaf;
+    if (id < 0 || id >= vocab) {
+      found[k] = {id == kIgnoreIndex ? -1 : -2, false, 0.0f, {}};
+      continue;
+    }
+    float peak;
+    const int n = leaf_columns(vocab, at);
+    const float* y = load_leaf(x + at * kLeaf, n, s, buffer, &peak);
+    found[k] = target_stats(y, n, at, static_cast<int>(id % kLeaf), s.log2, copy);
+  }
 }
 
 inline unsigned wanted_sums(const ForwardOut& out) {

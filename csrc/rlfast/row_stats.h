@@ -108,13 +108,15 @@ struct Accumulators {
     for (int u = 0; u < 4; ++u) sum[u] = weighted[u] = squares[u] = set1(0.0f);
     total = zero_double();
   }
-  void take(int u, F y, F peak, const Log2Scale& s) {
+  // e of y, counted.
+  F take(int u, F y, F peak, const Log2Scale& s) {
     F t = sub(y, peak);
     if constexpr ((kSums & kEntropySum) || !kSplitsInf) t = max(set1(s.t_min), t);
     const F e = exp_term(t, set1(s.hi));
     sum[u] = add(sum[u], e);
     if constexpr (kSums & kEntropySum) weighted[u] = fma(e, t, weighted[u]);
     if constexpr (kSums & kSquareSum) squares[u] = fma(e, e, squares[u]);
+    return e;
   }
   static double reduced(const F* x) { return reduce_add(add(add(x[0], x[1]), add(x[2], x[3]))); }
 };

@@ -14,6 +14,8 @@ void test_cuda_kernels(bool large);
 void test_cuda_loss(bool large);
 void test_scan(const Kernels& k, const std::string& isa);
 void test_groups(const Kernels& k, const std::string& isa);
+void test_divergence(const Kernels& k, const std::string& isa);
+void test_cuda_divergence();
 void test_cuda_scan();
 
 namespace {
@@ -67,10 +69,12 @@ int run(int argc, char** argv) {
     timed(name + ": linear_token_logps", [&] { test_linear(kernels(isa), name); });
     timed(name + ": token_loss", [&] { test_loss(kernels(isa), name, large); });
     timed(name + ": affine_scan", [&] { test_scan(kernels(isa), name); });
+    timed(name + ": divergence", [&] { test_divergence(kernels(isa), name); });
     timed(name + ": group_advantage", [&] { test_groups(kernels(isa), name); });
   }
   if (simt) timed("cuda kernels under simt: token_logps", [&] { test_cuda_kernels(large); });
   if (simt) timed("cuda kernel under simt: token_loss", [&] { test_cuda_loss(large); });
+  if (simt) timed("cuda kernels under simt: divergence", [&] { test_cuda_divergence(); });
   if (simt) timed("cuda kernels under simt: affine_scan", [&] { test_cuda_scan(); });
   std::printf("%lld checks, %lld failures\n", static_cast<long long>(checks), static_cast<long long>(failures));
   return failures != 0;

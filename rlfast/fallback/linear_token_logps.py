@@ -28,7 +28,8 @@ def logits_of(hidden, weight, bias) -> torch.Tensor:
     return z if bias is None else z.add_(bias.to(dtype))
 
 
-def _slices(n: int, vocab: int):
+def slices(n: int, vocab: int) -> list[slice]:
+    """Chunks of rows whose logits are a few hundred MiB."""
     step = max(1, 16 * CHUNK_ELEMENTS // vocab)
     return [slice(start, min(start + step, n)) for start in range(0, n, step)]
 
@@ -40,7 +41,7 @@ def forward(hidden, weight, bias, targets, mask, transform: Transform, wanted: W
     ids, counted = counted_rows(targets, mask, n)
     row, flat = Row.of(ids.shape[1], wanted), flattened(out, n)
     kept = hidden.new_empty((n, vocab) if keep else (0,), dtype=out.logp.dtype)
-    for rows in _slices(n, vocab):
+    for rows in slices(n, vocab):
         logits = logits_of(hidden[rows], weight, bias)
         if keep:
             kept[rows] = logits
@@ -56,7 +57,7 @@ def backward(hidden, weight, bias, targets, mask, transform: Transform, aux, gra
     row = Row.of(ids.shape[1], Wanted(ENTROPY, 0))
     like, grads = (hidden, weight, bias), grads_by_row(grads, n)
     sums = [hidden.new_zeros(x.shape if need else (0,), dtype=dtype) for x, need in zip(like, needs, strict=True)]
-    for rows in _slices(n, vocab):
+    for rows in slices(n, vocab):
         logits = kept[rows] if kept.numel() else logits_of(hidden[rows], weight, bias)
         g = logits_gradient(logits, ids[rows], counted[rows], transform, aux, row, rows, grads)
         if needs[0]:

@@ -6,6 +6,7 @@ log p = −softplus(lse_others − z_t), with the target left out of the sum: ex
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 
@@ -54,15 +55,31 @@ def counted_rows(targets: torch.Tensor, mask: torch.Tensor | None, rows: int) ->
     return ids, counted
 
 
-def row_statistics(z, ids, counted, out: dict, row: Row, rows, wanted: Wanted) -> None:
-    """Every output of a chunk of rows from its z [n, V], into the flattened outputs."""
-    live = counted.any(-1)
+class Exponentials(NamedTuple):
+    """x = z − peak [n, V], e = exp(x), their sum [n] and its logarithm; the peak of a row of −inf is 0."""
+
+    x: torch.Tensor
+    e: torch.Tensor
+    peak: torch.Tensor
+    total: torch.Tensor
+    log_sum: torch.Tensor
+
+
+def exponentials(z) -> Exponentials:
+    """Those of a chunk of rows z [n, V]."""
     peak = z.amax(-1)
     peak = torch.where(peak == -torch.inf, torch.zeros_like(peak), peak)
     x = z - peak.unsqueeze(-1)
     e = x.exp()
     total = e.sum(-1)
-    log_sum = total.log()
+    return Exponentials(x, e, peak, total, total.log())
+
+
+def row_statistics(z, ids, counted, out: dict, row: Row, rows, wanted: Wanted, live=None) -> Exponentials:
+    """Every output of a chunk of rows from its z [n, V], into the flattened outputs; ``live``: rows not skipped."""
+    live = counted.any(-1) if live is None else live
+    found = exponentials(z)
+    x, e, peak, total, log_sum = found
 
     def put(name, index, value):
         out[name][index][rows] = torch.where(live, value, torch.zeros_like(value))
@@ -101,6 +118,7 @@ def row_statistics(z, ids, counted, out: dict, row: Row, rows, wanted: Wanted) -
         out["topk_logp"][rows] = torch.where(live.unsqueeze(-1), logp, torch.zeros_like(logp))
         out["topk_ids"][rows] = torch.where(live.unsqueeze(-1), head, torch.full_like(head, -1))
         put("aux", row.tail_mass, e.scatter(-1, head, 0.0).sum(-1) / total)
+    return found
 
 
 def flattened(out: Outputs, rows: int) -> dict:

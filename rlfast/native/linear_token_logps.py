@@ -9,21 +9,22 @@ from __future__ import annotations
 import torch
 
 from rlfast import backends
-from rlfast.native.token_logps import DTYPES, _address
+from rlfast.native.token_logps import DTYPES, address
 from rlfast.ops.records import Transform, Wanted, allocate
 
 
-def _row_stride(x: torch.Tensor) -> int:
+def row_stride(x: torch.Tensor) -> int:
+    """Elements from row to row."""
     return x.stride(0) if x.shape[0] > 1 else x.shape[1]
 
 
 def _inputs(hidden, weight, bias, targets, mask, transform: Transform) -> tuple:
     temperature, tensor = transform.temperature, isinstance(transform.temperature, torch.Tensor)
     return (
-        hidden.data_ptr(), weight.data_ptr(), _address(bias), DTYPES[hidden.dtype], *hidden.shape, weight.shape[0],
-        _row_stride(hidden), _row_stride(weight),
+        hidden.data_ptr(), weight.data_ptr(), address(bias), DTYPES[hidden.dtype], *hidden.shape, weight.shape[0],
+        row_stride(hidden), row_stride(weight),
         temperature.data_ptr() if tensor else 0, 1.0 if tensor else temperature, transform.softcap,
-        transform.logit_scale, targets.data_ptr(), _address(mask), targets.shape[1] if targets.dim() > 1 else 1,
+        transform.logit_scale, targets.data_ptr(), address(mask), targets.shape[1] if targets.dim() > 1 else 1,
     )  # fmt: skip
 
 
@@ -47,7 +48,7 @@ def backward(hidden, weight, bias, targets, mask, transform: Transform, aux, gra
     like = (hidden, weight, bias)
     out = tuple(torch.empty(x.shape if need else (0,), dtype=hidden.dtype) for x, need in zip(like, needs, strict=True))
     backends.extension("cpu").linear_token_logps_backward(
-        *_inputs(hidden, weight, bias, targets, mask, transform), aux.data_ptr(), *map(_address, grads),
+        *_inputs(hidden, weight, bias, targets, mask, transform), aux.data_ptr(), *map(address, grads),
         kept.data_ptr(), *(x.data_ptr() for x in out), backends.isa(), torch.get_num_threads(),
     )  # fmt: skip
     return out

@@ -14,11 +14,13 @@ from rlfast.ops.records import Outputs, Transform, Wanted, allocate
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
-def _address(x: torch.Tensor | None) -> int:
+def address(x: torch.Tensor | None) -> int:
+    """Where a tensor's elements are; 0: there is none."""
     return 0 if x is None else x.data_ptr()
 
 
-def _strides(x: torch.Tensor) -> tuple[int, int]:
+def strides_of(x: torch.Tensor) -> tuple[int, int]:
+    """(outer, inner) strides of rows [*lead, V] of one or two leading dimensions."""
     return (x.stride(0), x.stride(1)) if x.dim() == 3 else (0, x.stride(0))
 
 
@@ -26,14 +28,14 @@ def _inputs(logits, targets, mask, transform: Transform) -> tuple:
     shape, lead = logits.shape, logits.dim() - 1
     temperature, tensor = transform.temperature, isinstance(transform.temperature, torch.Tensor)
     return (
-        logits.data_ptr(), DTYPES[logits.dtype], shape[0] if lead == 2 else 1, shape[-2], shape[-1], *_strides(logits),
+        logits.data_ptr(), DTYPES[logits.dtype], shape[0] if lead == 2 else 1, shape[-2], shape[-1], *strides_of(logits),
         temperature.data_ptr() if tensor else 0, 1.0 if tensor else temperature,
         transform.softcap, transform.logit_scale,
-        targets.data_ptr(), _address(mask), targets.shape[-1] if targets.dim() > lead else 1,
+        targets.data_ptr(), address(mask), targets.shape[-1] if targets.dim() > lead else 1,
     )  # fmt: skip
 
 
-def _extension(logits):
+def extension_of(logits):
     """The extension, and what its kernels take last: an instruction set and threads, or a device and a stream."""
     if logits.is_cuda:
         device = logits.device
@@ -44,7 +46,7 @@ def _extension(logits):
 def forward(logits, targets, mask, transform: Transform, wanted: Wanted) -> Outputs:
     """See ``rlfast/ops/token_logps.py``."""
     out = allocate(logits, tuple(logits.shape[:-1]), targets, wanted)
-    extension, last = _extension(logits)
+    extension, last = extension_of(logits)
     if logits.is_cuda:
         vocab = logits.shape[-1]
         floats = extension.token_logps_scratch(logits.numel() // vocab, vocab, wanted.top_k, logits.device.index)
@@ -60,9 +62,9 @@ def forward(logits, targets, mask, transform: Transform, wanted: Wanted) -> Outp
 
 def backward(logits, targets, mask, transform: Transform, aux, grads, out) -> None:
     """See ``rlfast/ops/token_logps.py``."""
-    extension, last = _extension(logits)
+    extension, last = extension_of(logits)
     extension.token_logps_backward(
-        *_inputs(logits, targets, mask, transform), aux.data_ptr(), *map(_address, grads), out.data_ptr(),
-        *_strides(out),
+        *_inputs(logits, targets, mask, transform), aux.data_ptr(), *map(address, grads), out.data_ptr(),
+        *strides_of(out),
         *last,
     )  # fmt: skip

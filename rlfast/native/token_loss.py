@@ -10,7 +10,7 @@ import functools
 import torch
 
 from rlfast import backends
-from rlfast.native.token_logps import DTYPES, _address, _extension
+from rlfast.native.token_logps import DTYPES, address, extension_of
 from rlfast.ops.loss_records import Fields, Output, allocate
 
 
@@ -57,9 +57,9 @@ def forward(fields: Fields, surrogate, estimator, plan, settings, hyper, kl_hype
     rows = 1 if flat else shape[0]
     if fields.cu_seqlens is not None:
         rows = fields.cu_seqlens.shape[0] - 1
-    extension, last = _extension(logp)
+    extension, last = extension_of(logp)
     arguments = (
-        (*floats, *flags), (*map(_address, fields[10:]), rows, shape[-1]), surrogate, estimator, plan, settings, hyper,
+        (*floats, *flags), (*map(address, fields[10:]), rows, shape[-1]), surrogate, estimator, plan, settings, hyper,
         kl_hyper, (out.loss.data_ptr(), out.metrics.data_ptr(), *map(_gradient, out[2:])),
     )  # fmt: skip
     if logp.is_cuda:

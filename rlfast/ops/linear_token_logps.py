@@ -42,7 +42,7 @@ op = torch.ops.rlfast.linear_token_logps.default
 op_backward = torch.ops.rlfast.linear_token_logps_backward.default
 
 
-def _as_given(x):
+def as_given(x):
     """Autocast has cast the head already; inside a kernel it would round the logits to bfloat16."""
     device = x.device.type
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
@@ -54,7 +54,7 @@ def _forward(
     kernel = backends.implementation(NAME, backends.select(NAME, hidden.device.type, hidden.dtype, backend))
     wanted = Wanted(outputs, top_k)
     transform = Transform(temperature if temperatures is None else temperatures, softcap, logit_scale)
-    with _as_given(hidden):
+    with as_given(hidden):
         out, kept = kernel.forward(hidden, weight, bias, targets, mask, transform, wanted, keep)
     return [*out.asked(wanted), kept]
 
@@ -75,7 +75,7 @@ def _backward(
     kernel = backends.implementation(NAME, backends.select(NAME, hidden.device.type, hidden.dtype, backend))
     transform = Transform(temperature if temperatures is None else temperatures, softcap, logit_scale)
     grads = tuple(g if g is None else g.contiguous() for g in (g_logp, g_lse, g_entropy))
-    with _as_given(hidden):
+    with as_given(hidden):
         return kernel.backward(hidden, weight, bias, targets, mask, transform, aux, grads, tuple(needs), kept)
 
 

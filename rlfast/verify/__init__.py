@@ -14,13 +14,14 @@ from typing import NamedTuple
 import torch
 
 from rlfast import backends, parity
-from rlfast.verify import advantages, log_probs, preferences, token_loss
+from rlfast.verify import advantages, divergences, log_probs, preferences, token_loss
 from rlfast.verify.subject import Problem, Subject
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # op → the ways to call it, each family of ops in a module of its own.
 SUBJECTS: dict[str, tuple[Subject, ...]] = {
     **log_probs.SUBJECTS,
+    **divergences.SUBJECTS,
     **token_loss.SUBJECTS,
     **preferences.SUBJECTS,
     **advantages.SUBJECTS,
