@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from rlfast.native.preferences import arguments, extension_of, why_not
+from rlfast.native.preferences import arguments, why_not
+from rlfast.native.token_logps import extension_of
 from rlfast.ops.preference_records import Output, Rest, Settings, Side, rows_of
 
 __all__ = ["forward", "why_not"]

@@ -7,7 +7,7 @@ import functools
 import torch
 
 from rlfast import backends
-from rlfast.native.token_logps import DTYPES, _address, _extension
+from rlfast.native.token_logps import DTYPES, address
 from rlfast.ops.preference_records import SUM, Output, Rest, Side, Term
 
 
@@ -35,16 +35,16 @@ def side(x: Side) -> tuple:
     packed, tokens = x.cu_seqlens is not None, x.logp.dim() == 2 or x.cu_seqlens is not None
     mask = None if x.mask is None else (x.mask.data_ptr(), 0 if packed else x.mask.stride(0))
     fields = _tokens(x.logp, packed), _tokens(x.ref_logp, packed)
-    return (*fields, mask, _address(x.cu_seqlens), _address(x.lengths), x.logp.shape[-1], int(tokens))
+    return (*fields, mask, address(x.cu_seqlens), address(x.lengths), x.logp.shape[-1], int(tokens))
 
 
 def arguments(sides, rest: Rest, terms: list[Term], settings, reduce: int, out: Output) -> tuple:
     """(sides, rest, scores, links, means, numbers, settings, sum, outputs)."""
     gradients, numbers = out[2:4], [x for term in terms for x in term.numbers()]
-    per_side = [address for i in range(len(sides)) for address in (_written(gradients[i]), _written(out.rewards[i]))]
+    per_side = [place for i in range(len(sides)) for place in (_written(gradients[i]), _written(out.rewards[i]))]
     fields = [None if x is None else (x.data_ptr(), DTYPES[x.dtype], x.stride(0), 0) for x in rest[:4]]
     return (
-        [side(x) for x in sides], (*fields, _address(rest.num_items)), [t.score for t in terms],
+        [side(x) for x in sides], (*fields, address(rest.num_items)), [t.score for t in terms],
         [t.link for t in terms], [int(t.mean) for t in terms], numbers, settings, int(reduce == SUM),
         (out.loss.data_ptr(), out.metrics.data_ptr(), _written(out.losses), *per_side),
     )  # fmt: skip
@@ -52,8 +52,3 @@ def arguments(sides, rest: Rest, terms: list[Term], settings, reduce: int, out: 
 
 def _written(x: torch.Tensor) -> int:
     return x.data_ptr() if x.numel() else 0
-
-
-def extension_of(x: torch.Tensor) -> tuple:
-    """(the extension of a tensor's device, the last arguments of a call)."""
-    return _extension(x)
