@@ -528,7 +528,7 @@ RLFAST_FORMULA auto rpo_squared(const Pair<V>& p, const Rpo& h) {
 }
 
 // KL of a choice with log-odds a to one with log-odds b, without the cancellation of its four terms.
-// log(1 + q(e^s − 1)) − qs, s = |b − a|, q = σ(A), A = ±a and B = ±b so that B ≥ A; where e^s is large, the same as
+// log(1 + q(e^s − 1)) − qs, s = |b − a|, q = σ(A), A = ±a and B = ±b so that B ≥ A. Beyond s = log 2 the same as
 // s(1 − q) + log σ(A) − log σ(B) or, for A < 0, log σ(−A) − log σ(−B) − qs.
 template <class V>
 RLFAST_FORMULA auto choice_kl(V a, V b) {
@@ -537,10 +537,10 @@ RLFAST_FORMULA auto choice_kl(V a, V b) {
   auto high = select<V>(up, b, -b);
   auto s = absolute_value((b - a));
   auto q = sigmoid(low);
-  auto grown = (q * expm1(minimum(s, 80.0f)));
-  auto near = (log1p(minimum(grown, 1.0f)) - (q * s));
+  auto small = minimum(s, 0.6931471805599453f);
+  auto near = (log1p((q * expm1(small))) - (q * small));
   auto far = select<V>((low < 0.0f), ((softplus(high) - softplus(low)) - (q * s)), (((s * sigmoid(-low)) - softplus(-low)) + softplus(-high)));
-  return select<V>((grown <= 1.0f), near, far);
+  return select<V>((s <= 0.6931471805599453f), near, far);
 }
 
 // ℓ = σ(a)·(log σ(a) − log σ(x)) + σ(−a)·(log σ(−a) − log σ(−x)), a = η·m.

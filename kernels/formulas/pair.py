@@ -8,6 +8,7 @@ are its rewards.
 from typing import NamedTuple
 
 from rlfast.kernels.formulas.elementary import exp, expm1, log1p, sigmoid, softplus
+from rlfast.kernels.formulas.score import LN_2
 from rlfast.kernels.formulas.token import NoHyper
 from rlfast.kernels.lang import jit, tl
 
@@ -162,20 +163,20 @@ def rpo_squared(p: Pair, h: Rpo):
 def choice_kl(a, b):
     """KL of a choice with log-odds a to one with log-odds b, without the cancellation of its four terms.
 
-    log(1 + q(e^s − 1)) − qs, s = |b − a|, q = σ(A), A = ±a and B = ±b so that B ≥ A; where e^s is large, the same as
+    log(1 + q(e^s − 1)) − qs, s = |b − a|, q = σ(A), A = ±a and B = ±b so that B ≥ A. Beyond s = log 2 the same as
     s(1 − q) + log σ(A) − log σ(B) or, for A < 0, log σ(−A) − log σ(−B) − qs.
     """
     up = b > a
     low, high, s = tl.where(up, a, -a), tl.where(up, b, -b), tl.abs(b - a)
     q = sigmoid(low)
-    grown = q * expm1(tl.minimum(s, 80.0))
-    near = log1p(tl.minimum(grown, 1.0)) - q * s
+    small = tl.minimum(s, LN_2)
+    near = log1p(q * expm1(small)) - q * small
     far = tl.where(
         low < 0.0,
         softplus(high) - softplus(low) - q * s,
         s * sigmoid(-low) - softplus(-low) + softplus(-high),
     )
-    return tl.where(grown <= 1.0, near, far)
+    return tl.where(s <= LN_2, near, far)
 
 
 @jit
