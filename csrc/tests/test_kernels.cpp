@@ -15,6 +15,7 @@ void test_cuda_loss(bool large);
 void test_scan(const Kernels& k, const std::string& isa);
 void test_groups(const Kernels& k, const std::string& isa);
 void test_divergence(const Kernels& k, const std::string& isa);
+void test_preference(const Kernels& k, const std::string& isa);
 void test_cuda_divergence();
 void test_cuda_scan();
 
@@ -69,6 +70,7 @@ int run(int argc, char** argv) {
     timed(name + ": linear_token_logps", [&] { test_linear(kernels(isa), name); });
     timed(name + ": token_loss", [&] { test_loss(kernels(isa), name, large); });
     timed(name + ": affine_scan", [&] { test_scan(kernels(isa), name); });
+    timed(name + ": pair_loss, unpaired_loss", [&] { test_preference(kernels(isa), name); });
     timed(name + ": divergence", [&] { test_divergence(kernels(isa), name); });
     timed(name + ": group_advantage", [&] { test_groups(kernels(isa), name); });
   }
