@@ -39,6 +39,7 @@ from rlfast.loss_table import LOSSES, loss  # noqa: E402
 from rlfast.losses import Loss, LossMetrics, LossOutput  # noqa: E402
 from rlfast.preference import Part, PreferenceLoss, PreferenceOutput  # noqa: E402
 from rlfast.preference_table import PREFERENCES, preference_loss  # noqa: E402
+from rlfast.ranked import RANKED, RankedLoss, RankedOutput, ranked_loss  # noqa: E402
 from rlfast.reductions import Whiten, masked_mean, masked_whiten  # noqa: E402
 from rlfast.rewards import length_reward, overlong_penalty, shape_rewards  # noqa: E402
 from rlfast.selections import clip_cov_keep, kl_cov_extra, rollout_keep, top_entropy_keep  # noqa: E402
@@ -50,6 +51,7 @@ __version__ = "0.1.0"
 __all__ = [
     "LOSSES",
     "PREFERENCES",
+    "RANKED",
     "UNPAIRED",
     "AdaptiveEntropy",
     "AdaptiveKL",
@@ -62,6 +64,8 @@ __all__ = [
     "Part",
     "PreferenceLoss",
     "PreferenceOutput",
+    "RankedLoss",
+    "RankedOutput",
     "RunningDelta",
     "RunningMeanStd",
     "TokenLogps",
@@ -91,6 +95,7 @@ __all__ = [
     "patch",
     "per_decision_td",
     "preference_loss",
+    "ranked_loss",
     "reward_to_go",
     "rollout_keep",
     "shape_rewards",

@@ -31,6 +31,7 @@ IMPLEMENTED = {
     "token_loss": ("reference", "torch", "cpu", "triton", "cuda"),
     "pair_loss": ("reference", "torch", "cpu", "triton", "cuda"),
     "unpaired_loss": ("reference", "torch", "cpu", "triton", "cuda"),
+    "ranked_loss": ("reference", "torch", "cpu", "triton"),
     "affine_scan": ("reference", "torch", "cpu", "triton", "cuda"),
     "group_advantage": ("reference", "torch", "cpu", "triton"),
 }

@@ -1,11 +1,12 @@
 """Formulas: pure arithmetic, written once, run by Triton, by torch and by the C++ that is printed from them.
 
-``SURROGATES`` and ``ESTIMATORS`` are what a policy loss may name; ``SCORES``, ``PAIRS`` and ``SINGLES`` a preference loss.
+``SURROGATES`` and ``ESTIMATORS`` are what a policy loss may name; ``SCORES``, ``PAIRS`` and ``SINGLES`` a preference loss;
+``RANKINGS`` a loss of ranked groups.
 """
 
 from typing import NamedTuple
 
-from rlfast.kernels.formulas import kl, pair, score, token, unpaired, value
+from rlfast.kernels.formulas import kl, pair, ranked, score, token, unpaired, value
 
 
 class Formula(NamedTuple):
@@ -31,3 +32,4 @@ ESTIMATORS = {name: getattr(kl, name) for name in ("k1", "k2", "k3", "absolute")
 SCORES = _formulas(score)
 PAIRS = _formulas(pair)
 SINGLES = _formulas(unpaired)
+RANKINGS = _formulas(ranked)
