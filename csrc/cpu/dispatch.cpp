@@ -17,8 +17,9 @@ namespace {
    isa::linear_token_logps_forward,  \
    isa::linear_token_logps_backward, \
    isa::token_loss,                  \
-  isa::pair_loss,                   \
-  isa::unpaired_loss,               \
+   isa::pair_loss,                   \
+   isa::unpaired_loss,               \
+   isa::ranked_loss,                 \
    isa::affine_scan,                 \
    isa::group_advantage,             \
    isa::read_sum},
