@@ -116,7 +116,7 @@ class RankedLoss:
 
         Args:
             scores: [P, K] float, a group a row; or [N] packed with ``cu_seqlens``. A reward model's outputs, or the sums of
-                log π over each candidate. With gradient. Triton takes K up to 128; the CPU and torch any K.
+                log π over each candidate. With gradient. Triton takes K up to 64; the CPU and torch any K.
             ranks: like scores, numbers: the smaller the better. Or
             rewards: like scores: the larger the better. Without either the candidates are in order, the best first.
             mask: like scores, bool or number. 0 takes a candidate out; what it holds has no effect.
@@ -127,7 +127,7 @@ class RankedLoss:
             num_items: number or 0-dim tensor in place of the number of groups P.
             world_size, accumulation: the loss is multiplied by one and divided by the other.
             max_candidates: of packed groups on a GPU, a bound on their size: the tile is made for it, and a larger group
-                has the loss NaN. None: 128.
+                has the loss NaN. None: 64.
             per_group: whether to return each group's loss too.
 
         Returns:

@@ -56,6 +56,12 @@ def log_softmax(x, valid):
 
 
 @jit
+def target(g, tau):
+    """(log q, q) of q = softmax(r/τ)."""
+    return log_softmax(tl.div_rn(g.reward, (0.0 * g.count + tau)[:, None]), g.valid)
+
+
+@jit
 def flow(lost):
     """∂/∂x of terms that depend on x_j − x_i with the derivatives lost_ij: what j gains, i loses."""
     return tl.sum(lost, 1) - tl.sum(lost, 2)
@@ -70,7 +76,7 @@ def in_turn(g, own, z, h):
     rest = tl.sum(away, 2)
     counts = g.valid & (g.place < h.top)
     value = (peak - own) + log_of_sum(tl.where(own >= peak, rest, (here + rest) - 1.0))
-    share = tl.div_rn(tl.where(counts, 1.0 + own * 0.0, 0.0), here + rest)
+    share = tl.div_rn(tl.where(counts, 1.0, 0.0), here + rest)
     return tl.where(counts, value, 0.0), away * share[:, :, None]
 
 
@@ -80,7 +86,7 @@ def plackett_luce(g: Group, h: Ranking):
 
     ∂ℓ/∂x_k = Σ_{i≤k} p_ik − 1, p_ik = e^x_k/Σ_{j≥i} e^x_j. arXiv 2301.11270, 2305.18290 (A.3).
     """
-    value, p = in_turn(g, g.x, g.x[:, None, :] + 0.0 * g.x[:, :, None], h)
+    value, p = in_turn(g, g.x, g.x[:, None, :], h)
     return tl.sum(value, 1), flow(p)
 
 
@@ -104,8 +110,8 @@ def bradley_terry(g: Group, h: Ranking):
     """
     better = g.ahead & (g.reward[:, :, None] > g.reward[:, None, :])
     z = g.x[:, None, :] - g.x[:, :, None]
-    pairs = tl.sum(tl.sum(tl.where(better, 1.0 + 0.0 * z, 0.0), 2), 1)
-    each = tl.div_rn(1.0 + 0.0 * pairs, tl.maximum(pairs, 1.0))
+    pairs = tl.sum(tl.sum(tl.where(better, 1.0, 0.0), 2), 1)
+    each = tl.div_rn(1.0, tl.maximum(pairs, 1.0))
     value = tl.sum(tl.sum(tl.where(better, softplus(z), 0.0), 2), 1)
     return value * each, flow(tl.where(better, logistic(z), 0.0)) * each[:, None]
 
@@ -118,7 +124,7 @@ def hinge(g: Group, h: Ranking):
     """
     z = g.x[:, None, :] - g.x[:, :, None]
     wrong = g.ahead & (g.reward[:, :, None] > g.reward[:, None, :]) & (z > 0.0)
-    return tl.sum(tl.sum(tl.where(wrong, z, 0.0), 2), 1), flow(tl.where(wrong, 1.0 + 0.0 * z, 0.0))
+    return tl.sum(tl.sum(tl.where(wrong, z, 0.0), 2), 1), flow(tl.where(wrong, 1.0, 0.0))
 
 
 @jit
@@ -128,7 +134,7 @@ def reverse_kl(g: Group, h: Ranking):
     ∂ℓ/∂x_k = p_k·(log p_k − log q_k − ℓ). EXO, arXiv 2402.00856 (14).
     """
     log_p, p = log_softmax(g.x, g.valid)
-    log_q, _ = log_softmax(tl.div_rn(g.reward, 0.0 * g.reward + h.tau), g.valid)
+    log_q, _ = target(g, h.tau)
     gap = log_p - log_q
     value = tl.sum(p * gap, 1)
     return value, p * (gap - value[:, None])
@@ -141,7 +147,7 @@ def cross_entropy(g: Group, h: Ranking):
     ∂ℓ/∂x_k = p_k − q_k. InfoNCA, arXiv 2402.05369 (10).
     """
     log_p, p = log_softmax(g.x, g.valid)
-    _, q = log_softmax(tl.div_rn(g.reward, 0.0 * g.reward + h.tau), g.valid)
+    _, q = target(g, h.tau)
     return -tl.sum(q * log_p, 1), p - q
 
 
@@ -151,7 +157,7 @@ def nca(g: Group, h: Ranking):
 
     ∂ℓ/∂x_k = σ(x_k)/K − q_k·σ(−x_k). NCA, arXiv 2402.05369 (12).
     """
-    _, q = log_softmax(tl.div_rn(g.reward, 0.0 * g.reward + h.tau), g.valid)
-    each = tl.div_rn(1.0 + 0.0 * g.count, tl.maximum(g.count, 1.0))[:, None]
+    _, q = target(g, h.tau)
+    each = tl.div_rn(1.0, tl.maximum(g.count, 1.0))[:, None]
     value = tl.where(g.valid, q * softplus(-g.x) + each * softplus(g.x), 0.0)
     return tl.sum(value, 1), tl.where(g.valid, each * logistic(g.x) - q * logistic(-g.x), 0.0)
