@@ -20,9 +20,11 @@ from rlfast.ops.preference_records import SUM as SUMMED
 from rlfast.ops.ranked_records import METRICS, Groups, Output, Settings, allocate, most_of, rows_of
 
 MOST = 64  # candidates of a group: a tile of 64² takes 8 warps; one of 128² spills, whatever it takes
-PAIRS_AT_A_TIME = 1024  # of candidates, where a group has fewer
+PAIRS_AT_A_TIME = 1024
 LOSS, GROUPS, CANDIDATES, PAIRS, RIGHT, REWARD, SCORE = (tl.constexpr(i) for i in range(7))
 WRITTEN = tl.constexpr(len(METRICS))
+# left alone, ptxas spills some bytes to fit one more program on a multiprocessor
+OPTIONS = {"enable_fp_fusion": False, "maxnreg": 255}
 
 
 class Where(NamedTuple):
@@ -175,7 +177,7 @@ def forward(groups: Groups, form: str, settings: Settings, reduce: int, most: in
         ranked_loss[(programs,)](
             laid, where, settings, rows, groups.scores.shape[-1], FORM=RANKINGS[form].function,
             SUM=int(reduce == SUMMED), NLL=int(settings.nll != 0), K=k, BLOCK=block, num_warps=warps,
-            enable_fp_fusion=False,
+            **OPTIONS,
         )  # fmt: skip
 
 

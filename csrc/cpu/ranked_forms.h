@@ -104,9 +104,9 @@ inline F bradley_terry(const Ranked& g) {
       g.gain(j, lost), g.gain(i, negative(lost));
     }
   }
-  const F each = div(one, max(one, pairs));
-  for (int64_t i = 0; i < g.most; ++i) store(g.d + i * kLanes, mul(each, load(g.d + i * kLanes)));
-  return mul(each, value.value());
+  const F n = max(one, pairs);
+  for (int64_t i = 0; i < g.most; ++i) store(g.d + i * kLanes, div(load(g.d + i * kLanes), n));
+  return div(value.value(), n);
 }
 
 // Σ over the pairs with r_i > r_j of max(0, x_j − x_i).

@@ -110,10 +110,9 @@ def bradley_terry(g: Group, h: Ranking):
     """
     better = g.ahead & (g.reward[:, :, None] > g.reward[:, None, :])
     z = g.x[:, None, :] - g.x[:, :, None]
-    pairs = tl.sum(tl.sum(tl.where(better, 1.0, 0.0), 2), 1)
-    each = tl.div_rn(1.0, tl.maximum(pairs, 1.0))
+    pairs = tl.maximum(tl.sum(tl.sum(tl.where(better, 1.0, 0.0), 2), 1), 1.0)
     value = tl.sum(tl.sum(tl.where(better, softplus(z), 0.0), 2), 1)
-    return value * each, flow(tl.where(better, logistic(z), 0.0)) * each[:, None]
+    return tl.div_rn(value, pairs), tl.div_rn(flow(tl.where(better, logistic(z), 0.0)), pairs[:, None])
 
 
 @jit

@@ -15,6 +15,10 @@ PAIRS_AT_A_TIME = 1 << 20  # of candidates: 4 MiB a temporary
 
 def forward(groups: Groups, form: str, settings: Settings, reduce: int, most: int, out: Output) -> None:
     """See ``rlfast/ops/ranked_loss.py``."""
+    if not groups.scores.numel():
+        for x in (out.loss, out.metrics, out.losses):
+            x.zero_()
+        return
     rows, scale = rows_of(groups), settings.factor / denominator(groups, reduce, rows_of(groups))
     most = most_of(groups, most, 0) or int(groups.cu_seqlens.diff().max())
     step = max(1, PAIRS_AT_A_TIME // max(most * most, 1))
