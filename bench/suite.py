@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from bench.case import Case
-from bench.families import advantages, log_probs, token_loss
+from bench.families import advantages, log_probs, ranked_loss, token_loss
 
-FAMILIES = (log_probs, token_loss, advantages)
+FAMILIES = (log_probs, token_loss, ranked_loss, advantages)
 CASES: tuple[Case, ...] = tuple(case for family in FAMILIES for case in family.CASES)
 _CLASS = {case.op: type(case) for case in CASES}
 _FAMILY = {case.op: family for family in FAMILIES for case in family.CASES}

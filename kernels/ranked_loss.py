@@ -1,8 +1,8 @@
 """The ``triton`` backend of losses of ranked groups: one launch for the loss, its gradient and the metrics.
 
-A program takes blocks of groups, as many as fill a tile of [groups, candidates, candidates], whose pairs say who is ahead of
-whom: nothing is sorted. Programs leave partial sums behind, and the last one to finish adds them up in ascending order. Which
-groups a program takes depends on their number and their size alone. Fused multiply-adds are off, as in ``token_loss``.
+A program takes blocks of groups, as many as fill a tile of [groups, candidates, candidates], whose pairs say who is
+ahead of whom: nothing is sorted. Programs leave partial sums behind, and the last one adds them up in ascending order.
+Which groups a program takes depends on their number and size alone. Fused multiply-adds are off, as in ``token_loss``.
 """
 
 from typing import NamedTuple

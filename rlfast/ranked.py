@@ -51,8 +51,8 @@ class RankedLoss:
     A group of one candidate or none has the loss 0, and stays in P.
 
     Args:
-        form: name of a formula of ``rlfast.kernels.formulas.RANKINGS``: "plackett_luce", "pro", "bradley_terry", "hinge",
-            "reverse_kl", "cross_entropy" or "nca"; its docstring has the equation.
+        form: name of a formula of ``rlfast.kernels.formulas.RANKINGS``, whose docstring has the equation:
+            "plackett_luce", "pro", "bradley_terry", "hinge", "reverse_kl", "cross_entropy" or "nca".
         beta: factor of the scores, > 0.
         alpha: exponent of the candidate's length that divides its score; 0 asks for no lengths.
         tau: temperature of the rewards where they make a distribution (EXO's β_r, NCA's α), > 0.
@@ -115,8 +115,8 @@ class RankedLoss:
         """The loss of some groups, in one launch with its gradient by the scores.
 
         Args:
-            scores: [P, K] float, a group a row; or [N] packed with ``cu_seqlens``. A reward model's outputs, or the sums of
-                log π over each candidate. With gradient. Triton takes K up to 64; the CPU and torch any K.
+            scores: [P, K] float, a group a row; or [N] packed with ``cu_seqlens``. A reward model's outputs, or
+                the sums of log π over each candidate. With gradient. Triton takes K up to 64; the CPU and torch any K.
             ranks: like scores, numbers: the smaller the better. Or
             rewards: like scores: the larger the better. Without either the candidates are in order, the best first.
             mask: like scores, bool or number. 0 takes a candidate out; what it holds has no effect.
@@ -126,14 +126,14 @@ class RankedLoss:
             weights: [P]. Multiply each group's loss; 0 takes a group out, not out of P.
             num_items: number or 0-dim tensor in place of the number of groups P.
             world_size, accumulation: the loss is multiplied by one and divided by the other.
-            max_candidates: of packed groups on a GPU, a bound on their size: the tile is made for it, and a larger group
-                has the loss NaN. None: 64.
+            max_candidates: of packed groups on a GPU, a bound on their size: the tile is made for it, and a larger
+                group has the loss NaN. None: 64.
             per_group: whether to return each group's loss too.
 
         Returns:
-            RankedOutput. Equal ranks or rewards are no pair of "bradley_terry", "hinge" or the accuracy; the other forms
-            take the one that comes first for the better one, and so does "the best". Of ranks, ``best_reward`` is the mean
-            of −rank, of neither 0.
+            RankedOutput. Equal ranks or rewards are no pair of "bradley_terry", "hinge" or the accuracy; the other
+            forms take the one that comes first for the better one, and so does "the best". Of ranks, ``best_reward``
+            is the mean of −rank, of neither 0.
 
         Raises:
             ValueError: a shape is wrong, or what this loss needs is missing; the message names it.
@@ -263,8 +263,8 @@ def ranked_loss(name: str, **options) -> RankedLoss:
         pro             Σ_k [log(e^{p_k·T_k} + Σ_{j>k} e^{p_j·T_kj}) − p_k·T_k] − w·(K − 1)²·S_best,
                         T_kj = r_k − r_j, T_k = max_j T_kj               2306.17492
 
-    s are scores, D = S − S_ref log-ratios. Of equal ranks or rewards the first one counts for the better one, but in all_pairs
-    and rrhf they are no pair.
+    s are scores, D = S − S_ref log-ratios. Of equal ranks or rewards the first one counts for the better one, but in
+    all_pairs and rrhf they are no pair.
 
     Args:
         name: a row of ``rlfast.RANKED``.

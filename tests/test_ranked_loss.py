@@ -294,7 +294,7 @@ def test_more_candidates_than_a_tile_holds(backend, device):
     scores = torch.zeros(2, 65, device=device)
     with (
         rlfast.use_backend(backend),
-        pytest.raises(RuntimeError, match="'triton' cannot run ranked_loss: scores: expected at most 64 .* got 65"),
+        pytest.raises(RuntimeError, match=r"'triton' cannot run ranked_loss: scores: expected at most 64 .* got 65"),
     ):
         rlfast.ranked_loss("plackett_luce")(scores)
     assert rlfast.ranked_loss("plackett_luce")(scores).loss.isfinite()
@@ -328,9 +328,9 @@ def test_wrong_arguments(message):
 
 def test_wrong_options():
     scores = torch.zeros(2, 3)
-    with pytest.raises(ValueError, match="name: expected one of plackett_luce, all_pairs, .*, got 'listmle'"):
+    with pytest.raises(ValueError, match=r"name: expected one of plackett_luce, all_pairs, .*, got 'listmle'"):
         rlfast.ranked_loss("listmle")
-    with pytest.raises(TypeError, match="gamma: expected an option of exo: accumulation|gamma: expected an option"):
+    with pytest.raises(TypeError, match="gamma: expected an option of exo: alpha, beta"):
         rlfast.ranked_loss("exo", gamma=1.0)
     with pytest.raises(ValueError, match="tau: expected a finite float > 0, got 0"):
         rlfast.ranked_loss("exo", tau=0)

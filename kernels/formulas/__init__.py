@@ -1,7 +1,7 @@
 """Formulas: pure arithmetic, written once, run by Triton, by torch and by the C++ that is printed from them.
 
-``SURROGATES`` and ``ESTIMATORS`` are what a policy loss may name; ``SCORES``, ``PAIRS`` and ``SINGLES`` a preference loss;
-``RANKINGS`` a loss of ranked groups.
+``SURROGATES`` and ``ESTIMATORS`` are what a policy loss may name; ``SCORES``, ``PAIRS`` and ``SINGLES`` a preference
+loss, ``RANKINGS`` a loss of ranked groups.
 """
 
 from typing import NamedTuple

@@ -1,7 +1,7 @@
 """Losses of ranked groups: each is a function of whole groups, its value and its derivative by every candidate's score.
 
-The text runs on tiles of [groups, candidates] and of [groups, i, j]. In the equations candidates are in their order, the best
-first: i < j where i is ahead of j.
+The text runs on tiles of [groups, candidates] and of [groups, i, j]; C++ has its own in csrc/cpu/ranked_forms.h. In the
+equations candidates are in their order, the best first: i < j where i is ahead of j.
 """
 
 from typing import NamedTuple
@@ -69,7 +69,10 @@ def flow(lost):
 
 @jit
 def in_turn(g, own, z, h):
-    """(−log p_i, p_ij): p_i = e^own_i/(e^own_i + Σ_{j>i} e^z_ij), and what j has of it. 1 − p_i is Σ_j p_ij, not a difference."""
+    """(−log p_i, p_ij): p_i = e^own_i/(e^own_i + Σ_{j>i} e^z_ij), and the share of j.
+
+    1 − p_i is Σ_j p_ij, not a difference.
+    """
     peak = tl.maximum(own, tl.max(tl.where(g.ahead, z, -INFINITE), 2))
     here = exp(own - peak)
     away = tl.where(g.ahead, exp(z - peak[:, :, None]), 0.0)

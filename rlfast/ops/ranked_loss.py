@@ -4,8 +4,9 @@ A backend module provides
 
     forward(groups, form, settings, reduce, most, out) -> None
 
-which fills ``out``; the records are those of ``ranked_records``, a form is a formula of ``rlfast.kernels.formulas.RANKINGS``.
-``most`` is the number of candidates a group; of packed groups the caller's bound on it, or 0. Per group of K ≥ 2 candidates that count, where everything but s is constant:
+which fills ``out``; the records are those of ``ranked_records``, a form is a formula of
+``rlfast.kernels.formulas.RANKINGS``. ``most`` is the number of candidates a group; of packed groups the caller's bound
+on it, or 0. Per group of K ≥ 2 candidates that count, where everything but s is constant:
 
     x = beta·(s − s_ref)/divisor
     ℓ = w·[form(x, rewards) − nll·(K − 1)²·s_best]

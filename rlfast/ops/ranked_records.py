@@ -8,7 +8,7 @@ import torch
 
 
 class Groups(NamedTuple):
-    """Candidates: [P, K] of any strides, or packed [N]. Floats are float32, bfloat16 or float16; float64 beside float64."""
+    """Candidates: [P, K] of any strides, or packed [N]; float32, bfloat16 or float16, float64 beside float64."""
 
     scores: torch.Tensor
     ref_scores: torch.Tensor | None

@@ -14,12 +14,17 @@ from typing import NamedTuple
 import torch
 
 from rlfast import backends, parity
-from rlfast.verify import advantages, log_probs, token_loss
+from rlfast.verify import advantages, log_probs, ranked_loss, token_loss
 from rlfast.verify.subject import Problem, Subject
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # op → the ways to call it, each family of ops in a module of its own.
-SUBJECTS: dict[str, tuple[Subject, ...]] = {**log_probs.SUBJECTS, **token_loss.SUBJECTS, **advantages.SUBJECTS}
+SUBJECTS: dict[str, tuple[Subject, ...]] = {
+    **log_probs.SUBJECTS,
+    **token_loss.SUBJECTS,
+    **ranked_loss.SUBJECTS,
+    **advantages.SUBJECTS,
+}
 
 
 class Cell(NamedTuple):
