@@ -167,7 +167,9 @@ def tile_of(most: int) -> tuple[int, int, int]:
 def forward(groups: Groups, form: str, settings: Settings, reduce: int, most: int, out: Output) -> None:
     """See ``rlfast/ops/ranked_loss.py``."""
     rows, most = rows_of(groups), most_of(groups, most, MOST)
-    k, block, warps = tile_of(min(most, MOST))
+    if most > MOST:
+        raise ValueError(why_not(most))
+    k, block, warps = tile_of(most)
     programs = max(1, min(-(-rows // block), PROGRAMS))
     partial = torch.empty(programs, COLUMNS.value, dtype=torch.float64, device=out.loss.device)
     asked = written(out.d_scores), written(out.losses)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -89,7 +90,28 @@ def test_ties(backend, device):
     assert_zero("gradient", gradient)
 
 
-GOLDEN = {"plackett_luce": 1.251552, "all_pairs": 0.227613}
+GOLDEN = {"plackett_luce": 1.251552, "all_pairs": 0.227613, "best_of_k": 0.495182}
+# Of S = −40, −55, S_ref = −42, −50 and 20, 25 tokens, by the rewards: D = 2, −5, β = .1; q = (1, 0) where r is far apart.
+PAIRS = (
+    ("dpo_list", (1.0, 0.0), 0.403186),  # DPO's
+    ("exo", (math.log(1 - 1e-3), math.log(1e-3)), 1.657292),  # EXO-pair's, ε = 1e-3
+    ("info_nca", (0.0, -1e4), 0.403186),  # DPO's
+    ("nca", (0.0, -1e4), 1.234247),  # NCA-pair's
+    ("rrhf", (1.0, 0.0), 40.0),  # p = −2, −2.2 are in order: the NLL is left
+    ("rrhf", (0.0, 1.0), 55.2),
+    ("pro", (1.0, 0.0), 2.598139),  # log(1 + e^−.2) + .05·40
+)
+
+
+@pytest.mark.parametrize(("name", "rewards", "value"), PAIRS)
+def test_golden_pairs(backend, device, name, rewards, value):
+    groups = {
+        "scores": [-40.0, -55.0], "ref_scores": [-42.0, -50.0], "rewards": rewards, "lengths": [20, 25],
+    }  # fmt: skip
+    case = RankedCase(rlfast.RANKED[name], {k: torch.tensor([x]) for k, x in groups.items()})
+    case = case if case.objective.referenced else with_groups(case, ref_scores=None)
+    out, _ = run(case, backend, device)
+    assert abs(out.loss.item() - value) < 2e-6 * max(1.0, value)
 
 
 @pytest.mark.parametrize("name", GOLDEN)
@@ -298,6 +320,21 @@ def test_more_candidates_than_a_tile_holds(backend, device):
     ):
         rlfast.ranked_loss("plackett_luce")(scores)
     assert rlfast.ranked_loss("plackett_luce")(scores).loss.isfinite()
+    with rlfast.use_backend(backend), pytest.raises((RuntimeError, ValueError), match=r"at most 64 .* got 65"):
+        ends = torch.tensor([0, 65, 130], device=device)
+        rlfast.ranked_loss("plackett_luce")(scores.flatten(), cu_seqlens=ends, max_candidates=65)
+
+
+@pytest.mark.backends("triton")
+def test_a_group_larger_than_its_bound(backend, device, monkeypatch):
+    """On a GPU nobody counts the candidates of a packed group: its loss is NaN, and nothing is read beyond the tile."""
+    from rlfast.kernels import ranked_loss as kernel
+
+    scores, ends = torch.zeros(9, device=device), torch.tensor([0, 3, 9], device=device)
+    monkeypatch.setattr(kernel, "most_of", lambda groups, most, limit: 4)
+    with rlfast.use_backend(backend):
+        out = rlfast.ranked_loss("plackett_luce")(scores, cu_seqlens=ends, per_group=True)
+    assert out.losses.isnan().tolist() == [False, True]
 
 
 WRONG = {

@@ -47,18 +47,19 @@ def logistic(x):
 
 
 @jit
-def log_softmax(x, valid):
-    """(log softmax, softmax) of each group."""
-    peak = tl.max(tl.where(valid, x, -INFINITE), 1)[:, None]
-    e = tl.where(valid, exp(x - peak), 0.0)
-    total = tl.sum(e, 1)[:, None]
-    return tl.where(valid, (x - peak) - log_of_sum(total - 1.0), 0.0), tl.div_rn(e, total)
+def log_softmax(x, g):
+    """(log softmax, softmax) of each group; zeros of an empty one."""
+    empty = g.count == 0.0
+    peak = tl.where(empty, 0.0, tl.max(tl.where(g.valid, x, -INFINITE), 1))[:, None]
+    e = exp(tl.where(g.valid, x - peak, -INFINITE))
+    total = tl.where(empty, 1.0, tl.sum(e, 1))[:, None]
+    return tl.where(g.valid, (x - peak) - log_of_sum(total - 1.0), 0.0), tl.div_rn(e, total)
 
 
 @jit
 def target(g, tau):
     """(log q, q) of q = softmax(r/τ)."""
-    return log_softmax(tl.div_rn(g.reward, (0.0 * g.count + tau)[:, None]), g.valid)
+    return log_softmax(tl.div_rn(g.reward, (0.0 * g.count + tau)[:, None]), g)
 
 
 @jit
@@ -73,9 +74,9 @@ def in_turn(g, own, z, h):
 
     1 − p_i is Σ_j p_ij, not a difference.
     """
-    peak = tl.maximum(own, tl.max(tl.where(g.ahead, z, -INFINITE), 2))
-    here = exp(own - peak)
-    away = tl.where(g.ahead, exp(z - peak[:, :, None]), 0.0)
+    z = tl.where(g.ahead, z, -INFINITE)
+    peak = tl.maximum(own, tl.max(z, 2))
+    here, away = exp(own - peak), exp(z - peak[:, :, None])
     rest = tl.sum(away, 2)
     counts = g.valid & (g.place < h.top)
     value = (peak - own) + log_of_sum(tl.where(own >= peak, rest, (here + rest) - 1.0))
@@ -135,7 +136,7 @@ def reverse_kl(g: Group, h: Ranking):
 
     ∂ℓ/∂x_k = p_k·(log p_k − log q_k − ℓ). EXO, arXiv 2402.00856 (14).
     """
-    log_p, p = log_softmax(g.x, g.valid)
+    log_p, p = log_softmax(g.x, g)
     log_q, _ = target(g, h.tau)
     gap = log_p - log_q
     value = tl.sum(p * gap, 1)
@@ -148,7 +149,7 @@ def cross_entropy(g: Group, h: Ranking):
 
     ∂ℓ/∂x_k = p_k − q_k. InfoNCA, arXiv 2402.05369 (10).
     """
-    log_p, p = log_softmax(g.x, g.valid)
+    log_p, p = log_softmax(g.x, g)
     _, q = target(g, h.tau)
     return -tl.sum(q * log_p, 1), p - q
 

@@ -20,7 +20,7 @@ def forward(groups: Groups, form: str, settings: Settings, reduce: int, most: in
             x.zero_()
         return
     rows, scale = rows_of(groups), settings.factor / denominator(groups, reduce, rows_of(groups))
-    most = most_of(groups, most, 0) or int(groups.cu_seqlens.diff().max())
+    most = most_of(groups, most, 0) or int(groups.cu_seqlens.diff().max())  # a synchronisation, on a GPU alone
     step = max(1, PAIRS_AT_A_TIME // max(most * most, 1))
     sums = torch.zeros(len(Metrics._fields) + 1, dtype=torch.float64, device=out.loss.device)
     for start in range(0, rows, step):
