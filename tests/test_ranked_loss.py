@@ -91,7 +91,7 @@ def test_ties(backend, device):
 
 
 GOLDEN = {"plackett_luce": 1.251552, "all_pairs": 0.227613, "best_of_k": 0.495182}
-# Of S = −40, −55, S_ref = −42, −50 and 20, 25 tokens, by the rewards: D = 2, −5, β = .1; q = (1, 0) where r is far apart.
+# Of S = −40, −55, S_ref = −42, −50, 20 and 25 tokens, by the rewards: D = 2, −5; q = (1, 0) where r is far apart.
 PAIRS = (
     ("dpo_list", (1.0, 0.0), 0.403186),  # DPO's
     ("exo", (math.log(1 - 1e-3), math.log(1e-3)), 1.657292),  # EXO-pair's, ε = 1e-3

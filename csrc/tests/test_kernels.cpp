@@ -14,6 +14,7 @@ void test_cuda_kernels(bool large);
 void test_cuda_loss(bool large);
 void test_scan(const Kernels& k, const std::string& isa);
 void test_groups(const Kernels& k, const std::string& isa);
+void test_ranked(const Kernels& k, const std::string& isa);
 void test_cuda_scan();
 
 namespace {
@@ -68,6 +69,7 @@ int run(int argc, char** argv) {
     timed(name + ": token_loss", [&] { test_loss(kernels(isa), name, large); });
     timed(name + ": affine_scan", [&] { test_scan(kernels(isa), name); });
     timed(name + ": group_advantage", [&] { test_groups(kernels(isa), name); });
+    timed(name + ": ranked_loss", [&] { test_ranked(kernels(isa), name); });
   }
   if (simt) timed("cuda kernels under simt: token_logps", [&] { test_cuda_kernels(large); });
   if (simt) timed("cuda kernel under simt: token_loss", [&] { test_cuda_loss(large); });
