@@ -119,6 +119,26 @@ void unpaired_loss(py::handle sides, py::handle desirable, py::handle rest, py::
   k.unpaired_loss(a.call, a.sides[0], flags, a.rest, rows, a.out, threads);
 }
 
+// fields: the seven of the record, the address of num_items, rows and size; settings: the call's floats in their order;
+// outputs: addresses of loss, metrics, gradient and losses
+void ranked_loss(py::handle fields, const char* form, py::handle settings, int sum, py::handle outputs, const char* isa,
+                 int threads) {
+  const Kernels& k = kernels_of(isa);
+  const Numbers f(fields), o(outputs);
+  const RankedGroups groups = {loss_field(f[0]), loss_field(f[1]),
+                               loss_field(f[2]), loss_field(f[3]),
+                               loss_flags(f[4]), at<const int64_t>(f.address(5)),
+                               loss_field(f[6]), at<const float>(f.address(7)),
+                               f.integer(8),     f.integer(9)};
+  float x[6] = {};
+  Numbers(settings).into(x, 6);
+  const RankedCall call = {form, sum, x[0], x[1], x[2], x[3], x[4], x[5]};
+  const RankedOut out = {at<float>(o.address(0)), at<RankedMetrics>(o.address(1)), at<float>(o.address(2)),
+                         at<float>(o.address(3))};
+  py::gil_scoped_release release;
+  k.ranked_loss(call, groups, out, threads);
+}
+
 // The names of the formulas that have C++: scores, links of pairs, links of single responses.
 std::vector<std::string> preference_formulas() {
   return {
@@ -191,6 +211,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("token_loss_surrogates", &surrogates);
   m.def("pair_loss", &pair_loss);
   m.def("unpaired_loss", &unpaired_loss);
+  m.def("ranked_loss", &ranked_loss);
   m.def("preference_formulas", &preference_formulas);
   m.def("affine_scan", &affine_scan);
   m.def("gae", &gae);

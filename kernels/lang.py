@@ -63,6 +63,8 @@ class TorchVocabulary:
     div_rn = _binary(torch.div)
     where = staticmethod(torch.where)
     zeros_like = staticmethod(torch.zeros_like)
+    sum = staticmethod(torch.sum)
+    max = staticmethod(torch.amax)
 
     @staticmethod
     def fma(x, y, z):

@@ -40,6 +40,7 @@ from rlfast.loss_table import LOSSES, loss  # noqa: E402
 from rlfast.losses import Loss, LossMetrics, LossOutput  # noqa: E402
 from rlfast.preference import Part, PreferenceLoss, PreferenceOutput  # noqa: E402
 from rlfast.preference_table import PREFERENCES, preference_loss  # noqa: E402
+from rlfast.ranked import RANKED, RankedLoss, RankedOutput, ranked_loss  # noqa: E402
 from rlfast.reductions import Whiten, masked_mean, masked_whiten  # noqa: E402
 from rlfast.reward_losses import (  # noqa: E402
     REWARD_LOSSES,
@@ -64,6 +65,7 @@ __version__ = "0.1.0"
 __all__ = [
     "LOSSES",
     "PREFERENCES",
+    "RANKED",
     "REWARD_LOSSES",
     "UNPAIRED",
     "AdaptiveEntropy",
@@ -78,6 +80,8 @@ __all__ = [
     "Part",
     "PreferenceLoss",
     "PreferenceOutput",
+    "RankedLoss",
+    "RankedOutput",
     "RewardLoss",
     "RunningDelta",
     "RunningMeanStd",
@@ -120,6 +124,7 @@ __all__ = [
     "preference_loss",
     "process_reward_loss",
     "quantile_loss",
+    "ranked_loss",
     "reward_loss",
     "reward_to_go",
     "rollout_keep",

@@ -33,6 +33,7 @@ IMPLEMENTED = {
     "token_loss": ("reference", "torch", "cpu", "triton", "cuda"),
     "pair_loss": ("reference", "torch", "cpu", "triton"),
     "unpaired_loss": ("reference", "torch", "cpu", "triton"),
+    "ranked_loss": ("reference", "torch", "cpu", "triton"),
     "affine_scan": ("reference", "torch", "cpu", "triton", "cuda"),
     "group_advantage": ("reference", "torch", "cpu", "triton"),
 }

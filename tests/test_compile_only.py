@@ -57,6 +57,7 @@ def test_no_kernel_spills_and_none_is_missed(tool):
         "bfloat16 gae all outputs",
         "bfloat16 baseline 0",
         "bfloat16 ppo_clip k3 unit=1",
+        "bfloat16 ranked plackett_luce K=8 packed all fields",
     ):
         found = tool.compile_triton(90, only, lambda text: None)
         done, reached = done + found[0], reached | found[1]

@@ -46,6 +46,8 @@ PUBLIC = [
     rlfast.AdaptiveKL,
     rlfast.AdaptiveEntropy,
     rlfast.RunningMeanStd,
+    rlfast.ranked_loss,
+    rlfast.RankedLoss,
 ]
 DOCUMENTED = (
     "token_logps", "linear_token_logps", "divergence", "linear_divergence", "use_backend", "kl_penalty", "value_loss", "shape_rewards", "length_reward",

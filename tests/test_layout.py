@@ -43,6 +43,7 @@ FLOORS = {
     "rlfast.limits": 3,
     "rlfast.presets": 3,
     "rlfast.kl": 3,
+    "rlfast.ranked": 3,
     "rlfast.values": 3,
     "rlfast.rewards": 3,
     "rlfast.controllers": 3,
@@ -59,6 +60,7 @@ FLOORS = {
     "rlfast.ops.records": 1,  # the arguments of a backend: what both sides of that seam speak
     "rlfast.ops.loss_records": 1,
     "rlfast.ops.preference_records": 1,
+    "rlfast.ops.ranked_records": 1,
     "rlfast.ops.scan_records": 1,
     "rlfast.ops.divergence_records": 1,
     "rlfast.ops.group_records": 1,

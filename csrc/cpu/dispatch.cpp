@@ -23,6 +23,7 @@ namespace {
    isa::token_loss,                  \
    isa::pair_loss,                   \
    isa::unpaired_loss,               \
+   isa::ranked_loss,                 \
    isa::affine_scan,                 \
    isa::group_advantage,             \
    isa::read_sum},

@@ -8,6 +8,7 @@
 #include "../rlfast/divergence.h"
 #include "../rlfast/group_advantage.h"
 #include "../rlfast/preference.h"
+#include "../rlfast/ranked_loss.h"
 
 #ifndef RLFAST_ISAS
 #define RLFAST_ISAS(X) X(baseline)
@@ -50,6 +51,8 @@ namespace rlfast {
   /* the same of single responses, each desirable or not */                                                              \
   void unpaired_loss(const PreferenceCall&, const PreferenceSide&, const LossFlags& desirable, const PreferenceRest&,    \
                      int64_t rows, const PreferenceOut&, int threads);                                                   \
+  /* groups of candidates in an order → the loss, its metrics and its gradient; the form is known */                     \
+  void ranked_loss(const RankedCall&, const RankedGroups&, const RankedOut&, int threads);                               \
   /* the recurrence of each row into the outputs whose pointers are not null; the advantages whitened if asked for */    \
   void affine_scan(const ScanIn&, const ScanOut&, const Whiten&, int threads);                                           \
   /* the advantage of each sample over its group, and what the groups are like */                                        \
@@ -88,6 +91,7 @@ struct Kernels {
   decltype(&baseline::token_loss) token_loss;
   decltype(&baseline::pair_loss) pair_loss;
   decltype(&baseline::unpaired_loss) unpaired_loss;
+  decltype(&baseline::ranked_loss) ranked_loss;
   decltype(&baseline::affine_scan) affine_scan;
   decltype(&baseline::group_advantage) group_advantage;
   decltype(&baseline::read_sum) read_sum;

@@ -1,12 +1,12 @@
 """Formulas: pure arithmetic, written once, run by Triton, by torch and by the C++ that is printed from them.
 
 ``SURROGATES`` and ``ESTIMATORS`` are what a policy loss may name; ``SCORES``, ``PAIRS`` and ``SINGLES`` a preference
-loss.
+loss, ``RANKINGS`` a loss of ranked groups.
 """
 
 from typing import NamedTuple
 
-from rlfast.kernels.formulas import anchored, kl, pair, reward, score, token, unpaired, value
+from rlfast.kernels.formulas import anchored, kl, pair, ranked, reward, score, token, unpaired, value
 
 
 class Formula(NamedTuple):
@@ -32,3 +32,4 @@ ESTIMATORS = {name: getattr(kl, name) for name in ("k1", "k2", "k3", "absolute")
 SCORES = _formulas(score)
 PAIRS = _formulas(pair) | _formulas(anchored) | _formulas(reward)
 SINGLES = _formulas(unpaired)
+RANKINGS = _formulas(ranked)
