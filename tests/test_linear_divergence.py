@@ -229,9 +229,21 @@ def test_many_chunks_of_rows(backend, device, monkeypatch):
 
 H, W = torch.randn(4, 6), torch.randn(11, 6)
 BAD = {
-    "ref-rows": ({"ref_hidden": torch.randn(5, 6)}, ValueError, "ref_hidden: expected shape (4, 'E') like the rows of hidden"),
-    "ref-width": ({"ref_weight": torch.randn(11, 7)}, ValueError, "ref_weight: expected shape (V, 6) to match ref_hidden"),
-    "ref-vocab": ({"ref_weight": torch.randn(12, 6)}, ValueError, "ref_weight: expected shape (11, 6) for the vocabulary"),
+    "ref-rows": (
+        {"ref_hidden": torch.randn(5, 6)},
+        ValueError,
+        "ref_hidden: expected shape (4, 'E') like the rows of hidden",
+    ),
+    "ref-width": (
+        {"ref_weight": torch.randn(11, 7)},
+        ValueError,
+        "ref_weight: expected shape (V, 6) to match ref_hidden",
+    ),
+    "ref-vocab": (
+        {"ref_weight": torch.randn(12, 6)},
+        ValueError,
+        "ref_weight: expected shape (11, 6) for the vocabulary",
+    ),
     "ref-bias": ({"ref_bias": torch.ones(3)}, ValueError, "ref_bias: expected shape (11,) like the rows of ref_weight"),
     "ref-dtype": (
         {"ref_hidden": H.bfloat16(), "ref_weight": W.bfloat16()}, TypeError, "ref_hidden: expected dtype torch.float32",

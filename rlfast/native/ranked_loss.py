@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from rlfast.native.preferences import DTYPES, _address, _written, extension_of
+from rlfast.native.preferences import DTYPES, _written
+from rlfast.native.token_logps import address, extension_of
 from rlfast.ops.preference_records import SUM
 from rlfast.ops.ranked_records import Groups, Output, Settings, rows_of
 
@@ -28,9 +29,9 @@ def forward(groups: Groups, form: str, settings: Settings, reduce: int, most: in
     if mask is not None:
         mask = mask if mask.stride(-1) == 1 else mask.contiguous()
     fields = (
-        *map(_field, groups[:4]), None if mask is None else _flags(mask), _address(groups.cu_seqlens),
+        *map(_field, groups[:4]), None if mask is None else _flags(mask), address(groups.cu_seqlens),
         None if weights is None else (weights.data_ptr(), DTYPES[weights.dtype], weights.stride(0), 0),
-        _address(groups.num_items), rows_of(groups), groups.scores.shape[-1],
+        address(groups.num_items), rows_of(groups), groups.scores.shape[-1],
     )  # fmt: skip
     outputs = (out.loss.data_ptr(), out.metrics.data_ptr(), _written(out.d_scores), _written(out.losses))
     extension.ranked_loss(fields, form, settings, int(reduce == SUM), outputs, *last)
