@@ -1,6 +1,7 @@
 """The ``triton`` backend of divergences of two heads: cuBLAS tiles of both, folded as they come.
 
-As ``linear_token_logps``: a tile of logits is one GEMM of each head, in float32, and ∂L/∂logits of the own side goes into two
+As ``linear_token_logps``: a tile of logits is one GEMM of each head, in float32, and ∂L/∂logits of the own side goes
+into two
 more GEMMs as it is or as three bfloat16 numbers. A JSD sweeps the tiles twice forward: kept ones, or made again.
 """
 

@@ -60,7 +60,8 @@ def cotangents(values: list) -> list:
 
 
 def oracle(pair: Pair, dtype: torch.dtype, order: int = 0) -> tuple[dict, dict]:
-    """(values, gradients) by the reference in ``dtype``, garbage in skipped rows replaced by zeros; ``order`` > 0 sums in
+    """(values, gradients) by the reference in ``dtype``, garbage in skipped rows replaced by zeros; ``order`` > 0
+    sums in
     another order."""
     leaves = {}
     for name, x in pair.inputs.items():
@@ -388,7 +389,8 @@ ROWS = {
     "infinite": _infinite, "half_possible": _half_possible, "far": _far, "one_outcome": _one_outcome,
     "offset_1e6": _moved(1e6), "below_zero": _moved(-1e4), "offset_3e4_bf16": _moved(3e4, torch.bfloat16, 300.0),
     "nan_row": _nan_row, "impossible_row": _impossible_row, "garbage_in_masked_rows": _garbage_in_masked_rows,
-    "all_masked": _all_masked, "near": _near, "wide": _wide, "vocabulary_50257": _odd(50257), "vocabulary_32003": _odd(32003),
+    "all_masked": _all_masked, "near": _near, "wide": _wide,
+    "vocabulary_50257": _odd(50257), "vocabulary_32003": _odd(32003),
 }  # fmt: skip
 # Those whose logits a head of one-hot states gives: the others hold NaN, or −inf in some rows of a column alone.
 PROJECTED = ("far", "one_outcome", "offset_1e6", "below_zero", "offset_3e4_bf16", "near", "wide")

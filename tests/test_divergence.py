@@ -1,4 +1,5 @@
-"""``divergence`` on every backend: the options, the inputs that break such kernels, what is special about two distributions."""
+"""``divergence`` on every backend: the options, the inputs that break such kernels, what is special about two
+distributions."""
 
 from __future__ import annotations
 
@@ -180,7 +181,8 @@ def test_top_k(backend, device, kind, support):
     check(Pair(logits_pair(n, 900), options, ("lse", "entropy"), ("value", "logp")), backend, device)
 
 
-# A bucket holds 1 − Σ p, and so the rounding of its log-probs: those of the reference and of Triton are rounded once more.
+# A bucket holds 1 − Σ p, and so the rounding of its log-probs: those of the reference and of Triton are rounded once
+# more.
 @pytest.mark.backends("torch", "cpu")
 @pytest.mark.parametrize("support", ("teacher", "student"))
 @pytest.mark.parametrize("kind", KINDS)

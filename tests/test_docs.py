@@ -48,7 +48,8 @@ PUBLIC = [
     rlfast.RunningMeanStd,
 ]
 DOCUMENTED = (
-    "token_logps", "linear_token_logps", "divergence", "linear_divergence", "use_backend", "kl_penalty", "value_loss", "shape_rewards", "length_reward",
+    "token_logps", "linear_token_logps", "divergence", "linear_divergence",
+    "use_backend", "kl_penalty", "value_loss", "shape_rewards", "length_reward",
     "overlong_penalty", "clip_cov_keep", "kl_cov_extra", "top_entropy_keep", "rollout_keep",
 )  # fmt: skip
 

@@ -23,7 +23,8 @@ def log_ratio(x, y):
 
 
 class ChunkedKL(torch.autograd.Function):
-    """KL(ref‖policy) whose backward writes S − T a chunk at a time: one [N, V] gradient, no other temporary of its size."""
+    """KL(ref‖policy) whose backward writes S − T a chunk at a time: one [N, V] gradient, no other temporary of its
+    size."""
 
     @staticmethod
     def forward(ctx, logits, ref_logits):

@@ -68,7 +68,8 @@ class Pair(Case):
 
 @dataclass(frozen=True, kw_only=True)
 class Heads(Case):
-    """From two heads of different widths, forward and the student's gradients: four GEMMs, six when logits are made twice."""
+    """From two heads of different widths, forward and the student's gradients: four GEMMs, six when logits are made
+    twice."""
 
     op: str = "linear_divergence"
     rows: int

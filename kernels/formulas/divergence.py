@@ -20,7 +20,8 @@ def gap_term(e, gap, z_p, z_q):
 def over_mixture(u, beta, rest):
     """(log M/S, log M/T) of u = log T − log S, M = rest·S + beta·T, rest = 1 − beta.
 
-    With w = e^−|u|, the smaller over the larger: log M/S = log(1 + β·(w − 1)) for u ≤ 0, log M/T = log(1 + (1 − β)·(w − 1)) for
+    With w = e^−|u|, the smaller over the larger: log M/S = log(1 + β·(w − 1)) for u ≤ 0, log M/T = log(1 + (1 − β)·(w
+    − 1)) for
     u > 0, and the other is u away.
     """
     u = tl.where(u > FAR, FAR, tl.where(u < -FAR, -FAR, u))

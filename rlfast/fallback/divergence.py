@@ -3,7 +3,8 @@
 KL(p‖q) = E_p[x_p − x_q] − log Σe_p + log Σe_q, x = z − peak: the difference comes first, so that p = q gives exactly 0.
 
 The terms of a JSD come from u = log T − log S and the smaller of the two probabilities over the larger, w = e^−|u|:
-log M/S = log1p(β·(w − 1)) for u ≤ 0, where T = w·S, and log M/T = log1p((1 − β)·(w − 1)) for u > 0; the other is u away.
+log M/S = log1p(β·(w − 1)) for u ≤ 0, where T = w·S, and log M/T = log1p((1 − β)·(w − 1)) for u > 0; the other is u
+away.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ import torch
 from rlfast.fallback.token_logps import (
     Exponentials,
     chunks,
-    compute_dtype,
     counted_rows,
     exponentials,
     grads_by_row,

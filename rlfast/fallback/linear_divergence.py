@@ -42,7 +42,7 @@ def backward(
     kept, other_kept,
 ):  # fmt: skip
     """See ``rlfast/ops/linear_divergence.py``."""
-    hidden, weight, bias = own
+    hidden, weight, _ = own
     n, vocab, dtype = hidden.shape[0], weight.shape[0], compute_dtype(hidden)
     ids, counted = ids_of(targets, mask, n, hidden.device)
     live, saved, grads = live_rows(mask, n, hidden.device), flat_saved(saved, n), grads_by_row(grads, n)

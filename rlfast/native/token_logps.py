@@ -28,7 +28,8 @@ def _inputs(logits, targets, mask, transform: Transform) -> tuple:
     shape, lead = logits.shape, logits.dim() - 1
     temperature, tensor = transform.temperature, isinstance(transform.temperature, torch.Tensor)
     return (
-        logits.data_ptr(), DTYPES[logits.dtype], shape[0] if lead == 2 else 1, shape[-2], shape[-1], *strides_of(logits),
+        logits.data_ptr(), DTYPES[logits.dtype], shape[0] if lead == 2 else 1, shape[-2], shape[-1],
+        *strides_of(logits),
         temperature.data_ptr() if tensor else 0, 1.0 if tensor else temperature,
         transform.softcap, transform.logit_scale,
         targets.data_ptr(), address(mask), targets.shape[-1] if targets.dim() > lead else 1,

@@ -41,7 +41,8 @@ def measure(log_s, log_t, kind, beta):
 
 
 def chosen(z, ids, tail):
-    """Log-probabilities of z [*, V] at ids [*, K] among themselves, or beside one bucket for all the others [*, K + 1]."""
+    """Log-probabilities of z [*, V] at ids [*, K] among themselves, or beside one bucket for all the others [*, K +
+    1]."""
     here = z.gather(-1, ids)
     if tail == "bucket":
         rest = torch.logsumexp(z.scatter(-1, ids, -math.inf), -1, keepdim=True)

@@ -1,4 +1,5 @@
-"""The divergence ops: each kind, with soft-caps, a temperature a row, a mask and targets; a student near its teacher."""
+"""The divergence ops: each kind, with soft-caps, a temperature a row, a mask and targets; a student near its
+teacher."""
 
 from __future__ import annotations
 
