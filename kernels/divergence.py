@@ -9,11 +9,8 @@ from typing import NamedTuple
 
 import torch
 
-from rlfast.kernels.formulas.divergence import FORWARD, JSD, REVERSE, divergence_gradient
-from rlfast.kernels.formulas.logit import pulled_back
-from rlfast.kernels.lang import jit, tl
+from rlfast.kernels.formulas.divergence import FORWARD, JSD, REVERSE
 from rlfast.kernels.leaves import (
-    INTS,
     LEAF,
     MERGED_ROWS,
     Merged,
@@ -22,64 +19,14 @@ from rlfast.kernels.leaves import (
     Tokens,
     alignment,
     allocate_scratch,
-    counts,
-    inside_of,
-    load_logits,
     merge,
     place_of,
-    row_start,
-    temperature_of,
 )
-from rlfast.kernels.pair_leaves import SIDE, PairSaved, Side, fold_mixed, fold_pair, merge_gaps, merge_mixed, z_of
-from rlfast.kernels.token_logps import BLOCK, NARROW, OPTIONS, Saved, kind_of, row_gradient, scalars_of
+from rlfast.kernels.pair import PairSaved, Side, fold_mixed, fold_pair, merge_gaps, merge_mixed, pair_gradient
+from rlfast.kernels.token_logps import BLOCK, NARROW, OPTIONS, Saved, kind_of, scalars_of
 from rlfast.ops.divergence_records import KINDS, REF_LSE, Measure, Outputs, allocate, candidates_of, student_rows
 from rlfast.ops.divergence_records import saved_of as views_of
 from rlfast.ops.records import ENTROPY, LSE, Transform
-
-
-@jit(do_not_specialize=[*SIDE, "out_outer", "out_inner", *INTS])
-def pair_gradient(
-    x_ptr, y_ptr, out_ptr, middle_ptr, low_ptr, own, other, saved, pair, beta, rest, ref_outer, ref_stride,
-    out_outer, out_inner,
-    inner, stride_outer, stride_inner, start, columns, first_row, candidates, rows, vocab, leaves,
-    KIND: tl.constexpr, REF_KIND: tl.constexpr, MEASURE: tl.constexpr, MORE: tl.constexpr, ALIGNED: tl.constexpr,
-):  # fmt: skip
-    """∂L/∂x of BLOCK columns of a row of the own side; grid: rows × blocks. With ``low_ptr``, as a sum of three."""
-    place = Place(inner, stride_outer, stride_inner, start, columns, first_row)
-    other_place = Place(inner, ref_outer, ref_stride, start, columns, first_row)
-    sizes = Sizes(candidates, rows, vocab, leaves)
-    blocks = tl.cdiv(columns, BLOCK)
-    local_row = tl.program_id(0) // blocks
-    row = local_row.to(tl.int64) + first_row
-    column = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
-    inside = inside_of(place, column, ALIGNED)
-    rows = tl.cast(rows, tl.int64)
-    g = tl.zeros([BLOCK], tl.float32)
-    if counts(own.tokens, sizes, row, True):
-        z = z_of(x_ptr, place, own, local_row, row, column, KIND, ALIGNED)
-        if MORE:
-            g = row_gradient(z, start + column, row, own.tokens, sizes, saved)
-        if pair.g_value is not None:
-            y = z_of(y_ptr, other_place, other, local_row, row, column, REF_KIND, ALIGNED)
-            high, low = tl.load(pair.centre + row), tl.load(pair.centre + rows + row)
-            d = divergence_gradient(
-                z - tl.load(pair.aux + row), y - tl.load(pair.other + row), tl.load(pair.aux + rows + row),
-                tl.load(pair.other + rows + row), high, low, tl.cast(beta, tl.float32), tl.cast(rest, tl.float32),
-                MEASURE,
-            )  # fmt: skip
-            g += tl.load(pair.g_value + row) * tl.where(high == high, d, float("nan"))
-        temperature = temperature_of(own.tokens, own.scalars, row)
-        softcap, logit_scale = tl.cast(own.scalars.softcap, tl.float32), tl.cast(own.scalars.logit_scale, tl.float32)
-        x = load_logits(x_ptr, place, own.tokens, local_row, column, ALIGNED)
-        g = pulled_back(g, x, temperature, softcap, logit_scale, KIND)
-    at = row_start(Place(inner, out_outer, out_inner, start, columns, first_row), local_row, ALIGNED) + column
-    high = g.to(out_ptr.dtype.element_ty)
-    tl.store(out_ptr + at, high, mask=inside)
-    if low_ptr is not None:
-        rest_of = g - high.to(tl.float32)
-        middle = rest_of.to(middle_ptr.dtype.element_ty)
-        tl.store(middle_ptr + at, middle, mask=inside)
-        tl.store(low_ptr + at, (rest_of - middle.to(tl.float32)).to(low_ptr.dtype.element_ty), mask=inside)
 
 
 class Batch(NamedTuple):
@@ -226,7 +173,8 @@ def backward(own, other, targets, mask, transform, other_transform, measure: Mea
 
 
 class CompileCase(NamedTuple):
-    """One call whose launches ``make compile`` compiles: outputs, targets, mask and temperatures where ``full``."""
+    """One call whose launches ``make compile`` compiles: every output, targets, mask and temperatures where
+    ``full``."""
 
     dtype: torch.dtype
     measure: Measure

@@ -1,4 +1,5 @@
-"""Exact divergences of two distributions over the vocabulary, from logits or from two models' hidden states."""
+"""Exact divergences of two distributions over the vocabulary, from logits or straight from two models' hidden
+states."""
 
 from __future__ import annotations
 
@@ -76,7 +77,7 @@ def divergence(
 
     Args:
         logits: [*, V] float32, bfloat16 or float16 (float64 runs on the torch backend), any strides: the student, the
-            policy.
+        policy.
         ref_logits: the same of the teacher, the reference. It gets a gradient if it needs one.
         kind: "forward_kl", "reverse_kl" or "jsd".
         beta: a float in [0, 1], of the JSD.
@@ -84,16 +85,19 @@ def divergence(
         ref_temperature: of the teacher; None: the student's.
         ref_softcap, ref_logit_scale: of the teacher, whose head may differ.
         targets: None, or [*] or [*, K] ids as in ``token_logps``: gives the student's ``logp`` of them in the same
-            pass. A row whose targets are all −100 is skipped.
+        pass. A row
+            whose targets are all −100 is skipped.
         mask: [*], zero where a row is skipped: its outputs and its gradients are 0, whatever it holds.
         outputs: more to return: "lse", "entropy" (the student's), "ref_lse".
         reduce: "none", "mean" (over the rows that count), "sum", or "batchmean" (the sum over the first dimension's
-            size).
+        size).
         top_k: None, or how many outcomes to compare: the largest of the distribution named by ``support``.
         tail: what becomes of the outcomes outside the top-k: "renormalize" leaves them out on both sides, "bucket"
-            makes them one more outcome on both sides, of a mass of 2⁻²⁶ at least.
-        support: "teacher" or "student"; None: the one that the expectation is under, the student for a reverse KL (and
-            a JSD with β = 1), else the teacher.
+        makes them
+            one more outcome on both sides, of a mass of 2⁻²⁶ at least.
+        support: "teacher" or "student"; None: the one that the expectation is under, the student for a reverse KL
+        (and a JSD
+            with β = 1), else the teacher.
 
     Returns:
         Divergence. With ``top_k``, ``value`` alone is of the selected outcomes.
@@ -169,7 +173,7 @@ def linear_divergence(
         ref_weight: [V, E] of hidden's dtype.
         bias, ref_bias: [V] of hidden's dtype, or None.
         memory_budget: bytes that the forward may keep for the backward: 8·N·V for both float32 logits. Else they are
-            made again.
+        made again.
         kind, beta, temperature, ref_temperature, softcap, ref_softcap, logit_scale, ref_logit_scale, targets, mask,
         outputs,
         reduce, top_k, tail, support: as in ``divergence``.
@@ -182,8 +186,9 @@ def linear_divergence(
         TypeError, ValueError: as in ``divergence``.
 
     Example:
-        >>> student, teacher = (torch.randn(2, 5, 16), torch.randn(100, 16)), (torch.randn(2, 5, 24), torch.randn(100,
-        24)) >>> rlfast.linear_divergence(*student, *teacher, kind="jsd", reduce="mean").value.shape
+        >>> student = torch.randn(2, 5, 16), torch.randn(100, 16)
+        >>> teacher = torch.randn(2, 5, 24), torch.randn(100, 24)
+        >>> rlfast.linear_divergence(*student, *teacher, kind="jsd", reduce="mean").value.shape
         torch.Size([])
     """
     hidden, weight, bias = logps.checked_head(hidden, weight, bias)
@@ -295,7 +300,8 @@ def _top_k(top_k, tail, support, vocab: int) -> bool:
 
 
 def _flat_rows(call: _Call, keep_two: bool) -> tuple:
-    """(targets, mask, options) with the leading dimensions merged into one, unless one or two may stay."""
+    """(targets, mask, options) with the leading dimensions merged into one, unless there are one or two that may
+    stay."""
     if len(call.lead) == 1 or (keep_two and len(call.lead) == 2):
         return call.targets, call.mask, call.options
     n = math.prod(call.lead)

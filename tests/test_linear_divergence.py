@@ -218,7 +218,7 @@ def test_opcheck(backend, device):
 def test_float64(backend, device):
     inputs = {k: x.double() for k, x in heads_of(7, (20, 12), 300, bias=True).items()}
     for kind in KINDS:
-        check(Pair(inputs, {"kind": kind, "softcap": 5.0}, (*ALL[1:-1], "ref_lse")), backend, device)
+        check(Pair(inputs, {"kind": kind, "softcap": 5.0}, ALL[1:]), backend, device)
 
 
 @pytest.mark.backends("torch")
@@ -229,21 +229,9 @@ def test_many_chunks_of_rows(backend, device, monkeypatch):
 
 H, W = torch.randn(4, 6), torch.randn(11, 6)
 BAD = {
-    "ref-rows": (
-        {"ref_hidden": torch.randn(5, 6)},
-        ValueError,
-        "ref_hidden: expected shape (4, 'E') like the rows of hidden",
-    ),
-    "ref-width": (
-        {"ref_weight": torch.randn(11, 7)},
-        ValueError,
-        "ref_weight: expected shape (V, 6) to match ref_hidden",
-    ),
-    "ref-vocab": (
-        {"ref_weight": torch.randn(12, 6)},
-        ValueError,
-        "ref_weight: expected shape (11, 6) for the vocabulary",
-    ),
+    "ref-rows": ({"ref_hidden": torch.randn(5, 6)}, ValueError, "ref_hidden: expected shape (4, 'E') like"),
+    "ref-width": ({"ref_weight": torch.randn(11, 7)}, ValueError, "ref_weight: expected shape (V, 6) to match"),
+    "ref-vocab": ({"ref_weight": torch.randn(12, 6)}, ValueError, "ref_weight: expected shape (11, 6) for"),
     "ref-bias": ({"ref_bias": torch.ones(3)}, ValueError, "ref_bias: expected shape (11,) like the rows of ref_weight"),
     "ref-dtype": (
         {"ref_hidden": H.bfloat16(), "ref_weight": W.bfloat16()}, TypeError, "ref_hidden: expected dtype torch.float32",

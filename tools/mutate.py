@@ -32,6 +32,7 @@ OPS = ("tests/test_token_logps.py", "tests/test_linear_token_logps.py", "tests/t
 # The tests of a mutant whose file is of another family: the first word that its path holds.
 FAMILIES = {
     "group": ("tests/test_group_advantage.py",),
+    "ranked": ("tests/test_ranked_loss.py",),
     "scan": ("tests/test_affine_scan.py",),
     "kernels/rows": ("tests/test_affine_scan.py",),
 }

@@ -75,7 +75,7 @@ F in_turn(const Ranked& g) {
     }
     const F away = rest.value(), total = add(here, away);
     const F nll = add(sub(peak, own), log1p_of(select(equal(own, peak), away, sub(total, one))));
-    const F share = only(g.valid(i), div(one, total));
+    const F share = div(one, total);
     value += only(g.valid(i), nll);
     LaneSum lost;
     for (int64_t j = i + 1; j < g.most; ++j) {

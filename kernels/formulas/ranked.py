@@ -88,7 +88,7 @@ def in_turn(g, own, z, h):
 def plackett_luce(g: Group, h: Ranking):
     """ℓ = Σ_{i ≤ top} [log Σ_{j≥i} e^x_j − x_i].
 
-    ∂ℓ/∂x_k = Σ_{i≤k} p_ik − 1, p_ik = e^x_k/Σ_{j≥i} e^x_j. arXiv 2301.11270, 2305.18290 (A.3).
+    ∂ℓ/∂x_k = Σ_{i≤k} p_ik − 1, p_ik = e^x_k/Σ_{j≥i} e^x_j. arXiv 2301.11270, 2305.18290.
     """
     value, p = in_turn(g, g.x, g.x[:, None, :], h)
     return tl.sum(value, 1), flow(p)
@@ -110,7 +110,7 @@ def pro(g: Group, h: Ranking):
 def bradley_terry(g: Group, h: Ranking):
     """ℓ = mean over the pairs with r_i > r_j of −log σ(x_i − x_j).
 
-    ∂ℓ/∂(x_j − x_i) = σ(x_j − x_i)/pairs. InstructGPT, arXiv 2203.02155 (1).
+    ∂ℓ/∂(x_j − x_i) = σ(x_j − x_i)/pairs. InstructGPT, arXiv 2203.02155.
     """
     better = g.ahead & (g.reward[:, :, None] > g.reward[:, None, :])
     z = g.x[:, None, :] - g.x[:, :, None]
@@ -123,7 +123,7 @@ def bradley_terry(g: Group, h: Ranking):
 def hinge(g: Group, h: Ranking):
     """ℓ = Σ over the pairs with r_i > r_j of max(0, x_j − x_i).
 
-    ∂ℓ/∂(x_j − x_i) = 1 where it is above 0. RRHF, arXiv 2304.05302 (3).
+    ∂ℓ/∂(x_j − x_i) = 1 where it is above 0. RRHF, arXiv 2304.05302.
     """
     z = g.x[:, None, :] - g.x[:, :, None]
     wrong = g.ahead & (g.reward[:, :, None] > g.reward[:, None, :]) & (z > 0.0)
@@ -134,7 +134,7 @@ def hinge(g: Group, h: Ranking):
 def reverse_kl(g: Group, h: Ranking):
     """ℓ = KL(p‖q) = Σ_k p_k·(log p_k − log q_k), p = softmax(x), q = softmax(r/τ).
 
-    ∂ℓ/∂x_k = p_k·(log p_k − log q_k − ℓ). EXO, arXiv 2402.00856 (14).
+    ∂ℓ/∂x_k = p_k·(log p_k − log q_k − ℓ). EXO, arXiv 2402.00856.
     """
     log_p, p = log_softmax(g.x, g)
     log_q, _ = target(g, h.tau)
@@ -147,7 +147,7 @@ def reverse_kl(g: Group, h: Ranking):
 def cross_entropy(g: Group, h: Ranking):
     """ℓ = −Σ_k q_k·log p_k, p = softmax(x), q = softmax(r/τ).
 
-    ∂ℓ/∂x_k = p_k − q_k. InfoNCA, arXiv 2402.05369 (10).
+    ∂ℓ/∂x_k = p_k − q_k. InfoNCA, arXiv 2402.05369.
     """
     log_p, p = log_softmax(g.x, g)
     _, q = target(g, h.tau)
@@ -158,7 +158,7 @@ def cross_entropy(g: Group, h: Ranking):
 def nca(g: Group, h: Ranking):
     """ℓ = −Σ_k [q_k·log σ(x_k) + log σ(−x_k)/K], q = softmax(r/τ).
 
-    ∂ℓ/∂x_k = σ(x_k)/K − q_k·σ(−x_k). NCA, arXiv 2402.05369 (12).
+    ∂ℓ/∂x_k = σ(x_k)/K − q_k·σ(−x_k). NCA, arXiv 2402.05369.
     """
     _, q = target(g, h.tau)
     each = tl.div_rn(1.0, tl.maximum(g.count, 1.0))[:, None]

@@ -7,9 +7,11 @@ A backend module provides
 
 with logits and ref_logits [*lead, V] of one dtype and of one or two leading dimensions, each of any stride, the last
 contiguous; targets int64 and contiguous, [*lead] or [*lead, K], or None; mask bool [*lead] or None: the rows that are
-not skipped, those whose targets are all −100 among the skipped. ``own`` is the side whose gradient is written to
-``out`` [*lead, V]: the student's or the teacher's logits, with the measure as that side sees it (``Measure.swapped``).
-``grads`` is (g_value, g_logp, g_lse, g_entropy), each contiguous, or None; the teacher has no g_logp and no g_entropy.
+not
+skipped, those whose targets are all −100 among the skipped. ``own`` is the side whose gradient is written to ``out``
+[*lead, V]: the student's or the teacher's logits, with the measure as that side sees it (``Measure.swapped``).
+``grads`` is
+(g_value, g_logp, g_lse, g_entropy), each contiguous, or None; the teacher has no g_logp and no g_entropy.
 
 S = p of the own side, T of the other:
     KL(T‖S)   ∂/∂z_j = S_j − T_j

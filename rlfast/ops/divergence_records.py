@@ -1,7 +1,8 @@
 """What the divergence ops pass to their backends and save for their backward.
 
 A divergence seen from the other side is another one: KL(T‖S) is the reverse KL of T to S, JSD_β(S, T) = JSD_{1−β}(T,
-S). So a backward knows one gradient, that of its ``own`` side, and is called once for each side that needs one.
+S).
+So a backward knows one gradient, that of its ``own`` side, and is called once for each side that needs one.
 """
 
 from __future__ import annotations
@@ -40,10 +41,10 @@ class Outputs(NamedTuple):
     """The tensors of a forward, as a backend fills them, float32 (float64 for float64); None: not asked for.
 
     ``aux`` [·, *lead] begins as that of ``token_logps`` for the student (peak, log_sum, logp of each candidate, entropy
-    if asked for); then come peak and log_sum of the teacher, and two centres, the student's and the teacher's, each as
-    a sum
+    if asked for); then come peak and log_sum of the teacher, and two centres, the student's and the teacher's, each
+    as a sum
     of two numbers: where p is near 1 a gradient is the difference of a centre and a number like it. The centre of p
-        beside q
+    beside q
     is KL(p‖M) for a JSD; for a KL it is E_p[gap], gap = (z_p − peak_p) − (z_q − peak_q); a gradient S − T needs none,
     and the room is a backend's own.
     """

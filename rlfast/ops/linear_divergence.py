@@ -3,14 +3,17 @@
 A backend module provides
 
     forward(head, ref_head, targets, mask, transform, ref_transform, measure, outputs, keep) -> (Outputs, kept,
-    ref_kept) backward(own, other, targets, mask, transform, other_transform, measure, saved, grads, needs, kept,
-    other_kept)
+    ref_kept)
+    backward(own, other, targets, mask, transform, other_transform, measure, saved, grads, needs, kept, other_kept)
         -> (g_hidden, g_weight, g_bias)
 
 with heads of one vocabulary V and one dtype: hidden [N, D], weight [V, D], each with its own D, rows of any stride,
-the last dimension contiguous, bias [V] or None. ``keep`` asks for the float32 logits of both sides to be kept for the
-backward; the backend says how their rows lie, and only reads them. ``needs`` is three bools of the own head; a
-gradient that is not needed comes back with no elements and costs nothing. The rest is as in ``divergence``.
+the last
+dimension contiguous, bias [V] or None. ``keep`` asks for the float32 logits of both sides to be kept for the
+backward; the
+backend says how their rows lie, and only reads them. ``needs`` is three bools of the own head; a gradient that is not
+needed
+comes back with no elements and costs nothing. The rest is as in ``divergence``.
 """
 
 from __future__ import annotations

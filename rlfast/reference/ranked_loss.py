@@ -12,12 +12,12 @@ from torch.nn.functional import logsigmoid, relu
 
 
 def plackett_luce(x, r, tau, top):
-    """arXiv 2305.18290 (18): the candidates are chosen one after the other."""
+    """arXiv 2305.18290: the candidates are chosen one after the other."""
     return sum(torch.logsumexp(x[j:], 0) - x[j] for j in range(min(len(x), top)))
 
 
 def pro(x, r, tau, top):
-    """arXiv 2306.17492 (6); its temperatures are the inverses of differences of rewards."""
+    """arXiv 2306.17492; its temperatures are the inverses of differences of rewards."""
     total = 0.0 * x[0]
     for k in range(min(len(x) - 1, top)):
         t = r[k] - r[k + 1 :]
@@ -34,29 +34,29 @@ def _pairs(x, r):
 
 
 def bradley_terry(x, r, tau, top):
-    """arXiv 2203.02155 (1): the mean over the pairs."""
+    """arXiv 2203.02155: the mean over the pairs."""
     z = _pairs(x, r)
     return -logsigmoid(z).sum() / max(len(z), 1)
 
 
 def hinge(x, r, tau, top):
-    """arXiv 2304.05302 (3)."""
+    """arXiv 2304.05302."""
     return relu(-_pairs(x, r)).sum()
 
 
 def reverse_kl(x, r, tau, top):
-    """arXiv 2402.00856 (14)."""
+    """arXiv 2402.00856."""
     log_p, log_q = torch.log_softmax(x, 0), torch.log_softmax(r / tau, 0)
     return (log_p.exp() * (log_p - log_q)).sum()
 
 
 def cross_entropy(x, r, tau, top):
-    """arXiv 2402.05369 (10)."""
+    """arXiv 2402.05369."""
     return -(torch.softmax(r / tau, 0) * torch.log_softmax(x, 0)).sum()
 
 
 def nca(x, r, tau, top):
-    """arXiv 2402.05369 (12)."""
+    """arXiv 2402.05369."""
     return -(torch.softmax(r / tau, 0) * logsigmoid(x) + logsigmoid(-x) / len(x)).sum()
 
 

@@ -1,12 +1,12 @@
-"""The statistics of two distributions over one vocabulary, leaf by leaf, for ``divergence`` and its linear form."""
+"""The kernels of divergences: two rows of logits a leaf at a time, their merges, and the gradient of one side."""
 
 from typing import NamedTuple
 
 import torch
 
-from rlfast.kernels.formulas.divergence import FORWARD, JSD, REVERSE, gap_term, over_mixture
+from rlfast.kernels.formulas.divergence import FORWARD, JSD, REVERSE, divergence_gradient, gap_term, over_mixture
 from rlfast.kernels.formulas.elementary import exp
-from rlfast.kernels.formulas.logit import transformed
+from rlfast.kernels.formulas.logit import pulled_back, transformed
 from rlfast.kernels.lang import jit, tl
 from rlfast.kernels.leaves import (
     INTS,
@@ -22,10 +22,12 @@ from rlfast.kernels.leaves import (
     inside_of,
     load_logits,
     row_peak,
+    row_start,
     scaled_leaf,
     temperature_of,
     tree_sum,
 )
+from rlfast.kernels.token_logps import BLOCK, row_gradient
 
 SIDE = ("ref_outer", "ref_stride")  # where the other side's rows lie: its stride_outer and stride_inner
 
@@ -93,7 +95,8 @@ def fold_pair(
 def merge_gaps(
     tokens, scratch, ref_scratch, gaps, value, centres, candidates, rows, vocab, leaves, MEASURE: tl.constexpr
 ):
-    """KL(p‖q) = E_p[gap] + log(Σe_q / Σe_p) of MERGED_ROWS rows, E_p[gap], and for q's gradient 1/Σe of q and p."""
+    """KL(p‖q) = E_p[gap] + log(Σe_q / Σe_p) of MERGED_ROWS rows, E_p[gap], and for the gradient of q 1/Σe of q and
+    of p."""
     sizes = Sizes(candidates, rows, vocab, leaves)
     row = tl.program_id(0).to(tl.int64) * MERGED_ROWS + tl.arange(0, MERGED_ROWS)
     rows = tl.cast(rows, tl.int64)
@@ -194,3 +197,49 @@ def merge_mixed(tokens, halves, value, centres, beta, rest, candidates, rows, vo
     store_row(centres + rows, zero, possible, live, inside, row)
     store_row(centres + 2 * rows, ref, possible, live, inside, row)
     store_row(centres + 3 * rows, zero, possible, live, inside, row)
+
+
+@jit(do_not_specialize=[*SIDE, "out_outer", "out_inner", *INTS])
+def pair_gradient(
+    x_ptr, y_ptr, out_ptr, middle_ptr, low_ptr, own, other, saved, pair, beta, rest, ref_outer, ref_stride,
+    out_outer, out_inner,
+    inner, stride_outer, stride_inner, start, columns, first_row, candidates, rows, vocab, leaves,
+    KIND: tl.constexpr, REF_KIND: tl.constexpr, MEASURE: tl.constexpr, MORE: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """∂L/∂x of BLOCK columns of a row of the own side; grid: rows × blocks. With ``low_ptr``, as a sum of three
+    numbers."""
+    place = Place(inner, stride_outer, stride_inner, start, columns, first_row)
+    other_place = Place(inner, ref_outer, ref_stride, start, columns, first_row)
+    sizes = Sizes(candidates, rows, vocab, leaves)
+    blocks = tl.cdiv(columns, BLOCK)
+    local_row = tl.program_id(0) // blocks
+    row = local_row.to(tl.int64) + first_row
+    column = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
+    inside = inside_of(place, column, ALIGNED)
+    rows = tl.cast(rows, tl.int64)
+    g = tl.zeros([BLOCK], tl.float32)
+    if counts(own.tokens, sizes, row, True):
+        z = z_of(x_ptr, place, own, local_row, row, column, KIND, ALIGNED)
+        if MORE:
+            g = row_gradient(z, start + column, row, own.tokens, sizes, saved)
+        if pair.g_value is not None:
+            y = z_of(y_ptr, other_place, other, local_row, row, column, REF_KIND, ALIGNED)
+            high, low = tl.load(pair.centre + row), tl.load(pair.centre + rows + row)
+            d = divergence_gradient(
+                z - tl.load(pair.aux + row), y - tl.load(pair.other + row), tl.load(pair.aux + rows + row),
+                tl.load(pair.other + rows + row), high, low, tl.cast(beta, tl.float32), tl.cast(rest, tl.float32),
+                MEASURE,
+            )  # fmt: skip
+            g += tl.load(pair.g_value + row) * tl.where(high == high, d, float("nan"))
+        temperature = temperature_of(own.tokens, own.scalars, row)
+        softcap, logit_scale = tl.cast(own.scalars.softcap, tl.float32), tl.cast(own.scalars.logit_scale, tl.float32)
+        x = load_logits(x_ptr, place, own.tokens, local_row, column, ALIGNED)
+        g = pulled_back(g, x, temperature, softcap, logit_scale, KIND)
+    at = row_start(Place(inner, out_outer, out_inner, start, columns, first_row), local_row, ALIGNED) + column
+    high = g.to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + at, high, mask=inside)
+    if low_ptr is not None:
+        rest_of = g - high.to(tl.float32)
+        middle = rest_of.to(middle_ptr.dtype.element_ty)
+        tl.store(middle_ptr + at, middle, mask=inside)
+        tl.store(low_ptr + at, (rest_of - middle.to(tl.float32)).to(low_ptr.dtype.element_ty), mask=inside)
