@@ -13,7 +13,8 @@ from rlfast.ops.preference_records import Rest, Settings, Side, Term
 TOKENS_AT_A_TIME = 1024
 RESPONSES_AT_A_TIME = 256  # of sums: one a thread
 PROGRAMS = 1024  # as in token_loss
-OPTIONS = {"num_warps": 8, "enable_fp_fusion": False}
+# Told how many registers there are, ptxas does not spill a few to fit one more program on an SM.
+OPTIONS = {"num_warps": 8, "maxnreg": 128, "enable_fp_fusion": False}
 
 
 class Span(NamedTuple):

@@ -57,6 +57,10 @@ def test_no_kernel_spills_and_none_is_missed(tool):
         "bfloat16 gae all outputs",
         "bfloat16 baseline 0",
         "bfloat16 ppo_clip k3 unit=1",
+        "bfloat16 jsd wide all outputs",
+        "bfloat16 forward_kl wide all outputs",
+        "bfloat16 logistic log_ratio mean packed all fields",
+        "bfloat16 kto packed all fields",
         "bfloat16 ranked plackett_luce K=8 packed all fields",
     ):
         found = tool.compile_triton(90, only, lambda text: None)

@@ -297,3 +297,12 @@ def test_bad_arguments(case):
     with pytest.raises(error) as caught:
         rlfast.divergence(**({"logits": X, "ref_logits": X} | change))
     assert message in str(caught.value)
+
+
+@pytest.mark.large
+@pytest.mark.backends("torch", "cpu", "triton", "cuda")
+@pytest.mark.parametrize("kind", KINDS)
+def test_full_size(backend, device, kind):
+    """A real vocabulary, with rows enough to fill a GPU."""
+    inputs = logits_pair(few(512, 2), 151936, torch.bfloat16)
+    check(Pair(inputs, {"kind": kind, "softcap": None}, ("value",)), backend, device)

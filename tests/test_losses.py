@@ -32,7 +32,7 @@ GOLDEN = {
 GOLDEN_KL = {"k1": 0.1, "k2": 0.0125, "k3": 0.011867}
 # name → (arXiv id, unit, reduction, KL and its weight, hyper-parameters that are on)
 PAPERS = {
-    "nash_md": ("2312.00886", "token", "seq_mean_token_sum", None, {}),
+    "nash_md": ("2312.00886", "token", "seq_mean_token_sum", None, {"beta": 0.1}),
     "reinforce": ("Williams 1992", "token", "token_mean", None, {}),
     "rloo": ("2402.14740", "token", "seq_mean_token_sum", None, {}),
     "remax": ("2310.10505", "token", "seq_mean_token_sum", None, {}),

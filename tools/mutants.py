@@ -95,9 +95,16 @@ CPP = [
         ("scale > 0 ? 1.0f : scale < 0 ? «-1.0f» : 0.0f", "1.0f"),
     ),
     *_cpp(
-        "csrc/cpu/linear_token_logps.cpp",
+        "csrc/cpu/linear_backward.h",
         ("depth_, «leaf > 0»);", "false"),
         ("r < «std::min(count_, i + 16)»;", "std::min(count_, i + 15)"),
+    ),
+    *_cpp(
+        "csrc/rlfast/row_outputs.h",
+        ("return static_cast<int>(«left < kLeaf ? left : kLeaf»);", "left < kLeaf ? left - 1 : kLeaf"),
+    ),
+    *_cpp(
+        "csrc/cpu/linear_token_logps.cpp",
         ("id[k] < «leaf * kLeaf + n»;", "leaf * kLeaf + n - 1"),
         ("kept_ + «i» * vocab + leaf * kLeaf : d", "(i ? i - 1 : i)"),
         ("«id / kLeaf == leaf»", "id / kLeaf == leaf && id % kLeaf != n - 1"),
@@ -111,10 +118,6 @@ CPP = [
         "csrc/cpu/linear_head.h",
         ("head_.weight) + «v * head_.stride_weight»;", "v * head_.depth"),
         ("c[j] += «to_float(bias[j])»;", "0.0f"),
-    ),
-    *_cpp(
-        "csrc/cpu/token_logps.cpp",
-        ("return static_cast<int>(«left < kLeaf ? left : kLeaf»);", "left < kLeaf ? left - 1 : kLeaf"),
     ),
     *_cpp(
         "csrc/rlfast/formula_vec.h",
