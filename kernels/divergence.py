@@ -131,8 +131,9 @@ def launch_gradient(x, y, out, rest, place: Place, batch: Batch, saved: Saved, p
     rows, blocks = x.numel() // place.columns, -(-place.columns // BLOCK.value)
     other, to, beta = place_of(y), place_of(out), batch.measure.beta
     aligned = alignment(x) and alignment(y) and alignment(out)
-    # a mixture beside other gradients has more numbers a column than 8 warps have registers for
-    options = OPTIONS if aligned and batch.measure.kind != JSD.value else NARROW
+    options = OPTIONS if aligned else NARROW
+    if batch.measure.kind == JSD.value:
+        options = {**NARROW, "maxnreg": 128}  # a mixture has more numbers a column; one program on an SM, none spilled
     pair_gradient[(rows * blocks,)](
         x, y, out, *rest, batch.own, batch.ref, saved, pair, beta, 1.0 - beta, other.stride_outer, other.stride_inner,
         to.stride_outer, to.stride_inner, *place, *batch.sizes, MEASURE=batch.measure.kind,
