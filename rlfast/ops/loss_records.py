@@ -100,7 +100,8 @@ class Metrics(NamedTuple):
     ratio_mean: object  # r of the unit
     ratio_max: object
     ess: object  # (Σ w)² / (tokens · Σ w²), w = r·ρ as it is applied
-    dropped: object  # tokens whose surrogate is multiplied by 0
+    # tokens whose surrogate is multiplied by 0; those that a gate masks are in no metric, ``tokens`` among them
+    dropped: object
     rollout_ratio_mean: object  # e^(log π_old − log π_rollout) of the token; 1 without rollout_logp
     rollout_ratio_max: object
 
