@@ -173,10 +173,10 @@ def sequence_of(
     n = tl.maximum(counted, 1.0).to(tl.float32)  # float32 from here: a division of doubles is a call, and spills
     weight, gate = tl.zeros([], tl.float32) + 1.0, tl.zeros([], tl.float32) + 1.0
     if WEIGHT >= AT_SEQ_SUM:
-        level = drifted.to(tl.float32)
+        log_rho = drifted.to(tl.float32)
         if WEIGHT == AT_SEQ_MEAN:
-            level = level / n
-        weight = weight_at_token(level, s)
+            log_rho = log_rho / n
+        weight = weight_at_token(log_rho, s)
     if GATE >= AT_SEQ_SUM:
         level = seen.to(tl.float32)
         if GATE == AT_SEQ_MEAN:
@@ -189,7 +189,8 @@ def sequence_of(
     m = tl.maximum(count, 1.0).to(tl.float32)
     if IN_RATIO:
         if WEIGHT >= AT_SEQ_SUM:
-            applied = tl.minimum(tl.maximum(tl.log(weight), LOG_LEAST), LOG_MOST)
+            # not the logarithm of ρ: its rounding would count once a token
+            applied = within(within(log_rho, tl.log(s.weight_low), tl.log(s.weight_high)), LOG_LEAST, LOG_MOST)
             log_weight = tl.where(gate > 0.0, applied, LOG_LEAST).to(tl.float64) * count
         elif GATE >= AT_SEQ_SUM:
             log_weight = tl.where(gate > 0.0, log_weight, LOG_LEAST * count)
