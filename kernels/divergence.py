@@ -80,6 +80,7 @@ def _launch(x, y, place: Place, batch: Batch) -> tuple:
 def launch_fold(x, y, place: Place, batch: Batch, room: Room, outputs: int) -> None:
     """The statistics of every leaf of a pair of tensors or tiles, into the scratch."""
     grid, where, options = _launch(x, y, place, batch)
+    options |= {"maxnreg": 128}  # told how many registers there are, ptxas does not spill a few for a second program
     fold_pair[grid](
         x, y, batch.own, batch.ref, room.scratch, room.ref_scratch, room.partial, *where,
         MEASURE=batch.measure.kind, OUTPUTS=outputs & ENTROPY, **options,
