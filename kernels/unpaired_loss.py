@@ -59,9 +59,8 @@ def finish(where, scale, programs):
         at = where.partial + program[:, None] * COLUMNS + lane[None, :]
         sums += tl.sum(tl.load(at, mask=(program < programs)[:, None], other=0.0, cache_modifier=".cg"), 0)
     good, bad = pick(sums, GOOD), pick(sums, BAD)
-    per_good = (1.0 / tl.maximum(good, 1.0).to(tl.float32)).to(
-        tl.float64
-    )  # a division of doubles is a call, and spills
+    # float32: a division of doubles is a call, and spills
+    per_good = (1.0 / tl.maximum(good, 1.0).to(tl.float32)).to(tl.float64)
     per_bad = (1.0 / tl.maximum(bad, 1.0).to(tl.float32)).to(tl.float64)
     loss = pick(sums, LOSS) * scale.to(tl.float64)
     found = put(put(put(tl.zeros([COLUMNS], tl.float64), 0, loss), 1, good), 2, bad)

@@ -134,10 +134,10 @@ def boundaries(cu_seqlens, logp, name: str = "logp", own: str = "cu_seqlens"):
 
 def counted(num_items, logp):
     """float32 []: a number that replaces the batch's own count; None stays None."""
-    if num_items is not None and not isinstance(num_items, torch.Tensor):
-        num_items = validate.positive("num_items", num_items)
+    if not isinstance(num_items, torch.Tensor):
+        return number_of("num_items", None if num_items is None else validate.positive("num_items", num_items), logp)
     number = number_of("num_items", num_items, logp)
-    if number is not None and validate.looked_at(number):
+    if validate.looked_at(number):
         validate.positive("num_items", number.item())
     return number
 

@@ -136,36 +136,20 @@ class PreferenceLoss:
 
     def _prepare(self) -> tuple:
         """The op's arguments that no tensor changes, and what a call must bring."""
-        terms = [part.term(PAIRS) for part in self.parts]
-        beta = self.parts[0].hyper.get("beta", getattr(PAIRS[self.parts[0].link].hyper(), "beta", 1.0))
         score = next((p.score_hyper for p in self.parts if p.score == self.reward), {})
-        reward = Term(
-            self.reward, self.reward_mean, "", float(beta), _numbers("reward", SCORES[self.reward], score), ()
-        )
-        terms = [reward, *terms]
-        with_nll = terms
+        terms = with_nll = terms_with_reward(self.parts, PAIRS, self.reward, score, self.reward_mean)
         if self.nll:
             by_batch = self.nll_by_batch
             nll = Part("batch_nll" if by_batch else "nll", score="total", mean=not by_batch, weight=self.nll)
             with_nll = [*terms, nll.term(PAIRS)]
-        lengths = self.reward_mean or any(t.mean or t.score == "power" for t in with_nll)
+        lengths = any(t.mean or t.score == "power" for t in with_nll)
         lengths |= any(p.hyper.get("length_price") for p in self.parts) or self.nll_by_batch
         referenced = any(p.score in REFERENCED for p in self.parts) and not self.reference_free
         return flat(with_nll), flat(terms), lengths, referenced
 
     def with_options(self, **options) -> PreferenceLoss:
         """The same loss with some options changed; a hyper-parameter of a part's link or score by its own name."""
-        names = {f.name for f in fields(self)} - {"parts", "name", "paper", "needs"}
-        parts, known = [], set(names) | {"mean"}
-        for part in self.parts:
-            known |= set(part.knows(PAIRS))
-            parts.append(part.changed(PAIRS, options))
-        for option in options:
-            if option not in known:
-                validate.fail(
-                    option, f"an option of {self.name}: {', '.join(sorted(known))}", "an unknown name", TypeError
-                )
-        return replace(self, parts=tuple(parts), **{k: x for k, x in options.items() if k in names})
+        return changed(self, PAIRS, options)
 
     def __call__(
         self, chosen_logps, rejected_logps, *, ref_chosen_logps=None, ref_rejected_logps=None, chosen_lengths=None,
@@ -241,6 +225,26 @@ class PreferenceLoss:
         loss = out.loss if nll is None or not self.nll else out.loss + self.nll * nll
         detail = (out.losses, *out.rewards) if per_pair else (None, None, None)
         return PreferenceOutput(loss, LossMetrics(out.metrics, METRICS), *detail)
+
+
+def terms_with_reward(parts, links: dict, score: str = "log_ratio", hyper=(), mean: bool = False) -> list[Term]:
+    """The terms of the parts, and before them the reward: a score times the β of the first part."""
+    first = parts[0]
+    terms = [part.term(links) for part in parts]
+    beta = first.hyper.get("beta", getattr(links[first.link].hyper(), "beta", 1.0))
+    return [Term(score, mean, "", float(beta), _numbers("reward", SCORES[score], dict(hyper)), ()), *terms]
+
+
+def changed(loss, links: dict, options: dict):
+    """A loss with some options changed: its own, or those of its parts' links and scores."""
+    names = {f.name for f in fields(loss)} - {"parts", "name", "paper", "needs"}
+    known = names.union({"mean"}, *(part.knows(links) for part in loss.parts))
+    for option in options:
+        if option not in known:
+            wanted = f"an option of {loss.name}: {', '.join(sorted(known))}"
+            validate.fail(option, wanted, "an unknown name", TypeError)
+    parts = tuple(part.changed(links, options) for part in loss.parts)
+    return replace(loss, parts=parts, **{k: x for k, x in options.items() if k in names})
 
 
 def flat(terms: list[Term]) -> tuple:

@@ -222,8 +222,7 @@ def summed(side: Side) -> Side:
         x = torch.where(mask, x.to(acc), torch.zeros((), dtype=acc, device=x.device))
         if side.cu_seqlens is None:
             return x.sum(-1)
-        ends = side.cu_seqlens
-        return torch.segment_reduce(x[ends[0] : ends[-1]], "sum", offsets=ends - ends[0], initial=0)
+        return torch.segment_reduce(x, "sum", offsets=side.cu_seqlens, initial=0)  # from 0 to the last token
 
     return Side(total(side.logp), total(side.ref_logp), None, None, total(torch.ones_like(side.logp, dtype=acc)))
 

@@ -16,10 +16,8 @@ def _rows(*rows: PreferenceLoss) -> dict[str, PreferenceLoss]:
     return {row.name: row for row in rows}
 
 
-def _row(
-    name: str, link: str, paper: str, needs=(), hyper=None, score="log_ratio", mean=False, score_hyper=None, **rest
-):
-    part = Part(link, hyper or {}, score, score_hyper or {}, mean)
+def _row(name: str, link: str, paper: str, needs=(), hyper=None, score="log_ratio", mean=False, weight=1.0, **rest):
+    part = Part(link, hyper or {}, score, mean=mean, weight=weight)
     return PreferenceLoss((part, *rest.pop("more", ())), name=name, paper=paper, needs=needs, **rest)
 
 
@@ -72,7 +70,7 @@ PREFERENCES = _rows(
     _row("rpo_backward_kl", "rpo_backward_kl", "2406.11704", needs=("margin",), hyper={"beta": 0.2}),
     _row("rpo_forward_kl", "rpo_forward_kl", "2406.11704", needs=("margin",), hyper={"beta": 0.2}),
     # beside a likelihood
-    _row("mpo", "logistic", "2411.10442", more=(Part("bco", weight=0.2),), nll=1.0),
+    _row("mpo", "logistic", "2411.10442", weight=0.8, more=(Part("bco", weight=0.2),), nll=1.0),
     _row("irpo", "logistic", "2404.19733", nll=1.0),
     _row("rpo", "logistic", "2405.16436", nll=0.005),
     _row("xpo", "logistic", "2405.21046", needs=("extra",), more=(Part("exploration", score="total", weight=1e-5),)),
@@ -80,24 +78,12 @@ PREFERENCES = _rows(
     _free("cpo", "logistic", "2401.08417", nll=1.0),
     _free("cpo_hinge", "hinge", "2401.08417", nll=1.0),
     _free("cpo_ipo", "ipo", "2401.08417", nll=1.0),
-    _free("orpo", "odds_ratio", "2403.07691", mean=True, nll=1.0),
+    _free("orpo", "odds_ratio", "2403.07691", mean=True, weight=0.1, nll=1.0),
     _free("simpo", "logistic", "2405.14734", mean=True, hyper={"beta": 2.0, "gamma": 1.0}),
     _free("cpo_simpo", "logistic", "2405.14734", mean=True, hyper={"beta": 2.0, "gamma": 1.0}, nll=1.0),
     _free("alpha_po", "logistic", "2501.03884", score="power", reward="power", hyper={"beta": 2.5, "gamma": 0.5}),
     _free("slic_hf", "hinge", "2305.10425", hyper={"beta": 1.0}, nll=0.1),
 )  # fmt: skip
-
-MPO_WEIGHT, ORPO_WEIGHT = 0.8, 0.1
-
-
-def _weighted(name: str, weight: float) -> None:
-    """The weight of a row's first part."""
-    first, *others = PREFERENCES[name].parts
-    PREFERENCES[name] = replace(PREFERENCES[name], parts=(replace(first, weight=weight), *others))
-
-
-_weighted("mpo", MPO_WEIGHT)
-_weighted("orpo", ORPO_WEIGHT)
 
 
 def preference_loss(name: str | dict[str, float], *, like: str | None = None, **options) -> PreferenceLoss:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 
 from rlfast import backends, preference_inputs, validate
-from rlfast.kernels.formulas import SCORES, SINGLES
+from rlfast.kernels.formulas import SINGLES
 from rlfast.losses import LossMetrics
 from rlfast.ops import unpaired_loss as op
-from rlfast.ops.preference_records import REDUCTIONS, SINGLE_METRICS, Settings, Term
-from rlfast.preference import REFERENCED, Part, flat
+from rlfast.ops.preference_records import REDUCTIONS, SINGLE_METRICS, Settings
+from rlfast.preference import REFERENCED, Part, changed, flat, terms_with_reward
 from rlfast.preference_inputs import PairGiven
 from rlfast.statistics import kto_reference_point
 
@@ -64,26 +64,13 @@ class UnpairedLoss:
 
     def _prepare(self) -> tuple:
         """The op's arguments that no tensor changes, and what a call must bring."""
-        terms = [part.term(SINGLES) for part in self.parts]
-        first = self.parts[0]
-        beta = first.hyper.get("beta", getattr(SINGLES[first.link].hyper(), "beta", 1.0))
-        reward = Term("log_ratio", False, "", float(beta), tuple(SCORES["log_ratio"].hyper()), ())
+        terms = terms_with_reward(self.parts, SINGLES)
         lengths = any(t.mean or t.score == "power" for t in terms)
-        return flat([reward, *terms]), lengths, any(p.score in REFERENCED for p in self.parts)
+        return flat(terms), lengths, any(p.score in REFERENCED for p in self.parts)
 
     def with_options(self, **options) -> UnpairedLoss:
         """The same loss with some options changed; a hyper-parameter of a part's link or score by its own name."""
-        names = {f.name for f in fields(self)} - {"parts", "name", "paper", "needs"}
-        parts, known = [], set(names) | {"mean"}
-        for part in self.parts:
-            known |= set(part.knows(SINGLES))
-            parts.append(part.changed(SINGLES, options))
-        for option in options:
-            if option not in known:
-                validate.fail(
-                    option, f"an option of {self.name}: {', '.join(sorted(known))}", "an unknown name", TypeError
-                )
-        return replace(self, parts=tuple(parts), **{k: x for k, x in options.items() if k in names})
+        return changed(self, SINGLES, options)
 
     def __call__(
         self, logps, desirable, *, ref_logps=None, lengths=None, mask=None, cu_seqlens=None, kl_logps=None,

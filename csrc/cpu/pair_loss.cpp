@@ -124,8 +124,8 @@ private:
   }
 
   void open(int64_t begin, int64_t n, int64_t padded, PairTile& t) const {
-    load_field(rest_.margin, begin, n, padded, 0.0f, t.margin),
-        load_field(rest_.extra, begin, n, padded, 0.0f, t.extra);
+    load_field(rest_.margin, begin, n, padded, 0.0f, t.margin);
+    load_field(rest_.extra, begin, n, padded, 0.0f, t.extra);
     load_field(rest_.shared, begin, n, padded, 0.0f, t.shared);
     load_field(rest_.weights, begin, n, n, 1.0f, t.weights);
     std::fill(t.weights + n, t.weights + padded, 0.0f);  // what is beyond the end does not count

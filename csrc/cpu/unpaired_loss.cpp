@@ -84,8 +84,8 @@ private:
   SinglePart of_unit(int64_t unit, SingleTile& t) const {
     const int64_t begin = unit * units_.each, n = units_.size(unit);
     const int64_t padded = (n + kLanes - 1) / kLanes * kLanes;
-    load_field(rest_.extra, begin, n, padded, 0.0f, t.extra),
-        load_field(rest_.shared, begin, n, padded, 0.0f, t.shared);
+    load_field(rest_.extra, begin, n, padded, 0.0f, t.extra);
+    load_field(rest_.shared, begin, n, padded, 0.0f, t.shared);
     load_field(rest_.weights, begin, n, n, 1.0f, t.weights);
     std::fill(t.weights + n, t.weights + padded, 0.0f);  // what is beyond the end does not count
     std::fill_n(t.desirable, padded, 0.0f);

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from rlfast import backends
-from rlfast.native.token_logps import DTYPES
+from rlfast.native.token_logps import DTYPES, address
 from rlfast.ops.scan_records import ADVANTAGES, RETURNS, Inputs, Options, allocate, whiten_options
 from rlfast.reductions import whitened
 
@@ -19,10 +19,6 @@ def _tokens(x: torch.Tensor | None, padded: bool) -> tuple[int, int, int]:
 
 def _flags(x: torch.Tensor | None, padded: bool) -> tuple[int, int]:
     return (0, 0) if x is None else (x.data_ptr(), x.stride(0) if padded else 0)
-
-
-def _address(x: torch.Tensor | None) -> int:
-    return 0 if x is None else x.data_ptr()
 
 
 def _rate(x: torch.Tensor | None, rows: int, padded: bool) -> tuple[int, bool]:
@@ -37,10 +33,10 @@ def _arguments(x: Inputs, o: Options, out: torch.Tensor) -> tuple:
     rows, steps = x.tokens.shape if padded else (x.cu_seqlens.shape[0] - 1, 0)
     first, last = out.data_ptr(), out[-1].data_ptr() if out.shape[0] == 2 else out.data_ptr()
     return (
-        rows, steps, _address(x.cu_seqlens), *_tokens(x.rewards, padded), *_tokens(x.values, padded),
+        rows, steps, address(x.cu_seqlens), *_tokens(x.rewards, padded), *_tokens(x.values, padded),
         *_tokens(x.log_ratio, padded), *_tokens(x.kl, padded), *_tokens(x.coefficients, padded),
         *_tokens(x.next_values, padded), *_flags(x.mask, padded), *_flags(x.done, padded), *_flags(x.truncated, padded),
-        _address(x.row_rewards), _address(x.bootstrap), o.gamma, *_rate(x.gammas, rows, padded), o.lam,
+        address(x.row_rewards), address(x.bootstrap), o.gamma, *_rate(x.gammas, rows, padded), o.lam,
         *_rate(x.lams, rows, padded), o.critic_lam, *_rate(x.critic_lams, rows, padded), o.kl_coef, o.clip_rho,
         o.clip_c, o.clip_pg, o.options & 15, o.whiten, o.eps,
         first if o.options & ADVANTAGES else 0, last if o.options & RETURNS else 0,

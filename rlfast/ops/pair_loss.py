@@ -20,9 +20,9 @@ from __future__ import annotations
 
 import torch
 
-from rlfast import backends
 from rlfast.ops.dispatch import LIB, first_derivatives_only, refuse_forward_mode, unobserved
 from rlfast.ops.preference_records import METRICS, Output, Rest, Settings, Side, allocate, halves, rows_of, terms_of
+from rlfast.ops.response_losses import kernel_of, scaled
 
 NAME = "pair_loss"
 SIDE, REST = len(Side._fields), len(Rest._fields)
@@ -39,20 +39,8 @@ LIB.define(
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     tags=(torch.Tag.needs_fixed_stride_order,),
 )
-LIB.define("scaled_gradient(Tensor gradient, Tensor g, ScalarType dtype) -> Tensor")
 
 op = torch.ops.rlfast.pair_loss.default
-op_scaled = torch.ops.rlfast.scaled_gradient.default
-
-
-def kernel_of(name: str, x: torch.Tensor, formulas, backend: str):
-    """The backend's module. One that has not got a formula is passed over, unless it was asked for."""
-    chosen = backends.select(name, x.device.type, x.dtype, backend)
-    kernel = backends.implementation(name, chosen)
-    reason = kernel.why_not(formulas) if hasattr(kernel, "why_not") else None
-    if reason and backend:
-        raise RuntimeError(f"backend {chosen!r} cannot run {name}: {reason}")
-    return backends.implementation(name, "torch") if reason else kernel
 
 
 def _sides(args) -> tuple[Side, Side | None]:
@@ -100,23 +88,6 @@ def _fake_forward(*args):
     return tuple(_allocated(args))
 
 
-def _scaled(gradient, g, dtype):
-    return (gradient * g).to(dtype)
-
-
-def _fake_scaled(gradient, g, dtype):
-    return torch.empty_like(gradient, dtype=dtype)
-
-
-def scaled(gradient, g, dtype):
-    """gradient·g. On a CPU a factor of 1 costs nothing: the saved gradient is the answer."""
-    if not unobserved(gradient, g):
-        return op_scaled(gradient, g, dtype)
-    if gradient.device.type == "cpu" and gradient.dtype == dtype and g.item() == 1.0:
-        return gradient
-    return _scaled(gradient, g, dtype)
-
-
 def _below_autograd(*args):
     if unobserved(*args[:TENSORS]):
         return _forward(*args)
@@ -161,7 +132,5 @@ def call(*args) -> Output:
 
 for _key in ("CPU", "CUDA"):
     LIB.impl("pair_loss", _forward, _key)
-    LIB.impl("scaled_gradient", _scaled, _key)
 LIB.impl("pair_loss", _with_autograd, "Autograd")
 torch.library.register_fake("rlfast::pair_loss", _fake_forward, lib=LIB)
-torch.library.register_fake("rlfast::scaled_gradient", _fake_scaled, lib=LIB)

@@ -19,9 +19,9 @@ from __future__ import annotations
 
 import torch
 
-from rlfast.ops.dispatch import LIB, first_derivatives_only, refuse_forward_mode, unobserved
-from rlfast.ops.pair_loss import kernel_of, scaled
+from rlfast.ops.dispatch import LIB, unobserved
 from rlfast.ops.ranked_records import Groups, Output, Settings, allocate
+from rlfast.ops.response_losses import kernel_of, with_one_gradient
 
 NAME = "ranked_loss"
 TENSORS = len(Groups._fields)
@@ -58,27 +58,8 @@ def _below_autograd(*args):
         return op(*args)
 
 
-class _RankedLoss(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, scores, args):
-        out = _below_autograd(*args)
-        ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(*out[1:])
-        ctx.save_for_backward(out[2])
-        ctx.dtype = scores.dtype
-        return out
-
-    @staticmethod
-    @first_derivatives_only
-    def backward(ctx, g, *_):
-        return None if g is None else scaled(*ctx.saved_tensors, g, ctx.dtype), None
-
-
 def _with_autograd(*args):
-    refuse_forward_mode(NAME, args[0])
-    if torch.is_grad_enabled() and args[0].requires_grad:
-        return _RankedLoss.apply(args[0], args)
-    return _below_autograd(*args)
+    return with_one_gradient(NAME, _below_autograd, args)
 
 
 def call(*args) -> Output:

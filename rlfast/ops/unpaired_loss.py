@@ -13,9 +13,10 @@ from __future__ import annotations
 
 import torch
 
-from rlfast.ops.dispatch import LIB, first_derivatives_only, refuse_forward_mode, unobserved
-from rlfast.ops.pair_loss import SIDE, clear_around, kernel_of, scaled
+from rlfast.ops.dispatch import LIB, unobserved
+from rlfast.ops.pair_loss import SIDE, clear_around
 from rlfast.ops.preference_records import SINGLE_METRICS, Output, Rest, Settings, Side, allocate, rows_of, terms_of
+from rlfast.ops.response_losses import kernel_of, with_one_gradient
 
 NAME = "unpaired_loss"
 TENSORS = SIDE + 1 + len(Rest._fields)
@@ -61,27 +62,8 @@ def _below_autograd(*args):
         return op(*args)
 
 
-class _UnpairedLoss(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, logp, args):
-        out = _below_autograd(*args)
-        ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(*out[1:])
-        ctx.save_for_backward(out[2])
-        ctx.dtype = logp.dtype
-        return out
-
-    @staticmethod
-    @first_derivatives_only
-    def backward(ctx, g, *_):
-        return None if g is None else scaled(*ctx.saved_tensors, g, ctx.dtype), None
-
-
 def _with_autograd(*args):
-    refuse_forward_mode(NAME, args[0])
-    if torch.is_grad_enabled() and args[0].requires_grad:
-        return _UnpairedLoss.apply(args[0], args)
-    return _below_autograd(*args)
+    return with_one_gradient(NAME, _below_autograd, args)
 
 
 def call(*args) -> Output:
