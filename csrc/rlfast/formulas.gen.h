@@ -424,14 +424,14 @@ struct Logistic {
   float length_price;
 };
 
-// ℓ = −(1 − ε)·log σ(x) − ε·log σ(−x), x = β(w − l) − γ − m − α(n_w − n_l).
+// ℓ = −(1 − ε)·log σ(x) − ε·log σ(−x), x = β(w − l) − γ − m − α(n_w − n_l): softplus(−x) + εx.
 // ∂ℓ/∂x = ε − σ(−x). DPO, arXiv 2305.18290; SimPO's γ, 2405.14734; R-DPO's α, 2403.19159; Bradley and Terry 1952.
 template <class V>
 RLFAST_FORMULA auto logistic(const Pair<V>& p, const Logistic& h) {
   auto x = (((h.beta * (p.chosen - p.rejected)) - h.gamma) - p.margin);
   x = (x - (h.length_price * (p.chosen_length - p.rejected_length)));
   auto d = (h.beta * (h.label_smoothing - sigmoid(-x)));
-  return PairLoss<V>{(((1.0f - h.label_smoothing) * softplus(-x)) + (h.label_smoothing * softplus(x))), d, -d};
+  return PairLoss<V>{(softplus(-x) + (h.label_smoothing * x)), d, -d};
 }
 
 // β, and the share ε < ½ of labels that are wrong.
@@ -440,7 +440,7 @@ struct Smoothed {
   float label_smoothing;
 };
 
-// ℓ = (−(1 − ε)·log σ(x) + ε·log σ(−x))/(1 − 2ε).
+// ℓ = (−(1 − ε)·log σ(x) + ε·log σ(−x))/(1 − 2ε): softplus(−x) − εx/(1 − 2ε).
 // ∂ℓ/∂x = −((1 − ε)·σ(−x) + ε·σ(x))/(1 − 2ε). arXiv 2403.00409.
 template <class V>
 RLFAST_FORMULA auto robust(const Pair<V>& p, const Smoothed& h) {
@@ -448,7 +448,7 @@ RLFAST_FORMULA auto robust(const Pair<V>& p, const Smoothed& h) {
   auto keep = (1.0f - h.label_smoothing);
   auto whole = (1.0f - (2.0f * h.label_smoothing));
   auto d = ((-h.beta * ((keep * sigmoid(-x)) + (h.label_smoothing * sigmoid(x)))) / whole);
-  return PairLoss<V>{(((keep * softplus(-x)) - (h.label_smoothing * softplus(x))) / whole), d, -d};
+  return PairLoss<V>{(softplus(-x) - ((h.label_smoothing / whole) * x)), d, -d};
 }
 
 // β, and the margin δ of the hinge.
@@ -645,13 +645,13 @@ RLFAST_FORMULA auto batch_nll(const Pair<V>& p, const NoHyper& h) {
   return PairLoss<V>{(-p.chosen / p.shared), (-1.0f / p.shared), 0.0f};
 }
 
-// ℓ = −log σ(βw) − ½·log σ(−βw) − ½·log σ(−βl).
+// ℓ = −log σ(βw) − ½·log σ(−βw) − ½·log σ(−βl), the first two together 1½·softplus(−βw) + ½βw.
 // ∂ℓ/∂w = β(½σ(βw) − σ(−βw)), ∂ℓ/∂l = ½βσ(βl). arXiv 2402.05369.
 template <class V>
 RLFAST_FORMULA auto nca_pair(const Pair<V>& p, const Beta& h) {
   auto w = (h.beta * p.chosen);
   auto l_ = (h.beta * p.rejected);
-  auto value = ((softplus(-w) + (0.5f * softplus(w))) + (0.5f * softplus(l_)));
+  auto value = (((1.5f * softplus(-w)) + (0.5f * w)) + (0.5f * softplus(l_)));
   return PairLoss<V>{value, (h.beta * ((0.5f * sigmoid(w)) - sigmoid(-w))), ((0.5f * h.beta) * sigmoid(l_))};
 }
 
@@ -788,13 +788,13 @@ RLFAST_FORMULA auto exploration(const Pair<V>& p, const NoHyper& h) {
   return PairLoss<V>{((p.extra * p.chosen) + ((1.0f - p.extra) * p.rejected)), p.extra, (1.0f - p.extra)};
 }
 
-// ℓ = −P·log σ(x) − (1 − P)·log σ(−x), P = extra.
+// ℓ = −P·log σ(x) − (1 − P)·log σ(−x), P = extra: softplus(−x) + (1 − P)x.
 // ∂ℓ/∂x = (1 − P) − σ(−x). Constitutional AI, arXiv 2212.08073.
 template <class V>
 RLFAST_FORMULA auto soft_label(const Pair<V>& p, const Beta& h) {
   auto x = (h.beta * (p.chosen - p.rejected));
   auto d = (h.beta * ((1.0f - p.extra) - sigmoid(-x)));
-  return PairLoss<V>{((p.extra * softplus(-x)) + ((1.0f - p.extra) * softplus(x))), d, -d};
+  return PairLoss<V>{(softplus(-x) + ((1.0f - p.extra) * x)), d, -d};
 }
 
 // ℓ = (w + l)².

@@ -13,12 +13,12 @@ CERTAIN = tl.constexpr(-1e-30)  # the largest mean log-prob that has odds
 
 @jit
 def nca_pair(p: Pair, h: Beta):
-    """ℓ = −log σ(βw) − ½·log σ(−βw) − ½·log σ(−βl).
+    """ℓ = −log σ(βw) − ½·log σ(−βw) − ½·log σ(−βl), the first two together 1½·softplus(−βw) + ½βw.
 
     ∂ℓ/∂w = β(½σ(βw) − σ(−βw)), ∂ℓ/∂l = ½βσ(βl). arXiv 2402.05369.
     """
     w, l_ = h.beta * p.chosen, h.beta * p.rejected
-    value = softplus(-w) + 0.5 * softplus(w) + 0.5 * softplus(l_)
+    value = 1.5 * softplus(-w) + 0.5 * w + 0.5 * softplus(l_)
     return value, h.beta * (0.5 * sigmoid(w) - sigmoid(-w)), 0.5 * h.beta * sigmoid(l_)
 
 

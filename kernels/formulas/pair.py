@@ -42,14 +42,14 @@ class Logistic(NamedTuple):
 
 @jit
 def logistic(p: Pair, h: Logistic):
-    """ℓ = −(1 − ε)·log σ(x) − ε·log σ(−x), x = β(w − l) − γ − m − α(n_w − n_l).
+    """ℓ = −(1 − ε)·log σ(x) − ε·log σ(−x), x = β(w − l) − γ − m − α(n_w − n_l): softplus(−x) + εx.
 
     ∂ℓ/∂x = ε − σ(−x). DPO, arXiv 2305.18290; SimPO's γ, 2405.14734; R-DPO's α, 2403.19159; Bradley and Terry 1952.
     """
     x = h.beta * (p.chosen - p.rejected) - h.gamma - p.margin
     x = x - h.length_price * (p.chosen_length - p.rejected_length)
     d = h.beta * (h.label_smoothing - sigmoid(-x))
-    return (1.0 - h.label_smoothing) * softplus(-x) + h.label_smoothing * softplus(x), d, -d
+    return softplus(-x) + h.label_smoothing * x, d, -d
 
 
 class Smoothed(NamedTuple):
@@ -61,14 +61,14 @@ class Smoothed(NamedTuple):
 
 @jit
 def robust(p: Pair, h: Smoothed):
-    """ℓ = (−(1 − ε)·log σ(x) + ε·log σ(−x))/(1 − 2ε).
+    """ℓ = (−(1 − ε)·log σ(x) + ε·log σ(−x))/(1 − 2ε): softplus(−x) − εx/(1 − 2ε).
 
     ∂ℓ/∂x = −((1 − ε)·σ(−x) + ε·σ(x))/(1 − 2ε). arXiv 2403.00409.
     """
     x = h.beta * (p.chosen - p.rejected) - p.margin
     keep, whole = 1.0 - h.label_smoothing, 1.0 - 2.0 * h.label_smoothing
     d = -h.beta * (keep * sigmoid(-x) + h.label_smoothing * sigmoid(x)) / whole
-    return (keep * softplus(-x) - h.label_smoothing * softplus(x)) / whole, d, -d
+    return softplus(-x) - h.label_smoothing / whole * x, d, -d
 
 
 class Hinge(NamedTuple):

@@ -11,13 +11,13 @@ from rlfast.kernels.lang import jit, tl
 
 @jit
 def soft_label(p: Pair, h: Beta):
-    """ℓ = −P·log σ(x) − (1 − P)·log σ(−x), P = extra.
+    """ℓ = −P·log σ(x) − (1 − P)·log σ(−x), P = extra: softplus(−x) + (1 − P)x.
 
     ∂ℓ/∂x = (1 − P) − σ(−x). Constitutional AI, arXiv 2212.08073.
     """
     x = h.beta * (p.chosen - p.rejected)
     d = h.beta * ((1.0 - p.extra) - sigmoid(-x))
-    return p.extra * softplus(-x) + (1.0 - p.extra) * softplus(x), d, -d
+    return softplus(-x) + (1.0 - p.extra) * x, d, -d
 
 
 @jit
