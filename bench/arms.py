@@ -68,7 +68,7 @@ def build(case: Case, data: dict, device: str = "cpu") -> dict:
                 arms |= {f"{name} {isa}": _within(forced, run) for name, run in ours.items() if name in case.OURS}
     if device == "cuda":
         for backend in ("triton", "cuda"):  # one of them is what "rlfast" runs on
-            if backend in backends.IMPLEMENTED[case.op] and not backends.why_not(backend):
+            if backend in backends.IMPLEMENTED.get(case.op, ()) and not backends.why_not(backend):
                 forced = partial(backends.use_backend, backend)
                 arms |= {f"{name} {backend}": _within(forced, run) for name, run in ours.items()}
     return arms | case.plain(data) | case.peers(data, device)

@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 from bench.case import Case
-from bench.families import advantages, divergences, log_probs, preferences, ranked_loss, token_loss
+from bench.families import (
+    advantages,
+    divergences,
+    linear_preference,
+    log_probs,
+    preferences,
+    ranked_loss,
+    token_loss,
+)
 
-FAMILIES = (log_probs, divergences, token_loss, preferences, ranked_loss, advantages)
+FAMILIES = (log_probs, divergences, token_loss, preferences, linear_preference, ranked_loss, advantages)
 CASES: tuple[Case, ...] = tuple(case for family in FAMILIES for case in family.CASES)
 _CLASS = {case.op: type(case) for case in CASES}
 _FAMILY = {case.op: family for family in FAMILIES for case in family.CASES}

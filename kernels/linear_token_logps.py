@@ -88,11 +88,12 @@ def forward(hidden, weight, bias, targets, mask, transform: Transform, wanted: W
     return out, kept
 
 
-def backward(hidden, weight, bias, targets, mask, transform: Transform, aux, grads, needs, kept):
+def backward(hidden, weight, bias, targets, mask, transform: Transform, aux, grads, needs, kept, sums):
     """See ``rlfast/ops/linear_token_logps.py``."""
     rows, vocab = hidden.shape[0], weight.shape[0]
     like = (hidden, weight, bias)
-    g_hidden, g_weight, g_bias = (hidden.new_empty(x.shape if n else (0,)) for x, n in zip(like, needs, strict=True))
+    own = [need and (i == 0 or sums is None) for i, need in enumerate(needs)]
+    g_hidden, g_weight, g_bias = (hidden.new_empty(x.shape if n else (0,)) for x, n in zip(like, own, strict=True))
     if rows == 0:
         return g_hidden, g_weight.zero_(), g_bias.zero_()
     tokens, sizes = batch_of(targets, mask, transform, bias, rows, vocab)
@@ -106,8 +107,8 @@ def backward(hidden, weight, bias, targets, mask, transform: Transform, aux, gra
             columns = slice(column, min(column + tile_columns, vocab))
             head = weight[columns]
             head_pieces = pieces(head) if needs[0] else []
-            total_weight = torch.zeros_like(head, dtype=torch.float32) if needs[1] else None
-            total_bias = torch.zeros_like(bias[columns], dtype=torch.float32) if needs[2] else None
+            total_weight = part_total(head, sums and sums[0], columns) if needs[1] else None
+            total_bias = part_total(bias[columns], sums and sums[1], columns) if needs[2] else None
             for row in range(0, rows, tile_rows):
                 part = slice(row, min(row + tile_rows, rows))
                 tile = logits_tile(hidden, head, kept, buffers, part, columns)
@@ -119,13 +120,18 @@ def backward(hidden, weight, bias, targets, mask, transform: Transform, aux, gra
                 if needs[2]:
                     for x in g:
                         total_bias += x.sum(0, dtype=torch.float32)
-            if needs[1]:
+            if own[1]:
                 g_weight[columns] = total_weight
-            if needs[2]:
+            if own[2]:
                 g_bias[columns] = total_bias
     if needs[0]:
         g_hidden.copy_(total_hidden)
     return g_hidden, g_weight, g_bias
+
+
+def part_total(like, total, part: slice) -> torch.Tensor:
+    """The float32 sum that one part of a gradient is added to: its part of ``total``, or a new one."""
+    return torch.zeros_like(like, dtype=torch.float32) if total is None else total[part]
 
 
 def without_skipped(hidden, targets, mask) -> torch.Tensor:
@@ -168,4 +174,4 @@ def launch_to_compile(case: token_logps.CompileCase) -> None:
     bias = torch.zeros(case.vocab, dtype=case.dtype) if case.full else None
     out, kept = forward(hidden, weight, bias, targets, mask, transform, wanted, keep=True)
     needs = (True, True, bias is not None)
-    backward(hidden, weight, bias, targets, mask, transform, out.aux, grads, needs, kept)
+    backward(hidden, weight, bias, targets, mask, transform, out.aux, grads, needs, kept, None)

@@ -212,23 +212,21 @@ def _rows(lead, vocab: int, targets, mask, temperature, source):
     return targets, mask, *checked_temperature("temperature", lead, temperature, source)
 
 
-def checked_targets(lead, vocab: int, targets, source):
-    """Targets checked against the rows [*lead] of ``source``: int64 and contiguous."""
+def checked_targets(lead, vocab: int, targets, source, own: str = "targets"):
+    """Targets, called ``own``, checked against the rows [*lead] of ``source``: int64 and contiguous."""
     name, x = source
-    validate.tensor("targets", targets, _INTS)
+    validate.tensor(own, targets, _INTS)
     if targets.shape[: len(lead)] != lead or targets.dim() > len(lead) + 1:
-        validate.fail(
-            "targets", f"shape {tuple(lead)} or {(*lead, 'K')} like the rows of {name}", validate.shape(targets)
-        )
+        validate.fail(own, f"shape {tuple(lead)} or {(*lead, 'K')} like the rows of {name}", validate.shape(targets))
     if targets.dim() > len(lead) and targets.shape[-1] == 0:
-        validate.fail("targets", "at least one candidate a row", validate.shape(targets))
-    validate.same_device("targets", targets, name, x)
+        validate.fail(own, "at least one candidate a row", validate.shape(targets))
+    validate.same_device(own, targets, name, x)
     if targets.dtype != torch.int64:
         targets = targets.long()
     if not targets.is_contiguous():
         targets = targets.contiguous()
     if x.device.type == "cpu" and type(targets) in _PLAIN and not torch.compiler.is_compiling():
-        _in_range(targets, vocab)
+        _in_range(targets, vocab, own)
     return targets
 
 
@@ -266,7 +264,7 @@ def checked_temperature(argument: str, lead, temperature, source):
     return temperature.to(wide).contiguous(), 1.0
 
 
-def _in_range(targets, vocab: int) -> None:
+def _in_range(targets, vocab: int, own: str) -> None:
     if targets.numel() == 0:
         return
     if targets.numel() <= 32:  # a quarter of the time
@@ -278,14 +276,14 @@ def _in_range(targets, vocab: int) -> None:
         wrong = ((targets < 0) & (targets != validate.IGNORE_INDEX)) | (targets >= vocab)
         if wrong.any():
             at = tuple(wrong.nonzero()[0].tolist())
-            validate.fail(
-                "targets", f"values in [0, {vocab}) or {validate.IGNORE_INDEX}", f"{targets[at].item()} at {at}"
-            )
+            wanted = f"values in [0, {vocab}) or {validate.IGNORE_INDEX}"
+            validate.fail(own, wanted, f"{targets[at].item()} at {at}")
 
 
-def checked_head(hidden, weight, bias, prefix: str = ""):
+def checked_head(hidden, weight, bias, prefix: str = "", hidden_name: str | None = None):
     """A head checked, and cast by autocast; ``prefix`` is that of its arguments' names."""
     h, w, b = (prefix + name for name in ("hidden", "weight", "bias"))
+    h = hidden_name or h
     for name, x in ((h, hidden), (w, weight), *(((b, bias),) if bias is not None else ())):
         validate.tensor(name, x)
     if torch.is_autocast_enabled(hidden.device.type) and hidden.dtype != torch.float64:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from rlfast import backends, preference_inputs, validate
+from rlfast import backends, preference_inputs, preference_linear, validate
 from rlfast.kernels.formulas import PAIRS, SCORES
 from rlfast.losses import LossMetrics
 from rlfast.ops import pair_loss as op
@@ -208,10 +208,92 @@ class PreferenceLoss:
         rest = PairGiven(margin, extra, shared, weights, num_items)
         return self.run(both, None, rest, nll, world_size / accumulation, per_pair, (preference_inputs.ROWS,))
 
+    def linear(
+        self, chosen_hidden, rejected_hidden, weight, chosen_targets, rejected_targets, bias=None, *,
+        ref_chosen_logps=None, ref_rejected_logps=None, chosen_mask=None, rejected_mask=None, chosen_cu_seqlens=None,
+        rejected_cu_seqlens=None, temperature=1.0, softcap=None, logit_scale=1.0,
+        memory_budget=preference_linear.MEMORY_BUDGET, margin=None, extra=None, shared=None, weights=None, nll=None,
+        num_items=None, world_size=1, accumulation=1, per_pair=False,
+    ) -> PreferenceOutput:  # fmt: skip
+        """The loss of pairs from the last hidden states and the head, without their logits.
+
+            logp_t = log softmax((hidden_t·weightᵀ + bias)·logit_scale, soft-capped, ÷ temperature)[target_t]
+
+        A few pairs at a time: their logits, their log-probs, the loss's gradients, and, while the logits are still
+        there, ∂hidden, ∂weight and ∂bias.
+
+        Args:
+            chosen_hidden: [B, T, D], or [N, D] packed with ``chosen_cu_seqlens``: the last hidden states of the
+                chosen responses, float32, bfloat16 or float16. With gradient.
+            rejected_hidden: the same of the rejected; T or N may differ.
+            weight: [V, D] of hidden's dtype: the head. Frozen if it needs no gradient, which then costs nothing.
+            chosen_targets, rejected_targets: [B, T] or [N] ids in [0, V); −100 marks a token that is not counted.
+            bias: [V] of hidden's dtype, or None.
+            ref_chosen_logps, ref_rejected_logps: log π_ref of the targets, shaped like them; or the sums [B].
+            chosen_mask, rejected_mask, chosen_cu_seqlens, rejected_cu_seqlens: as when called with tokens.
+            temperature, softcap, logit_scale: as in ``rlfast.linear_token_logps``; the temperature is a number.
+            memory_budget: bytes of float32 logits that may be there at once. If all fit, the backward keeps them; if
+                those of some pairs (of 512 rows at least) do, the forward takes the gradients so many pairs at a time:
+                three GEMMs either way. Else, and where the batch has to be sorted (AOT), the backward makes the
+                logits again in tiles: four.
+            margin, extra, shared, weights, nll, num_items, world_size, accumulation, per_pair: as when called.
+
+        Returns:
+            PreferenceOutput, as when called with the log-probs.
+
+        Raises:
+            ValueError, TypeError: as when called, and as in ``rlfast.linear_token_logps``.
+
+        Example:
+            >>> hidden, head = torch.randn(2, 2, 5, 16), torch.randn(100, 16)
+            >>> targets = torch.randint(100, (2, 2, 5))
+            >>> simpo = rlfast.preference_loss("simpo")
+            >>> out = simpo.linear(*hidden, head, *targets)
+            >>> out.loss.shape
+            torch.Size([])
+        """
+        sides = (
+            preference_linear.Tokens(chosen_hidden, chosen_targets, ref_chosen_logps, chosen_mask, chosen_cu_seqlens),
+            preference_linear.Tokens(
+                rejected_hidden, rejected_targets, ref_rejected_logps, rejected_mask, rejected_cu_seqlens
+            ),
+        )
+        head = preference_linear.Head(weight, bias, temperature, softcap, logit_scale, memory_budget)
+        rest = PairGiven(margin, extra, shared, weights, num_items)
+        return preference_linear.run(self, head, sides, rest, nll, world_size / accumulation, per_pair)
+
+    def linear_rows(
+        self, hidden, weight, targets, bias=None, *, ref_logps=None, mask=None, cu_seqlens=None, temperature=1.0,
+        softcap=None, logit_scale=1.0, memory_budget=preference_linear.MEMORY_BUDGET, margin=None, extra=None,
+        shared=None, weights=None, nll=None, num_items=None, world_size=1, accumulation=1, per_pair=False,
+    ) -> PreferenceOutput:  # fmt: skip
+        """``linear`` of one batch of 2B responses, the B chosen ones first, as a concatenated forward leaves them.
+
+        Args:
+            hidden: [2B, T, D], or [N, D] packed with ``cu_seqlens`` [2B + 1].
+            targets, mask: [2B, T] or [N].
+            ref_logps: like targets, or sums [2B].
+        """
+        side = preference_linear.Tokens(hidden, targets, ref_logps, mask, cu_seqlens)
+        head = preference_linear.Head(weight, bias, temperature, softcap, logit_scale, memory_budget)
+        rest = PairGiven(margin, extra, shared, weights, num_items)
+        return preference_linear.run(self, head, (side,), rest, nll, world_size / accumulation, per_pair)
+
     def run(
         self, chosen, rejected, rest, nll, factor: float, per_pair: bool, names=preference_inputs.SIDES
     ) -> PreferenceOutput:
         """A call whose arguments are gathered; ``names`` is what those of the sides are called."""
+        out = self._launch(chosen, rejected, rest, nll, factor, per_pair, names)
+        loss = out.loss if nll is None or not self.nll else out.loss + self.nll * nll
+        detail = (out.losses, *out.rewards) if per_pair else (None, None, None)
+        return PreferenceOutput(loss, LossMetrics(out.metrics, METRICS), *detail)
+
+    def gradients(self, chosen, rejected, rest, nll, factor: float) -> tuple:
+        """∂loss/∂logp of both sides of a call whose arguments are gathered."""
+        return self._launch(chosen, rejected, rest, nll, factor, False, preference_inputs.SIDES, (True, True))[2:4]
+
+    def _launch(self, chosen, rejected, rest, nll, factor: float, per_pair: bool, names, needs=None):
+        """The op; ``needs`` says which sides need a gradient, None that the log-probs know."""
         with_nll, without, lengths, referenced = self.prepared
         given = rest._asdict() | {"nll": nll}
         for name in self.needs:
@@ -219,12 +301,9 @@ class PreferenceLoss:
                 validate.fail(name, f"a tensor: {self.name} needs it", "None")
         checked = preference_inputs.checked((chosen, rejected), names, rest, self, lengths, referenced)
         terms = with_nll if nll is None else without
-        needs = [_needs(checked[0]), _needs(checked[op.SIDE]), per_pair]
+        needs = [*(needs or (_needs(checked[0]), _needs(checked[op.SIDE]))), per_pair]
         settings = Settings(float(self.tail), float(factor))
-        out = op.call(*checked, *terms, settings, REDUCTIONS.index(self.reduce), needs, backends.requested())
-        loss = out.loss if nll is None or not self.nll else out.loss + self.nll * nll
-        detail = (out.losses, *out.rewards) if per_pair else (None, None, None)
-        return PreferenceOutput(loss, LossMetrics(out.metrics, METRICS), *detail)
+        return op.call(*checked, *terms, settings, REDUCTIONS.index(self.reduce), needs, backends.requested())
 
 
 def terms_with_reward(parts, links: dict, score: str = "log_ratio", hyper=(), mean: bool = False) -> list[Term]:

@@ -48,6 +48,9 @@ PRESETS: dict[str, dict[str, dict]] = {
     "liger": {
         "dpo": {},
         "robust": {},
+        "hinge": {},
+        "exo_pair": {},
+        "discopop": {},
         "apo_zero": {},
         "apo_down": {},
         "bco_pair": {},

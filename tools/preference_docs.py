@@ -39,6 +39,7 @@ dpo = rlfast.preference_loss("dpo", beta=0.1)
 out = dpo(chosen_logps, rejected_logps, ref_chosen_logps=..., ref_rejected_logps=...)  # sums [B]
 out = dpo(chosen, rejected, ..., chosen_mask=..., rejected_mask=...)  # tokens [B, T]
 out = dpo.rows(logps, ref_logps=..., mask=..., cu_seqlens=...)  # packed, the chosen first
+out = dpo.linear(chosen_hidden, rejected_hidden, weight, chosen_targets, rejected_targets, ...)  # no logits
 mixture = rlfast.preference_loss({"dpo": 0.8, "bco_pair": 0.2, "nll": 1.0})
 ```
 

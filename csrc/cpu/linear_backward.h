@@ -159,8 +159,15 @@ private:
     gemm<Float32Words>(rows, std::min(kBlockCols, depth_ - d), count_, {dlogits_.get() + v, 1, kLeafPitch}, b, tile,
                        kBlockCols, false);
     const bool streaming = linear_.head().vocab * depth * static_cast<int64_t>(sizeof(T)) > kStreamBytes;
-    T* out = static_cast<T*>(out_.weight) + (leaf * kLeaf + v) * depth + d;
-    for (int64_t r = 0; r < rows; ++r) write_row_of(tile + r * kBlockCols, cols, streaming, out + r * depth);
+    const int64_t at = (leaf * kLeaf + v) * depth + d;
+    for (int64_t r = 0; r < rows; ++r) hand_out(tile + r * kBlockCols, cols, streaming, out_.weight, at + r * depth);
+  }
+
+  // n numbers of a gradient, complete for these rows, from its element `at` on.
+  void hand_out(const float* x, int64_t n, bool streaming, void* gradient, int64_t at) const {
+    if (!out_.add) return write_row_of(x, n, streaming, static_cast<T*>(gradient) + at);
+    float* sum = static_cast<float*>(gradient) + at;
+    for (int64_t i = 0; i < n; ++i) sum[i] += x[i];
   }
 
   // Partial sums of 16 rows, as the products have them.
@@ -175,7 +182,7 @@ private:
       for (int j = 0; j < kTileCols; ++j) sum[j] += part[j];
     }
     const int64_t n = std::min<int64_t>(kTileCols, linear_.width(leaf) - job * kTileCols);
-    write_row_of(sum, n, false, static_cast<T*>(out_.bias) + leaf * kLeaf + job * kTileCols);
+    hand_out(sum, n, false, out_.bias, leaf * kLeaf + job * kTileCols);
   }
 
   const HeadGradients& out_;
@@ -196,6 +203,7 @@ private:
 template <class T>
 void zero_gradients(const Head& head, const HeadGradients& out) {
   if (out.hidden) std::memset(out.hidden, 0, head.rows * head.depth * sizeof(T));
+  if (out.add) return;
   if (out.weight) std::memset(out.weight, 0, head.vocab * head.depth * sizeof(T));
   if (out.bias) std::memset(out.bias, 0, head.vocab * sizeof(T));
 }

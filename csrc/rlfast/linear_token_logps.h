@@ -15,9 +15,10 @@ struct Head {
 
 // Of the head's dtype and contiguous; null where not needed.
 struct HeadGradients {
-  void* hidden;  // [rows, depth]
-  void* weight;  // [vocab, depth]
-  void* bias;    // [vocab]
+  void* hidden;      // [rows, depth]
+  void* weight;      // [vocab, depth]
+  void* bias;        // [vocab]
+  bool add = false;  // weight and bias are float32 sums, whatever the dtype, and are added to
 };
 
 }  // namespace rlfast

@@ -3,13 +3,15 @@
 A backend module provides
 
     forward(hidden, weight, bias, targets, mask, transform, wanted, keep) -> (Outputs, kept)
-    backward(hidden, weight, bias, targets, mask, transform, aux, grads, needs, kept) -> (g_hidden, g_weight, g_bias)
+    backward(hidden, weight, bias, targets, mask, transform, aux, grads, needs, kept, sums)
+        -> (g_hidden, g_weight, g_bias)
 
 with hidden [N, D] and weight [V, D] of one dtype, rows of any stride, the last dimension contiguous; bias [V] or None;
 targets int64 [N] or [N, K]; mask bool [N] or None. ``keep`` asks for the float32 logits [N, V] to be kept for the
 backward (``kept`` has no elements otherwise); the backend says how its rows lie, and only reads them, so that a
 second backward is right. ``needs`` is three bools; a gradient that is not needed comes back with no elements and costs
-nothing. Gradients accumulate in float32.
+nothing. Gradients accumulate in float32. ``sums``, if it is not None, holds (weight [V, D], bias [V]) in the compute
+dtype, contiguous: what is needed of those gradients is added to them and comes back with no elements.
 """
 
 from __future__ import annotations
@@ -38,8 +40,16 @@ LIB.define(
     tags=_TAGS,
 )
 
+# The backward of one chunk of rows, where a loss takes it as soon as the chunk's log-probs are there.
+LIB.define(
+    f"linear_token_logps_accumulate({_HEAD}, Tensor targets, Tensor? mask, {OPTIONS}, Tensor aux, Tensor kept,"
+    " Tensor? g_logp, Tensor(a!)? weight_sum, Tensor(b!)? bias_sum, bool need_hidden, str backend) -> Tensor",
+    tags=_TAGS,
+)
+
 op = torch.ops.rlfast.linear_token_logps.default
 op_backward = torch.ops.rlfast.linear_token_logps_backward.default
+op_accumulate = torch.ops.rlfast.linear_token_logps_accumulate.default
 
 
 def as_given(x):
@@ -76,7 +86,7 @@ def _backward(
     transform = Transform(temperature if temperatures is None else temperatures, softcap, logit_scale)
     grads = tuple(g if g is None else g.contiguous() for g in (g_logp, g_lse, g_entropy))
     with as_given(hidden):
-        return kernel.backward(hidden, weight, bias, targets, mask, transform, aux, grads, tuple(needs), kept)
+        return kernel.backward(hidden, weight, bias, targets, mask, transform, aux, grads, tuple(needs), kept, None)
 
 
 def _fake_backward(hidden, weight, bias, *rest):
@@ -84,6 +94,22 @@ def _fake_backward(hidden, weight, bias, *rest):
     return tuple(
         hidden.new_empty(x.shape if need else (0,)) for x, need in zip((hidden, weight, bias), needs, strict=True)
     )
+
+
+def _accumulate(
+    hidden, weight, bias, targets, mask, temperatures, temperature, softcap, logit_scale, aux, kept, g_logp,
+    weight_sum, bias_sum, need_hidden, backend,
+):  # fmt: skip
+    kernel = backends.implementation(NAME, backends.select(NAME, hidden.device.type, hidden.dtype, backend))
+    transform = Transform(temperature if temperatures is None else temperatures, softcap, logit_scale)
+    needs, grads = (need_hidden, weight_sum is not None, bias_sum is not None), (g_logp, None, None)
+    sums = weight_sum, bias_sum
+    with as_given(hidden):
+        return kernel.backward(hidden, weight, bias, targets, mask, transform, aux, grads, needs, kept, sums)[0]
+
+
+def _fake_accumulate(hidden, *rest):
+    return hidden.new_empty(hidden.shape if rest[-2] else (0,))
 
 
 class _LinearTokenLogps(torch.autograd.Function):
@@ -121,6 +147,8 @@ def _with_autograd(*args):
 for _key in ("CPU", "CUDA"):
     LIB.impl("linear_token_logps", _forward, _key)
     LIB.impl("linear_token_logps_backward", _backward, _key)
+    LIB.impl("linear_token_logps_accumulate", _accumulate, _key)
 LIB.impl("linear_token_logps", _with_autograd, "Autograd")
 torch.library.register_fake("rlfast::linear_token_logps", _fake_forward, lib=LIB)
 torch.library.register_fake("rlfast::linear_token_logps_backward", _fake_backward, lib=LIB)
+torch.library.register_fake("rlfast::linear_token_logps_accumulate", _fake_accumulate, lib=LIB)

@@ -32,7 +32,7 @@ def _fake_scaled(gradient, g, dtype):
 
 def scaled(gradient, g, dtype):
     """gradient·g. On a CPU a factor of 1 costs nothing: the saved gradient is the answer."""
-    if not unobserved(gradient, g):
+    if torch.compiler.is_compiling() or not unobserved(gradient, g):
         return op_scaled(gradient, g, dtype)
     if gradient.device.type == "cpu" and gradient.dtype == dtype and g.item() == 1.0:
         return gradient

@@ -1,0 +1,296 @@
+"""Losses of whole responses straight from hidden states and the head.
+
+Where the logits of all tokens fit the memory budget they are kept for the backward; where those of some pairs do, the
+gradients of so many pairs at a time are taken in the forward, while their logits are there; else the backward makes
+the logits again.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+
+from rlfast import backends, logps, validate
+from rlfast.loss_inputs import boundaries
+from rlfast.ops import linear_token_logps as linear_op
+from rlfast.ops import preference_records as records
+from rlfast.ops.known_gradients import with_gradients
+from rlfast.ops.linear_loss import Rows, chunked
+from rlfast.preference_inputs import Given, Names, PairGiven, fields_of, mean_length
+
+MEMORY_BUDGET = 256 << 20  # bytes of logits at once
+# A chunk reads the weight again and adds to its gradient: with fewer rows that costs more than the GEMM that it saves
+# (chunks of 256 rows are 1.1× slower than making the logits again, of 1280 rows 1.1× faster; 576×49152, two cores).
+FEWEST_ROWS = 512
+
+
+class Head(NamedTuple):
+    """The head's arguments as they came."""
+
+    weight: object
+    bias: object
+    temperature: object
+    softcap: object
+    logit_scale: object
+    memory_budget: object
+
+
+class Tokens(NamedTuple):
+    """The tokens of one side as they came."""
+
+    hidden: object
+    targets: object
+    ref_logps: object
+    mask: object
+    cu_seqlens: object
+
+
+class TokenNames(NamedTuple):
+    """What those arguments are called."""
+
+    hidden: str
+    targets: str
+    ref_logps: str
+    mask: str
+    cu_seqlens: str
+
+    def of_loss(self) -> Names:
+        """The names for the checks of the loss itself, which sees log-probs where the caller gave targets."""
+        return Names(self.targets, self.ref_logps, "lengths", self.mask, self.cu_seqlens, "kl")
+
+
+ROWS = TokenNames("hidden", "targets", "ref_logps", "mask", "cu_seqlens")
+SIDES = tuple(
+    TokenNames(f"{s}_hidden", f"{s}_targets", f"ref_{s}_logps", f"{s}_mask", f"{s}_cu_seqlens")
+    for s in ("chosen", "rejected")
+)
+
+
+class Side(NamedTuple):
+    """Checked tokens of one side, [n] each."""
+
+    hidden: torch.Tensor  # [n, D]
+    targets: torch.Tensor
+    ref: torch.Tensor | None
+    mask: torch.Tensor
+    width: int | None  # of padded responses
+    cu_seqlens: torch.Tensor | None  # of packed ones
+
+    def given(self, logp) -> Given:
+        """What the loss takes: tokens in the caller's shape."""
+        return given_of(logp, self.ref, self.mask, self.width, self.cu_seqlens)
+
+
+class Place(NamedTuple):
+    """Where the responses of one kind, chosen or rejected, lie among the joined rows."""
+
+    ends: list  # row numbers: response i is rows ends[i] to ends[i + 1]
+    width: int | None
+    cu_seqlens: torch.Tensor | None
+
+    def rows(self, first: int, last: int) -> slice:
+        """The rows of responses ``first`` to ``last``."""
+        return slice(self.ends[first], self.ends[last])
+
+
+class Joined(NamedTuple):
+    """The rows of all sides, one after the other."""
+
+    rows: Rows
+    ref: torch.Tensor | None  # [N]
+
+    def given(self, place: Place, first: int, last: int, logp) -> Given:
+        """What the loss takes of responses ``first`` to ``last`` of a place, whose log-probs are given."""
+        at, ends = place.rows(first, last), place.cu_seqlens
+        ends = None if ends is None else ends[first : last + 1] - ends[first]
+        return given_of(logp, self.ref if self.ref is None else self.ref[at], self.rows.mask[at], place.width, ends)
+
+
+def given_of(logp, ref, mask, width, cu_seqlens) -> Given:
+    """Tokens [n] of padded responses as [B, T], of packed ones as they are."""
+    fields = [x if x is None or width is None else x.view(-1, width) for x in (logp, ref, mask)]
+    return Given(fields[0], fields[1], None, fields[2], cu_seqlens, None)
+
+
+def run(loss, head: Head, sides: tuple, rest: PairGiven, nll, factor: float, per_pair: bool):
+    """The loss of pairs whose tokens are given as hidden states.
+
+    Args:
+        loss: a ``PreferenceLoss``.
+        head: the head.
+        sides: the ``Tokens`` of both kinds in one; or of the chosen and of the rejected.
+        rest, nll, factor, per_pair: as in ``PreferenceLoss.run``.
+    """
+    if loss.kl:
+        wanted = f"log-probs: {loss.name} reads KL(π_ref‖π), which rlfast.linear_divergence gives beside them"
+        validate.fail(ROWS.hidden, wanted, "hidden states")
+    budget = validate.at_least("memory_budget", head.memory_budget, 0)
+    names = (ROWS,) if len(sides) == 1 else SIDES
+    weight, bias, checked = checked_sides(head, sides, names)
+    joined = join(checked, weight, bias, head)
+    needs = [x is not None and x.requires_grad and torch.is_grad_enabled() for x in joined.rows[:3]]
+    groups = None
+    if any(needs) and loss.sort is None:
+        places = places_of(checked)
+        groups = places and groups_of(places, joined.rows, budget)
+    loss_names = tuple(name.of_loss() for name in names)
+    if groups is None:
+        logp = log_probs(joined.rows, any(needs), budget)
+        parts = logp.split([side.targets.shape[0] for side in checked])
+        given = [side.given(part) for side, part in zip(checked, parts, strict=True)]
+        return loss.run(given[0], given[1] if len(given) == 2 else None, rest, nll, factor, per_pair, loss_names)
+    return by_chunks(loss, joined, places, groups, needs, rest, nll, factor, per_pair)
+
+
+def checked_sides(head: Head, sides, names) -> tuple:
+    """(weight, bias, the sides), or an error that names the argument."""
+    found = []
+    for given, name in zip(sides, names, strict=True):
+        validate.tensor(name.hidden, given.hidden)
+        if given.hidden.dim() != (3 if given.cu_seqlens is None else 2):
+            wanted = f"shape [B, T, D], or [N, D] with {name.cu_seqlens}"
+            validate.fail(name.hidden, wanted, validate.shape(given.hidden))
+        hidden, weight, bias = logps.checked_head(given.hidden, head.weight, head.bias, hidden_name=name.hidden)
+        found.append(checked_side(hidden, weight.shape[0], given, name))
+    return weight, bias, found
+
+
+def checked_side(hidden, vocab: int, given: Tokens, name: TokenNames) -> Side:
+    """One side."""
+    lead = hidden.shape[:-1]
+    targets = logps.checked_targets(lead, vocab, given.targets, (name.hidden, hidden), name.targets)
+    if targets.shape != lead:
+        validate.fail(name.targets, f"shape {tuple(lead)} like the rows of {name.hidden}", validate.shape(targets))
+    ends = boundaries(given.cu_seqlens, targets, name.targets, name.cu_seqlens)
+    mask = validate.mask_like(given.mask, name.targets, targets, name.mask)
+    live = targets != validate.IGNORE_INDEX
+    mask = (live if mask is None else live & mask).reshape(-1)
+    width = lead[1] if ends is None else None
+    ref = given.ref_logps
+    if ref is not None:
+        ref = reference_of(name, ref, targets, mask, ends)
+    return Side(hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1), ref, mask, width, ends)
+
+
+def reference_of(name: TokenNames, ref, targets, mask, cu_seqlens):
+    """log π_ref of the tokens, [n]. A response's sum counts as its first token's, which leaves the loss what it is."""
+    validate.tensor(name.ref_logps, ref)
+    if ref.requires_grad:
+        validate.fail(name.ref_logps, "a tensor that needs no gradient", "requires_grad=True")
+    validate.same_device(name.ref_logps, ref, name.targets, targets)
+    rows = targets.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    if ref.shape == targets.shape:
+        return ref.reshape(-1)
+    if tuple(ref.shape) != (rows,):
+        wanted = f"shape {validate.shape(targets)} like {name.targets}, or ({rows},) of sums"
+        validate.fail(name.ref_logps, wanted, validate.shape(ref))
+    if cu_seqlens is None:
+        first = mask.view(rows, -1).byte().argmax(-1, keepdim=True)
+        return ref.new_zeros(targets.shape).scatter_(1, first, ref.unsqueeze(-1)).reshape(-1)
+    counted = mask.cumsum(0)
+    before = torch.cat([counted.new_zeros(1), counted])[cu_seqlens[:-1]]
+    first = torch.searchsorted(counted, before + 1)  # n for a response behind the last token that counts
+    inside = first < cu_seqlens[1:]
+    spread = ref.new_zeros(targets.shape[0] + 1)
+    return spread.index_add_(0, first, torch.where(inside, ref, 0))[:-1]
+
+
+def join(sides: list[Side], weight, bias, head: Head) -> Joined:
+    """All rows, one after the other."""
+    softcap = 0.0 if head.softcap is None else validate.positive("softcap", head.softcap)
+    options = validate.positive("temperature", head.temperature), softcap
+    options += (validate.finite("logit_scale", head.logit_scale),)
+
+    def all_of(parts):
+        return parts[0] if len(parts) == 1 or parts[0] is None else torch.cat(parts)
+
+    hidden, targets, ref, mask = (all_of(list(x)) for x in zip(*(side[:4] for side in sides), strict=True))
+    rows = Rows(logps.unit_stride(hidden), logps.unit_stride(weight), bias, targets, mask, None, options)
+    return Joined(rows, ref)
+
+
+def log_probs(rows: Rows, needs_grad: bool, budget: float):
+    """Those of all rows; their backward keeps the logits if the budget allows."""
+    keep = needs_grad and logits_bytes(rows) * rows.hidden.shape[0] <= budget
+    return linear_op.op(*rows[:6], *rows.options, 0, 0, keep, backends.requested())[0]
+
+
+def logits_bytes(rows: Rows) -> int:
+    """Bytes of one row of logits, float32 or float64."""
+    return max(4, rows.hidden.element_size()) * rows.weight.shape[0]
+
+
+def places_of(sides: list[Side]) -> tuple[Place, Place] | None:
+    """Where chosen and rejected responses lie; None where that would have to be read from a device or in a trace."""
+    found, start = [], 0
+    for side in sides:
+        n = side.targets.shape[0]
+        if side.width is None and not validate.looked_at(side.cu_seqlens):
+            return None
+        ends = range(0, n + 1, max(side.width, 1)) if side.width is not None else side.cu_seqlens.tolist()
+        if side.width == 0:
+            return None
+        found.append(Place([start + end for end in ends], side.width, side.cu_seqlens))
+        start += n
+    if len(found) == 2:
+        return tuple(found)
+    ends, width, cu_seqlens = found[0]
+    pairs = (len(ends) - 1) // 2
+    cut = (None, None) if cu_seqlens is None else (cu_seqlens[: pairs + 1], cu_seqlens[pairs:])
+    return Place(ends[: pairs + 1], width, cut[0]), Place(ends[pairs:], width, cut[1])
+
+
+def groups_of(places, rows: Rows, budget: float) -> list[tuple[int, int]] | None:
+    """Pairs ``first`` to ``last`` whose logits fit the budget together.
+
+    None if all of them do, for then the backward keeps them, or if a single pair's do not, or only those of a few rows.
+    """
+    most = int(budget // logits_bytes(rows))
+    if most < FEWEST_ROWS or rows.hidden.shape[0] <= most or len({len(place.ends) for place in places}) != 1:
+        return None
+    of_pair = [sum(x) for x in zip(*([b - a for a, b in pairwise(place.ends)] for place in places), strict=True)]
+    if max(of_pair, default=0) > most:
+        return None
+    groups, first, held = [], 0, 0
+    for pair, n in enumerate(of_pair):
+        if held + n > most:
+            groups.append((first, pair))
+            first, held = pair, 0
+        held += n
+    return [*groups, (first, len(of_pair))]
+
+
+def by_chunks(loss, joined: Joined, places, groups, needs, rest: PairGiven, nll, factor, per_pair):
+    """The loss, and its gradients by the head, of a few pairs at a time."""
+    rows, pairs = joined.rows, len(places[0].ends) - 1
+    rest = whole_rest(loss, joined, places[0], pairs, rest)
+
+    def coefficients(number: int, logp):
+        first, last = groups[number]
+        parts = logp.split([at.stop - at.start for at in (place.rows(first, last) for place in places)])
+        given = [joined.given(place, first, last, part) for place, part in zip(places, parts, strict=True)]
+        margin, extra, weights = (x if x is None else x[first:last] for x in (rest.margin, rest.extra, rest.weights))
+        some = PairGiven(margin, extra, rest.shared, weights, rest.num_items)
+        return torch.cat([d.reshape(-1) for d in loss.gradients(*given, some, nll, factor)])
+
+    with torch.no_grad():
+        chunks = [tuple(place.rows(*group) for place in places) for group in groups]
+        logp, gradients = chunked(rows, chunks, coefficients, needs, backends.requested())
+    given = [joined.given(place, 0, pairs, logp[place.rows(0, pairs)]) for place in places]
+    out = loss.run(*given, rest, nll, factor, per_pair)
+    return out._replace(loss=with_gradients(out.loss, rows[:3], gradients))
+
+
+def whole_rest(loss, joined: Joined, chosen: Place, pairs: int, rest: PairGiven) -> PairGiven:
+    """The arguments of pairs, checked; with what a chunk cannot know: how many pairs there are, how many tokens."""
+    fields_of(rest, None, joined.rows.hidden, pairs)
+    if loss.reduce == "mean" and rest.num_items is None:
+        rest = rest._replace(num_items=float(max(pairs, 1)))
+    if loss.nll_by_batch and loss.nll and rest.shared is None:
+        mask = joined.rows.mask[chosen.rows(0, pairs)]
+        one = given_of(mask, None, mask, chosen.width, chosen.cu_seqlens)
+        tokens = records.Side(one.logps, None, one.mask, one.cu_seqlens, None)
+        rest = rest._replace(shared=mean_length(tokens, pairs))
+    return rest
