@@ -10,7 +10,7 @@ import torch
 
 import rlfast
 from rlfast.kernels.formulas import ESTIMATORS
-from tests.cases import few, interpreted, pairwise, product
+from tests.cases import f32, few, interpreted, pairwise, product
 from tests.loss_cases import AXES, BUILT_IN, LossCase, case_of, check, drawn, hold, oracle, run, yardsticks
 from tests.numerics import assert_same_bits, assert_value, assert_zero
 
@@ -168,6 +168,26 @@ def test_the_same_bits_run_after_run(backend, device, unit, threads):
         again, others = run(case, backend, device)
         assert_same_bits("metrics", again.metrics.values, first.metrics.values)
         assert_same_bits("gradient", others["logp"], gradients["logp"])
+
+
+@pytest.mark.parametrize("unit", ("token", "seq_mean"))
+@pytest.mark.parametrize("length", (1, 13, 37))
+def test_without_a_mask(backend, device, length, unit):
+    """What lies beyond the last whole vector of a row is no token."""
+    fields = {k: x for k, x in drawn(few(5, 3), length, "f32").items() if k not in ("mask", "keep")}
+    objective = rlfast.Loss("ppo_clip", kl="k3", beta=0.25, unit=unit, entropy_coef=0.5)
+    check(LossCase(objective, fields), backend, device)
+
+
+@pytest.mark.parametrize("level", ("token", "seq_sum", "seq_mean"))
+def test_a_weight_between_bounds(backend, device, level):
+    correction = rlfast.corrections.Correction(weight=level, low=f32(0.98), high=f32(1.01))
+    check(LossCase(rlfast.Loss("ppo_clip", correction=correction), drawn(few(12, 3), 21, "f32")), backend, device)
+
+
+def test_the_mean_entropy_is_of_the_kept_tokens(backend, device):
+    objective = rlfast.Loss("ppo_clip", entropy_coef=0.5, entropy_mean=True)
+    check(LossCase(objective, drawn(few(12, 3), 21, "f32")), backend, device)
 
 
 def test_a_row_does_not_depend_on_its_batch(backend, device):

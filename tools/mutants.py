@@ -157,7 +157,7 @@ CPP = [
     ),
     *_cpp(
         "csrc/cpu/loss_tile.h",
-        ("return {s.row, s.begin + done, «n»};", "n < kLanes ? n : n - kLanes"),
+        ("return {s.row, s.begin + done, «n»};", "n <= kLanes ? n : n - kLanes"),
         ("std::fill_n(buffer, «span.n», uint8_t{1});", "view.padded"),
         ("f.old_logp.data ? values(f.old_logp, fields[1]) : «v.logp»;", "Values{kZeros, 0}"),
         ("total_ = accumulate(total_, «few_»);\n    few_", "set1(0.0f)"),

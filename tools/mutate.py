@@ -1,8 +1,9 @@
 """Plant mistakes in the formulas and kernels, one at a time: the tests must notice every one.
 
-    python tools/mutate.py            all (under 20 minutes on 2 cores)
+    python tools/mutate.py            all (three quarters of an hour on 2 cores)
     python tools/mutate.py --quick    every third
     python tools/mutate.py --only triton
+    python tools/mutate.py --match scan_whiten    those whose file or text has these characters
 
 Everything happens in temporary copies of the tree. The C++ mutants are compiled once, all together: each is an
 expression that a variable of the process chooses; the CUDA ones too, in the C++ test program. What survives is
@@ -26,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from mutants import CPP, CUDA, PYTHON, Mutant
 
+LIMIT_S = 1200  # a mutant that loops for ever is killed
 ROOT = Path(__file__).resolve().parent.parent
 SWITCH = "RLFAST_MUTANT"
 OPS = ("tests/test_token_logps.py", "tests/test_linear_token_logps.py", "tests/test_token_loss.py")
@@ -33,6 +35,7 @@ OPS = ("tests/test_token_logps.py", "tests/test_linear_token_logps.py", "tests/t
 FAMILIES = {
     "group": ("tests/test_group_advantage.py",),
     "ranked": ("tests/test_ranked_loss.py",),
+    "formula_vec": ("tests/test_token_loss.py", "tests/test_ranked_loss.py"),
     "scan": ("tests/test_affine_scan.py",),
     "kernels/rows": ("tests/test_affine_scan.py",),
 }
@@ -122,10 +125,20 @@ def build_program(tree: Path) -> None:
         raise SystemExit(f"the CUDA mutants do not compile:\n{done.stdout[-2000:]}{done.stderr[-4000:]}")
 
 
+def run(command: list, **options) -> subprocess.CompletedProcess | None:
+    """The process; None if it had to be ended."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S, **options)
+    except subprocess.TimeoutExpired:
+        return None
+
+
 def test_program(tree: Path, number: int) -> tuple[bool, str]:
     """(whether the CUDA kernels pass under simt.h, the first line that says why not)."""
     command = [str(tree / "program" / "test_kernels"), "simt", "first"]
-    done = subprocess.run(command, env=os.environ | {SWITCH: str(number)}, capture_output=True, text=True)
+    done = run(command, env=os.environ | {SWITCH: str(number)})
+    if done is None:
+        return False, "does not end"
     why = next((line for line in (done.stdout + done.stderr).splitlines() if "checks" not in line), "")
     return done.returncode == 0, why[:110]
 
@@ -141,7 +154,9 @@ def test(tree: Path, mutant: Mutant | None, kind: str, number: int = 0) -> tuple
         arguments = (*arguments[: arguments.index("-k")], "-k", f"({mutant.tests}) and {SLOW}")
     environment = os.environ | extra | {SWITCH: str(number), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "pytest", *arguments, "-x", "-q", "--tb=line", "-p", "no:cacheprovider"]
-    done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True)
+    done = run(command, cwd=tree, env=environment)
+    if done is None:
+        return False, "does not end"
     if done.returncode not in (0, 1):
         raise SystemExit(f"pytest itself failed on {mutant}:\n{done.stdout[-3000:]}{done.stderr[-2000:]}")
     why = next((line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))), "")
@@ -167,10 +182,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="every third mutant")
     parser.add_argument("--only", choices=tuple(RUNS), help="one kind")
+    parser.add_argument("--match", action="append", help="those whose file or text has these characters (repeatable)")
     options = parser.parse_args()
     step = 3 if options.quick else 1
-    python = [m for m in PYTHON if options.only in (None, m.kind)][::step]
-    compiled = [i for i, m in enumerate((*CPP, *CUDA), 1) if options.only in (None, m.kind)][::step]
+
+    def chosen(mutant: Mutant) -> bool:
+        found = not options.match or any(text in str(mutant) for text in options.match)
+        return found and options.only in (None, mutant.kind)
+
+    python = [m for m in PYTHON if chosen(m)][::step]
+    compiled = [i for i, m in enumerate((*CPP, *CUDA), 1) if chosen(m)][::step]
     start, survivors = time.monotonic(), []
     with tempfile.TemporaryDirectory(prefix="mutants-") as folder, ThreadPoolExecutor(os.cpu_count() or 1) as pool:
         tree = copy_of_tree(Path(folder))
@@ -181,8 +202,9 @@ def main() -> int:
             build_program(tree)
         if "cpp" in kinds:
             build(tree)
-        for kind in sorted(kinds):
-            passed, why = test(tree, None, kind)
+        unplanted = {kind: pool.submit(test, tree, None, kind) for kind in sorted(kinds)}
+        for kind, future in unplanted.items():
+            passed, why = future.result()
             if not passed:
                 raise SystemExit(f"{kind}: the tests fail with no mutant planted: {why}")
         tried = [pool.submit(try_compiled, tree, number) for number in compiled]
