@@ -215,15 +215,17 @@ def test_a_sum(backend, device):
     check(replace(case_of(), loss=rlfast.preference_loss("dpo", reduce="sum")), backend, device)
 
 
-def test_a_likelihood_from_elsewhere():
+@pytest.mark.backends("torch", "cpu")
+def test_a_likelihood_from_elsewhere(backend, device):
     """Its gradient passes, beside those that are known."""
     nll = torch.tensor(2.0, requires_grad=True)
     data, loss = drawn(), rlfast.preference_loss("dpo", nll=0.5)
     hidden = data["hidden"].nan_to_num().requires_grad_()
-    out = loss.linear_rows(
-        hidden, data["weight"], data["targets"], ref_logps=data["ref"], nll=nll,
-        memory_budget=8 * VOCAB * hidden.shape[1],
-    )  # fmt: skip
+    with rlfast.use_backend(backend):
+        out = loss.linear_rows(
+            hidden, data["weight"], data["targets"], ref_logps=data["ref"], nll=nll,
+            memory_budget=8 * VOCAB * hidden.shape[1],
+        )  # fmt: skip
     g, g_hidden = torch.autograd.grad(out.loss, (nll, hidden))
     assert g == 0.5 and g_hidden.any()
 

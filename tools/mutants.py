@@ -347,9 +347,9 @@ PYTHON = [
     ),
     *_python(
         "torch", "rlfast/fallback/linear_token_logps.py",
-        ("sums[1].addmm_(g.T,", "sums[1].copy_(g.T @ hidden[rows].to(dtype)) if rows.start else sums[1].addmm_(g.T,"),
+        ("total[1].addmm_(g.T,", "sums[1].copy_(g.T @ hidden[rows].to(dtype)) if rows.start else total[1].addmm_(g.T,"),
         ("torch.where(live, hidden[rows].to(dtype), 0.0)", "hidden[rows].to(dtype)"),
-        ("sums[2] += g.sum(0)", "sums[2] += g[:-1].sum(0)"),
+        ("total[2] += g.sum(0)", "sums[2] += g[:-1].sum(0)"),
         ("else z.add_(bias.to(dtype))", "else z"),
         ("z = hidden.to(dtype) @ weight.to(dtype).T", "z = (hidden @ weight.T).to(dtype)"),
         ("kept[rows] = logits", "kept[rows] = logits.bfloat16()"),

@@ -25,7 +25,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from mutants import CPP, CUDA, PYTHON, Mutant
+from formula_mutants import FORMULAS
+from mutants import CPP as OTHER_CPP
+from mutants import CUDA, Mutant
+from mutants import PYTHON as OTHER_PYTHON
+from pair_mutants import PREFERENCES_CPP, PREFERENCES_PYTHON
+
+CPP = [*OTHER_CPP, *PREFERENCES_CPP]
+PYTHON = [*OTHER_PYTHON, *PREFERENCES_PYTHON, *FORMULAS]
 
 LIMIT_S = 1200  # a mutant that loops for ever is killed
 ROOT = Path(__file__).resolve().parent.parent
@@ -33,6 +40,19 @@ SWITCH = "RLFAST_MUTANT"
 OPS = ("tests/test_token_logps.py", "tests/test_linear_token_logps.py", "tests/test_token_loss.py")
 # The tests of a mutant whose file is of another family: the first word that its path holds.
 FAMILIES = {
+    "linear_loss": ("tests/test_linear_preference_loss.py",),
+    "rlfast/preference": ("tests/test_linear_preference_loss.py",),
+    "unpaired": ("tests/test_unpaired_loss.py",),
+    **dict.fromkeys(
+        ("pair_loss", "formulas/pair", "formulas/anchored", "formulas/reward", "formulas/score", "preferences.py"),
+        ("tests/test_pair_loss.py",),
+    ),
+    **dict.fromkeys(
+        ("sequence_sums", "preference_tile", "fallback/sequences"),
+        ("tests/test_pair_loss.py", "tests/test_unpaired_loss.py"),
+    ),
+    **dict.fromkeys(("pair_", "divergence"), ("tests/test_divergence.py", "tests/test_linear_divergence.py")),
+    **dict.fromkeys(("formulas/token", "formulas/value", "formulas/kl"), ("tests/test_token_loss.py",)),
     "group": ("tests/test_group_advantage.py",),
     "ranked": ("tests/test_ranked_loss.py",),
     "formula_vec": ("tests/test_token_loss.py", "tests/test_ranked_loss.py"),
