@@ -11,7 +11,6 @@ PREFERENCES_CPP = [
         ("part[lane] = «i + lane < n && (!flags || flags[i + lane])»;", "i + lane < n"),
         ("0.0f);\n    y = «only(m, y)»;", "y"),
         ("F y = «only(m, each)»;", "each"),
-        ("const bool past = «streamed» && reinterpret", "true"),
     ),
     *_cpp(
         "csrc/cpu/preference_tile.h",
