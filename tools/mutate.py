@@ -26,13 +26,14 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from formula_mutants import FORMULAS
+from loss_mutants import LOSS_PYTHON
 from mutants import CPP as OTHER_CPP
 from mutants import CUDA, Mutant
 from mutants import PYTHON as OTHER_PYTHON
 from pair_mutants import PREFERENCES_CPP, PREFERENCES_PYTHON
 
 CPP = [*OTHER_CPP, *PREFERENCES_CPP]
-PYTHON = [*OTHER_PYTHON, *PREFERENCES_PYTHON, *FORMULAS]
+PYTHON = [*OTHER_PYTHON, *LOSS_PYTHON, *PREFERENCES_PYTHON, *FORMULAS]
 
 LIMIT_S = 1200  # a mutant that loops for ever is killed
 ROOT = Path(__file__).resolve().parent.parent
@@ -52,7 +53,10 @@ FAMILIES = {
         ("tests/test_pair_loss.py", "tests/test_unpaired_loss.py"),
     ),
     **dict.fromkeys(("pair_", "divergence"), ("tests/test_divergence.py", "tests/test_linear_divergence.py")),
-    **dict.fromkeys(("formulas/token", "formulas/value", "formulas/kl"), ("tests/test_token_loss.py",)),
+    **dict.fromkeys(
+        ("formulas/token", "formulas/value", "formulas/kl", "token_loss.py", "loss_rows", "loss_sums"),
+        ("tests/test_token_loss.py",),
+    ),
     "group": ("tests/test_group_advantage.py",),
     "ranked": ("tests/test_ranked_loss.py",),
     "formula_vec": ("tests/test_token_loss.py", "tests/test_ranked_loss.py"),
