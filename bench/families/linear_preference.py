@@ -183,7 +183,6 @@ CASES = tuple(
         dtype=dtype,
         targets=TARGETS,
         gpu_targets=ON_GPU,
-        isas=False,
     )
     for dtype in DTYPES
 )
