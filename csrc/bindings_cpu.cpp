@@ -100,20 +100,16 @@ void loss(py::handle fields, py::handle sizes, const char* surrogate, const char
   k.token_loss(a.objective, a.fields, a.out, threads);
 }
 
-void pair_loss(py::handle sides, py::handle rest, py::handle scores, py::handle links, py::handle means,
-               py::handle numbers, py::handle settings, int sum, py::handle outputs, int64_t pairs, const char* isa,
-               int threads) {
+void pair_loss(py::handle sides, RLFAST_PREFERENCE_ARGS, const char* isa, int threads) {
   const Kernels& k = kernels_of(isa);
-  const PreferenceArguments a(sides, rest, scores, links, means, numbers, settings, sum, outputs);
+  const PreferenceArguments a(RLFAST_PREFERENCE_RECORDS(sides));
   py::gil_scoped_release release;
-  k.pair_loss(a.call, a.sides[0], a.sides[1], a.rest, pairs, a.out, threads);
+  k.pair_loss(a.call, a.sides[0], a.sides[1], a.rest, rows, a.out, threads);
 }
 
-void unpaired_loss(py::handle sides, py::handle desirable, py::handle rest, py::handle scores, py::handle links,
-                   py::handle means, py::handle numbers, py::handle settings, int sum, py::handle outputs, int64_t rows,
-                   const char* isa, int threads) {
+void unpaired_loss(py::handle sides, py::handle desirable, RLFAST_PREFERENCE_ARGS, const char* isa, int threads) {
   const Kernels& k = kernels_of(isa);
-  const PreferenceArguments a(sides, rest, scores, links, means, numbers, settings, sum, outputs);
+  const PreferenceArguments a(RLFAST_PREFERENCE_RECORDS(sides));
   const LossFlags flags = loss_flags(desirable);
   py::gil_scoped_release release;
   k.unpaired_loss(a.call, a.sides[0], flags, a.rest, rows, a.out, threads);
@@ -137,16 +133,6 @@ void ranked_loss(py::handle fields, const char* form, py::handle settings, int s
                          at<float>(o.address(3))};
   py::gil_scoped_release release;
   k.ranked_loss(call, groups, out, threads);
-}
-
-// The names of the formulas that have C++: scores, links of pairs, links of single responses.
-std::vector<std::string> preference_formulas() {
-  return {
-#define RLFAST_FORMULA_NAME(formula, Hyper) #formula,
-      RLFAST_SCORE_FORMULAS(RLFAST_FORMULA_NAME) RLFAST_PAIR_FORMULAS(RLFAST_FORMULA_NAME)
-          RLFAST_SINGLE_FORMULAS(RLFAST_FORMULA_NAME)
-#undef RLFAST_FORMULA_NAME
-  };
 }
 
 // The surrogates that have a C++ formula.

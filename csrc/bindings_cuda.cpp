@@ -3,11 +3,13 @@
 #include <pybind11/stl.h>
 
 #include "bindings_divergence.h"
-#include "bindings_loss.h"
+#include "bindings_preference.h"
 #include "cuda/affine_scan.h"
 #include "cuda/divergence.h"
+#include "cuda/pair_loss.h"
 #include "cuda/token_logps.h"
 #include "cuda/token_loss.h"
+#include "cuda/unpaired_loss.h"
 
 namespace py = pybind11;
 using namespace rlfast;
@@ -52,6 +54,23 @@ void loss(py::handle fields, py::handle sizes, const char* surrogate, const char
   cuda::token_loss(a.objective, a.fields, a.out, at<double>(scratch), at<unsigned>(finished), device, at<void>(stream));
 }
 
+void pair_loss(py::handle sides, RLFAST_PREFERENCE_ARGS, Address scratch, Address finished, int device,
+               Address stream) {
+  const PreferenceArguments a(RLFAST_PREFERENCE_RECORDS(sides));
+  py::gil_scoped_release release;
+  cuda::pair_loss(a.call, a.sides[0], a.sides[1], a.rest, rows, a.out, at<double>(scratch), at<unsigned>(finished),
+                  device, at<void>(stream));
+}
+
+void unpaired_loss(py::handle sides, py::handle desirable, RLFAST_PREFERENCE_ARGS, Address scratch, Address finished,
+                   int device, Address stream) {
+  const PreferenceArguments a(RLFAST_PREFERENCE_RECORDS(sides));
+  const LossFlags flags = loss_flags(desirable);
+  py::gil_scoped_release release;
+  cuda::unpaired_loss(a.call, a.sides[0], flags, a.rest, rows, a.out, at<double>(scratch), at<unsigned>(finished),
+                      device, at<void>(stream));
+}
+
 // The advantages are whitened by the caller.
 void affine_scan(RLFAST_SCAN_ARGS, Address scratch, int device, Address stream) {
   (void)whiten, (void)eps;
@@ -82,4 +101,11 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("token_loss_surrogates", &cuda::token_loss_surrogates);
   m.def("token_loss_scratch", &loss_scratch, "Doubles of scratch that a call needs.");
   m.def("token_loss", &loss);
+  m.def("preference_formulas", &preference_formulas);
+  m.def("pair_loss_scratch", &cuda::pair_loss_scratch, py::arg("pairs"), py::arg("tokens"),
+        "Doubles of scratch that a call needs.");
+  m.def("pair_loss", &pair_loss);
+  m.def("unpaired_loss_scratch", &cuda::unpaired_loss_scratch, py::arg("rows"), py::arg("tokens"),
+        "Doubles of scratch that a call needs.");
+  m.def("unpaired_loss", &unpaired_loss);
 }

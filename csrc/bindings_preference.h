@@ -3,8 +3,10 @@
 #pragma once
 #include <cstring>
 #include <string>
+#include <vector>
 
 #include "bindings_loss.h"
+#include "rlfast/formulas.gen.h"
 #include "rlfast/preference.h"
 
 namespace rlfast {
@@ -59,5 +61,20 @@ struct PreferenceArguments {
     out.loss = at<float>(o.address(0)), out.metrics = at<float>(o.address(1)), out.losses = at<float>(o.address(2));
   }
 };
+
+#define RLFAST_PREFERENCE_ARGS                                                                    \
+  pybind11::handle rest, pybind11::handle scores, pybind11::handle links, pybind11::handle means, \
+      pybind11::handle numbers, pybind11::handle settings, int sum, pybind11::handle outputs, int64_t rows
+#define RLFAST_PREFERENCE_RECORDS(sides) sides, rest, scores, links, means, numbers, settings, sum, outputs
+
+// The names of the formulas that have C++: scores, links of pairs, links of single responses.
+inline std::vector<std::string> preference_formulas() {
+  return {
+#define RLFAST_FORMULA_NAME(formula, Hyper) #formula,
+      RLFAST_SCORE_FORMULAS(RLFAST_FORMULA_NAME) RLFAST_PAIR_FORMULAS(RLFAST_FORMULA_NAME)
+          RLFAST_SINGLE_FORMULAS(RLFAST_FORMULA_NAME)
+#undef RLFAST_FORMULA_NAME
+  };
+}
 
 }  // namespace rlfast

@@ -172,6 +172,22 @@ def check_cuda_graph(inputs: dict, targets, backend: str, options: dict | None =
         assert_same_bits("gradient", got, wanted)
 
 
+def check_replay(step, leaf) -> None:
+    """(loss, gradient) of ``step``, captured once and replayed on another ``leaf``; nothing synchronises."""
+    for _ in range(3):
+        step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        leaf.sub_(0.1)
+    graph.replay()
+    torch.cuda.synchronize()
+    for what, a, b in zip(("loss", "gradient"), captured, step(), strict=True):
+        assert_same_bits(what, a.detach(), b.detach())
+
+
 def check_out_of_range(inputs: dict, target: int, backend: str, device: str) -> None:
     """The op itself, which a compiled function or a GPU hands an unchecked target."""
     targets = torch.tensor([5, target, 7, 9], device=device)

@@ -13,6 +13,7 @@ from rlfast import loss_inputs
 from rlfast.ops import token_loss as op
 from tests.loss_cases import drawn
 from tests.numerics import assert_same_bits
+from tests.shared import check_replay
 
 OP = "token_loss"
 pytestmark = pytest.mark.unpoisoned  # a compiler traces torch.empty
@@ -128,7 +129,6 @@ def test_forward_mode_is_refused():
 @pytest.mark.backends("triton", "cuda")
 @pytest.mark.gpu
 def test_in_a_cuda_graph(backend, device):
-    """Captured once, replayed on other numbers; nothing synchronises."""
     objective, given = OBJECTIVES["everything"], inputs(device)
     logp = given.pop("logp").requires_grad_()
 
@@ -137,15 +137,4 @@ def test_in_a_cuda_graph(backend, device):
         return loss, *torch.autograd.grad(loss, logp)
 
     with rlfast.use_backend(backend):
-        for _ in range(3):
-            step()
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            captured = step()
-        with torch.no_grad():
-            logp.sub_(0.1)
-        graph.replay()
-        torch.cuda.synchronize()
-        for what, a, b in zip(("loss", "gradient"), captured, step(), strict=True):
-            assert_same_bits(what, a.detach(), b.detach())
+        check_replay(step, logp)

@@ -12,6 +12,7 @@ from rlfast.kernels.formulas import PAIRS, SCORES
 from tests.cases import few, product
 from tests.numerics import assert_same_bits, assert_value
 from tests.preference_cases import FORMS, PairCase, check, drawn, oracle, pair_case, rest_of, run, summed
+from tests.shared import check_replay
 
 OP = "pair_loss"
 DTYPES = ("f32", "bf16", "f16", "mixed")
@@ -195,6 +196,33 @@ def test_second_backward_and_second_derivative(backend, device):
 def test_many_pairs(backend, device):
     case = PairCase(rlfast.preference_loss("dpo"), drawn(70_000, 1), {}, "sums")
     check(case, backend, device)
+
+
+@pytest.mark.large
+@pytest.mark.backends("torch", "cpu", "triton", "cuda")
+@pytest.mark.parametrize("form", ("padded", "packed_rows"))
+def test_full_size(backend, device, form):
+    """4M tokens."""
+    case = PairCase(rlfast.preference_loss("dpo"), drawn(few(2048, 8), few(1024, 64)), {}, form)
+    check(case, backend, device)
+
+
+@pytest.mark.gpu
+@pytest.mark.backends("triton", "cuda")
+@pytest.mark.parametrize("tail", (1.0, 0.5))
+def test_in_a_cuda_graph(backend, device, tail):
+    tokens = {side: {k: x.to(device) for k, x in found.items()} for side, found in drawn(5, 40).items()}
+    leaf, other = tokens["chosen"]["logp"].requires_grad_(), tokens["rejected"]["logp"]
+    given = {f"{side}_mask": found["mask"] for side, found in tokens.items()}
+    given |= {f"ref_{side}_logps": found["ref_logp"] for side, found in tokens.items()}
+    objective = rlfast.PreferenceLoss((rlfast.Part("logistic"),), tail=tail)
+
+    def step():
+        loss = objective(leaf, other, **given).loss
+        return loss, *torch.autograd.grad(loss, leaf)
+
+    with rlfast.use_backend(backend):
+        check_replay(step, leaf)
 
 
 PRODUCT = {

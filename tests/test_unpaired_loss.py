@@ -11,7 +11,7 @@ import rlfast
 from rlfast.kernels.formulas import SINGLES
 from tests.cases import few
 from tests.numerics import assert_same_bits
-from tests.preference_cases import check_single, run_single, single_case
+from tests.preference_cases import SingleCase, check_single, drawn, run_single, single_case
 
 OP = "unpaired_loss"
 
@@ -54,6 +54,26 @@ def test_far_from_the_reference(backend, device):
     for link in ("kto", "bco_unpaired", "apo_zero_unpaired", "npo"):
         objective = rlfast.UnpairedLoss((rlfast.Part(link),))
         check_single(replace(case, objective=objective), backend, device)
+
+
+@pytest.mark.backends("reference", "torch", "cpu", "cuda")
+def test_many_responses(backend, device):
+    tokens = drawn(70_000, 1)["chosen"]
+    check_single(SingleCase(rlfast.unpaired_loss("apo_zero"), tokens, alternating(tokens), {}, "sums"), backend, device)
+
+
+@pytest.mark.large
+@pytest.mark.backends("torch", "cpu", "triton", "cuda")
+@pytest.mark.parametrize("form", ("padded", "packed"))
+def test_full_size(backend, device, form):
+    """4M tokens."""
+    tokens = drawn(few(4096, 8), few(1024, 64))["chosen"]
+    check_single(SingleCase(rlfast.unpaired_loss("apo_zero"), tokens, alternating(tokens), {}, form), backend, device)
+
+
+def alternating(tokens: dict) -> torch.Tensor:
+    """Which responses are desirable."""
+    return torch.arange(tokens["logp"].shape[0]) % 3 != 0
 
 
 @pytest.mark.parametrize("form", ("sums", "packed"))

@@ -37,6 +37,15 @@ with rlfast.use_backend("cuda"):
             out = rlfast.loss(name)(x, adv=torch.randn(rows, device="cuda"), old_logp=x.detach() + 0.1, mask=mask)
             out.loss.backward()
             assert x.grad.isfinite().all()
+        for name, rows, length in (("ld_dpo", 3, 5003), ("simpo", 300, 31)):
+            x = (-torch.rand(rows, length, device="cuda")).to(dtype).requires_grad_()
+            y, mask = x.detach().flip(0), torch.rand(rows, length, device="cuda") < 0.7
+            loss = rlfast.preference_loss(name)
+            ref = {} if name == "simpo" else {"ref_chosen_logps": y, "ref_rejected_logps": x.detach()}
+            loss(x, y, chosen_mask=mask, rejected_mask=mask.flip(0), **ref).loss.backward()
+            single = rlfast.unpaired_loss("kto")
+            single(x, mask[:, 0], ref_logps=y, mask=mask, shared=torch.zeros((), device="cuda")).loss.backward()
+            assert x.grad.isfinite().all()
 print("cuda kernels: done")
 """
 

@@ -18,3 +18,16 @@ RLFAST_DEVICE float softplus(float x) { return fmaxf(x, 0.0f) + log1pf(expf(-fab
 }  // namespace rlfast::formulas
 
 #include "../rlfast/formulas.gen.h"
+
+namespace rlfast::cuda {
+
+// The hyper-parameters of a formula, from its numbers.
+template <class Hyper, int n>
+RLFAST_DEVICE Hyper hyper_of(const float (&numbers)[n]) {
+  static_assert(sizeof(Hyper) <= sizeof(numbers), "more hyper-parameters than there are numbers");
+  Hyper h;
+  memcpy(&h, numbers, sizeof h);
+  return h;
+}
+
+}  // namespace rlfast::cuda

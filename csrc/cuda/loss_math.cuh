@@ -62,14 +62,6 @@ RLFAST_DEVICE LogRatio log_ratio(const LossCall& c, float logp, float old_logp, 
   return {clamped(raw, low, high), within(raw, low, high)};
 }
 
-template <class Hyper, int n>
-RLFAST_DEVICE Hyper hyper_of(const float (&numbers)[n]) {
-  static_assert(sizeof(Hyper) <= sizeof(numbers), "more hyper-parameters than kMaxHyper");
-  Hyper h;
-  memcpy(&h, numbers, sizeof h);
-  return h;
-}
-
 using Seen = formulas::Token<float>;
 using Part = formulas::Surrogate<float>;
 

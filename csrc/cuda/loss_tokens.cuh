@@ -1,15 +1,10 @@
-// The tokens of token_loss on a GPU: where a piece of the batch lies, four of its tokens in a thread's registers, and sums over
-// the block.
+// The batch of token_loss on a GPU: what a call is, where its pieces lie, and what a piece adds up to.
 #pragma once
-#include "../rlfast/token_loss.h"
-#include "device.cuh"
+#include "tokens.cuh"
 
 namespace rlfast::cuda {
 
 namespace {
-
-// Four tokens a thread: 16 bytes of fp32, 8 of the 16-bit types. Eight would fill the latter's 16 bytes and twice the registers.
-constexpr int kLossThreads = 256, kGroup = 4;
 
 // What a piece adds up to. The last two are maxima.
 enum LossSlot {
@@ -62,20 +57,10 @@ struct Loss {
 
 constexpr int64_t kWhole = INT64_MAX;
 
-// Tokens [begin, end) of a sequence whose first is token `first` of `row`.
-struct Piece {
-  int64_t row, first, begin, end;
-};
-
-// Where packed sequence i begins. Nothing outside the batch is read, whatever cu_seqlens holds.
-RLFAST_DEVICE int64_t boundary(const LossFields& f, int64_t i) {
-  return min(max(f.cu_seqlens[i], int64_t(0)), f.length);
-}
-
 // Packed sequences take ⌈n / tile⌉ pieces at most, and the first of each is known without a look at the others.
 RLFAST_DEVICE int64_t first_piece(const Loss& a, int64_t sequence) {
   const LossFields& f = a.call.fields;
-  return f.cu_seqlens ? boundary(f, sequence) / a.tile + sequence : sequence * a.tiles;
+  return f.cu_seqlens ? boundary(f.cu_seqlens, sequence, f.length) / a.tile + sequence : sequence * a.tiles;
 }
 
 RLFAST_DEVICE Piece piece_of(const Loss& a, int64_t index) {
@@ -92,110 +77,9 @@ RLFAST_DEVICE Piece piece_of(const Loss& a, int64_t index) {
     else
       high = middle - 1;
   }
-  int64_t first = boundary(f, low), length = boundary(f, low + 1) - first;
+  int64_t first = boundary(f.cu_seqlens, low, f.length), length = boundary(f.cu_seqlens, low + 1, f.length) - first;
   int64_t begin = (index - first_piece(a, low)) * a.tile;
   return {0, first, begin, length - begin < a.tile ? length : begin + a.tile};
-}
-
-RLFAST_DEVICE bool aligned(const void* p, int bytes) { return (reinterpret_cast<uintptr_t>(p) & (bytes - 1)) == 0; }
-
-template <class T>
-RLFAST_DEVICE void load_floats(const LossField& f, int64_t at, int live, float (&x)[kGroup]) {
-  using Bits = typename T::Bits;
-  const Bits* p = static_cast<const Bits*>(f.data) + at;
-  if (f.step == 1 && live == kGroup && aligned(p, kGroup * sizeof(Bits))) {
-    if constexpr (T::kWidth == kGroup)
-      unpack<T>(load16<true>(p), x);
-    else {
-      uint2 v = __ldg(reinterpret_cast<const uint2*>(p));
-      T::unpack(v.x, x), T::unpack(v.y, x + 2);
-    }
-    return;
-  }
-#pragma unroll
-  for (int j = 0; j < kGroup; ++j) x[j] = j < live ? T::to_float(p[j * f.step]) : 0.0f;
-}
-
-// The field of tokens t … t + live − 1 of a piece's sequence.
-RLFAST_DEVICE void load(const LossField& f, const Piece& p, int64_t t, int live, float (&x)[kGroup]) {
-  int64_t at = p.row * f.stride + (p.first + t) * f.step;
-  switch (f.dtype) {
-    case DType::f32:
-      return load_floats<F32>(f, at, live, x);
-    case DType::bf16:
-      return load_floats<BF16>(f, at, live, x);
-    case DType::f16:
-      return load_floats<F16>(f, at, live, x);
-  }
-}
-
-// A bit a token; none beyond `live`.
-RLFAST_DEVICE unsigned load(const LossFlags& f, const Piece& p, int64_t t, int live) {
-  unsigned bits = (1u << live) - 1;
-  if (!f.data) return bits;
-  const uint8_t* at = f.data + p.row * f.stride + p.first + t;
-  if (live == kGroup && aligned(at, kGroup)) {
-    uint32_t word = *reinterpret_cast<const uint32_t*>(at);
-    return (word & 1) | (word >> 7 & 2) | (word >> 14 & 4) | (word >> 21 & 8);
-  }
-#pragma unroll
-  for (int j = 0; j < kGroup; ++j)
-    if (j < live && !at[j]) bits &= ~(1u << j);
-  return bits;
-}
-
-RLFAST_DEVICE bool bit(unsigned bits, int j) { return bits >> j & 1; }
-
-RLFAST_DEVICE void clear(unsigned on, float (&x)[kGroup]) {
-#pragma unroll
-  for (int j = 0; j < kGroup; ++j) x[j] = bit(on, j) ? x[j] : 0.0f;
-}
-
-// Gradients are [rows, length], without gaps.
-RLFAST_DEVICE float* place(const Loss& a, float* gradient, const Piece& p, int64_t t) {
-  return gradient + p.row * a.call.fields.length + p.first + t;
-}
-
-RLFAST_DEVICE void store(float* p, int live, const float (&x)[kGroup]) {
-  if (live == kGroup && aligned(p, kGroup * sizeof(float))) return store16(p, pack<F32>(x));
-#pragma unroll
-  for (int j = 0; j < kGroup; ++j)
-    if (j < live) p[j] = x[j];
-}
-
-// The larger of the two, or NaN if either is one.
-RLFAST_DEVICE double joined(double a, double b, bool maximum) { return !maximum ? a + b : a != a || a > b ? a : b; }
-
-constexpr int kParts = 8;  // threads a number in the second step of block_total
-
-constexpr size_t shared_bytes(int numbers) { return sizeof(double) * numbers * (kLossThreads + kParts); }
-
-// Each of a thread's numbers over the block, for every thread, in an order that is always the same.
-template <int kNumbers, int kFirstMaximum = kNumbers>
-RLFAST_DEVICE void block_total(double (&x)[kNumbers]) {
-  RLFAST_SHARED(double, shared);
-  double* parts = shared + kNumbers * kLossThreads;
-#pragma unroll
-  for (int k = 0; k < kNumbers; ++k) shared[k * kLossThreads + threadIdx.x] = x[k];
-  __syncthreads();
-  if (threadIdx.x < kNumbers * kParts) {
-    int number = threadIdx.x / kParts, part = threadIdx.x % kParts;
-    double sum = shared[number * kLossThreads + part];
-    for (int i = part + kParts; i < kLossThreads; i += kParts)
-      sum = joined(sum, shared[number * kLossThreads + i], number >= kFirstMaximum);
-    parts[threadIdx.x] = sum;
-  }
-  __syncthreads();
-  if (threadIdx.x < kNumbers) {
-    double sum = parts[threadIdx.x * kParts];
-    for (int i = 1; i < kParts; ++i)
-      sum = joined(sum, parts[threadIdx.x * kParts + i], int(threadIdx.x) >= kFirstMaximum);
-    shared[threadIdx.x] = sum;
-  }
-  __syncthreads();
-#pragma unroll
-  for (int k = 0; k < kNumbers; ++k) x[k] = shared[k];
-  __syncthreads();
 }
 
 }  // namespace

@@ -186,15 +186,15 @@ RLFAST_DEVICE void evaluate(const Loss& a, const Piece& p, const Sequence& s, co
     sum.high += used && clipped != 0.0f && ratio >= 1.0f;
     sum.ratio_max = max_nan(sum.ratio_max, ratio), sum.drift_max = max_nan(sum.drift_max, growth);
   }
-  if (c.out.dlogp) store(place(a, c.out.dlogp, p, t), g.live, d_logp);
-  if (c.out.dentropy) store(place(a, c.out.dentropy, p, t), g.live, d_entropy);
+  if (c.out.dlogp) store(place(c.out.dlogp, p, f.length, t), g.live, d_logp);
+  if (c.out.dentropy) store(place(c.out.dentropy, p, f.length, t), g.live, d_entropy);
 }
 
 // ∂/∂log π of a token += ∂/∂x of the unit · ∂x/∂log π. A thread has the tokens that it had in evaluate.
 RLFAST_DEVICE void give_back(const Loss& a, const Piece& p, const Sequence& s, float d_unit) {
   const LossCall& c = a.call;
   each_group(c.fields, p, [&](int64_t t, const Group& g) {
-    float* out = place(a, c.out.dlogp, p, t);
+    float* out = place(c.out.dlogp, p, c.fields.length, t);
 #pragma unroll
     for (int j = 0; j < kGroup; ++j) {
       bool open = !c.plan.gate_masks || correction(c, s, g.old_logp[j], g.rollout[j]).open;
@@ -240,9 +240,7 @@ RLFAST_DEVICE void take_piece(const Loss& a, const Coefficients& coef, int64_t i
   total[kSumPolicy] *= share;
   total[kSumKlPart] = share * total[kSumKl];
   if (!plan.entropy_mean) total[kSumEntropyPart] = share * total[kSumEntropy];
-  if (threadIdx.x == 0)
-#pragma unroll
-    for (int k = 0; k < kLossSlots; ++k) a.partial[k * a.pieces + index] = total[k];
+  give_partial(a.partial, a.pieces, index, total);
 }
 
 // Sequences with a token that counts, among those of this thread.
@@ -270,10 +268,7 @@ RLFAST_DEVICE double denominator(const LossCall& c, double tokens, double sequen
 RLFAST_DEVICE void finish(const Loss& a, const Coefficients& coef) {
   const LossCall& c = a.call;
   double total[kLossSlots] = {};
-  for (int64_t piece = threadIdx.x; piece < a.pieces; piece += kLossThreads)
-#pragma unroll
-    for (int k = 0; k < kLossSlots; ++k)
-      total[k] = joined(total[k], __ldcg(a.partial + k * a.pieces + piece), k >= kMaxRatio);
+  take_partial<kLossSlots, kMaxRatio>(a.partial, a.pieces, total);
   total[kCountSequences] = double(live_sequences(a));
   block_total<kLossSlots, kMaxRatio>(total);
   if (threadIdx.x != 0) return;
@@ -304,16 +299,6 @@ RLFAST_DEVICE void finish(const Loss& a, const Coefficients& coef) {
   m.rollout_ratio_max = float(total[kMaxDrift]);
   *c.out.metrics = m;
   *c.out.loss = m.loss;
-}
-
-// Whether all other blocks are done, and what they wrote can be read. The counter is 0 again then.
-RLFAST_DEVICE bool last_block(unsigned* finished) {
-  __threadfence();
-  __syncthreads();
-  bool last = threadIdx.x == 0 && atomicInc(finished, gridDim.x - 1) == gridDim.x - 1;
-  last = __syncthreads_or(last);
-  __threadfence();
-  return last;
 }
 
 __global__ void __launch_bounds__(kLossThreads, 2) token_loss_kernel(const Loss a) {

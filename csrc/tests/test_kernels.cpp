@@ -19,6 +19,7 @@ void test_preference(const Kernels& k, const std::string& isa);
 void test_ranked(const Kernels& k, const std::string& isa);
 void test_cuda_divergence();
 void test_cuda_scan();
+void test_cuda_preference();
 
 namespace {
 
@@ -80,6 +81,7 @@ int run(int argc, char** argv) {
   if (simt) timed("cuda kernel under simt: token_loss", [&] { test_cuda_loss(large); });
   if (simt) timed("cuda kernels under simt: divergence", [&] { test_cuda_divergence(); });
   if (simt) timed("cuda kernels under simt: affine_scan", [&] { test_cuda_scan(); });
+  if (simt) timed("cuda kernels under simt: preference losses", [&] { test_cuda_preference(); });
   std::printf("%lld checks, %lld failures\n", static_cast<long long>(checks), static_cast<long long>(failures));
   return failures != 0;
 }

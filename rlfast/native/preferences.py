@@ -7,8 +7,9 @@ import functools
 import torch
 
 from rlfast import backends
-from rlfast.native.token_logps import DTYPES, address
-from rlfast.ops.preference_records import SUM, Output, Rest, Side, Term
+from rlfast.native.token_logps import DTYPES, address, extension_of
+from rlfast.native.token_loss import scratch_of
+from rlfast.ops.preference_records import SUM, Output, Rest, Side, Term, rows_of
 
 
 @functools.cache
@@ -30,12 +31,28 @@ def _tokens(x: torch.Tensor | None, packed: bool):
     return x.data_ptr(), DTYPES[x.dtype], 0 if packed else x.stride(0), 1
 
 
+def has_tokens(x: Side) -> bool:
+    """Whether a side has tokens, and not their sums."""
+    return x.logp.dim() == 2 or x.cu_seqlens is not None
+
+
 def side(x: Side) -> tuple:
     """A side."""
-    packed, tokens = x.cu_seqlens is not None, x.logp.dim() == 2 or x.cu_seqlens is not None
+    packed = x.cu_seqlens is not None
     mask = None if x.mask is None else (x.mask.data_ptr(), 0 if packed else x.mask.stride(0))
     fields = _tokens(x.logp, packed), _tokens(x.ref_logp, packed)
-    return (*fields, mask, address(x.cu_seqlens), address(x.lengths), x.logp.shape[-1], int(tokens))
+    return (*fields, mask, address(x.cu_seqlens), address(x.lengths), x.logp.shape[-1], int(has_tokens(x)))
+
+
+def launch(op: str, x: Side, *given) -> None:
+    """The extension's kernel of ``op`` on these arguments, the number of rows, and what it needs beside them."""
+    extension, last = extension_of(x.logp)
+    rows = rows_of(x)
+    if x.logp.is_cuda:
+        doubles = getattr(extension, f"{op}_scratch")(rows, has_tokens(x))
+        scratch, counter = scratch_of(x.logp, doubles, last[1])
+        last = (scratch.data_ptr(), counter.data_ptr(), *last)
+    getattr(extension, op)(*given, rows, *last)
 
 
 def arguments(sides, rest: Rest, terms: list[Term], settings, reduce: int, out: Output) -> tuple:

@@ -39,7 +39,7 @@ def _counter(device: int, stream: int) -> torch.Tensor:
     return torch.zeros(1, dtype=torch.int32, device=f"cuda:{device}")
 
 
-def _scratch(logp, doubles: int, stream: int) -> tuple[torch.Tensor, torch.Tensor]:
+def scratch_of(logp, doubles: int, stream: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Room for what the pieces of the batch add up to, and the counter."""
     scratch = torch.empty(doubles, dtype=torch.float64, device=logp.device)
     if torch.cuda.is_current_stream_capturing():  # a graph may run on any stream, and has a counter of its own
@@ -63,7 +63,7 @@ def forward(fields: Fields, surrogate, estimator, plan, settings, hyper, kl_hype
         kl_hyper, (out.loss.data_ptr(), out.metrics.data_ptr(), *map(_gradient, out[2:])),
     )  # fmt: skip
     if logp.is_cuda:
-        scratch, counter = _scratch(logp, extension.token_loss_scratch(*arguments), last[1])
+        scratch, counter = scratch_of(logp, extension.token_loss_scratch(*arguments), last[1])
         last = (scratch.data_ptr(), counter.data_ptr(), *last)
     extension.token_loss(*arguments, *last)
     return out
