@@ -12,7 +12,6 @@ import pytest
 import torch
 
 import rlfast
-from rlfast.demo.parity import GRAD_NORM_TOLERANCE, LOSS_TOLERANCE, UPDATE_TOLERANCE
 from rlfast.integrations import patching
 from rlfast.integrations import trl as ours
 from tests.numerics import assert_gradient, assert_same_bits, assert_value, assert_zero
@@ -21,10 +20,7 @@ trl = pytest.importorskip("trl", reason='the trl package is missing: pip install
 transformers = pytest.importorskip("transformers")
 from trl.trainer import utils  # noqa: E402
 
-STEPS = 3
-WORDS = "the a cat dog sat ran on mat hill red blue big small and or then one two three four is was no".split()  # noqa: SIM905
-PROMPTS = ("the cat sat", "a dog ran on the hill", "one and two is", "big red mat", "no", "the small blue dog was not")
-VOCAB = 151  # the head has more rows than the tokenizer has words, and an odd number of them
+from tests.trl_trainers import VOCAB, assert_same_steps, steps_of, tiny, word_tokenizer  # noqa: E402
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -41,122 +37,7 @@ def patched():
 
 @pytest.fixture
 def tokenizer():
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    words = ["<pad>", "<eos>", "<unk>", "user", "assistant", ":", *WORDS]
-    inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
-    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    template = (
-        "{% for message in messages %}{{ message['role'] + ' : ' + message['content'] + ' <eos> ' }}{% endfor %}"
-        "{% if add_generation_prompt %}{{ 'assistant : ' }}{% endif %}"
-    )
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=inner, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>", chat_template=template
-    )
-
-
-SMALL = {
-    "vocab_size": VOCAB,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-    "pad_token_id": 0,
-    "eos_token_id": 1,
-    "bos_token_id": None,
-    "initializer_range": 0.3,  # large, so that the log-probs of a random model are far from uniform
-}
-
-
-def tiny(family: str = "Llama", **options):
-    torch.manual_seed(0)
-    config = getattr(transformers, f"{family}Config")(**{**SMALL, **options})
-    return getattr(transformers, f"{family}ForCausalLM")(config)
-
-
-def conversations(*columns):
-    """Rows of preference, completion or plain data over the tiny vocabulary."""
-    rows = []
-    for i, prompt in enumerate(PROMPTS):
-        say = lambda text: [{"role": "assistant", "content": text}]  # noqa: E731
-        row = {
-            "prompt": [{"role": "user", "content": prompt}],
-            "chosen": say("yes the " + prompt),
-            "rejected": say("no " + " ".join(WORDS[i : i + 4])),
-            "completion": say(prompt + " and then " + WORDS[-i]),
-            "label": i % 2 == 0,
-        }
-        rows.append({name: row[name] for name in columns})
-    return rows
-
-
-def rewards(completions, **_):
-    return [len(set(c[0]["content"].split())) / 8 for c in completions]
-
-
-def trainer_of(kind: str, tokenizer, folder, callback):
-    from datasets import Dataset
-
-    options = {
-        "output_dir": str(folder),
-        "per_device_train_batch_size": 4,
-        "max_steps": STEPS,
-        "learning_rate": 1e-3,
-        "bf16": False,
-        "use_cpu": True,
-        "gradient_checkpointing": False,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": [],
-        "disable_tqdm": True,
-        "dataloader_pin_memory": False,
-    }
-    online = {"num_generations": 2, "max_completion_length": 8, "beta": 0.04}
-    extra, columns = {
-        "GRPO": (online, ("prompt",)),
-        "RLOO": (online, ("prompt",)),
-        "DPO": ({"loss_type": ["sigmoid"]}, ("prompt", "chosen", "rejected")),
-        "KTO": ({}, ("prompt", "completion", "label")),
-        "SFT": ({"completion_only_loss": True}, ("prompt", "completion")),
-    }[kind]
-    reward = {"reward_funcs": rewards} if kind in ("GRPO", "RLOO") else {}
-    tiny("Qwen2", tie_word_embeddings=kind != "DPO").save_pretrained(
-        folder / "model"
-    )  # references are loaded from there
-    trainer = getattr(trl, f"{kind}Trainer")(
-        model=transformers.AutoModelForCausalLM.from_pretrained(folder / "model"),
-        processing_class=tokenizer,
-        args=getattr(trl, f"{kind}Config")(**options, **extra),
-        train_dataset=Dataset.from_list(conversations(*columns)),
-        callbacks=[callback],
-        **reward,
-    )
-    trainer.remove_callback(transformers.PrinterCallback)
-    return trainer
-
-
-class Watch(transformers.TrainerCallback):
-    """Loss, gradient norm and weights after each step; the same random numbers in each."""
-
-    def __init__(self):
-        self.loss, self.grad_norm, self.weights = [], [], []
-
-    def on_step_begin(self, args, state, control, model=None, **_):
-        torch.manual_seed(state.global_step)
-        if not self.weights:
-            self.weights.append(self._flat(model))
-
-    def on_log(self, args, state, control, logs=None, model=None, **_):
-        if "grad_norm" in logs:
-            self.loss.append(logs["loss"])
-            self.grad_norm.append(logs["grad_norm"])
-            self.weights.append(self._flat(model))
-
-    @staticmethod
-    def _flat(model):
-        return torch.cat([p.detach().reshape(-1) for p in model.parameters()])
+    return word_tokenizer()
 
 
 @pytest.mark.parametrize("kind", ("GRPO", "RLOO", "DPO", "KTO", "SFT"))
@@ -168,23 +49,11 @@ def test_trainers_take_the_same_steps(kind, tokenizer, tmp_path, monkeypatch):
         "linear_token_logps",
         lambda hidden, *args, **kw: calls.append(hidden.shape[0]) or kernel(hidden, *args, **kw),
     )
-    seen = {}
-    for arm in ("stock", "rlfast"):
-        seen[arm] = Watch()
-        trainer = trainer_of(kind, tokenizer, tmp_path / arm, seen[arm])
-        with rlfast.patch("trl") if arm == "rlfast" else contextlib.nullcontext():
-            trainer.train()
-        assert bool(calls) == (arm == "rlfast")
-    stock, mine = seen["stock"], seen["rlfast"]
-    assert len(mine.loss) == len(stock.loss) == STEPS
-    assert stock.grad_norm[0] > 1e-3, "nothing was learned, nothing was compared"
-    for k in range(STEPS):
-        # rewards are of order one, and so are advantages and the other trainers' losses
-        assert abs(mine.loss[k] - stock.loss[k]) <= LOSS_TOLERANCE * max(1.0, abs(stock.loss[k])), f"step {k}"
-        assert abs(mine.grad_norm[k] - stock.grad_norm[k]) <= GRAD_NORM_TOLERANCE * stock.grad_norm[k], f"step {k}"
-        update = stock.weights[k + 1] - stock.weights[k]
-        difference = (mine.weights[k + 1] - mine.weights[k]) - update
-        assert difference.norm() <= UPDATE_TOLERANCE * update.norm(), f"step {k}"
+    stock = steps_of(kind, tokenizer, tmp_path / "stock", contextlib.nullcontext())
+    assert not calls
+    mine = steps_of(kind, tokenizer, tmp_path / "rlfast", rlfast.patch("trl"))
+    assert calls
+    assert_same_steps(mine, stock)
 
 
 FAMILIES = {

@@ -62,6 +62,7 @@ FAMILIES = {
     "formula_vec": ("tests/test_token_loss.py", "tests/test_ranked_loss.py"),
     "scan": ("tests/test_affine_scan.py",),
     "kernels/rows": ("tests/test_affine_scan.py",),
+    "trl_preference": ("tests/test_integrations_trl_preference.py",),
 }
 SLOW = "not (isa or 2_31 or seventy or 151669 or 50257 or 32003 or 256k or twenty or tile or many_rows"
 SLOW += " or million or hundred_thousand or segments or compiled or opcheck)"
@@ -74,7 +75,7 @@ RUNS = {
     "cpp": ((*OPS, "--backend", "cpu", "-k", SLOW), {}),
     "cuda": ((), {}),  # the C++ test program
     "triton": ((*OPS, "--backend", "triton", "-k", SLOW), {"TRITON_INTERPRET": "1"}),
-    "trl": (("tests/test_integrations_trl.py",), {}),
+    "trl": (("tests/test_integrations_trl.py", "tests/test_integrations_trl_preference.py"), {}),
     "advantages": (("tests/test_advantages.py",), {}),
 }
 
@@ -82,7 +83,9 @@ RUNS = {
 def files_of(mutant: Mutant, arguments: tuple) -> tuple:
     """pytest's arguments with the test files of the mutant's family."""
     files = next((files for word, files in FAMILIES.items() if word in mutant.file), None)
-    return arguments if files is None or arguments[: len(OPS)] != OPS else (*files, *arguments[len(OPS) :])
+    if files is None or (arguments[: len(OPS)] != OPS and mutant.kind != "trl"):
+        return arguments
+    return (*files, *(x for x in arguments if not x.startswith("tests/")))
 
 
 def copy_of_tree(target: Path) -> Path:

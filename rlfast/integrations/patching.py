@@ -6,9 +6,15 @@ import functools
 import inspect
 import logging
 import sys
+import types
 from typing import Any, NamedTuple
 
+import torch
+
 logger = logging.getLogger("rlfast.integrations")
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+DEVICES = ("cpu", "cuda")
 
 
 class Swap(NamedTuple):
@@ -116,12 +122,49 @@ def or_original(ours, original, why_not):
         reason = why_not(*args, **kwargs)
         if reason is None:
             return ours(*args, **kwargs)
-        _say_once(f"{original.__module__}.{original.__qualname__} runs as it is: {reason}")
+        runs_as_it_is(original, reason)
         return original(*args, **kwargs)
 
     return call
 
 
+def runs_as_it_is(original, reason: str) -> None:
+    """Log, once, why an original is not replaced."""
+    _say_once(f"{original.__module__}.{original.__qualname__} runs as it is: {reason}")
+
+
 @functools.cache
 def _say_once(message: str) -> None:
     logger.warning(message)
+
+
+def tensor_unsupported(**tensors) -> str | None:
+    """Why rlfast cannot take one of these, or None; a tensor that is None can be taken."""
+    for name, x in tensors.items():
+        if x is None:
+            continue
+        if type(x) not in (torch.Tensor, torch.nn.Parameter):
+            return f"{name} is a {type(x).__name__}, rlfast takes plain tensors"
+        if x.layout is not torch.strided:
+            return f"{name} has layout {x.layout}, rlfast takes dense tensors"
+        if x.device.type not in DEVICES:
+            return f"{name} is on {x.device.type}, rlfast runs on {' and '.join(DEVICES)}"
+        if x.is_floating_point() and x.dtype not in DTYPES:
+            return f"{name} is {x.dtype}, rlfast takes {', '.join(str(d) for d in DTYPES)}"
+    return None
+
+
+def takes(original, wanted, name: str, strange: list[str], skip: str = "") -> bool:
+    """Whether ``original`` has the parameters ``wanted``; if not, ``strange`` gets the reason."""
+    if original is None:
+        strange.append(f"{name} is not there")
+        return False
+    live = [p for p in inspect.signature(original).parameters if p != skip]
+    if live != list(wanted):
+        strange.append(f"{name} takes ({', '.join(live)}), expected ({', '.join(wanted)})")
+    return live == list(wanted)
+
+
+def reads(code: types.CodeType, name: str) -> bool:
+    """Whether compiled code, or a function inside of it, reads a global or an attribute of this name."""
+    return name in code.co_names or any(reads(c, name) for c in code.co_consts if isinstance(c, types.CodeType))

@@ -2,7 +2,8 @@
 
 Every TRL trainer that scores tokens from hidden states (SFT, DPO, KTO, GRPO, RLOO, AsyncGRPO, GMPO) ends in
 ``ChunkedLogProbFunction.apply``; those that hold logits call ``selective_log_softmax`` and its relatives. Outputs are
-float32, as those of TRL's own CUDA kernels are (its CPU path returns the dtype of the logits).
+float32, as those of TRL's own CUDA kernels are (its CPU path returns the dtype of the logits). The losses of DPO, KTO
+and reward models are in ``trl_preference.py``.
 
 ``replacements`` is what ``rlfast.patch("trl")`` puts in place. The functions need no TRL and can be called directly.
 """
@@ -13,19 +14,17 @@ import importlib
 import inspect
 import logging
 import sys
-import types
 
 import torch
 
-from rlfast.integrations.patching import Swap, or_original
+from rlfast.integrations import trl_preference
+from rlfast.integrations.patching import Swap, or_original, reads, takes, tensor_unsupported
 from rlfast.logps import linear_token_logps, token_logps
 
 logger = logging.getLogger("rlfast.integrations")
 
 TESTED = ("1.16",)
 OPTIONAL_OUTPUTS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_DEVICES = ("cpu", "cuda")
 
 
 def chunked_logprob(
@@ -140,21 +139,6 @@ def _positive(temperature):
     return temperature
 
 
-def _tensor_unsupported(**tensors) -> str | None:
-    for name, x in tensors.items():
-        if x is None:
-            continue
-        if type(x) not in (torch.Tensor, torch.nn.Parameter):
-            return f"{name} is a {type(x).__name__}, rlfast takes plain tensors"
-        if x.layout is not torch.strided:
-            return f"{name} has layout {x.layout}, rlfast takes dense tensors"
-        if x.device.type not in _DEVICES:
-            return f"{name} is on {x.device.type}, rlfast runs on {' and '.join(_DEVICES)}"
-        if x.is_floating_point() and x.dtype not in _DTYPES:
-            return f"{name} is {x.dtype}, rlfast takes {', '.join(str(d) for d in _DTYPES)}"
-    return None
-
-
 def _head_unsupported(hidden, weight, bias, *_, **__) -> str | None:
     from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
@@ -162,11 +146,11 @@ def _head_unsupported(hidden, weight, bias, *_, **__) -> str | None:
         return (
             "under DeepSpeed ZeRO-3 the head is partitioned again before the backward, and only TRL's kernel gathers it"
         )
-    return _tensor_unsupported(hidden=hidden, weight=weight, bias=bias)
+    return tensor_unsupported(hidden=hidden, weight=weight, bias=bias)
 
 
 def _logits_unsupported(logits, index=None, *args, row_mask=None, **_) -> str | None:
-    reason = _tensor_unsupported(logits=logits)
+    reason = tensor_unsupported(logits=logits)
     if reason is None and isinstance(index, torch.Tensor) and index.device != logits.device:
         return f"index is on {index.device} and logits on {logits.device}"
     if reason is None and isinstance(index, torch.Tensor) and index.shape[: logits.dim() - 1] != logits.shape[:-1]:
@@ -175,7 +159,7 @@ def _logits_unsupported(logits, index=None, *args, row_mask=None, **_) -> str | 
 
 
 def _batch_unsupported(logits, labels=None, *_, **__) -> str | None:
-    return _tensor_unsupported(logits=logits)
+    return tensor_unsupported(logits=logits)
 
 
 def replacements(untested: bool):
@@ -193,6 +177,7 @@ def replacements(untested: bool):
         )
     utils = importlib.import_module("trl.trainer.utils")
     fixed, strange = _functions(utils)
+    fixed += trl_preference.swaps(strange)
     if strange and not untested:
         raise RuntimeError(f'rlfast.patch("trl"): TRL {version} does not look as it should: {"; ".join(strange)}')
     for reason in strange:
@@ -214,11 +199,12 @@ def _functions(utils) -> tuple[list[Swap], list[str]]:
         original = getattr(utils, name, None)
         if original is None and name == "_fused_logprob_entropy":
             continue  # TRL binds it only where Triton is installed
-        if _known(original, ours, f"trl.trainer.utils.{name}", strange):
+        if takes(original, inspect.signature(ours).parameters, f"trl.trainer.utils.{name}", strange):
             swaps.append(Swap(original, or_original(ours, original, why_not), prefix="trl"))
     head = getattr(utils, "_ChunkedLogProbFunction", None)
     forward = getattr(head, "forward", None)
-    if _known(forward, chunked_logprob, "trl.trainer.utils._ChunkedLogProbFunction.forward", strange, skip="ctx"):
+    wanted = inspect.signature(chunked_logprob).parameters
+    if takes(forward, wanted, "trl.trainer.utils._ChunkedLogProbFunction.forward", strange, skip="ctx"):
         apply = or_original(chunked_logprob, head.apply, _head_unsupported)
         ours = type(head.__name__, (head,), {"apply": staticmethod(apply), "__doc__": head.__doc__})
         swaps.append(Swap(head, ours, prefix="trl"))
@@ -229,26 +215,10 @@ def _functions(utils) -> tuple[list[Swap], list[str]]:
     return swaps, strange
 
 
-def _known(original, ours, name: str, strange: list[str], skip: str = "") -> bool:
-    """Whether ``original`` takes the arguments of ``ours``; if not, ``strange`` gets the reason."""
-    if original is None:
-        strange.append(f"{name} is not there")
-        return False
-    live = [p for p in inspect.signature(original).parameters if p != skip]
-    wanted = list(inspect.signature(ours).parameters)
-    if live != wanted:
-        strange.append(f"{name} takes ({', '.join(live)}), expected ({', '.join(wanted)})")
-    return live == wanted
-
-
 def _asks_before_compacting(utils) -> bool:
     """Whether the fused forward is the only code of TRL's utils that reads the global ``_use_triton``."""
-    readers = [f.__name__ for f in vars(utils).values() if inspect.isfunction(f) and _reads(f.__code__, "_use_triton")]
+    readers = [f.__name__ for f in vars(utils).values() if inspect.isfunction(f) and reads(f.__code__, "_use_triton")]
     return hasattr(utils, "_use_triton") and [r for r in readers if r != "_use_triton"] == ["add_fused_lm_head"]
-
-
-def _reads(code: types.CodeType, name: str) -> bool:
-    return name in code.co_names or any(_reads(c, name) for c in code.co_consts if isinstance(c, types.CodeType))
 
 
 def _loaded_batch_logps() -> list[Swap]:
