@@ -8,9 +8,9 @@ from __future__ import annotations
 import ast
 from pathlib import Path
 
-from mutants import Mutant
+from mutants.mutant import Mutant
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 # The module, and the tests of its formulas; where a test's id has the formula's name, those with that name.
 MODULES = {
     "pair": "every_link",

@@ -1,0 +1,33 @@
+"""Of the swaps in trainers."""
+
+from __future__ import annotations
+
+from mutants.mutant import python
+
+PYTHON = [
+    *python(
+        "trl", "rlfast/integrations/trl.py",
+        ("softcap=final_logit_softcapping", "softcap=None"),
+        ("logit_scale=logit_scale,", "logit_scale=1.0,"),
+        ("            temperature=temperature,", "            temperature=1.0,"),
+    ),
+    *python(
+        "trl", "rlfast/integrations/trl_preference.py",
+        ("lambda _, __, out, to=outputs: «to».append(out)", "outputs"),
+        ("return (loss, theirs[1]) if return_outputs else loss", "return loss"),
+        ("trainer.router_aux_loss_coef * out.aux_loss", "out.aux_loss"),
+        ("out.log_probs[:, «1 - mask.shape[1]» :]", "1"),
+        ("if loss_type in SMOOTHED:", "if True:"),
+        ("abs(self.alpha - 1) < 1e-6", "False"),
+        ("weight=weight * part.weight", "weight=weight"),
+        ("alike = [row for row in rows if «row.sort == sort»]", "True"),
+        ("torch.mul(*of.chunk(2))", "of.chunk(2)[0]"),
+        ("mask«.sum(1).clamp(min=1)»", "[:, 1:].sum(1)"),
+        ("logps.chunk(2)[0].sum() / «counted.chunk(2)[0].sum()»", "len(logps)"),
+        ("counted.cumsum(1) «>» shorter[:, None]", ">="),
+        ("float(trainer.desirable_weight), float(trainer.undesirable_weight)", "1.0, 1.0"),
+        ("_scored(seen.policy)«[int(bool(trainer.calculate_KL))]»", "[0]"),
+        ("trainer.args.center_rewards_coefficient or 0.0", "0.0"),
+        ("margin=inputs.get(\"margin\")", "margin=None"),
+    ),
+]  # fmt: skip
