@@ -100,12 +100,13 @@ def test_extreme(backend, device, link, name):
     check(extreme(link, name), backend, device)
 
 
+@pytest.mark.parametrize("side", ("chosen", "rejected"))
 @pytest.mark.parametrize("link", [link for link in PAIRS if link not in ("nll", "batch_nll")])
-def test_a_nan_stays_in_its_pair(backend, device, link):
+def test_a_nan_stays_in_its_pair(backend, device, link, side):
     """No minimum hides it, and the other pairs are what they were."""
     case = pair_case(link, "total" if link == "odds_ratio" else "log_ratio", link in MEANS, "padded")
     clean, _ = run(case, backend, device)
-    case.tokens["chosen"]["logp"][2, 0] = torch.nan
+    case.tokens[side]["logp"][2, 0] = torch.nan
     out, _ = run(case, backend, device)
     assert out.loss.isnan() and out.losses[2].isnan()
     others = torch.arange(out.losses.shape[0]) != 2
