@@ -186,6 +186,18 @@ def test_a_reference_of_sums(backend, device, form, budget):
     check(case_of(form=form, budget=budget, sums=True), backend, device)
 
 
+@pytest.mark.parametrize("form", ("packed", "packed rows"))
+def test_the_reference_of_a_response_without_tokens_goes_nowhere(backend, device, form):
+    """Not to the first token of the next response."""
+    outs = []
+    for shape in (form, form.replace("packed", "padded").replace("padded rows", "rows")):
+        case = case_of(form=shape, sums=True)
+        case.data["mask"][1] = False
+        case.data["ref"][1] = -7.0
+        outs.append(run(case, backend, device)[0])
+    assert_same_bits("losses", outs[0].losses, outs[1].losses)
+
+
 @pytest.mark.parametrize("needs", (("hidden",), ("weight",), ("bias",), ("weight", "bias")), ids="+".join)
 def test_only_what_is_needed(backend, device, needs):
     check(case_of(needs=needs), backend, device)

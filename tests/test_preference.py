@@ -203,6 +203,19 @@ def test_every_row_on_every_backend(backend, device, name):
     assert_value(name, *losses)
 
 
+@pytest.mark.parametrize("by_batch", (False, True))
+def test_the_likelihood_is_a_mean_over_tokens(backend, device, by_batch):
+    """Of each response, and then of the pairs; or of all chosen tokens."""
+    given = {k: x.to(device) for k, x in sums().items()}
+    row = rlfast.preference_loss("dpo", nll=0.5, nll_by_batch=by_batch)
+    with rlfast.use_backend(backend):
+        losses = [one(**given).loss.cpu() for one in (row, row.with_options(nll=0.0))]
+    logp, n = given["chosen_logps"].cpu().double(), given["chosen_lengths"].cpu().double()
+    likelihood = logp.sum() / n.sum() if by_batch else (logp / n).mean()
+    truth = losses[1].double() - 0.5 * likelihood
+    assert_value("loss", losses[0], truth, truth.float(), truth.abs() + likelihood.abs())
+
+
 @pytest.mark.parametrize("like", PRESETS)
 def test_presets_name_rows(like):
     for name in PRESETS[like]:

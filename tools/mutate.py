@@ -35,6 +35,7 @@ OPS = ("tests/test_token_logps.py", "tests/test_linear_token_logps.py", "tests/t
 # The tests of a mutant whose file is of another family: the first word that its path holds.
 FAMILIES = {
     "linear_loss": ("tests/test_linear_preference_loss.py",),
+    "rlfast/preference.py": ("tests/test_linear_preference_loss.py", "tests/test_preference.py"),
     "rlfast/preference": ("tests/test_linear_preference_loss.py",),
     "unpaired": ("tests/test_unpaired_loss.py",),
     **dict.fromkeys(

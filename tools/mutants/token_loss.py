@@ -127,7 +127,6 @@ PYTHON = [
         ("keep = mask if fields.keep is None else «mask & fields.keep»", "mask", "pairwise"),
         ("(b.old - b.rollout).nan_to_num(nan=«0.0»)", "1.0", "nan or adversarial"),
         ("exp().clamp(«s.weight_low», s.weight_high)", "0.0", "between_bounds or pairwise"),
-        ("applied.log().clamp(«LOG_LEAST», 20.0)", "-1e30", "pairwise or adversarial"),
         ("return per_token * slope «* inside»", "", "pairwise"),
         ("total = total / b.rows(b.mask.to(slope.dtype)).clamp(min=1.0)", "total = total", "pairwise"),
         ("torch.where((adv >= 0) | (moved <= s.off_policy), multiplier, zero)", "multiplier", "pairwise"),
@@ -135,7 +134,6 @@ PYTHON = [
         ("d_kl, through = d_kl «+ through * slope», zero", "", "pairwise or estimator"),
         ("n = n * max_len if reduce == records.SEQ_SUM_OVER_MAX_LEN else n", "n = n", "pairwise"),
         ("kept = b.keep.to(ones.dtype) if plan.entropy_mean else c", "kept = ones if plan.entropy_mean else c", "kept"),
-        ("\"high\": total(clipped * (ratio >= 1))", "\"high\": total(clipped * (ratio > 1))", "pairwise or token_loss"),
     ),
     *python(
         "triton", "kernels/loss_rows.py",
