@@ -46,8 +46,9 @@ def test_pairwise(backend, device, combination):
 
 @pytest.mark.parametrize("surrogate", BUILT_IN)
 @pytest.mark.parametrize("unit", ("token", "seq_mean"))
-def test_every_surrogate(backend, device, surrogate, unit):
-    check(case_of({"surrogate": surrogate, "unit": unit}), backend, device)
+@pytest.mark.parametrize("hyper", AXES["hyper"])
+def test_every_surrogate(backend, device, surrogate, unit, hyper):
+    check(case_of({"surrogate": surrogate, "unit": unit, "hyper": hyper}), backend, device)
 
 
 @pytest.mark.parametrize("kl", ESTIMATORS)

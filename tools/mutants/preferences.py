@@ -138,7 +138,7 @@ PYTHON = [
         ("rest = rest._replace(shared=mean_length(tokens, pairs))", "rest = rest", "likelihood"),
         ("first = torch.searchsorted(counted, before + «1»)", "0", "sums"),
         ("inside = first < cu_seqlens[1:]", "inside = first >= 0", "sums"),
-        ("mask = (live if mask is None else «live & mask»).reshape(-1)", "mask", "every_form"),
+        ("mask = (live if mask is None else «live & mask»).reshape(-1)", "mask", "every_kind"),
     ),
     *python(
         "triton", "kernels/preferences.py",
