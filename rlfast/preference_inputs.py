@@ -65,13 +65,12 @@ def checked(sides: tuple, names: tuple, rest: PairGiven, objective, lengths: boo
         referenced: whether it reads the reference.
     """
     kl, loss = objective.kl, objective.name
-    first = side_of(sides[0], names[0], loss, lengths, referenced, kl, objective.kl_detached)
+    together = sides[1] is None
+    first = side_of(sides[0], names[0], loss, lengths, referenced, kl, objective.kl_detached, together)
     second, pairs = Side(*(None,) * 5), rows_of(first)
-    if sides[1] is None:
+    if together:
         if pairs % 2:
             validate.fail("logps", "an even number of responses, the chosen first", str(pairs))
-        if objective.kl_detached and kl:
-            validate.fail("kl", f"the two sides apart: {loss} detaches the chosen one's", "one batch of rows")
         pairs //= 2
     else:
         second = side_of(sides[1], names[1], loss, lengths, referenced, kl)
@@ -114,8 +113,9 @@ def checked_single(given: Given, desirable, rest: PairGiven, name: str, lengths:
 
 
 def side_of(
-    given: Given, names: Names, loss: str, lengths: bool, referenced: bool, kl_coef: float = 0.0, detached: bool = False
-) -> Side:
+    given: Given, names: Names, loss: str, lengths: bool, referenced: bool, kl_coef: float = 0.0,
+    detached: bool = False, together: bool = False,
+) -> Side:  # fmt: skip
     """One side.
 
     Args:
@@ -126,6 +126,7 @@ def side_of(
         referenced: whether it reads the reference.
         kl_coef: of the KL that is added to the log-probs.
         detached: whether that is without gradient.
+        together: of the chosen responses alone, which are the first half.
     """
     logp = given.logps
     validate.tensor(names.logps, logp)
@@ -142,7 +143,9 @@ def side_of(
         if given.kl is None:
             validate.fail(names.kl, f"a tensor: {loss} needs it", "None")
         kl = like_first(names.kl, given.kl, logp, names.logps)
-        logp = logp + kl_coef * (kl.detach() if detached else kl)
+        if detached:
+            kl = torch.where(first_half(logp, ends), kl.detach(), kl) if together else kl.detach()
+        logp = logp + kl_coef * kl
     tokens = logp.dim() == 2 or ends is not None
     mask = validate.mask_like(given.mask, names.logps, logp, names.mask)
     if mask is not None and not tokens:
@@ -156,6 +159,14 @@ def side_of(
         count = _lengths(names.lengths, count, logp)
     mask = mask if mask is None else in_rows(mask)
     return Side(in_rows(logp), ref if ref is None else in_rows(ref), mask, ends, count)
+
+
+def first_half(logp, cu_seqlens):
+    """Which numbers belong to the first half of the responses."""
+    if cu_seqlens is not None:
+        return torch.arange(logp.shape[0], device=logp.device) < cu_seqlens[(cu_seqlens.shape[0] - 1) // 2]
+    first = torch.arange(logp.shape[0], device=logp.device) < logp.shape[0] // 2
+    return first if logp.dim() == 1 else first.unsqueeze(-1)
 
 
 def _constant(name: str, x):

@@ -8,7 +8,7 @@ import torch
 import rlfast
 from rlfast import PREFERENCES, UNPAIRED
 from rlfast.preference_presets import PRESETS
-from tests.numerics import assert_value
+from tests.numerics import assert_same_bits, assert_value
 
 OP = "pair_loss"
 
@@ -229,6 +229,28 @@ def test_a_mixture_is_the_sum_of_its_rows():
     nll = -(given["chosen_logps"] / given["chosen_lengths"]).mean()
     torch.testing.assert_close(mixed, 0.8 * parts[0] + 0.2 * parts[1] + nll)
     torch.testing.assert_close(rlfast.preference_loss("mpo", beta=0.2)(**given).loss, mixed)
+
+
+@pytest.mark.parametrize("name", ("tdpo1", "tdpo2"))
+@pytest.mark.parametrize("form", ("sums", "padded", "packed"))
+def test_tdpo_of_both_halves_in_one(name, form):
+    """The same losses and gradients as from the two sides apart."""
+    rng = torch.Generator().manual_seed(2)
+    shape = (6,) if form == "sums" else (6, 4)
+    fields = {k: -torch.rand(shape, generator=rng) for k in ("logps", "ref_logps", "kl")}
+    leaves = {k: fields[k].clone().requires_grad_() for k in ("logps", "kl")}
+    halves = {k: x.chunk(2) for k, x in (fields | leaves).items()}
+    row, apart = rlfast.preference_loss(name), {}
+    for i, side in enumerate(("chosen", "rejected")):
+        apart |= {f"{side}_logps": halves["logps"][i], f"ref_{side}_logps": halves["ref_logps"][i]}
+        apart[f"{side}_kl"] = halves["kl"][i]
+    expected = row(**apart).loss
+    rest = {"cu_seqlens": torch.arange(0, 25, 4)} if form == "packed" else {}
+    given = {k: x.reshape(-1) if form == "packed" else x for k, x in (fields | leaves).items()}
+    got = row.rows(given.pop("logps"), **given, **rest).loss
+    for one, other in zip(*(torch.autograd.grad(x, list(leaves.values())) for x in (got, expected)), strict=True):
+        assert_same_bits("gradient", one, other)
+    assert_same_bits("loss", got.detach(), expected.detach())
 
 
 def test_tdpo_adds_the_exact_kl():
