@@ -13,7 +13,7 @@ STEP = $(PYTHON) tools/step.py
 SOURCES := $(shell find csrc -type f 2>/dev/null) setup.py pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all check format compile sanitize mutate test-arm bench docs test-gpu bench-gpu clean
+.PHONY: help demo demo-dpo test test-all check format compile sanitize mutate test-arm bench docs test-gpu bench-gpu clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -21,6 +21,9 @@ help:  ## this list
 
 demo: doctor-demo $(VENV)/.demo  ## train SmolLM2-135M with TRL, stock and with rlfast; demo.png and demo.html
 	$(PY) -m rlfast.demo $(if $(JSON),--json $(JSON))
+
+demo-dpo: doctor-demo $(VENV)/.demo  ## the same with DPO, on pairs of the model's own answers; demo-dpo.png and demo-dpo.html
+	$(PY) -m rlfast.demo dpo $(if $(JSON),--json $(JSON))
 
 # Workers of pytest-xdist share the cores: a thread of OpenMP that spins while it waits takes another worker's time.
 test test-all: export OMP_WAIT_POLICY = passive

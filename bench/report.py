@@ -20,7 +20,7 @@ from rlfast import backends
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS, README = ROOT / "bench" / "results", ROOT / "README.md"
 PLACES = ("x86-64 CPU", "ARM CPU", "NVIDIA GPU")
-DEMO_RATIO = 1.3  # a whole GRPO step of `make demo`, over stock TRL
+DEMO_RATIO = 1.3  # a whole step of `make demo` and `make demo-dpo`, over stock TRL
 # Where a backend's kernels have hardware to run on; elsewhere the cell is a dash.
 HAS = {
     "reference": PLACES,
@@ -98,8 +98,14 @@ def benches(found: list[dict]) -> list[dict]:
 
 
 def demos(found: list[dict]) -> list[dict]:
-    """The results of ``make demo``."""
+    """The results of ``make demo`` and ``make demo-dpo``."""
     return [result for result in found if "parity" in result]
+
+
+def _demo(result: dict) -> tuple[str, str]:
+    """(the trainer, the command) of a result of the demo."""
+    trainer = result.get("trainer", "GRPO")
+    return trainer, "make demo" if trainer == "GRPO" else "make demo-dpo"
 
 
 def figures(found: list[dict]) -> list[str]:
@@ -125,7 +131,8 @@ def figures(found: list[dict]) -> list[str]:
             else []
         )
     for result in demos(found):
-        lines += ["", f"A whole GRPO step of `make demo` ({stamp(result)}): {result['ratio']:.2f}× stock TRL."]
+        trainer, command = _demo(result)
+        lines += ["", f"A whole {trainer} step of `{command}` ({stamp(result)}): {result['ratio']:.2f}× stock TRL."]
     return lines[1:] or ["No benchmark has been committed yet: `make bench` writes one."]
 
 
@@ -173,7 +180,7 @@ def targets(found: list[dict]) -> list[str]:
         state = "met" if result["ratio"] >= DEMO_RATIO and not result["failures"] else "**missed**"
         lines += ["| case | must reach | reached | |", "|---|---|---|---|"]
         wanted = f"≥ {DEMO_RATIO}× stock TRL"
-        lines += [f"| a whole GRPO step, {stamp(result)} | {wanted} | {result['ratio']:.2f} | {state} |"]
+        lines += [f"| a whole {_demo(result)[0]} step, {stamp(result)} | {wanted} | {result['ratio']:.2f} | {state} |"]
     lines = lines or ["No benchmark has been committed yet: `make bench` writes one."]
     return lines + (_on_gpu() if all(place(result) != PLACES[2] for result in benches(found)) else [])
 
@@ -204,7 +211,9 @@ def losses(found: list[dict]) -> list[str]:
                 lines.append(f"- public call on a tiny input, {name}: wanted ≤ {bound:g} µs, reached {micros:.1f}.")
     for result in demos(found):
         if result["ratio"] < DEMO_RATIO:
-            lines.append(f"- a whole GRPO step: wanted ≥ {DEMO_RATIO}× stock TRL, reached {result['ratio']:.2f}.")
+            lines.append(
+                f"- a whole {_demo(result)[0]} step: wanted ≥ {DEMO_RATIO}× stock TRL, reached {result['ratio']:.2f}."
+            )
     if lines:
         return lines
     return (

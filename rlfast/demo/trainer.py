@@ -1,8 +1,9 @@
-"""The GRPOTrainer of an arm, and a clock around the parts of its step."""
+"""What the trainers of both arms have in common, and a clock around the parts of a step."""
 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import logging
 import threading
 import time
@@ -10,10 +11,9 @@ import warnings
 from collections import Counter
 from pathlib import Path
 
-from rlfast.demo.settings import Settings
+from rlfast.demo.settings import Common
 
 ARMS = ("stock", "rlfast")
-PROMPTS = 256
 
 
 def kernels(arm: str):
@@ -25,56 +25,53 @@ def kernels(arm: str):
 
 def quiet() -> None:
     """Leave the terminal to the demo's own progress."""
+    import datasets
     import transformers
 
     warnings.filterwarnings("ignore")
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
     for name in ("trl", "accelerate", "datasets"):
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
-def build(settings: Settings, steps: int, callbacks=()):
-    """A GRPOTrainer on freshly loaded weights. Both arms get the same options and see the same prompts in one order."""
-    import torch
-    from datasets import Dataset
-    from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback
-    from trl import GRPOConfig, GRPOTrainer
+def training_of(settings: Common):
+    """The module that knows this trainer: ``grpo.py`` or ``dpo.py``."""
+    return importlib.import_module(f"rlfast.demo.{settings.training}")
 
-    from rlfast.demo.task import closeness, problems
+
+def options(settings: Common, steps: int) -> dict:
+    """The options that the trainers have in common."""
+    return {
+        "output_dir": str(Path(settings.model) / "runs"),  # TRL makes the folder; nothing is saved to it
+        "per_device_train_batch_size": settings.batch,
+        "learning_rate": settings.learning_rate,
+        "lr_scheduler_type": "constant",
+        "gradient_checkpointing": settings.checkpointing,
+        "max_steps": steps,
+        "bf16": False,
+        "use_cpu": True,
+        "dataloader_pin_memory": False,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": [],
+        "disable_tqdm": True,
+        "seed": settings.seed,
+    }
+
+
+def loaded(settings: Common) -> dict:
+    """Freshly loaded weights and the tokenizer, as a trainer takes them."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     if settings.threads:
         torch.set_num_threads(settings.threads)
-    config = GRPOConfig(
-        output_dir=str(Path(settings.model) / "runs"),  # TRL makes the folder; nothing is saved to it
-        per_device_train_batch_size=settings.batch,
-        num_generations=settings.generations,
-        max_completion_length=settings.max_completion,
-        temperature=settings.temperature,
-        beta=settings.beta,
-        learning_rate=settings.learning_rate,
-        lr_scheduler_type="constant",
-        gradient_checkpointing=settings.checkpointing,
-        max_steps=steps,
-        bf16=False,
-        use_cpu=True,
-        dataloader_pin_memory=False,
-        logging_steps=1,
-        save_strategy="no",
-        report_to=[],
-        disable_tqdm=True,
-        seed=settings.seed,
-    )
-    trainer = GRPOTrainer(
-        model=AutoModelForCausalLM.from_pretrained(settings.model),
-        processing_class=AutoTokenizer.from_pretrained(settings.model, padding_side="left"),
-        reward_funcs=closeness,
-        args=config,
-        train_dataset=Dataset.from_list(problems(PROMPTS, settings.seed)),
-        callbacks=list(callbacks),
-    )
-    trainer.remove_callback(PrinterCallback)
-    return trainer
+    return {
+        "model": AutoModelForCausalLM.from_pretrained(settings.model),
+        "processing_class": AutoTokenizer.from_pretrained(settings.model, padding_side="left"),
+    }
 
 
 class Clock:
@@ -96,12 +93,6 @@ class Clock:
                 self.seconds[part] += time.perf_counter() - start
 
         setattr(owner, name, timed)
-
-    def watch(self, trainer) -> None:
-        """Time generation, log-probs and backward of this trainer."""
-        self.around(trainer, "_generate_single_turn", "generation")
-        self.around(trainer, "_get_per_token_logps_and_entropies", "logps")
-        self.around(trainer.accelerator, "backward", "backward")
 
     @contextlib.contextmanager
     def watch_head(self):
