@@ -145,7 +145,7 @@ def side_of(
         kl = like_first(names.kl, given.kl, logp, names.logps)
         if detached:
             kl = torch.where(first_half(logp, ends), kl.detach(), kl) if together else kl.detach()
-        logp = logp + kl_coef * kl
+        logp = wide(logp) + kl_coef * wide(kl)
     tokens = logp.dim() == 2 or ends is not None
     mask = validate.mask_like(given.mask, names.logps, logp, names.mask)
     if mask is not None and not tokens:
@@ -159,6 +159,11 @@ def side_of(
         count = _lengths(names.lengths, count, logp)
     mask = mask if mask is None else in_rows(mask)
     return Side(in_rows(logp), ref if ref is None else in_rows(ref), mask, ends, count)
+
+
+def wide(x):
+    """In the compute dtype: float32, float64 of float64."""
+    return x if x is None else x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
 
 
 def first_half(logp, cu_seqlens):
@@ -248,6 +253,7 @@ def sorted_sides(first: Side, second: Side, how: str) -> tuple[Side, Side]:
         first, second = halves_of(first)
     else:
         second = summed(second)
+    first, second = (side._replace(logp=wide(side.logp), ref_logp=wide(side.ref_logp)) for side in (first, second))
     zero = torch.zeros_like(first.logp)
     ref = [zero if x.ref_logp is None else x.ref_logp for x in (first, second)]
     if how == "pairs":

@@ -8,6 +8,7 @@ import torch
 import rlfast
 from rlfast import PREFERENCES, UNPAIRED
 from rlfast.preference_presets import PRESETS
+from tests.cases import DTYPES
 from tests.numerics import assert_same_bits, assert_value
 
 OP = "pair_loss"
@@ -187,16 +188,20 @@ def needed(row, pairs: int = 6) -> dict:
     return found
 
 
+@pytest.mark.parametrize("narrow", ("f32", "bf16", "f16"))
 @pytest.mark.parametrize("name", PREFERENCES)
-def test_every_row_on_every_backend(backend, device, name):
+def test_every_row_on_every_backend(backend, device, name, narrow):
     """A row of the table runs, and agrees with the oracle's backend."""
     row = PREFERENCES[name]
     torch.manual_seed(0)
     given = sums() | needed(row)
+    for key, x in given.items():
+        if key.endswith(("_logps", "_kl")):
+            given[key] = x.to(DTYPES[narrow])
     losses = []
-    for one, dtype in ((backend, torch.float32), ("reference", torch.float64), ("reference", torch.float32)):
+    for one, dtype in ((backend, None), ("reference", torch.float64), ("reference", torch.float32)):
         call = {k: x.to(device) if isinstance(x, torch.Tensor) else x for k, x in given.items()}
-        call = {k: x.to(dtype) if isinstance(x, torch.Tensor) and x.is_floating_point() else x for k, x in call.items()}
+        call = {k: x.to(dtype) if dtype and isinstance(x, torch.Tensor) else x for k, x in call.items()}
         with rlfast.use_backend(one):
             losses.append(row(**call).loss.cpu())
     assert losses[0].isfinite()
