@@ -186,6 +186,20 @@ def test_a_weight_between_bounds(backend, device, level):
     check(LossCase(rlfast.Loss("ppo_clip", correction=correction), drawn(few(12, 3), 21, "f32")), backend, device)
 
 
+@pytest.mark.parametrize("kl_ratio", ("unit", "token", "score"))
+def test_a_bounded_kl(backend, device, kl_ratio):
+    """Beyond its bound an estimate is a constant, and has no score term."""
+    bounds = {"kl_d_max": f32(0.25), "kl_max": f32(0.02)}
+    objective = rlfast.Loss("ppo_clip", kl="k2", beta=0.25, kl_ratio=kl_ratio, **bounds)
+    check(LossCase(objective, drawn(few(12, 4), 21, "f32")), backend, device)
+
+
+@pytest.mark.parametrize("limit", (0.0, 0.005, 0.02))
+def test_what_is_too_far_off_policy(backend, device, limit):
+    objective = rlfast.Loss("ppo_clip", off_policy=f32(limit))
+    check(LossCase(objective, drawn(few(12, 8), 21, "f32")), backend, device)
+
+
 def test_the_mean_entropy_is_of_the_kept_tokens(backend, device):
     objective = rlfast.Loss("ppo_clip", entropy_coef=0.5, entropy_mean=True)
     check(LossCase(objective, drawn(few(12, 3), 21, "f32")), backend, device)
