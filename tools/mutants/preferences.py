@@ -159,7 +159,6 @@ PYTHON = [
     *python(
         "triton", "kernels/formulas/divergence.py",
         ("g = exp(d_own) * high «-» exp(d_other) * low", "+", "pairwise"),
-        ("p * (((d_own - d_other) - high) «- low»)", "+ low", "pairwise"),
         ("-rest * p * ((m_over_own «+ high») + low)", "- high", "pairwise"),
         ("tl.where(z_q == float(\"-inf\"), «float(\"inf\")», term)", "term", "row or disjoint"),
         ("return log + tl.where(up, u, 0.0), log «-» tl.where(up, 0.0, u)", "+", "pairwise"),
