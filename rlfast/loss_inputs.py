@@ -147,7 +147,8 @@ def number_of(name: str, x, logp):
     if x is None:
         return None
     if not isinstance(x, torch.Tensor):
-        return torch.tensor(validate.finite(name, x), dtype=torch.float32, device=logp.device)
+        # a fill, which a CUDA graph captures; a copy from the host it does not
+        return torch.full((), validate.finite(name, x), dtype=torch.float32, device=logp.device)
     if x.dim() != 0:
         validate.fail(name, "a number or a 0-dim tensor", validate.shape(x))
     return x.detach().to(device=logp.device, dtype=torch.float32)
