@@ -75,12 +75,12 @@ class Side(NamedTuple):
     targets: torch.Tensor
     ref: torch.Tensor | None
     mask: torch.Tensor
-    width: int | None  # of padded responses
-    cu_seqlens: torch.Tensor | None  # of packed ones
+    shape: tuple  # [B, T] of padded responses, [n] of packed ones
+    cu_seqlens: torch.Tensor | None
 
     def given(self, logp) -> Given:
         """What the loss takes: tokens in the caller's shape."""
-        return given_of(logp, self.ref, self.mask, self.width, self.cu_seqlens)
+        return given_of(logp, self.ref, self.mask, self.shape, self.cu_seqlens)
 
 
 class Place(NamedTuple):
@@ -104,14 +104,15 @@ class Joined(NamedTuple):
     def given(self, place: Place, first: int, last: int, logp) -> Given:
         """What the loss takes of responses ``first`` to ``last`` of a place, whose log-probs are given."""
         at, ends = place.rows(first, last), place.cu_seqlens
+        shape = logp.shape if place.width is None else (last - first, place.width)
         ends = None if ends is None else ends[first : last + 1] - ends[first]
-        return given_of(logp, self.ref if self.ref is None else self.ref[at], self.rows.mask[at], place.width, ends)
+        return given_of(logp, self.ref if self.ref is None else self.ref[at], self.rows.mask[at], shape, ends)
 
 
-def given_of(logp, ref, mask, width, cu_seqlens) -> Given:
-    """Tokens [n] of padded responses as [B, T], of packed ones as they are."""
-    fields = [x if x is None or width is None else x.view(-1, width) for x in (logp, ref, mask)]
-    return Given(fields[0], fields[1], None, fields[2], cu_seqlens, None)
+def given_of(logp, ref, mask, shape, cu_seqlens) -> Given:
+    """Tokens [n] in the caller's shape."""
+    logp, ref, mask = (x if x is None else x.view(shape) for x in (logp, ref, mask))
+    return Given(logp, ref, None, mask, cu_seqlens, None)
 
 
 def run(loss, head: Head, sides: tuple, rest: PairGiven, nll, factor: float, per_pair: bool):
@@ -146,13 +147,13 @@ def run(loss, head: Head, sides: tuple, rest: PairGiven, nll, factor: float, per
 
 def checked_sides(head: Head, sides, names) -> tuple:
     """(weight, bias, the sides), or an error that names the argument."""
-    found = []
+    found, weight, bias = [], head.weight, head.bias
     for given, name in zip(sides, names, strict=True):
         validate.tensor(name.hidden, given.hidden)
         if given.hidden.dim() != (3 if given.cu_seqlens is None else 2):
             wanted = f"shape [B, T, D], or [N, D] with {name.cu_seqlens}"
             validate.fail(name.hidden, wanted, validate.shape(given.hidden))
-        hidden, weight, bias = logps.checked_head(given.hidden, head.weight, head.bias, hidden_name=name.hidden)
+        hidden, weight, bias = logps.checked_head(given.hidden, weight, bias, hidden_name=name.hidden)
         found.append(checked_side(hidden, weight.shape[0], given, name))
     return weight, bias, found
 
@@ -167,11 +168,10 @@ def checked_side(hidden, vocab: int, given: Tokens, name: TokenNames) -> Side:
     mask = validate.mask_like(given.mask, name.targets, targets, name.mask)
     live = targets != validate.IGNORE_INDEX
     mask = (live if mask is None else live & mask).reshape(-1)
-    width = lead[1] if ends is None else None
     ref = given.ref_logps
     if ref is not None:
         ref = reference_of(name, ref, targets, mask, ends)
-    return Side(hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1), ref, mask, width, ends)
+    return Side(hidden.reshape(mask.shape[0], hidden.shape[-1]), targets.reshape(-1), ref, mask, tuple(lead), ends)
 
 
 def reference_of(name: TokenNames, ref, targets, mask, cu_seqlens):
@@ -226,14 +226,12 @@ def places_of(sides: list[Side]) -> tuple[Place, Place] | None:
     """Where chosen and rejected responses lie; None where that would have to be read from a device or in a trace."""
     found, start = [], 0
     for side in sides:
-        n = side.targets.shape[0]
-        if side.width is None and not validate.looked_at(side.cu_seqlens):
+        if side.cu_seqlens is not None and not validate.looked_at(side.cu_seqlens):
             return None
-        ends = range(0, n + 1, max(side.width, 1)) if side.width is not None else side.cu_seqlens.tolist()
-        if side.width == 0:
-            return None
-        found.append(Place([start + end for end in ends], side.width, side.cu_seqlens))
-        start += n
+        width = side.shape[1] if side.cu_seqlens is None else None
+        ends = side.cu_seqlens.tolist() if width is None else [i * width for i in range(side.shape[0] + 1)]
+        found.append(Place([start + end for end in ends], width, side.cu_seqlens))
+        start += ends[-1]
     if len(found) == 2:
         return tuple(found)
     ends, width, cu_seqlens = found[0]
@@ -290,7 +288,7 @@ def whole_rest(loss, joined: Joined, chosen: Place, pairs: int, rest: PairGiven)
         rest = rest._replace(num_items=float(max(pairs, 1)))
     if loss.nll_by_batch and loss.nll and rest.shared is None:
         mask = joined.rows.mask[chosen.rows(0, pairs)]
-        one = given_of(mask, None, mask, chosen.width, chosen.cu_seqlens)
+        one = joined.given(chosen, 0, pairs, mask)
         tokens = records.Side(one.logps, None, one.mask, one.cu_seqlens, None)
         rest = rest._replace(shared=mean_length(tokens, pairs))
     return rest

@@ -98,7 +98,7 @@ def run(case: Case, backend: str, device: str = "cpu") -> tuple:
     if "packed" in case.form:
         for side in cut(case, data["mask"]):
             count = rows if side == "" else rows // 2
-            named[f"{side}_cu_seqlens".strip("_")] = torch.arange(0, count * length + 1, length, device=device)
+            named[f"{side}_cu_seqlens".strip("_")] = torch.arange(count + 1, device=device) * length
     counted = 4 * VOCAB * (8 if data["hidden"].dtype == torch.float64 else 4) // 4
     budget = {"recompute": 0, "a pair": 2, "two pairs": 4, "keep": 1 << 20}[case.budget] * length * counted
     rest = {k: x.to(device) if isinstance(x, torch.Tensor) else x for k, x in case.rest.items()}
@@ -291,6 +291,19 @@ def test_few_pairs(backend, device, pairs, budget):
         return check(case, backend, device)
     out, gradients = run(case, backend, device)
     assert out.loss == 0
+    for name, g in gradients.items():
+        assert_zero(name, g)
+
+
+@pytest.mark.parametrize("budget", BUDGETS)
+@pytest.mark.parametrize("form", FORMS)
+def test_responses_without_tokens(backend, device, form, budget):
+    """All of them: a difference of 0, and no gradient."""
+    case = case_of(form=form, budget=budget)
+    names = ("hidden", "targets", "mask", "ref", "live")
+    case = replace(case, data=case.data | {name: case.data[name][:, :0] for name in names})
+    out, gradients = run(case, backend, device)
+    assert_value("loss", out.loss.detach().cpu(), torch.tensor(2.0).double().log(), torch.tensor(2.0).log())
     for name, g in gradients.items():
         assert_zero(name, g)
 
