@@ -50,6 +50,7 @@ FLOORS = {
     "rlfast.selections": 3,
     "rlfast.preference": 3,
     "rlfast.preference_inputs": 3,
+    "rlfast.preference_linear": 3,
     "rlfast.preference_table": 3,
     "rlfast.preference_presets": 3,
     "rlfast.unpaired": 3,
