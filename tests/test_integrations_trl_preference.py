@@ -214,7 +214,7 @@ def test_dpo_divergences(loss_type, divergence, monkeypatch, caplog):
     assert_same(preferences, monkeypatch, caplog, **options)
 
 
-@pytest.mark.parametrize("alpha", (0.3, 1.0 - 1e-7, 2.0))
+@pytest.mark.parametrize("alpha", (0.3, 1.0, 1.0 - 1e-7, 2.0))
 def test_dpo_alpha_divergence(alpha, monkeypatch):
     """TRL's own has no float64; its score in float64 is given to it as the log-ratio of one token."""
     options = {"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": alpha}

@@ -156,7 +156,7 @@ class DpoOptions(NamedTuple):
         score, hyper = DIVERGENCES[self.divergence], {}
         if score == "alpha_divergence":  # at α = 1 it is the reverse KL, and TRL takes what is near for it
             score, hyper = ("log_ratio", {}) if abs(self.alpha - 1) < 1e-6 else (score, {"alpha": self.alpha})
-        return replace(part, score=score, score_hyper=hyper, weight=weight * part.weight)
+        return replace(part, score=score, score_hyper=hyper, weight=weight)
 
 
 @functools.lru_cache(maxsize=64)

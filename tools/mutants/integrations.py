@@ -19,7 +19,7 @@ PYTHON = [
         ("out.log_probs[:, «1 - mask.shape[1]» :]", "1"),
         ("if loss_type in SMOOTHED:", "if True:"),
         ("abs(self.alpha - 1) < 1e-6", "False"),
-        ("weight=weight * part.weight", "weight=weight"),
+        ("score_hyper=hyper, weight=«weight»)", "part.weight"),
         ("alike = [row for row in rows if «row.sort == sort»]", "True"),
         ("torch.mul(*of.chunk(2))", "of.chunk(2)[0]"),
         ("mask«.sum(1).clamp(min=1)»", "[:, 1:].sum(1)"),
