@@ -124,10 +124,11 @@ def given(side, i, inside):
 @jit
 def scored(sums, hyper, SCORE: tl.constexpr, MEAN: tl.constexpr):
     """(s, ∂s/∂S) of responses."""
-    s, slope = SCORE(Response(sums.logp, sums.log_ratio, sums.length), hyper)
+    n = tl.maximum(sums.length, 1.0)  # the mean of no tokens is 0
+    s, slope = SCORE(Response(sums.logp, sums.log_ratio, n), hyper)
     slope = slope + tl.zeros(s.shape, tl.float32)
     if MEAN:
-        s, slope = tl.div_rn(s, sums.length), tl.div_rn(slope, sums.length)
+        s, slope = tl.div_rn(s, n), tl.div_rn(slope, n)
     return s, slope
 
 

@@ -15,6 +15,7 @@ from rlfast.ops.preference_records import METRICS, REDUCTIONS, Settings, Term
 from rlfast.preference_inputs import PairGiven
 
 SORTS = (None, "pairs", "responses")
+READ_SHARED = ("bco",)  # links of whom ``shared`` is a number of their own
 REFERENCED = ("log_ratio", "forward_kl", "jensen_shannon", "alpha_divergence")  # scores that read the reference
 
 
@@ -138,14 +139,21 @@ class PreferenceLoss:
         """The op's arguments that no tensor changes, and what a call must bring."""
         score = next((p.score_hyper for p in self.parts if p.score == self.reward), {})
         terms = with_nll = terms_with_reward(self.parts, PAIRS, self.reward, score, self.reward_mean)
-        if self.nll:
+        if self.nll and not self.apart:
             by_batch = self.nll_by_batch
             nll = Part("batch_nll" if by_batch else "nll", score="total", mean=not by_batch, weight=self.nll)
             with_nll = [*terms, nll.term(PAIRS)]
         lengths = any(t.mean or t.score == "power" for t in with_nll)
-        lengths |= any(p.hyper.get("length_price") for p in self.parts) or self.nll_by_batch
+        lengths |= any(p.hyper.get("length_price") for p in self.parts) or bool(self.nll)
         referenced = any(p.score in REFERENCED for p in self.parts) and not self.reference_free
         return flat(with_nll), flat(terms), lengths, referenced
+
+    @property
+    def apart(self) -> bool:
+        """Whether the likelihood is added by torch: sorted sums are no longer those of responses, and a link may want
+        ``shared`` for itself, where the kernel has the batch's mean length."""
+        wanted = any(part.link in READ_SHARED for part in self.parts)
+        return bool(self.nll) and bool(self.sort or (self.nll_by_batch and wanted))
 
     def with_options(self, **options) -> PreferenceLoss:
         """The same loss with some options changed; a hyper-parameter of a part's link or score by its own name."""
@@ -285,8 +293,23 @@ class PreferenceLoss:
         """A call whose arguments are gathered; ``names`` is what those of the sides are called."""
         out = self._launch(chosen, rejected, rest, nll, factor, per_pair, names)
         loss = out.loss if nll is None or not self.nll else out.loss + self.nll * nll
+        if self.apart and nll is None:
+            loss, out = self._with_likelihood(out, chosen, rejected is None, rest, factor, names)
         detail = (out.losses, *out.rewards) if per_pair else (None, None, None)
         return PreferenceOutput(loss, LossMetrics(out.metrics, METRICS), *detail)
+
+    def _with_likelihood(self, out, chosen, together: bool, rest, factor: float, names) -> tuple:
+        """(the loss, the op's output), with the likelihood of the chosen responses."""
+        each = self.nll * preference_inputs.likelihoods(chosen, names[0], together, self.nll_by_batch)
+        if rest.weights is not None:
+            each = torch.where(rest.weights != 0, rest.weights * each, 0.0)
+        n = rest.num_items
+        n = (1 if self.reduce == "sum" else max(each.shape[0], 1)) if n is None else n
+        total = each.sum(dtype=torch.float64).mul(factor).div(n).to(each.dtype)
+        metrics = out.metrics.clone()
+        metrics[0] += total.detach()
+        losses = out.losses + each.detach() if out.losses.numel() else out.losses
+        return out.loss + total, out._replace(metrics=metrics, losses=losses)
 
     def gradients(self, chosen, rejected, rest, nll, factor: float) -> tuple:
         """∂loss/∂logp of both sides of a call whose arguments are gathered."""

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 
 from rlfast import validate
+from rlfast.fallback import sequences
 from rlfast.loss_inputs import boundaries, counted, in_rows, like_first, number_of
 from rlfast.ops.preference_records import Side
 
@@ -76,9 +77,11 @@ def checked(sides: tuple, names: tuple, rest: PairGiven, objective, lengths: boo
         second = side_of(sides[1], names[1], loss, lengths, referenced, kl)
         _alike(first, second, names[0].logps, names[1].logps)
     if objective.sort:
+        if objective.tail != 1.0 and is_tokens(first):
+            first, second = tailed(first, second, objective.tail)
         first, second = sorted_sides(first, second, objective.sort)
     shared = rest.shared
-    if objective.nll_by_batch and objective.nll and shared is None:
+    if objective.nll_by_batch and objective.nll and not objective.apart and shared is None:
         shared = mean_length(first, pairs)
     return (*first, *second, *fields_of(rest, shared, first.logp, pairs))
 
@@ -241,6 +244,31 @@ def summed(side: Side) -> Side:
         return torch.segment_reduce(x, "sum", offsets=side.cu_seqlens, initial=0)  # from 0 to the last token
 
     return Side(total(side.logp), total(side.ref_logp), None, None, total(torch.ones_like(side.logp, dtype=acc)))
+
+
+def tailed(first: Side, second: Side, tail: float) -> tuple[Side, Side]:
+    """The tokens beyond the length of the pair's shorter response times ``tail``, as the kernels weigh them."""
+    counts = [sequences.lengths_of(side) for side in (first, second) if side.logp is not None]
+    counts = counts if len(counts) == 2 else counts[0].chunk(2)
+    shortest, found = torch.minimum(*counts), []
+    for side in (first, second):
+        if side.logp is not None:
+            mask = torch.ones_like(side.logp, dtype=torch.bool) if side.mask is None else side.mask
+            rows = shortest if second.logp is not None else torch.cat((shortest, shortest))
+            beyond = sequences.position(side, mask) > sequences.spread(side, rows)
+            tokens = (x if x is None else torch.where(beyond, tail * wide(x), wide(x)) for x in side[:2])
+            side = Side(*tokens, *side[2:])
+        found.append(side)
+    return tuple(found)
+
+
+def likelihoods(given: Given, names: Names, together: bool, by_batch: bool):
+    """−S/n of each chosen response, by torch; n is the batch's mean length ``by_batch``, and 1 at least."""
+    side = summed(side_of(given, names, "its likelihood", True, False))
+    side = halves_of(side)[0] if together else side
+    n = wide(side.lengths)
+    n = n.mean() if by_batch else n
+    return -wide(side.logp) / n.clamp(min=1)
 
 
 def sorted_sides(first: Side, second: Side, how: str) -> tuple[Side, Side]:

@@ -133,7 +133,7 @@ def run(loss, head: Head, sides: tuple, rest: PairGiven, nll, factor: float, per
     joined = join(checked, weight, bias, head)
     needs = [x is not None and x.requires_grad and torch.is_grad_enabled() for x in joined.rows[:3]]
     groups = None
-    if any(needs) and loss.sort is None:
+    if any(needs) and loss.sort is None and not loss.apart:
         places = places_of(checked)
         groups = places and groups_of(places, joined.rows, budget)
     loss_names = tuple(name.of_loss() for name in names)

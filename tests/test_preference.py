@@ -208,6 +208,93 @@ def test_every_row_on_every_backend(backend, device, name, narrow):
     assert_value(name, *losses)
 
 
+def test_a_likelihood_beside_losses_that_sort_or_share(backend, device):
+    """Of the responses and not of their sorted sums; its mean length is not BCO's δ."""
+    given = {k: x.to(device).requires_grad_(k == "chosen_logps") for k, x in sums().items()}
+    logp, n = given["chosen_logps"].detach().cpu().double(), given["chosen_lengths"].cpu().double()
+    weights = torch.tensor([1.0, 0.0, 2.0, 0.5, 1.0, 3.0], device=device)
+    for options, plain, likelihood in (
+        ({"nll": 0.5}, "aot", logp / n),
+        ({"nll": 0.5, "nll_by_batch": True}, "bco_pair", logp / n.mean()),
+        ({"nll": 0.5, "nll_by_batch": True}, "aot_unpaired", logp / n.mean()),
+    ):
+        row = rlfast.preference_loss(plain, **options)
+        with rlfast.use_backend(backend):
+            out = row(**given, weights=weights, num_items=7.0, shared=0.25, per_pair=True)
+            bare = row.with_options(nll=0.0)(**given, weights=weights, num_items=7.0, shared=0.25, per_pair=True)
+            slopes = [torch.autograd.grad(x.loss, given["chosen_logps"])[0].cpu().double() for x in (out, bare)]
+        added = -0.5 * weights.cpu().double() * likelihood
+        truth = bare.loss.detach().cpu().double() + added.sum() / 7
+        assert_value(plain, out.loss.detach().cpu(), truth, truth.float(), truth.abs() + added.abs().sum() / 7)
+        assert_value("metric", out.metrics["loss"].cpu(), truth, truth.float(), truth.abs() + added.abs().sum() / 7)
+        sizes = bare.losses.cpu().double().abs() + added.abs()
+        assert_value("losses", out.losses.cpu(), bare.losses.cpu().double() + added, bare.losses.cpu(), sizes)
+        wanted = slopes[1] + added / logp / 7
+        assert_value("slope", slopes[0].float(), wanted, wanted.float(), slopes[1].abs() + (added / logp / 7).abs())
+
+
+def test_mpo_of_trl():
+    """Its likelihood is of the batch, beside BCO with a δ of 0."""
+    given = sums()
+    d = [given[f"{s}_logps"] - given[f"ref_{s}_logps"] for s in ("chosen", "rejected")]
+    softplus = torch.nn.functional.softplus
+    row = rlfast.preference_loss("mpo", like="trl")
+    beta = row.parts[0].hyper.get("beta", 0.1)
+    dpo, bco = softplus(-beta * (d[0] - d[1])), softplus(-beta * d[0]) + softplus(beta * d[1])
+    nll = -given["chosen_logps"].sum() / given["chosen_lengths"].sum()
+    weights = [part.weight for part in row.parts]
+    expected = weights[0] * dpo.mean() + weights[1] * bco.mean() + row.nll * nll
+    torch.testing.assert_close(row(**given).loss, expected)
+
+
+@pytest.mark.parametrize("form", ("padded", "packed", "rows", "packed_rows"))
+@pytest.mark.parametrize("name", ("aot", "aot_unpaired"))
+def test_a_tail_of_sorted_sums(name, form):
+    """The tokens beyond the shorter response's length have their weight before the sums are sorted."""
+    rng = torch.Generator().manual_seed(4)
+    ours, ref = (-torch.rand(8, 6, generator=rng) for _ in range(2))
+    lengths = torch.tensor([6, 2, 4, 5, 3, 6, 1, 6])
+    mask = torch.arange(6) < lengths[:, None]
+    shorter = torch.minimum(*lengths.chunk(2)).repeat(2)
+    scale = torch.where(torch.arange(6) < shorter[:, None], 1.0, 0.25) * mask
+    sides = [(x * scale).sum(-1).chunk(2) for x in (ours, ref)]
+    row = rlfast.preference_loss(name, tail=0.25)
+    names = ("chosen_logps", "rejected_logps", "ref_chosen_logps", "ref_rejected_logps")
+    expected = row.with_options(tail=1.0)(**dict(zip(names, (*sides[0], *sides[1]), strict=True))).loss
+    ends = torch.arange(0, 49, 6)
+    if form == "rows":
+        out = row.rows(ours, ref_logps=ref, mask=mask)
+    elif form == "packed_rows":
+        out = row.rows(ours.flatten(), ref_logps=ref.flatten(), mask=mask.flatten(), cu_seqlens=ends)
+    else:
+        halves = [x.chunk(2) for x in (ours, ref, mask)]
+        flat = [[y.flatten() if form == "packed" else y for y in x] for x in halves]
+        given = dict(zip(names, (*flat[0], *flat[1]), strict=True))
+        given |= {"chosen_mask": flat[2][0], "rejected_mask": flat[2][1]}
+        if form == "packed":
+            given |= {"chosen_cu_seqlens": ends[:5], "rejected_cu_seqlens": ends[:5]}
+        out = row(**given)
+    torch.testing.assert_close(out.loss, expected)
+
+
+@pytest.mark.parametrize("name", ("ipo", "simpo", "alpha_po", "dpo_norm"))
+def test_a_response_without_tokens_has_a_mean_of_0(backend, device, name):
+    row = rlfast.preference_loss(name, **({"mean": True} if name == "ipo" else {}))
+    logps = torch.full((4, 3), -1.5, device=device).requires_grad_()
+    mask = torch.tensor([[1, 1, 1], [0, 0, 0], [1, 1, 0], [0, 0, 0]], device=device)
+    ref = torch.full((4, 3), -1.0, device=device)
+    with rlfast.use_backend(backend):
+        out = row.rows(logps, ref_logps=ref, mask=mask, per_pair=True)
+        (g,) = torch.autograd.grad(out.loss, logps)
+    assert out.loss.isfinite() and g.isfinite().all() and not g[1].any()
+    with rlfast.use_backend("reference"):
+        both = row(
+            torch.zeros(1), torch.zeros(1), ref_chosen_logps=torch.zeros(1), ref_rejected_logps=torch.zeros(1),
+            chosen_lengths=torch.ones(1), rejected_lengths=torch.ones(1),
+        )  # fmt: skip
+    assert_value("two of them", out.losses[1:].cpu(), both.loss.double().view(1), both.loss.view(1))
+
+
 @pytest.mark.parametrize("by_batch", (False, True))
 def test_the_likelihood_is_a_mean_over_tokens(backend, device, by_batch):
     """Of each response, and then of the pairs; or of all chosen tokens."""

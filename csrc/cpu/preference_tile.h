@@ -39,7 +39,7 @@ void score_stage(ResponseTile& t, int64_t padded, bool mean, const float* number
   using formulas::V;
   const Hyper h = hyper_of<Hyper>(numbers);
   for (int64_t i = 0; i < padded; i += kLanes) {
-    const F n = load(t.length + i);
+    const F n = max(load(t.length + i), set1(1.0f));  // the mean of no tokens is 0
     auto s = formula({V(load(t.logp + i)), V(load(t.log_ratio + i)), V(n)}, h);
     store(t.score + i, mean ? div(s.value.x, n) : s.value.x);
     store(t.slope + i, mean ? div(s.d_logp.x, n) : s.d_logp.x);

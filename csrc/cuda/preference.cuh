@@ -60,7 +60,8 @@ enum ScoreNumber {
 };
 
 // (s, ∂s/∂S) of a response. All of a grid take the same branch.
-RLFAST_DEVICE Score scored(const Term& t, const Response& r) {
+RLFAST_DEVICE Score scored(const Term& t, Response r) {
+  r.length = max(r.length, 1.0f);  // the mean of no tokens is 0
   Score s = {};
   switch (t.score) {
 #define RLFAST_CASE(name, Hyper)                                            \

@@ -175,7 +175,8 @@ struct Terms {
     score[call.count] = which, link[call.count++] = number;
   }
   // (s, ∂s/∂S) of a term.
-  formulas::Score<Real> scored(int k, const formulas::Response<Real>& r) const {
+  formulas::Score<Real> scored(int k, formulas::Response<Real> r) const {
+    if (r.length.x < 1) r.length = Real(1);  // the mean of no tokens is 0
     const auto s = evaluated(score[k], kScoreHyper, r);
     return call.terms[k].mean ? formulas::Score<Real>{s.value / r.length, s.d_logp / r.length} : s;
   }

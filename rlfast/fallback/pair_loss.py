@@ -21,9 +21,10 @@ def formula_of(table: dict, name: str, numbers) -> tuple:
 def scored(term: Term, sums: Sums):
     """(s, ∂s/∂S) of each response."""
     formula, hyper = formula_of(SCORES, term.score, term.score_hyper)
-    s, slope = formula(Response(sums.logp, sums.log_ratio, sums.length), hyper)
+    n = sums.length.clamp(min=1)  # the mean of no tokens is 0
+    s, slope = formula(Response(sums.logp, sums.log_ratio, n), hyper)
     slope = torch.as_tensor(slope, device=s.device).to(s).expand_as(s)
-    return (s / sums.length, slope / sums.length) if term.mean else (s, slope)
+    return (s / n, slope / n) if term.mean else (s, slope)
 
 
 def denominator(rest: Rest, reduce: int, rows: int):

@@ -40,20 +40,20 @@ def _rows(side: Side, x):
     return torch.segment_reduce(inside.double(), "sum", offsets=side.cu_seqlens - side.cu_seqlens[0], initial=0)
 
 
-def _spread(side: Side, x):
+def spread(side: Side, x):
     """One number a response, for each of its tokens."""
     if side.cu_seqlens is None:
         return x.unsqueeze(-1)
     return torch.repeat_interleave(x, side.cu_seqlens.diff())
 
 
-def _position(side: Side, mask):
+def position(side: Side, mask):
     """How many tokens of its response count up to each token, itself among them."""
     count = mask.cumsum(-1)
     if side.cu_seqlens is None:
         return count
     before = torch.nn.functional.pad(count, (1, 0))[side.cu_seqlens[:-1]]
-    return count - _spread(side, before)
+    return count - spread(side, before)
 
 
 def within(side: Side) -> Side:
@@ -76,7 +76,7 @@ def sums_of(side: Side, shared_length, tail: float) -> Sums:
     mask = torch.ones_like(side.logp, dtype=torch.bool) if side.mask is None else side.mask
     weight = None
     if tail != 1.0 and shared_length is not None:
-        beyond = _position(side, mask) > _spread(side, shared_length)
+        beyond = position(side, mask) > spread(side, shared_length)
         weight = torch.where(beyond, tail, 1.0).to(acc)
     zero = torch.zeros((), dtype=acc, device=side.logp.device)
 
@@ -94,7 +94,7 @@ def pull_back(side: Side, sums: Sums, d_sum, out) -> None:
     if sums.mask is None:
         out.copy_(d_sum)
         return
-    d = _spread(side, d_sum)
+    d = spread(side, d_sum)
     d = d if sums.weight is None else d * sums.weight
     d = torch.where(sums.mask, d, torch.zeros((), dtype=d.dtype, device=d.device))
     out.copy_(d)

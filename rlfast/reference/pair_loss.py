@@ -12,6 +12,7 @@ from . import preferences
 
 def score(name, hyper, mean, logp, ref_logp, length):
     """A score of responses, from their sums."""
+    length = length.clamp(min=1)  # the mean of no tokens is 0
     seen = SimpleNamespace(logp=logp, log_ratio=logp - ref_logp, length=length)
     s = getattr(preferences, name)(seen, **hyper)
     return s / length if mean else s

@@ -110,8 +110,8 @@ CUDA = [
 PYTHON = [
     *python(
         "torch", "rlfast/fallback/sequences.py",
-        ("beyond = _position(side, mask) «>» _spread", ">=", "tail"),
-        ("return count - _spread(side, before)", "return count", "tail"),
+        ("beyond = position(side, mask) «>» spread", ">=", "tail"),
+        ("return count - spread(side, before)", "return count", "tail"),
         ("d = torch.where(sums.mask, d, torch.zeros(", "d = torch.where(sums.mask | True, d, torch.zeros(", "form"),
     ),
     *python(
@@ -144,7 +144,7 @@ PYTHON = [
         "triton", "kernels/preferences.py",
         ("return tl.where(position «>» shortest, tail, 1.0)", ">=", "tail"),
         ("g = tl.where(inside, d, 0.0)", "g = d + tl.zeros(column.shape, tl.float32)", "form"),
-        ("slope = tl.div_rn(s, sums.length), «tl.div_rn(slope, sums.length)»", "slope", "every_score"),
+        ("slope = tl.div_rn(s, n), «tl.div_rn(slope, n)»", "slope", "every_score"),
         ("return Sums(logp.to(tl.float32), «(logp - ref)».to(tl.float32)", "logp", "form"),
         ("    if rest.num_items is not None:\n        n = tl.load(rest.num_items)\n", "", "normaliser"),
     ),
