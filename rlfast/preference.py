@@ -291,6 +291,8 @@ class PreferenceLoss:
         self, chosen, rejected, rest, nll, factor: float, per_pair: bool, names=preference_inputs.SIDES
     ) -> PreferenceOutput:
         """A call whose arguments are gathered; ``names`` is what those of the sides are called."""
+        if nll is not None:
+            validate.scalar("nll", nll)
         out = self._launch(chosen, rejected, rest, nll, factor, per_pair, names)
         loss = out.loss if nll is None or not self.nll else out.loss + self.nll * nll
         if self.apart and nll is None:

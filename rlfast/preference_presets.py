@@ -38,7 +38,7 @@ PRESETS: dict[str, dict[str, dict]] = {
         "rpo": _BATCH,
         "cpo": _BATCH | {"beta": 0.1},
         "cpo_hinge": _BATCH,
-        "cpo_ipo": _BATCH,
+        "cpo_ipo": _BATCH | {"mean": True},
         "simpo": {"beta": 0.1, "gamma": 0.5},
         "cpo_simpo": _BATCH | {"beta": 0.1, "gamma": 0.5},
         "alpha_po": {"beta": 0.1, "gamma": 0.5},
@@ -57,7 +57,7 @@ PRESETS: dict[str, dict[str, dict]] = {
         "sppo_hard": {"beta": 0.1, "scale": 1.0},
         "nca_pair": {},
         "cpo": _BATCH,
-        "simpo": {"beta": 0.1, "gamma": 0.5},
+        "simpo": _BATCH | {"beta": 0.1, "gamma": 0.5, "nll": 1.0},  # its module adds the likelihood, its function not
         "orpo": _BATCH,
     },
     "openrlhf": {

@@ -125,10 +125,14 @@ def _mixture(weights: dict[str, float], like: str | None, options: dict) -> Pref
                 validate.fail("name", f"rows of one {what}: {rows[0].name} has {getattr(rows[0], what)!r}", row.name)
     of = [validate.finite(name, weights[name]) for name in weights if name != "nll"]
     parts = [replace(p, weight=w * p.weight) for row, w in zip(rows, of, strict=True) for p in row.parts]
+    kinds = {row.nll_by_batch for row in rows if row.nll} | ({like == "trl"} if weights.get("nll") else set())
+    if len(kinds) > 1:
+        validate.fail("name", "likelihoods of one kind, by response or by batch (nll_by_batch)", repr(weights))
     nll = weights.get("nll", 0.0) + sum(w * row.nll for row, w in zip(rows, of, strict=True))
     needs = tuple(dict.fromkeys(need for row in rows for need in row.needs))
     free = all(row.reference_free for row in rows)
     mixed = replace(
-        rows[0], parts=tuple(parts), nll=nll, needs=needs, reference_free=free, name=" + ".join(weights), paper=""
-    )
+        rows[0], parts=tuple(parts), nll=nll, nll_by_batch=any(kinds), needs=needs, reference_free=free,
+        name=" + ".join(weights), paper="",
+    )  # fmt: skip
     return mixed.with_options(**options) if options else mixed

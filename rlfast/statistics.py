@@ -7,12 +7,20 @@ import torch
 from rlfast import validate
 
 
-def gathered_mean(x: torch.Tensor, process_group=None) -> torch.Tensor:
-    """The mean of a vector over every rank of a process group, which may have different lengths; 0 if it is empty."""
-    parts = torch.stack([x.detach().double().sum(), torch.tensor(float(x.numel()), device=x.device).double()])
+def gathered(vectors, process_group=None) -> tuple[torch.Tensor, torch.Tensor]:
+    """(means, counts) of some vectors over every rank of a process group, where they may have other lengths; one
+    collective. The mean of none is 0."""
+    parts = torch.stack([x.detach().double().sum() for x in vectors])
+    counts = torch.tensor([float(x.numel()) for x in vectors], dtype=torch.float64, device=parts.device)
+    both = torch.stack((parts, counts))
     if process_group is not None:
-        torch.distributed.all_reduce(parts, group=process_group)
-    return (parts[0] / parts[1].clamp(min=1)).to(torch.float32)
+        torch.distributed.all_reduce(both, group=process_group)
+    return (both[0] / both[1].clamp(min=1)).to(torch.float32), both[1]
+
+
+def gathered_mean(x: torch.Tensor, process_group=None) -> torch.Tensor:
+    """The mean of a vector over every rank of a process group; 0 if it is empty."""
+    return gathered((x,), process_group)[0][0]
 
 
 def kto_reference_point(kl_logps, ref_kl_logps, *, process_group=None) -> torch.Tensor:
@@ -63,10 +71,13 @@ class RunningDelta:
         """δ after one more batch; a side without responses leaves the other's mean."""
         for name, x in (("chosen_rewards", chosen_rewards), ("rejected_rewards", rejected_rewards)):
             validate.tensor(name, x)
-        sides = [x for x in (chosen_rewards, rejected_rewards) if x.numel()]
-        if not sides:
+        sides = chosen_rewards, rejected_rewards
+        if process_group is None and not any(x.numel() for x in sides):
             return self.value
-        mean = torch.stack([gathered_mean(x, process_group) for x in sides]).mean()
+        means, counts = gathered(sides, process_group)
+        if process_group is not None and not counts.any():  # of any rank: looked at, as the collective was waited for
+            return self.value
+        mean = means.sum() / (counts > 0).sum()
         keep = self.count / (self.count + 1) if self.momentum == "average" else self.momentum * (self.count > 0)
         self.value = self.value.to(mean.device) * keep + mean * (1 - keep)
         self.count += 1

@@ -44,11 +44,14 @@ def _pieces(target, *sources):
 
 @torch.no_grad()
 def _apply(targets: Mapping, sources: Sequence[Mapping], keys, formula) -> None:
-    """target ← formula(target, *sources), each in the accumulation dtype."""
+    """target ← formula(target, *sources), each in the accumulation dtype; once where two keys share a tensor."""
+    done = set()
     for key in keys:
         target = targets[key]
-        if not target.is_floating_point():
+        place = target.data_ptr(), target.shape, target.stride()
+        if not target.is_floating_point() or (place in done and target.numel()):
             continue
+        done.add(place)
         if not target.is_contiguous():
             whole = target.contiguous()
             _apply({key: whole}, sources, [key], formula)

@@ -101,3 +101,10 @@ def test_bad_input_is_named():
         rlfast.merge([a, b], weights=[1.0])
     with pytest.raises(ValueError, match="models: expected at least one"):
         rlfast.merge([])
+
+
+def test_tied_weights_are_averaged_once():
+    """Two keys of one tensor, as of an embedding and its head."""
+    average, model = ({"embedding": x, "head": x} for x in (torch.ones(3, 2), torch.full((3, 2), 3.0)))
+    rlfast.ema_update(average, model, decay=0.75)
+    assert average["head"].eq(1.5).all() and average["embedding"] is average["head"]
