@@ -9,6 +9,9 @@ import torch
 
 import rlfast
 from rlfast import PREFERENCES, UNPAIRED
+from rlfast import preference_inputs as inputs
+from rlfast.ops import pair_loss as pair_op
+from rlfast.ops import unpaired_loss as single_op
 from rlfast.preference_presets import PRESETS
 from tests.cases import DTYPES
 from tests.numerics import assert_same_bits, assert_value
@@ -557,3 +560,30 @@ def test_an_option_goes_to_one_place():
             assert not shared, row.name
     assert not of_scores & singles and "alpha" in pairs  # D²O's, whose score has none
     assert rlfast.preference_loss("f_dpo_alpha", alpha=0.25).parts[0].score_hyper == {"alpha": 0.25}
+
+
+@pytest.mark.unpoisoned
+@pytest.mark.backends("torch", "cpu")
+@pytest.mark.parametrize("form", ("sums", "padded", "rows"))
+def test_opcheck(backend, device, form):
+    row, shape = rlfast.preference_loss("dpo"), (4,) if form == "sums" else (4, 3)
+    fields = [-torch.rand(shape) for _ in range(4)]
+    mask = None if form == "sums" else torch.rand(shape) < 0.8
+    sides = [inputs.Given(fields[i].requires_grad_(), fields[i + 2], None, mask, None, None) for i in (0, 1)]
+    rest = inputs.PairGiven(torch.rand(2 if form == "rows" else 4), None, 0.5, None, 7.0)
+    sides[1], names = (None, (inputs.ROWS,)) if form == "rows" else (sides[1], inputs.SIDES)
+    with_nll, _, lengths, referenced = row.prepared
+    args = (*inputs.checked(tuple(sides), names, rest, row, lengths, referenced), *with_nll, [1.0, 1.0], 0)
+    torch.library.opcheck(pair_op.op, (*args, [True, form != "rows", True], backend))
+
+
+@pytest.mark.unpoisoned
+@pytest.mark.backends("torch", "cpu")
+@pytest.mark.parametrize("form", ("sums", "padded"))
+def test_opcheck_of_single_responses(backend, device, form):
+    row, shape = rlfast.unpaired_loss("kto"), (4,) if form == "sums" else (4, 3)
+    given = inputs.Given(-torch.rand(shape, requires_grad=True), -torch.rand(shape), None, None, None, None)
+    rest = inputs.PairGiven(None, None, 0.5, torch.rand(4), None)
+    terms, lengths, referenced = row.prepared
+    args = inputs.checked_single(given, torch.tensor([True, False, True, True]), rest, "kto", lengths, referenced)
+    torch.library.opcheck(single_op.op, (*args, *terms, [1.0, 1.0], 0, [True, True], backend))
