@@ -199,7 +199,7 @@ class PreferenceLoss:
             rejected_logps, ref_rejected_logps, rejected_lengths, rejected_mask, rejected_cu_seqlens, rejected_kl
         )
         rest = PairGiven(margin, extra, shared, weights, num_items)
-        return self.run(chosen, rejected, rest, nll, world_size / accumulation, per_pair)
+        return self.run(chosen, rejected, rest, nll, validate.share(world_size, accumulation), per_pair)
 
     def rows(
         self, logps, *, ref_logps=None, lengths=None, mask=None, cu_seqlens=None, kl=None, margin=None, extra=None,
@@ -214,7 +214,9 @@ class PreferenceLoss:
         """
         both = preference_inputs.Given(logps, ref_logps, lengths, mask, cu_seqlens, kl)
         rest = PairGiven(margin, extra, shared, weights, num_items)
-        return self.run(both, None, rest, nll, world_size / accumulation, per_pair, (preference_inputs.ROWS,))
+        return self.run(
+            both, None, rest, nll, validate.share(world_size, accumulation), per_pair, (preference_inputs.ROWS,)
+        )
 
     def linear(
         self, chosen_hidden, rejected_hidden, weight, chosen_targets, rejected_targets, bias=None, *,
@@ -268,7 +270,7 @@ class PreferenceLoss:
         )
         head = preference_linear.Head(weight, bias, temperature, softcap, logit_scale, memory_budget)
         rest = PairGiven(margin, extra, shared, weights, num_items)
-        return preference_linear.run(self, head, sides, rest, nll, world_size / accumulation, per_pair)
+        return preference_linear.run(self, head, sides, rest, nll, validate.share(world_size, accumulation), per_pair)
 
     def linear_rows(
         self, hidden, weight, targets, bias=None, *, ref_logps=None, mask=None, cu_seqlens=None, temperature=1.0,
@@ -285,7 +287,7 @@ class PreferenceLoss:
         side = preference_linear.Tokens(hidden, targets, ref_logps, mask, cu_seqlens)
         head = preference_linear.Head(weight, bias, temperature, softcap, logit_scale, memory_budget)
         rest = PairGiven(margin, extra, shared, weights, num_items)
-        return preference_linear.run(self, head, (side,), rest, nll, world_size / accumulation, per_pair)
+        return preference_linear.run(self, head, (side,), rest, nll, validate.share(world_size, accumulation), per_pair)
 
     def run(
         self, chosen, rejected, rest, nll, factor: float, per_pair: bool, names=preference_inputs.SIDES

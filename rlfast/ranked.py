@@ -144,7 +144,7 @@ class RankedLoss:
         top = math.inf if self.top is None else float(self.top)
         settings = Settings(
             float(self.beta), float(self.tau), top, float(self.nll), float(self.nll_by_size),
-            float(world_size / accumulation),
+            validate.share(world_size, accumulation),
         )  # fmt: skip
         needs = [groups.scores.requires_grad and torch.is_grad_enabled(), per_group]
         most = groups.scores.shape[1] if cu_seqlens is None else bound(max_candidates)

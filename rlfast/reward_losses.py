@@ -72,7 +72,9 @@ class RewardLoss:
                 validate.fail(name, f"a tensor: {self.name} needs it", "None")
         sides = (Given(x, *(None,) * 5) for x in (chosen_rewards, rejected_rewards))
         rest = PairGiven(margin, probability, None, weights, num_items)
-        return self.objective.run(*sides, rest, None, world_size / accumulation, per_pair, (CHOSEN, REJECTED))
+        return self.objective.run(
+            *sides, rest, None, validate.share(world_size, accumulation), per_pair, (CHOSEN, REJECTED)
+        )
 
 
 def _row(name: str, link: str, paper: str, hyper=None, more=(), label=None, **options) -> RewardLoss:

@@ -37,6 +37,8 @@ def kto_reference_point(kl_logps, ref_kl_logps, *, process_group=None) -> torch.
     Reference: arXiv 2402.01306.
     """
     validate.tensor("kl_logps", kl_logps)
+    if kl_logps.dim() != 1:
+        validate.fail("kl_logps", "shape [K] of sums", validate.shape(kl_logps))
     if ref_kl_logps is None:
         validate.fail("ref_kl_logps", "a tensor beside kl_logps", "None")
     validate.tensor("ref_kl_logps", ref_kl_logps)
@@ -171,6 +173,8 @@ def wpo_weights(logps, log_sum_sq_probs, mask=None, *, most: float = float("inf"
     Reference: arXiv 2406.11827 (2).
     """
     validate.tensor("logps", logps)
+    if logps.dim() != 2:
+        validate.fail("logps", "shape [B, T] of tokens", validate.shape(logps))
     validate.tensor("log_sum_sq_probs", log_sum_sq_probs)
     if log_sum_sq_probs.shape != logps.shape:
         wanted = f"shape {validate.shape(logps)} like logps"

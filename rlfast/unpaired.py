@@ -118,7 +118,7 @@ class UnpairedLoss:
             referenced and not self.reference_free,
         )  # fmt: skip
         needs = [logps.requires_grad and torch.is_grad_enabled(), per_response]
-        settings = Settings(1.0, float(world_size / accumulation))
+        settings = Settings(1.0, validate.share(world_size, accumulation))
         out = op.call(*checked, *terms, settings, REDUCTIONS.index(self.reduce), needs, backends.requested())
         detail = (out.losses, out.rewards[0]) if per_response else (None, None)
         return UnpairedOutput(out.loss, LossMetrics(out.metrics, SINGLE_METRICS), *detail)

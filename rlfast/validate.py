@@ -95,6 +95,13 @@ def scalar(name: str, x, limit: Limit | None = None):
     return x
 
 
+def share(world_size, accumulation) -> float:
+    """What a loss is multiplied by: world_size ÷ accumulation."""
+    if world_size == 1 and accumulation == 1:
+        return 1.0
+    return positive("world_size", world_size) / positive("accumulation", accumulation)
+
+
 def ordered(name: str, low: float, high_name: str, high: float) -> None:
     """Two numbers, the first no larger than the second."""
     if not low <= high:

@@ -587,3 +587,16 @@ def test_opcheck_of_single_responses(backend, device, form):
     terms, lengths, referenced = row.prepared
     args = inputs.checked_single(given, torch.tensor([True, False, True, True]), rest, "kto", lengths, referenced)
     torch.library.opcheck(single_op.op, (*args, *terms, [1.0, 1.0], 0, [True, True], backend))
+
+
+@pytest.mark.parametrize("call, message", (
+    (lambda: rlfast.preference_loss("dpo")(**sums(), accumulation=0), "accumulation: expected a finite float > 0, got 0"),
+    (lambda: rlfast.preference_loss("dpo")(**sums(), world_size=-1), "world_size: expected a finite float > 0, got -1"),
+    (lambda: rlfast.preference_loss("irpo")(**sums(), nll=torch.ones(3)), "nll: expected a number or a 0-dim tensor"),
+    (lambda: rlfast.kto_reference_point(*torch.zeros(2, 3, 4)), "kl_logps: expected shape [K] of sums, got (3, 4)"),
+    (lambda: rlfast.wpo_weights(*torch.zeros(2, 3)), "logps: expected shape [B, T] of tokens, got (3,)"),
+), ids=lambda x: x.split(":")[0] if isinstance(x, str) else "")  # fmt: skip
+def test_bad_numbers_are_named(call, message):
+    with pytest.raises(ValueError) as caught:
+        call()
+    assert message in str(caught.value)
