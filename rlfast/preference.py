@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -148,7 +149,7 @@ class PreferenceLoss:
         referenced = any(p.score in REFERENCED for p in self.parts) and not self.reference_free
         return flat(with_nll), flat(terms), lengths, referenced
 
-    @property
+    @cached_property
     def apart(self) -> bool:
         """Whether the likelihood is added by torch: sorted sums are no longer those of responses, and a link may want
         ``shared`` for itself, where the kernel has the batch's mean length."""

@@ -8,8 +8,9 @@ import torch
 
 from rlfast import validate
 from rlfast.fallback import sequences
+from rlfast.fallback.token_logps import compute_dtype
 from rlfast.loss_inputs import boundaries, counted, in_rows, like_first, number_of
-from rlfast.ops.preference_records import Side
+from rlfast.ops.preference_records import Side, halves
 
 
 class Given(NamedTuple):
@@ -71,15 +72,13 @@ def checked(sides: tuple, names: tuple, rest: PairGiven, objective, lengths: boo
     second, pairs = Side(*(None,) * 5), rows_of(first)
     if together:
         if pairs % 2:
-            validate.fail("logps", "an even number of responses, the chosen first", str(pairs))
+            validate.fail(names[0].logps, "an even number of responses, the chosen first", str(pairs))
         pairs //= 2
     else:
         second = side_of(sides[1], names[1], loss, lengths, referenced, kl)
         _alike(first, second, names[0].logps, names[1].logps)
     if objective.sort:
-        if objective.tail != 1.0 and is_tokens(first):
-            first, second = tailed(first, second, objective.tail)
-        first, second = sorted_sides(first, second, objective.sort)
+        first, second = sorted_sides(first, second, objective.sort, objective.tail)
     shared = rest.shared
     if objective.nll_by_batch and objective.nll and not objective.apart and shared is None:
         shared = mean_length(first, pairs)
@@ -166,7 +165,7 @@ def side_of(
 
 def wide(x):
     """In the compute dtype: float32, float64 of float64."""
-    return x if x is None else x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+    return x if x is None else x.to(compute_dtype(x))
 
 
 def first_half(logp, cu_seqlens):
@@ -228,60 +227,33 @@ def mean_length(first: Side, pairs: int):
     return n.to(first.logp.device, torch.float32).clamp(min=1) / max(pairs, 1)
 
 
-def summed(side: Side) -> Side:
-    """A side with its sums in place of its tokens, by torch, with gradient."""
+def summed(side: Side, shared_length=None, tail: float = 1.0) -> Side:
+    """A side with its sums in place of its tokens, by torch, with gradient; in the compute dtype."""
     if not is_tokens(side):
-        return side
-    acc = torch.float64 if side.logp.dtype == torch.float64 else torch.float32
-    mask = torch.ones_like(side.logp, dtype=torch.bool) if side.mask is None else side.mask
-
-    def total(x):
-        if x is None:
-            return None
-        x = torch.where(mask, x.to(acc), torch.zeros((), dtype=acc, device=x.device))
-        if side.cu_seqlens is None:
-            return x.sum(-1)
-        return torch.segment_reduce(x, "sum", offsets=side.cu_seqlens, initial=0)  # from 0 to the last token
-
-    return Side(total(side.logp), total(side.ref_logp), None, None, total(torch.ones_like(side.logp, dtype=acc)))
-
-
-def tailed(first: Side, second: Side, tail: float) -> tuple[Side, Side]:
-    """The tokens beyond the length of the pair's shorter response times ``tail``, as the kernels weigh them."""
-    counts = [sequences.lengths_of(side) for side in (first, second) if side.logp is not None]
-    counts = counts if len(counts) == 2 else counts[0].chunk(2)
-    shortest, found = torch.minimum(*counts), []
-    for side in (first, second):
-        if side.logp is not None:
-            mask = torch.ones_like(side.logp, dtype=torch.bool) if side.mask is None else side.mask
-            rows = shortest if second.logp is not None else torch.cat((shortest, shortest))
-            beyond = sequences.position(side, mask) > sequences.spread(side, rows)
-            tokens = (x if x is None else torch.where(beyond, tail * wide(x), wide(x)) for x in side[:2])
-            side = Side(*tokens, *side[2:])
-        found.append(side)
-    return tuple(found)
+        return side._replace(logp=wide(side.logp), ref_logp=wide(side.ref_logp))
+    side = sequences.within(side)
+    mask, weight = sequences.weights_of(side, shared_length, tail)
+    sums = [x if x is None else sequences.total(side, x, mask, weight).to(compute_dtype(x)) for x in side[:2]]
+    return Side(*sums, None, None, sequences.lengths_of(side).to(sums[0].dtype))
 
 
 def likelihoods(given: Given, names: Names, together: bool, by_batch: bool):
     """−S/n of each chosen response, by torch; n is the batch's mean length ``by_batch``, and 1 at least."""
-    side = summed(side_of(given, names, "its likelihood", True, False))
-    side = halves_of(side)[0] if together else side
-    n = wide(side.lengths)
+    side = side_of(given, names, "its likelihood", True, False)
+    side = summed(halves(side)[0] if together else side)
+    n = side.lengths
     n = n.mean() if by_batch else n
-    return -wide(side.logp) / n.clamp(min=1)
+    return -side.logp / n.clamp(min=1)
 
 
-def sorted_sides(first: Side, second: Side, how: str) -> tuple[Side, Side]:
+def sorted_sides(first: Side, second: Side, how: str, tail: float) -> tuple[Side, Side]:
     """Sums whose differences are the sorted ones of optimal transport: in ascending order, ties as they came.
 
     "pairs": sort(S_w − S_l) against sort(S_w^ref − S_l^ref); "responses": sort(D_w) against sort(D_l).
     """
-    first = summed(first)
-    if second.logp is None:
-        first, second = halves_of(first)
-    else:
-        second = summed(second)
-    first, second = (side._replace(logp=wide(side.logp), ref_logp=wide(side.ref_logp)) for side in (first, second))
+    sides = halves(first) if second.logp is None else (first, second)
+    shared = sequences.shared_lengths(*(sequences.within(side) for side in sides), tail)
+    first, second = (summed(side, shared, tail) for side in sides)
     zero = torch.zeros_like(first.logp)
     ref = [zero if x.ref_logp is None else x.ref_logp for x in (first, second)]
     if how == "pairs":
@@ -290,10 +262,3 @@ def sorted_sides(first: Side, second: Side, how: str) -> tuple[Side, Side]:
         return Side(sort[0], sort[1], None, None, first.lengths), Side(zero, zero, None, None, second.lengths)
     sort = [(x.logp - r).sort(stable=True).values for x, r in zip((first, second), ref, strict=True)]
     return tuple(Side(x, zero, None, None, side.lengths) for x, side in zip(sort, (first, second), strict=True))
-
-
-def halves_of(both: Side) -> tuple[Side, Side]:
-    """Sums of one batch, cut in two."""
-    n = both.logp.shape[0] // 2
-    cut = [[x if x is None else x[part] for x in both] for part in (slice(None, n), slice(n, None))]
-    return Side(*cut[0]), Side(*cut[1])

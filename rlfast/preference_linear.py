@@ -186,14 +186,12 @@ def reference_of(name: TokenNames, ref, targets, mask, cu_seqlens):
     if tuple(ref.shape) != (rows,):
         wanted = f"shape {validate.shape(targets)} like {name.targets}, or ({rows},) of sums"
         validate.fail(name.ref_logps, wanted, validate.shape(ref))
-    if cu_seqlens is None:
-        first = mask.view(rows, -1).byte().argmax(-1, keepdim=True)
-        return ref.new_zeros(targets.shape).scatter_(1, first, ref.unsqueeze(-1)).reshape(-1)
+    ends = torch.arange(rows + 1, device=ref.device) * targets.shape[1] if cu_seqlens is None else cu_seqlens
     counted = mask.cumsum(0)
-    before = torch.cat([counted.new_zeros(1), counted])[cu_seqlens[:-1]]
+    before = torch.cat([counted.new_zeros(1), counted])[ends[:-1]]
     first = torch.searchsorted(counted, before + 1)  # n for a response behind the last token that counts
-    inside = first < cu_seqlens[1:]
-    spread = ref.new_zeros(targets.shape[0] + 1)
+    inside = first < ends[1:]
+    spread = ref.new_zeros(mask.shape[0] + 1)
     return spread.index_add_(0, first, torch.where(inside, ref, 0))[:-1]
 
 

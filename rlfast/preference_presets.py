@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from rlfast import validate
 
-# The likelihood beside a loss is a mean over all tokens of the batch.
+# The likelihood beside a loss is a mean over all tokens of the batch, as these trainers have it.
 _BATCH = {"nll_by_batch": True}
+BY_BATCH = ("trl", "liger")
 
 PRESETS: dict[str, dict[str, dict]] = {
     "trl": {

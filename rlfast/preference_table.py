@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from rlfast import validate
 from rlfast.preference import Part, PreferenceLoss
-from rlfast.preference_presets import preset
+from rlfast.preference_presets import BY_BATCH, preset
 
 
 def _rows(*rows: PreferenceLoss) -> dict[str, PreferenceLoss]:
@@ -125,7 +125,7 @@ def _mixture(weights: dict[str, float], like: str | None, options: dict) -> Pref
                 validate.fail("name", f"rows of one {what}: {rows[0].name} has {getattr(rows[0], what)!r}", row.name)
     of = [validate.finite(name, weights[name]) for name in weights if name != "nll"]
     parts = [replace(p, weight=w * p.weight) for row, w in zip(rows, of, strict=True) for p in row.parts]
-    kinds = {row.nll_by_batch for row in rows if row.nll} | ({like == "trl"} if weights.get("nll") else set())
+    kinds = {row.nll_by_batch for row in rows if row.nll} | ({like in BY_BATCH} if weights.get("nll") else set())
     if len(kinds) > 1:
         validate.fail("name", "likelihoods of one kind, by response or by batch (nll_by_batch)", repr(weights))
     nll = weights.get("nll", 0.0) + sum(w * row.nll for row, w in zip(rows, of, strict=True))

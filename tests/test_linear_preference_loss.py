@@ -297,9 +297,10 @@ def test_few_pairs(backend, device, pairs, budget):
 
 @pytest.mark.parametrize("budget", BUDGETS)
 @pytest.mark.parametrize("form", FORMS)
-def test_responses_without_tokens(backend, device, form, budget):
+@pytest.mark.parametrize("sums", (False, True))
+def test_responses_without_tokens(backend, device, form, budget, sums):
     """All of them: a difference of 0, and no gradient."""
-    case = case_of(form=form, budget=budget)
+    case = case_of(form=form, budget=budget, sums=sums)
     names = ("hidden", "targets", "mask", "ref", "live")
     case = replace(case, data=case.data | {name: case.data[name][:, :0] for name in names})
     out, gradients = run(case, backend, device)
@@ -400,6 +401,12 @@ def test_bad_arguments(case):
     with pytest.raises(error) as caught:
         rlfast.preference_loss("dpo").linear(**given)
     assert message in str(caught.value)
+
+
+def test_an_odd_number_of_rows():
+    given = {k: GOOD[f"chosen_{k}"][:1] for k in ("hidden", "targets")}
+    with pytest.raises(ValueError, match="targets: expected an even number of responses"):
+        rlfast.preference_loss("dpo").linear_rows(**given, weight=GOOD["weight"], ref_logps=torch.zeros(1, 3))
 
 
 def test_a_divergence_beside_it_is_refused():

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 
+from rlfast.fallback.token_logps import compute_dtype
 from rlfast.ops.preference_records import Side, rows_of
 
 
@@ -40,20 +41,20 @@ def _rows(side: Side, x):
     return torch.segment_reduce(inside.double(), "sum", offsets=side.cu_seqlens - side.cu_seqlens[0], initial=0)
 
 
-def spread(side: Side, x):
+def _spread(side: Side, x):
     """One number a response, for each of its tokens."""
     if side.cu_seqlens is None:
         return x.unsqueeze(-1)
     return torch.repeat_interleave(x, side.cu_seqlens.diff())
 
 
-def position(side: Side, mask):
+def _position(side: Side, mask):
     """How many tokens of its response count up to each token, itself among them."""
     count = mask.cumsum(-1)
     if side.cu_seqlens is None:
         return count
     before = torch.nn.functional.pad(count, (1, 0))[side.cu_seqlens[:-1]]
-    return count - spread(side, before)
+    return count - _spread(side, before)
 
 
 def within(side: Side) -> Side:
@@ -67,26 +68,32 @@ def within(side: Side) -> Side:
 
 def sums_of(side: Side, shared_length, tail: float) -> Sums:
     """The sums of a side whose packed tokens start at 0; ``shared_length`` is the length of the shorter response."""
-    acc = torch.float64 if side.logp.dtype == torch.float64 else torch.float32
+    acc = compute_dtype(side.logp)
     if not is_tokens(side):
         logp = side.logp.to(acc)
         ratio = logp if side.ref_logp is None else logp - side.ref_logp.to(acc)
         length = torch.ones_like(logp) if side.lengths is None else side.lengths.to(acc)
         return Sums(logp, ratio, length, None, None)
-    mask = torch.ones_like(side.logp, dtype=torch.bool) if side.mask is None else side.mask
-    weight = None
-    if tail != 1.0 and shared_length is not None:
-        beyond = position(side, mask) > spread(side, shared_length)
-        weight = torch.where(beyond, tail, 1.0).to(acc)
-    zero = torch.zeros((), dtype=acc, device=side.logp.device)
-
-    def total(x):
-        x = torch.where(mask, x.to(acc), zero)
-        return _rows(side, x if weight is None else x * weight)
-
-    logp = total(side.logp)
-    ref = torch.zeros_like(logp) if side.ref_logp is None else total(side.ref_logp)
+    mask, weight = weights_of(side, shared_length, tail)
+    logp = total(side, side.logp, mask, weight)
+    ref = torch.zeros_like(logp) if side.ref_logp is None else total(side, side.ref_logp, mask, weight)
     return Sums(logp.to(acc), (logp - ref).to(acc), _rows(side, mask.to(acc)).to(acc), mask, weight)
+
+
+def weights_of(side: Side, shared_length, tail: float):
+    """(the tokens that count, c of the tokens; None: 1)."""
+    mask = torch.ones_like(side.logp, dtype=torch.bool) if side.mask is None else side.mask
+    if tail == 1.0 or shared_length is None:
+        return mask, None
+    beyond = _position(side, mask) > _spread(side, shared_length)
+    return mask, torch.where(beyond, tail, 1.0).to(compute_dtype(side.logp))
+
+
+def total(side: Side, x, mask, weight):
+    """Σ c·x over the tokens that count of each response, in double."""
+    acc = compute_dtype(x)
+    x = torch.where(mask, x.to(acc), torch.zeros((), dtype=acc, device=x.device))
+    return _rows(side, x if weight is None else x * weight)
 
 
 def pull_back(side: Side, sums: Sums, d_sum, out) -> None:
@@ -94,7 +101,7 @@ def pull_back(side: Side, sums: Sums, d_sum, out) -> None:
     if sums.mask is None:
         out.copy_(d_sum)
         return
-    d = spread(side, d_sum)
+    d = _spread(side, d_sum)
     d = d if sums.weight is None else d * sums.weight
     d = torch.where(sums.mask, d, torch.zeros((), dtype=d.dtype, device=d.device))
     out.copy_(d)

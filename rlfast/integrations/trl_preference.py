@@ -44,7 +44,8 @@ DPO_ROWS = {
     "discopop": "discopop",
     "sigmoid_norm": "dpo_norm",
 }
-SMOOTHED = ("exo_pair", "robust", "aot", "aot_unpaired")  # those that read TRL's label_smoothing; its sigmoid does not
+# The options that a loss_type reads; TRL's sigmoid does not read label_smoothing.
+READS = dict.fromkeys(("exo_pair", "robust", "aot", "aot_unpaired"), ("label_smoothing",)) | {"discopop": ("tau",)}
 DIVERGENCES = {
     "reverse_kl": "log_ratio",
     "forward_kl": "forward_kl",
@@ -145,10 +146,7 @@ class DpoOptions(NamedTuple):
     def row(self, loss_type: str, weight: float) -> PreferenceLoss:
         """One of the losses, as TRL has it."""
         options = {"beta": self.beta, "tail": 1.0 if self.tail is None else self.tail}
-        if loss_type in SMOOTHED:
-            options["label_smoothing"] = self.label_smoothing
-        if loss_type == "discopop":
-            options["tau"] = self.tau
+        options |= {name: getattr(self, name) for name in READS.get(loss_type, ())}
         row = preference_loss(DPO_ROWS[loss_type], like="trl", **options)
         return replace(row, parts=tuple(self._part(part, weight) for part in row.parts))
 

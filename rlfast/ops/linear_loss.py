@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 import torch
 
+from rlfast.fallback.token_logps import compute_dtype
 from rlfast.ops.linear_token_logps import op, op_accumulate
 
 
@@ -56,7 +57,7 @@ def chunked(rows: Rows, chunks: list, coefficients: Callable, needs: tuple, back
         logp [N] in the compute dtype, 0 in rows of no chunk; the three gradients, None where not needed, those of the
         weight and the bias in the compute dtype.
     """
-    hidden, acc = rows.hidden, torch.float64 if rows.hidden.dtype == torch.float64 else torch.float32
+    hidden, acc = rows.hidden, compute_dtype(rows.hidden)
     logp = hidden.new_zeros(hidden.shape[0], dtype=acc)
     d_hidden = torch.zeros_like(hidden) if needs[0] else None
     sums = [torch.zeros(x.shape, dtype=acc, device=x.device) if need else None

@@ -17,7 +17,7 @@ PYTHON = [
         ("return (loss, theirs[1]) if return_outputs else loss", "return loss"),
         ("trainer.router_aux_loss_coef * out.aux_loss", "out.aux_loss"),
         ("out.log_probs[:, «1 - mask.shape[1]» :]", "1"),
-        ("if loss_type in SMOOTHED:", "if True:"),
+        ("(\"exo_pair\", \"robust\", \"aot\", \"aot_unpaired\")", "DPO_ROWS"),
         ("abs(self.alpha - 1) < 1e-6", "False"),
         ("score_hyper=hyper, weight=«weight»)", "part.weight"),
         ("alike = [row for row in rows if «row.sort == sort»]", "True"),

@@ -110,8 +110,8 @@ CUDA = [
 PYTHON = [
     *python(
         "torch", "rlfast/fallback/sequences.py",
-        ("beyond = position(side, mask) «>» spread", ">=", "tail"),
-        ("return count - spread(side, before)", "return count", "tail"),
+        ("beyond = _position(side, mask) «>» _spread", ">=", "tail"),
+        ("return count - _spread(side, before)", "return count", "tail"),
         ("d = torch.where(sums.mask, d, torch.zeros(", "d = torch.where(sums.mask | True, d, torch.zeros(", "form"),
     ),
     *python(
@@ -137,7 +137,7 @@ PYTHON = [
         ("rest = rest._replace(num_items=float(max(pairs, 1)))", "rest = rest", "every_form"),
         ("rest = rest._replace(shared=mean_length(tokens, pairs))", "rest = rest", "likelihood"),
         ("first = torch.searchsorted(counted, before + «1»)", "0", "sums"),
-        ("inside = first < cu_seqlens[1:]", "inside = first >= 0", "without_tokens"),
+        ("inside = first < ends[1:]", "inside = first >= 0", "without_tokens"),
         ("mask = (live if mask is None else «live & mask»).reshape(-1)", "mask", "every_kind"),
     ),
     *python(
