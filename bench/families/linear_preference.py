@@ -12,12 +12,13 @@ import rlfast
 from bench import arms, gemms
 from bench.baselines import linear_preference as baselines
 from bench.baselines.preferences import BETA
-from bench.case import DTYPES, Case, Target
+from bench.case import DTYPES, Target
 from bench.draws import even, generator, normal
+from bench.heads import HeadCase
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rows(Case):
+class Rows(HeadCase):
     """2·pairs responses of ``length`` tokens: the reference's log-probs, the policy's, the loss, ∂hidden, ∂weight.
 
     Four GEMMs where the gradients are taken while the logits are there, five where they are made again.
@@ -29,6 +30,7 @@ class Rows(Case):
     vocab: int
     width: int
 
+    FORWARDS: ClassVar = 2  # the reference's
     OURS: ClassVar = ("rlfast", "rlfast recompute")
     NAMES: ClassVar = {
         "eager": "eager torch",
@@ -141,26 +143,6 @@ class Rows(Case):
 
     def ceilings(self, data: dict, device: str) -> dict:
         return gemms.ceilings(data["hidden"].flatten(0, 1), data["weight"])
-
-    def flops(self, arm: str) -> int:
-        count = 1 if arm.startswith("gemm ") else 5 if _makes_logits_twice(arm) else 4
-        return count * 2 * self.rows * self.width * self.vocab
-
-    def floors(self, arm: str) -> dict[str, dict[str, float]]:
-        keep = {"gemm forward": 2, "gemm dHidden": 1, "gemm dWeight": 1}
-        keep, recompute = ("gemms keep", keep), ("gemms recompute", keep | {"gemm forward": 3})
-        return dict((recompute, keep) if _makes_logits_twice(arm) else (keep, recompute))
-
-    def sizes(self) -> dict[str, int]:
-        return {"logits": 4 * self.rows * self.vocab}
-
-    def allowed_bytes(self) -> int:
-        """Where the weight is not float32, its gradient's float32 accumulator."""
-        return 4 * self.vocab * self.width if self.dtype != "float32" else 0
-
-
-def _makes_logits_twice(arm: str) -> bool:
-    return arm.startswith(("rlfast recompute", "trl"))
 
 
 TARGETS = (

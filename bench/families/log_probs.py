@@ -13,6 +13,7 @@ from bench import arms, gemms
 from bench.baselines import log_probs as baselines
 from bench.case import DTYPES, Case, Target
 from bench.draws import even, generator, normal
+from bench.heads import HeadCase
 from rlfast.reference.token_logps import token_logps as reference
 
 OUTPUTS = ("logp", "entropy", "log_sum_sq_probs")
@@ -104,7 +105,7 @@ class Logits(Case):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Head(Case):
+class Head(HeadCase):
     """From hidden [rows, width] and weight [vocab, width], forward and backward: three GEMMs, four when the logits are
     made twice."""
 
@@ -179,26 +180,6 @@ class Head(Case):
 
     def ceilings(self, data: dict, device: str) -> dict:
         return gemms.ceilings(data["hidden"], data["weight"])
-
-    def flops(self, arm: str) -> int:
-        count = 1 if arm.startswith("gemm ") else 4 if _makes_logits_twice(arm) else 3
-        return count * 2 * self.rows * self.width * self.vocab
-
-    def floors(self, arm: str) -> dict[str, dict[str, float]]:
-        once = {"gemm forward": 1, "gemm dHidden": 1, "gemm dWeight": 1}
-        keep, recompute = ("gemms keep", once), ("gemms recompute", once | {"gemm forward": 2})
-        return dict((recompute, keep) if _makes_logits_twice(arm) else (keep, recompute))
-
-    def sizes(self) -> dict[str, int]:
-        return {"logits": 4 * self.rows * self.vocab}
-
-    def allowed_bytes(self) -> int:
-        """Where the weight is not float32, its gradient's float32 accumulator."""
-        return 4 * self.vocab * self.width if self.dtype != "float32" else 0
-
-
-def _makes_logits_twice(arm: str) -> bool:
-    return arm.startswith(("rlfast recompute", "trl"))
 
 
 def _some(targets: torch.Tensor, n: int) -> torch.Tensor:
