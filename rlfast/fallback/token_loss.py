@@ -237,6 +237,5 @@ def _finished(fields: Fields, plan: Plan, s: Settings, needs, t: dict, coefs, gr
         t["dropped"] / n, t["drift"] / n, t["drift_max"],
     )  # fmt: skip
     metrics = torch.stack([one * x for x in found]).to(dlogp.dtype)
-    none = dlogp.new_empty(0)
-    dentropy = -entropy_coef * kept * torch.ones_like(dlogp) if needs[1] else none
-    return Output(loss.to(dlogp.dtype, copy=True), metrics, dlogp if needs[0] else none, dentropy)
+    dentropy = -entropy_coef * kept * torch.ones_like(dlogp) if needs[1] else dlogp.new_empty(0)
+    return Output(loss.to(dlogp.dtype, copy=True), metrics, dlogp if needs[0] else dlogp.new_empty(0), dentropy)

@@ -133,10 +133,6 @@ def allocate(fields: Fields, needs: tuple[bool, bool]) -> Output:
     """Uninitialised outputs: float32, or float64 for float64."""
     logp = fields.logp
     acc = torch.float64 if logp.dtype == torch.float64 else torch.float32
-    none = logp.new_empty(0, dtype=acc)
-    return Output(
-        logp.new_empty((), dtype=acc),
-        logp.new_empty(len(METRICS), dtype=acc),
-        torch.empty(logp.shape, dtype=acc, device=logp.device) if needs[0] else none,
-        torch.empty(logp.shape, dtype=acc, device=logp.device) if needs[1] else none,
-    )
+    # never one tensor twice: outputs of an op may not alias one another
+    gradients = (torch.empty(logp.shape if need else 0, dtype=acc, device=logp.device) for need in needs)
+    return Output(logp.new_empty((), dtype=acc), logp.new_empty(len(METRICS), dtype=acc), *gradients)

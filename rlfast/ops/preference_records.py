@@ -128,10 +128,9 @@ def halves(side: Side) -> tuple[Side, Side]:
 def allocate(logp: torch.Tensor, other: torch.Tensor | None, rows: int, metrics: int, needs, sides: int = 2) -> Output:
     """Uninitialised outputs, float32 or float64. Gradients of packed tokens are 0 outside of the responses."""
     acc = torch.float64 if logp.dtype == torch.float64 else torch.float32
-    none = logp.new_empty(0, dtype=acc)
 
-    def like(x, need):
-        return none if not need or x is None else torch.empty(x.shape, dtype=acc, device=x.device)
+    def like(x, need):  # never one tensor twice: outputs of an op may not alias one another
+        return torch.empty(x.shape if need and x is not None else 0, dtype=acc, device=logp.device)
 
     return Output(
         logp.new_empty((), dtype=acc), logp.new_empty(metrics, dtype=acc), like(logp, needs[0]),
