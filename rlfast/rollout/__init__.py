@@ -1,0 +1,6 @@
+"""Generation for RL: an engine in the trainer's process, and the same interface to engines elsewhere."""
+
+from rlfast.rollout.api import Packed, Request, Rollout, RolloutBackend, SamplingParams, Score, pack
+from rlfast.rollout.engine import Engine
+
+__all__ = ["Engine", "Packed", "Request", "Rollout", "RolloutBackend", "SamplingParams", "Score", "pack"]

@@ -1,0 +1,205 @@
+"""What a caller and a rollout backend say to each other: parameters, requests, rollouts, scores."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple, Protocol
+
+import torch
+
+from rlfast import validate
+from rlfast.validate import Limit
+
+MODES = ("keep", "recompute", "abort")
+_RANGES = {
+    "temperature": Limit("a float ≥ 0 (0 is greedy)", 0.0, 1e30),
+    "top_p": Limit("a float in (0, 1]", 1e-30, 1.0),
+    "min_p": Limit("a float in [0, 1]", 0.0, 1.0),
+    "repetition_penalty": Limit("a float > 0", validate.LEAST, validate.MOST),
+    "presence_penalty": Limit("a finite float", -validate.FLOAT32_MAX, validate.FLOAT32_MAX),
+    "frequency_penalty": Limit("a finite float", -validate.FLOAT32_MAX, validate.FLOAT32_MAX),
+}
+_COUNTS = {"top_k": 0, "max_tokens": 1, "min_tokens": 0, "n": 1}
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How tokens are drawn, and when a response ends.
+
+    Args:
+        temperature: the logits are divided by it; 0 is greedy.
+        top_p: the smallest set of the most probable tokens with at least this mass stays; 1 is off.
+        top_k: so many of the most probable tokens stay; 0 is off.
+        min_p: tokens stay whose probability is at least this share of the largest; 0 is off.
+        max_tokens: a response has at most so many.
+        min_tokens: before so many neither a stop nor the end of sequence ends it.
+        n: samples of each prompt; its prefill is shared.
+        seed: of the first sample; sample i has seed + i. The tokens of a sample depend on its prompt, parameters and
+            seed alone, not on what it is batched with.
+        stop: strings, one of which ends a response; the text is cut before it.
+        stop_token_ids: ids, one of which ends a response and is its last token.
+        ignore_eos: the model's end-of-sequence ids do not end it.
+        repetition_penalty: logits of tokens of prompt and response are divided by it where positive, else multiplied.
+        presence_penalty: subtracted from the logits of the tokens of the response.
+        frequency_penalty: subtracted for each time that a token is in the response.
+        logit_bias: {id: what is added to its logit}.
+        allowed_token_ids: ids; or a function of the response's tokens that gives the ids allowed next. None is all.
+        priority: where memory or the token budget is short, larger ones come first.
+
+    Raises:
+        ValueError, TypeError: an argument is not one of the above; the message names it.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    max_tokens: int = 64
+    min_tokens: int = 0
+    n: int = 1
+    seed: int = 0
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: dict[int, float] = field(default_factory=dict)
+    allowed_token_ids: Sequence[int] | Callable[[list[int]], Iterable[int]] | None = None
+    priority: int = 0
+
+    def __post_init__(self):
+        for name, limit in _RANGES.items():
+            validate.number(name, getattr(self, name), limit)
+        for name, least in _COUNTS.items():
+            _integer(name, getattr(self, name), least)
+        _integer("seed", self.seed, -(2**63)), _integer("priority", self.priority, -(2**31))
+        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else self.stop)
+        if not isinstance(self.stop, (tuple, list)) or not all(isinstance(s, str) and s for s in self.stop):
+            validate.fail("stop", "strings that are not empty", repr(self.stop), TypeError)
+        if not isinstance(self.stop_token_ids, (tuple, list)):
+            validate.fail("stop_token_ids", "a tuple of ids", repr(self.stop_token_ids), TypeError)
+        for token in (*self.stop_token_ids, *self.logit_bias):
+            _integer("stop_token_ids, logit_bias", token, 0)
+        for value in self.logit_bias.values():
+            validate.finite("logit_bias", value)
+        validate.flag("ignore_eos", self.ignore_eos)
+        if self.min_tokens > self.max_tokens:
+            validate.fail("min_tokens", f"at most max_tokens, {self.max_tokens}", str(self.min_tokens))
+
+    @property
+    def edits_logits(self) -> bool:
+        """Whether some logits are changed before the temperature."""
+        penalties = self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
+        return penalties or bool(self.logit_bias)
+
+    def of_sample(self, index: int) -> SamplingParams:
+        """Those of one of the n samples."""
+        return replace(self, n=1, seed=self.seed + index)
+
+
+def _integer(name: str, x, least: int) -> None:
+    if isinstance(x, bool) or not isinstance(x, int):
+        validate.fail(name, "an int", repr(x), TypeError)
+    if not least <= x < 2**63:
+        validate.fail(name, f"an int ≥ {least}", repr(x))
+
+
+@dataclass(frozen=True)
+class Request:
+    """One prompt: its tokens, and how its samples are drawn."""
+
+    prompt: tuple[int, ...]
+    params: SamplingParams = SamplingParams()
+
+
+class Rollout(NamedTuple):
+    """One response.
+
+    request, index: which request it answers, and which of its samples it is.
+    logp_raw: float32 [n]. Log-prob of each token under the model's own distribution, softmax(logits).
+    logp: float32 [n]. Under the distribution that it was drawn from: edited, tempered, truncated, renormalised.
+    kept: float32 [n]. The tempered distribution's mass that the truncation kept.
+    entropy: float32 [n]. Of the model's own distribution.
+    versions: int64 [n]. The policy version that each token was drawn from.
+    finish_reason: "stop", "length", "abort", or "paused" of one that a caller took unfinished.
+    """
+
+    request: int
+    index: int
+    prompt_tokens: list[int]
+    tokens: list[int]
+    text: str
+    logp_raw: torch.Tensor
+    logp: torch.Tensor
+    kept: torch.Tensor
+    entropy: torch.Tensor
+    versions: torch.Tensor
+    finish_reason: str
+
+
+class Score(NamedTuple):
+    """Of tokens 1 to n − 1 of a sequence, given those before: float32 [n − 1] each, by the rollouts' routine."""
+
+    logp_raw: torch.Tensor
+    entropy: torch.Tensor
+
+
+class Packed(NamedTuple):
+    """Rollouts one after the other, as the losses take them."""
+
+    tokens: torch.Tensor  # int64 [N]
+    cu_seqlens: torch.Tensor  # int64 [B + 1]
+    logp_raw: torch.Tensor  # [N]
+    logp: torch.Tensor
+    kept: torch.Tensor
+    entropy: torch.Tensor
+    versions: torch.Tensor
+
+
+def pack(rollouts: Sequence[Rollout], device=None) -> Packed:
+    """The responses of some rollouts: ``rlfast.loss(name)(logp, rollout_logp=packed.logp_raw, cu_seqlens=…)``."""
+    ends = torch.tensor([0, *(len(r.tokens) for r in rollouts)]).cumsum(0)
+    tokens = torch.tensor([t for r in rollouts for t in r.tokens], dtype=torch.int64)
+    rest = [torch.cat([torch.empty(0), *(getattr(r, name) for r in rollouts)]) for name in Packed._fields[2:-1]]
+    versions = torch.cat([tokens.new_empty(0), *(r.versions for r in rollouts)])
+    return Packed(*(x.to(device) for x in (tokens, ends, *rest, versions)))
+
+
+class RolloutBackend(Protocol):
+    """What generates: the engine in this process, or a server elsewhere.
+
+    ``logp_means`` says what a rollout's ``logp`` is there, "raw" or "processed", and ``bitwise`` whether ``logp_raw``
+    has the bits of the trainer's forward, so that a loss needs no correction for the difference.
+    """
+
+    logp_means: str
+    bitwise: bool
+
+    def submit(self, requests: Sequence[Request]) -> list[int]: ...
+    def step(self, timeout: float | None = None) -> list[Rollout]: ...
+    def pause(self, mode: str = "keep") -> None: ...
+    def resume(self) -> None: ...
+    def sync_weights(self, named_params, version: int) -> None: ...
+
+
+def checked_prompt(prompt, tokenizer, vocab: int, most: float = math.inf) -> tuple[int, ...]:
+    """The tokens of a prompt, a string or ids, or an error that names it."""
+    if isinstance(prompt, str):
+        if tokenizer is None:
+            validate.fail("prompts", "lists of token ids, since there is no tokenizer", repr(prompt))
+        prompt = tokenizer(prompt)["input_ids"]
+    elif isinstance(prompt, torch.Tensor):
+        prompt = prompt.tolist()
+    if not isinstance(prompt, (list, tuple)) or not all(isinstance(t, int) and not isinstance(t, bool) for t in prompt):
+        validate.fail("prompts", "strings or lists of token ids", repr(prompt)[:60], TypeError)
+    if not prompt:
+        validate.fail("prompts", "at least one token each", "an empty prompt")
+    bad = next((t for t in prompt if not 0 <= t < vocab), None)
+    if bad is not None:
+        validate.fail("prompts", f"token ids in [0, {vocab})", str(bad))
+    if len(prompt) > most:
+        validate.fail("prompts", f"at most {most} tokens (the model's context)", str(len(prompt)))
+    return tuple(prompt)

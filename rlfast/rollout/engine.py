@@ -1,0 +1,399 @@
+"""The engine: generation in the trainer's process, on the trainer's weights.
+
+A request's life
+
+    1. ``submit`` checks its prompt and makes n samples; the first will compute the prompt for all of them
+    2. the scheduler admits it when there are pages, those of a known prefix among them
+    3. its prompt is computed in chunks, packed with the tokens of whatever else runs
+    4. the n samples fork: they share its pages, and copy the last one when they write
+    5. every step the head's logits of each sample's last token go through the sampler: token, log-probs, entropy
+    6. a stop id, a stop string, the length or ``cancel`` ends a sample; a sample without pages waits and begins again
+    7. its full pages stay known by what they hold, until others need the room or the weights change
+    8. ``step`` hands it out as a ``Rollout``
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from rlfast import validate
+from rlfast.rollout import attention, sampling, scoring
+from rlfast.rollout.api import MODES, Request, Rollout, SamplingParams, Score, checked_prompt
+from rlfast.rollout.calls import Calls
+from rlfast.rollout.hf import Decoder, probe
+from rlfast.rollout.kv import Caches, PagePool
+from rlfast.rollout.scheduler import Chunk, Sample, Scheduler
+
+logger = logging.getLogger("rlfast.rollout")
+
+PAGE = 16  # positions: short prompts share too
+TOKEN_BUDGET = 2048  # of a forward: its activations and scores stay within a few tens of megabytes
+MAX_BATCH = 256
+KV_BUDGET = 1 << 30
+LOGIT_ROWS = 64  # rows of logits at once: 12 MB at 49152 columns
+
+
+class Engine(Calls):
+    """Generates with a model that may be in training at the same time.
+
+    Args:
+        model: a causal language model of transformers, PEFT's included. It is not changed.
+        tokenizer: its tokenizer; None where prompts are ids and no stop is a string.
+        page_size: positions in a page of keys and values.
+        kv_budget: bytes of keys and values. Samples that find no room wait, or are computed again.
+        token_budget: tokens of a forward; longer prompts go in chunks.
+        max_batch: sequences of a forward.
+        eos_token_ids: ids that end a response; by default the model's.
+
+    Raises:
+        ValueError: an argument is out of range.
+
+    Example:
+        >>> engine = rlfast.rollout.Engine(model, tokenizer)
+        >>> rollouts = engine.generate(["2 + 2 ="], SamplingParams(n=4, max_tokens=8, seed=1))
+    """
+
+    logp_means = "processed"
+
+    def __new__(cls, model=None, *args, **kwargs):
+        """An engine of pages; one of ``generate`` for a model that rlfast's attention does not reach."""
+        if cls is Engine and model is not None:
+            decoder, reason = probe(model)
+            if decoder is None:
+                from rlfast.rollout.generate import GenerateEngine
+
+                logger.warning("rlfast.rollout: %s; it generates by its own generate()", reason)
+                return GenerateEngine(model, *args, reason=reason, **kwargs)
+            self = super().__new__(cls)
+            self.decoder = decoder
+            return self
+        return super().__new__(cls)
+
+    def __init__(
+        self, model, tokenizer=None, *, page_size: int = PAGE, kv_budget: float = KV_BUDGET,
+        token_budget: int = TOKEN_BUDGET, max_batch: int = MAX_BATCH, eos_token_ids=None,
+    ):  # fmt: skip
+        for name, x in (("page_size", page_size), ("token_budget", token_budget), ("max_batch", max_batch)):
+            if not isinstance(x, int) or isinstance(x, bool) or x < 1:
+                validate.fail(name, "an int ≥ 1", repr(x))
+        self.tokenizer, self.page_size, self.version = tokenizer, page_size, 0
+        pages = int(validate.positive("kv_budget", kv_budget) // (self.decoder.bytes_of_token * page_size))
+        if pages < 1:
+            wanted = f"at least {self.decoder.bytes_of_token * page_size} bytes, one page of {page_size} positions"
+            validate.fail("kv_budget", wanted, f"{kv_budget:g}")
+        self.pool = PagePool(pages, page_size)
+        self.caches = Caches(pages, page_size)
+        self.scheduler = Scheduler(self.pool, token_budget, max_batch)
+        self.eos = frozenset(_eos(model) if eos_token_ids is None else eos_token_ids)
+        self.requests = self.forwards = 0
+        self.live: dict[int, list[Sample]] = {}
+        self.done: list[Sample] = []  # ended outside of a step
+        self.later: list[Rollout] = []
+        self.left: dict[int, int] = {}
+        self.paused = self.closed = self.stale = False
+        self.weights = self.decoder.weights()
+
+    @property
+    def bitwise(self) -> bool:
+        """Whether rollouts and scores have the same bits whatever they are batched with."""
+        return self.decoder.bitwise
+
+    # Requests
+
+    def submit(self, requests: Sequence[Request]) -> list[int]:
+        """Their numbers; none is taken if one of them is wrong."""
+        self._open()
+        checked = [self._checked(request) for request in requests]
+        numbers = []
+        for request in checked:
+            number, self.requests = self.requests, self.requests + 1
+            params = request.params
+            samples = [Sample(number, i, request.prompt, params.of_sample(i)) for i in range(params.n)]
+            self.live[number] = samples
+            self.scheduler.add(samples)
+            numbers.append(number)
+        return numbers
+
+    def _checked(self, request: Request) -> Request:
+        if not isinstance(request.params, SamplingParams):
+            validate.fail("params", "SamplingParams", repr(request.params), TypeError)
+        context, vocab = self.decoder.context, self.decoder.vocab
+        prompt = checked_prompt(request.prompt, self.tokenizer, vocab, context - 1)
+        params = request.params
+        if params.stop and self.tokenizer is None:
+            validate.fail("stop", "no strings, since there is no tokenizer", repr(params.stop))
+        bad = next((t for t in (*params.stop_token_ids, *params.logit_bias) if t >= vocab), None)
+        if bad is not None:
+            validate.fail("stop_token_ids, logit_bias", f"ids in [0, {vocab})", str(bad))
+        longest = min(len(prompt) + params.max_tokens, context)
+        if self.pool.pages_for(longest) > self.pool.pages:
+            room = self.pool.pages * self.page_size
+            wanted = f"at most {room} tokens with max_tokens: kv_budget has room for no more"
+            validate.fail("prompts", wanted, f"{len(prompt)} + {params.max_tokens}")
+        return Request(prompt, params)
+
+    def cancel(self, number: int) -> None:
+        """End a request's samples; the next ``step`` returns them, as far as they came, with "abort"."""
+        self._open()
+        if number not in self.live:
+            validate.fail("number", "a request under way", repr(number))
+        self._abort(self.live[number])
+
+    def _abort(self, samples) -> None:
+        for sample in samples:
+            if not sample.finish:
+                self._end(sample, "abort")
+                self.done.append(sample)
+
+    # The step
+
+    def step(self, timeout: float | None = None) -> list[Rollout]:
+        """One forward of what is under way. Returns the samples that ended."""
+        self._open()
+        ended, self.done = self.done, []
+        if not self.paused and len(self.scheduler):
+            self._watch_weights()
+            chunks = self.scheduler.pick()
+            if chunks:
+                ended += self._advance(chunks)
+        return [self._rollout(sample) for sample in ended]
+
+    @torch.no_grad()
+    def _advance(self, chunks: list[Chunk]) -> list[Sample]:
+        """A forward, and a token for every sequence whose last token it computed."""
+        hidden, ends = self.forward(chunks)
+        rows, samples = [], []
+        for chunk, end in zip(chunks, ends, strict=True):
+            sample = chunk.sample
+            sample.computed = chunk.stop
+            if not chunk.completes:
+                continue
+            if chunk.stop - chunk.start > 1 or not sample.tokens:
+                self.pool.publish(sample.table, chunk.tokens)
+            group = [sample, *self.scheduler.follow(sample)]
+            rows += [end - 1] * len(group)
+            samples += group
+        ended = []
+        for start in range(0, len(samples), LOGIT_ROWS):
+            some = slice(start, start + LOGIT_ROWS)
+            ended += self._draw(hidden[torch.tensor(rows[some], device=hidden.device)], samples[some])
+        return ended
+
+    def forward(self, chunks: list[Chunk]) -> tuple[torch.Tensor, list[int]]:
+        """(hidden states of the chunks' tokens, packed; where each chunk ends)."""
+        device, size = self.decoder.device, self.page_size
+        ids = [t for c in chunks for t in c.tokens[c.start : c.stop]]
+        at = [range(c.start, c.stop) for c in chunks]
+        slots = [
+            c.table[p // size] * size + p % size for c, positions in zip(chunks, at, strict=True) for p in positions
+        ]
+        ends = torch.tensor([0, *(len(positions) for positions in at)]).cumsum(0)
+        most = max(self.pool.pages_for(c.stop) for c in chunks)
+        tables = [(c.table + [0] * most)[:most] for c in chunks]
+        self.caches.copy(self.pool.copies)
+        self.pool.copies = []
+        how = attention.Paged(
+            self.caches, torch.tensor(slots, device=device), torch.tensor(tables, dtype=torch.int32, device=device),
+            ends.to(device, torch.int32), torch.tensor([c.stop for c in chunks], dtype=torch.int32, device=device),
+        )  # fmt: skip
+        positions = torch.tensor([p for r in at for p in r], device=device)
+        with self.decoder.installed():
+            hidden = self.decoder.forward(torch.tensor(ids, device=device), positions, how)
+        self.forwards += 1
+        return hidden, ends[1:].tolist()
+
+    def _draw(self, hidden, samples: list[Sample]) -> list[Sample]:
+        """A token for each of some samples from their last hidden states; those that it ends."""
+        found = sampling.draw(self.decoder.head.logits(hidden), samples, self.eos)
+        ended = []
+        for sample, token, *record in zip(samples, *found, strict=True):
+            if token < 0:
+                raise RuntimeError(f"request {sample.request}: no token has a probability (NaN, or nothing is allowed)")
+            sample.tokens.append(token)
+            sample.records.append((*record, self.version))
+            reason = self._reason(sample, token)
+            if reason:
+                self._end(sample, reason)
+                ended.append(sample)
+        return ended
+
+    def _reason(self, sample: Sample, token: int) -> str:
+        """Why a sample ends with this token; an empty string if it does not."""
+        params, n = sample.params, len(sample.tokens)
+        if n >= params.min_tokens:
+            if token in params.stop_token_ids or (token in self.eos and not params.ignore_eos):
+                return "stop"
+            if params.stop and self._stops(sample):
+                return "stop"
+        return "length" if n >= params.max_tokens or sample.length >= self.decoder.context else ""
+
+    def _stops(self, sample: Sample) -> bool:
+        """Whether a stop string is in the text of the last tokens, of which each adds a character or is part of one."""
+        longest = max(map(len, sample.params.stop))
+        text = self.tokenizer.decode(sample.tokens[-(longest + 8) :])
+        return any(stop in text for stop in sample.params.stop)
+
+    def _end(self, sample: Sample, reason: str) -> None:
+        sample.finish = reason
+        if sample in self.scheduler.running and sample.computed:
+            self.pool.publish(sample.table, sample.all_tokens()[: sample.computed])
+        self.scheduler.finish(sample)
+        if all(s.finish for s in self.live[sample.request]):
+            del self.live[sample.request]
+
+    def _rollout(self, sample: Sample) -> Rollout:
+        """What a sample has come to."""
+        text = ""
+        if self.tokenizer is not None:
+            text = self.tokenizer.decode(sample.tokens, skip_special_tokens=True)
+            cuts = [at for at in (text.find(stop) for stop in sample.params.stop) if at >= 0]
+            text = text[: min(cuts)] if cuts and sample.finish == "stop" else text
+        *numbers, versions = zip(*sample.records, strict=True) if sample.records else ((), (), (), (), ())
+        return Rollout(
+            sample.request, sample.index, list(sample.prompt), list(sample.tokens), text,
+            *(torch.tensor(x, dtype=torch.float32) for x in numbers), torch.tensor(versions, dtype=torch.int64),
+            sample.finish or "paused",
+        )  # fmt: skip
+
+    # Weights
+
+    def _watch_weights(self) -> None:
+        """Keys and values of other weights are worth nothing."""
+        weights = self.decoder.weights()
+        if weights != self.weights:
+            self.weights = weights
+            self.bump()
+
+    def bump(self) -> None:
+        """The policy has changed: a new version, no known prefixes, and what is under way is computed again.
+
+        ``step`` calls it when a parameter has changed in place; a caller need not.
+        """
+        self.version += 1
+        self.pool.forget_all()
+        if not self.stale:
+            self.scheduler.recompute()
+
+    def sync_weights(self, named_params, version: int) -> None:
+        """Nothing to copy in this process; ``version`` is that of the tokens to come."""
+        self._watch_weights()
+        self.version = version
+
+    def pause(self, mode: str = "keep") -> None:
+        """``step`` does nothing until ``resume``.
+
+        Args:
+            mode: "keep": what is under way goes on from its keys and values, be they of older weights by then;
+                "recompute": they are given back, and computed again; "abort": it ends here, and the next ``step``
+                returns it.
+        """
+        self._open()
+        validate.one_of("mode", mode, MODES)
+        self.paused, self.stale = True, mode == "keep"
+        if mode == "recompute":
+            self.scheduler.recompute()
+        elif mode == "abort":
+            for samples in list(self.live.values()):
+                self._abort(samples)
+
+    def resume(self) -> None:
+        """Go on."""
+        self._open()
+        self._watch_weights()
+        self.paused = self.stale = False
+
+    def partial(self) -> list[Rollout]:
+        """What is under way, as far as it has come, with "paused"."""
+        return [self._rollout(s) for samples in self.live.values() for s in samples if not s.finish]
+
+    def tokens(self, prompt, params: SamplingParams | None = None) -> Iterator[tuple[int, str]]:
+        """The tokens of one response as they come: (id, the text that it adds)."""
+        (number,) = self.submit([Request(prompt, params or SamplingParams())])
+        (sample,) = self.live[number]
+        shown, text = 0, ""
+        while not (sample.finish and shown == len(sample.tokens)):
+            self.later += [rollout for rollout in self.step() if rollout.request != number]
+            while shown < len(sample.tokens):
+                shown += 1
+                whole = "" if self.tokenizer is None else self.tokenizer.decode(sample.tokens[:shown])
+                whole = text if whole.endswith("\ufffd") else whole  # a character of several tokens is not there yet
+                yield sample.tokens[shown - 1], whole[len(text) :]
+                text = whole
+
+    # Given tokens
+
+    def score(self, sequences) -> list[Score]:
+        """Log-probs and entropies of given sequences, by the routine that rollouts come from.
+
+        Args:
+            sequences: lists of token ids, of two at least.
+
+        Returns:
+            A ``Score`` each, whose bits are those of the rollout that drew the tokens where ``bitwise`` is true.
+        """
+        self._open()
+        decoder = self.decoder
+        checked = [checked_prompt(s, None, decoder.vocab, decoder.context) for s in sequences]
+        return scoring.score(decoder, checked, self.scheduler.token_budget)
+
+    def choose(self, prompts, candidates) -> list[torch.Tensor]:
+        """The log-prob of each candidate after its prompt, which is computed once for all of them.
+
+        For judges that answer with one of a few words, generative reward models, and scores of given answers.
+
+        Args:
+            prompts: strings, or lists of token ids.
+            candidates: for each prompt a list of strings or of lists of token ids. A string is encoded by itself,
+                without special tokens.
+
+        Returns:
+            float32 [K] each: Σ log p of the candidate's tokens.
+        """
+        self._open()
+        if len(prompts) != len(candidates):
+            validate.fail("candidates", f"{len(prompts)} lists, one a prompt", str(len(candidates)))
+        self._watch_weights()
+        return [scoring.choose(self, *pair) for pair in zip(prompts, candidates, strict=True)]
+
+    # Training
+
+    @contextlib.contextmanager
+    def training_mode(self, model=None):
+        """Within it, a training forward has the rollouts' bits: the same attention, linears and head, with gradient.
+
+        The backward belongs inside too, for gradient checkpointing runs the forward again there.
+
+        Args:
+            model: the model that is trained, if it is not the engine's.
+        """
+        from rlfast.rollout.training import training_mode
+
+        with training_mode(self.decoder if model is None else Decoder(model)):
+            yield
+
+    def close(self) -> None:
+        """Give the pages back; what is under way is lost."""
+        self.closed = True
+        self.caches.layers.clear()
+        self.live.clear()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+    def _open(self) -> None:
+        if self.closed:
+            raise RuntimeError("the engine is closed")
+
+
+def _eos(model) -> list[int]:
+    """The model's end-of-sequence ids."""
+    config = getattr(model, "generation_config", None) or model.config
+    found = config.eos_token_id
+    return [] if found is None else list(found) if isinstance(found, (list, tuple)) else [found]

@@ -1,0 +1,166 @@
+"""Which tokens go into the next forward: those of sequences that decode, then chunks of prompts, within the budgets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from rlfast.rollout.api import SamplingParams
+from rlfast.rollout.kv import OutOfPages, PagePool
+
+
+@dataclass(eq=False)
+class Sample:
+    """One response under way."""
+
+    request: int
+    index: int
+    prompt: tuple[int, ...]
+    params: SamplingParams
+    tokens: list[int] = field(default_factory=list)
+    records: list[tuple] = field(default_factory=list)  # (logp_raw, logp, kept, entropy, version) of each token
+    table: list[int] = field(default_factory=list)  # its pages
+    computed: int = 0  # positions whose keys and values are there
+    waits_for: Sample | None = None  # the sample of the same prompt that computes its keys and values
+    finish: str = ""
+
+    @property
+    def length(self) -> int:
+        return len(self.prompt) + len(self.tokens)
+
+    @property
+    def rank(self) -> tuple:
+        """The order in which samples are served."""
+        return -self.params.priority, self.request, self.index
+
+    def all_tokens(self) -> list[int]:
+        return [*self.prompt, *self.tokens]
+
+
+class Chunk(NamedTuple):
+    """Tokens ``start`` to ``stop`` of a sequence, for one forward."""
+
+    table: list[int]
+    tokens: list[int]
+    start: int
+    stop: int
+    sample: Sample | None = None
+
+    @property
+    def completes(self) -> bool:
+        """Whether its last token is the sequence's."""
+        return self.stop == len(self.tokens)
+
+
+class Scheduler:
+    """Samples that wait for pages and samples that have some.
+
+    Args:
+        pool: the pages.
+        token_budget: most tokens of a forward.
+        max_batch: most sequences of a forward.
+    """
+
+    def __init__(self, pool: PagePool, token_budget: int, max_batch: int):
+        self.pool, self.token_budget, self.max_batch = pool, token_budget, max_batch
+        self.waiting: list[Sample] = []
+        self.running: list[Sample] = []
+
+    def __len__(self) -> int:
+        return len(self.waiting) + len(self.running)
+
+    def add(self, samples: list[Sample]) -> None:
+        """Samples of one prompt: the first computes what all of them share."""
+        for sample in samples[1:]:
+            sample.waits_for = samples[0]
+        self.waiting.extend(samples)
+        self.waiting.sort(key=lambda s: s.rank)
+
+    def pick(self) -> list[Chunk]:
+        """The chunks of the next forward; samples that lose their pages to others wait again."""
+        chunks, budget = [], self.token_budget
+        self.running.sort(key=lambda s: s.rank)
+        for sample in list(self.running):
+            if budget and sample in self.running:
+                chunk = self._chunk(sample, budget)
+                chunks = [c for c in chunks if c.sample in self.running]  # some may have been preempted for it
+                if chunk is not None:
+                    chunks.append(chunk)
+                    budget -= chunk.stop - chunk.start
+        for sample in list(self.waiting):
+            if not budget or len(self.running) >= self.max_batch:
+                break
+            if sample.waits_for is None and self._admit(sample):
+                chunk = self._chunk(sample, budget)
+                if chunk is None:
+                    break
+                chunks.append(chunk)
+                budget -= chunk.stop - chunk.start
+        return chunks
+
+    def _admit(self, sample: Sample) -> bool:
+        """Start a sample if its prompt finds pages without taking another's."""
+        tokens = sample.all_tokens()
+        sample.table = self.pool.find(tokens[:-1])  # the last token is computed in any case: its logits are wanted
+        sample.computed = len(sample.table) * self.pool.size
+        if self.pool.pages_for(len(tokens)) - len(sample.table) > self.pool.free:
+            self.pool.release(sample.table)
+            sample.computed = 0
+            return False
+        self.waiting.remove(sample)
+        self.running.append(sample)
+        return True
+
+    def _chunk(self, sample: Sample, budget: int) -> Chunk | None:
+        """The next tokens of a running sample, with pages of its own for them; None if it had to give way."""
+        start, stop = sample.computed, min(sample.length, sample.computed + budget)
+        while True:
+            try:
+                self.pool.reserve(sample.table, stop)
+                self.pool.own(sample.table, start)
+                return Chunk(sample.table, sample.all_tokens(), start, stop, sample)
+            except OutOfPages:
+                last = max(self.running, key=lambda s: s.rank)
+                self.preempt(last)
+                if last is sample:
+                    return None
+
+    def preempt(self, sample: Sample) -> None:
+        """Take a sample's pages; it waits, and computes its keys and values again."""
+        self.running.remove(sample)
+        self._drop(sample)
+        self.waiting.append(sample)
+        self.waiting.sort(key=lambda s: s.rank)
+
+    def recompute(self) -> None:
+        """All keys and values are of other weights: everything that runs begins again, from the tokens that it has."""
+        for sample in list(self.running):
+            self.preempt(sample)
+
+    def finish(self, sample: Sample) -> None:
+        """It holds no page and is in no list any more; another one takes its place before those who wait for it."""
+        if sample in self.running:
+            self.running.remove(sample)
+        else:
+            self.waiting.remove(sample)
+        self._drop(sample)
+        followers = [s for s in self.waiting if s.waits_for is sample]
+        for follower in followers:
+            follower.waits_for = followers[0] if follower is not followers[0] else None
+
+    def follow(self, leader: Sample) -> list[Sample]:
+        """The samples that waited for this one's prompt run from here on, on its pages; those beyond ``max_batch``
+        find them later."""
+        followers = [s for s in self.waiting if s.waits_for is leader]
+        started = followers[: max(self.max_batch - len(self.running), 0)]
+        for sample in followers:
+            sample.waits_for = None
+        for sample in started:
+            self.waiting.remove(sample)
+            sample.table, sample.computed = self.pool.fork(leader.table), leader.computed
+            self.running.append(sample)
+        return started
+
+    def _drop(self, sample: Sample) -> None:
+        self.pool.release(sample.table)
+        sample.computed = 0
