@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 from rlfast.kernels.formulas.choice import FAR, choice_kl, cross_entropy
 from rlfast.kernels.formulas.elementary import exp, sigmoid, softplus
-from rlfast.kernels.formulas.score import OVERFLOW
 from rlfast.kernels.formulas.token import NoHyper
 from rlfast.kernels.lang import jit, tl
 
@@ -203,8 +202,7 @@ def exponential(p: Pair, h: Beta):
 
     ∂ℓ/∂x = −e^(−x). GPO, arXiv 2402.05749.
     """
-    u = -h.beta * (p.chosen - p.rejected)
-    value = exp(tl.where(u > OVERFLOW, OVERFLOW, u))
+    value = exp(-h.beta * (p.chosen - p.rejected))
     return value, -h.beta * value, h.beta * value
 
 
