@@ -60,7 +60,7 @@ def formula(function) -> UserFormula:
         validate.fail("function", "the arguments (t, h)", f"({', '.join(names)})", TypeError)
     hyper = _record(function)
     name = f"{function.__module__}.{function.__qualname__}"
-    SURROGATES[name] = Formula(jit(function), hyper)
+    SURROGATES[name] = Formula.of(jit(function), hyper)
     return UserFormula(name, SURROGATES[name].function, hyper)
 
 

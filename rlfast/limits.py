@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from rlfast.kernels.formulas import token, value
+from rlfast.kernels.formulas import anchored, pair, reward, score, token, unpaired, value
 from rlfast.validate import FLOAT32_MAX, LEAST, MOST, Limit
 
 ANY = Limit("a float", -math.inf, math.inf)
@@ -18,9 +18,12 @@ FROM_ONE = Limit("a float ≥ 1 (inf is off)", 1.0, math.inf)
 SHARE = Limit("a float in [0, 1]", 0.0, 1.0)
 SOME = Limit("a float > 0, and at most 1", LEAST, 1.0)
 BELOW_ONE = Limit("a float in [0, 1)", 0.0, 1.0 - 2.0**-24)  # the largest below 1 in float32
+INSIDE = Limit("a float in (0, 1)", LEAST, 1.0 - 2.0**-24)
+BELOW_HALF = Limit("a float in [0, ½)", 0.0, 0.5 - 2.0**-25)
 
 # Beyond 1, eps_low leaves a ratio without a lower bound: verl's recipe for CISPO has 10.
 _RANGE = {"eps_low": BOUND, "eps_high": BOUND}
+_BETA = {"beta": POSITIVE}
 
 # Of the formulas, by the record of their hyper-parameters. One that is not here, a user's, may have any number.
 HYPER = {
@@ -39,9 +42,32 @@ HYPER = {
     token.Cpgd: {"eps_low": BELOW_ONE, "eps_high": BOUND, "alpha": NOT_NEGATIVE},  # log(1 − eps_low)
     value.ValueClip: {"clip": POSITIVE_BOUND},
     value.Huber: {"delta": POSITIVE, "clip": POSITIVE_BOUND},
+    # of preference losses
+    score.Alpha: {"alpha": FINITE},
+    score.Divergence: {"alpha": FINITE},
+    pair.Beta: _BETA,
+    pair.Logistic: _BETA | {"label_smoothing": SHARE, "gamma": FINITE, "length_price": FINITE},
+    pair.Smoothed: _BETA | {"label_smoothing": BELOW_HALF},
+    pair.Hinge: _BETA | {"delta": FINITE},
+    pair.Exo: _BETA | {"label_smoothing": INSIDE},
+    pair.Disco: _BETA | {"tau": POSITIVE},
+    pair.Rpo: _BETA | {"eta": FINITE},
+    pair.Unequal: _BETA | {"alpha": NOT_NEGATIVE},
+    anchored.Sppo: _BETA | {"scale": NOT_NEGATIVE},
+    anchored.Positive: _BETA | {"penalty": NOT_NEGATIVE},
+    anchored.Calibrated: _BETA | {"calibration": NOT_NEGATIVE},
+    reward.Focal: {"gamma": NOT_NEGATIVE},
+    reward.Barrier: {"limit": POSITIVE, "edge": POSITIVE},
+    reward.MaxMargin: {"penalty": NOT_NEGATIVE},
+    reward.Point: {"target": FINITE},
+    unpaired.Kto: _BETA | {"desirable_weight": NOT_NEGATIVE, "undesirable_weight": NOT_NEGATIVE},
+    unpaired.Dro: {"tau": POSITIVE},
 }
 
-# Of ``rlfast.Loss`` and ``rlfast.Correction``, by the name of the option.
+# Pairs of hyper-parameters, the first no larger than the second.
+ORDERED_HYPER = {reward.Barrier: (("edge", "limit"),)}
+
+# Of ``rlfast.Loss``, ``rlfast.Correction`` and ``rlfast.PreferenceLoss``, by the name of the option.
 OPTIONS = {
     "beta": FINITE,
     "entropy_coef": FINITE,
@@ -56,6 +82,9 @@ OPTIONS = {
     "high": BOUND,
     "gate_low": ANY,
     "gate_high": ANY,
+    "nll": FINITE,
+    "tail": SHARE,
+    "kl": FINITE,
 }
 # Pairs of them, the first no larger than the second.
 ORDERED = (("log_ratio_low", "log_ratio_high"), ("unit_low", "unit_high"))

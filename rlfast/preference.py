@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from rlfast import backends, preference_inputs, preference_linear, validate
+from rlfast import backends, limits, preference_inputs, preference_linear, validate
 from rlfast.kernels.formulas import PAIRS, SCORES
 from rlfast.losses import LossMetrics
 from rlfast.ops import pair_loss as op
@@ -16,7 +16,7 @@ from rlfast.ops.preference_records import METRICS, REDUCTIONS, Settings, Term
 from rlfast.preference_inputs import PairGiven
 
 SORTS = (None, "pairs", "responses")
-READ_SHARED = ("bco",)  # links of whom ``shared`` is a number of their own
+OF_PAIRS = ("margin", "extra", "weights")  # fields of a pair, which sorting takes apart
 REFERENCED = ("log_ratio", "forward_kl", "jensen_shannon", "alpha_divergence")  # scores that read the reference
 
 
@@ -56,6 +56,9 @@ class Part:
         validate.one_of("score", self.score, tuple(SCORES))
         numbers = _numbers("score_hyper", SCORES[self.score], self.score_hyper)
         weight = validate.finite("weight", self.weight)
+        for low, high in limits.ORDERED_HYPER.get(links[self.link].hyper, ()):
+            hyper = links[self.link].hyper(**self.hyper)
+            validate.ordered(low, getattr(hyper, low), high, getattr(hyper, high))
         return Term(self.score, self.mean, self.link, weight, numbers, _numbers("hyper", links[self.link], self.hyper))
 
     def knows(self, links: dict) -> dict[str, str]:
@@ -77,7 +80,10 @@ def _numbers(what: str, formula, given: dict) -> tuple[float, ...]:
     unknown = set(given) - set(formula.hyper._fields)
     if unknown:
         validate.fail(what, f"names among {', '.join(formula.hyper._fields)}", ", ".join(sorted(unknown)))
-    return tuple(validate.finite(k, x) for k, x in formula.hyper(**given)._asdict().items())
+    ranges = limits.HYPER.get(formula.hyper, {})  # a user's formula may have any number
+    return tuple(
+        validate.number(k, x, ranges.get(k, limits.FINITE)) for k, x in formula.hyper(**given)._asdict().items()
+    )
 
 
 @dataclass(frozen=True)
@@ -96,7 +102,8 @@ class PreferenceLoss:
         tail: weight of the tokens beyond the length of the shorter response (LD-DPO's α).
         kl: coefficient of the full-vocabulary KL(π_ref‖π) that is added to a response's log-probs (TDPO).
         kl_detached: no gradient through the chosen response's.
-        sort: "pairs" or "responses": differences, or each side's log-ratios, are sorted over the batch (AOT).
+        sort: "pairs" or "responses": differences, or each side's log-ratios, are sorted over the batch (AOT). Fields of
+            pairs mean nothing then, and ``losses`` are those of the sorted places; rewards and metrics stay the pairs'.
         reference_free: the reference's log-probs are not asked for; they count as 0.
         needs: names of arguments without which the loss is another one.
         paper: arXiv id.
@@ -133,8 +140,9 @@ class PreferenceLoss:
         validate.one_of("reward", self.reward, tuple(SCORES))
         validate.one_of("sort", self.sort, SORTS)
         for name in ("nll", "tail", "kl"):
-            validate.finite(name, getattr(self, name))
+            validate.number(name, getattr(self, name), limits.OPTIONS[name])
         object.__setattr__(self, "prepared", self._prepare())
+        object.__setattr__(self, "unsorted", replace(self, sort=None, nll=0.0) if self.sort else None)
 
     def _prepare(self) -> tuple:
         """The op's arguments that no tensor changes, and what a call must bring."""
@@ -147,14 +155,14 @@ class PreferenceLoss:
         lengths = any(t.mean or t.score == "power" for t in with_nll)
         lengths |= any(p.hyper.get("length_price") for p in self.parts) or bool(self.nll)
         referenced = any(p.score in REFERENCED for p in self.parts) and not self.reference_free
-        return flat(with_nll), flat(terms), lengths, referenced
+        reads = read_by(self.parts, PAIRS) - (set(OF_PAIRS) if self.sort else set())
+        return flat(with_nll), flat(terms), lengths, referenced, reads
 
     @cached_property
     def apart(self) -> bool:
         """Whether the likelihood is added by torch: sorted sums are no longer those of responses, and a link may want
         ``shared`` for itself, where the kernel has the batch's mean length."""
-        wanted = any(part.link in READ_SHARED for part in self.parts)
-        return bool(self.nll) and bool(self.sort or (self.nll_by_batch and wanted))
+        return bool(self.nll) and bool(self.sort or (self.nll_by_batch and "shared" in read_by(self.parts, PAIRS)))
 
     def with_options(self, **options) -> PreferenceLoss:
         """The same loss with some options changed; a hyper-parameter of a part's link or score by its own name."""
@@ -190,7 +198,8 @@ class PreferenceLoss:
             PreferenceOutput. A batch without pairs gives a loss of 0.
 
         Raises:
-            ValueError: a shape is wrong, or what this loss needs is missing; the message names it.
+            ValueError: a shape is wrong, what this loss needs is missing, or it has no use for what is given; the
+                message names it.
             TypeError: a dtype is wrong.
         """
         chosen = preference_inputs.Given(
@@ -199,7 +208,7 @@ class PreferenceLoss:
         rejected = preference_inputs.Given(
             rejected_logps, ref_rejected_logps, rejected_lengths, rejected_mask, rejected_cu_seqlens, rejected_kl
         )
-        rest = PairGiven(margin, extra, shared, weights, num_items)
+        rest = self._given(margin, extra, shared, weights, num_items)
         return self.run(chosen, rejected, rest, nll, validate.share(world_size, accumulation), per_pair)
 
     def rows(
@@ -214,7 +223,7 @@ class PreferenceLoss:
             lengths: [2B].
         """
         both = preference_inputs.Given(logps, ref_logps, lengths, mask, cu_seqlens, kl)
-        rest = PairGiven(margin, extra, shared, weights, num_items)
+        rest = self._given(margin, extra, shared, weights, num_items)
         return self.run(
             both, None, rest, nll, validate.share(world_size, accumulation), per_pair, (preference_inputs.ROWS,)
         )
@@ -270,7 +279,7 @@ class PreferenceLoss:
             ),
         )
         head = preference_linear.Head(weight, bias, temperature, softcap, logit_scale, memory_budget)
-        rest = PairGiven(margin, extra, shared, weights, num_items)
+        rest = self._given(margin, extra, shared, weights, num_items)
         return preference_linear.run(self, head, sides, rest, nll, validate.share(world_size, accumulation), per_pair)
 
     def linear_rows(
@@ -287,8 +296,14 @@ class PreferenceLoss:
         """
         side = preference_linear.Tokens(hidden, targets, ref_logps, mask, cu_seqlens)
         head = preference_linear.Head(weight, bias, temperature, softcap, logit_scale, memory_budget)
-        rest = PairGiven(margin, extra, shared, weights, num_items)
+        rest = self._given(margin, extra, shared, weights, num_items)
         return preference_linear.run(self, head, (side,), rest, nll, validate.share(world_size, accumulation), per_pair)
+
+    def _given(self, *fields) -> PairGiven:
+        """The fields of a call, which the loss has a use for."""
+        rest = PairGiven(*fields)
+        preference_inputs.asked_for(self, self.prepared[4], rest._asdict())
+        return rest
 
     def run(
         self, chosen, rejected, rest, nll, factor: float, per_pair: bool, names=preference_inputs.SIDES
@@ -300,6 +315,10 @@ class PreferenceLoss:
         loss = out.loss if nll is None or not self.nll else out.loss + self.nll * nll
         if self.apart and nll is None:
             loss, out = self._with_likelihood(out, chosen, rejected is None, rest, factor, names)
+        if self.unsorted is not None:
+            with torch.no_grad():
+                pairs = self.unsorted._launch(chosen, rejected, rest, None, factor, per_pair, names)
+            out = out._replace(metrics=torch.cat((out.metrics[:1], pairs.metrics[1:])), rewards=pairs.rewards)
         detail = (out.losses, *out.rewards) if per_pair else (None, None, None)
         return PreferenceOutput(loss, LossMetrics(out.metrics, METRICS), *detail)
 
@@ -322,11 +341,7 @@ class PreferenceLoss:
 
     def _launch(self, chosen, rejected, rest, nll, factor: float, per_pair: bool, names, needs=None):
         """The op; ``needs`` says which sides need a gradient, None that the log-probs know."""
-        with_nll, without, lengths, referenced = self.prepared
-        given = rest._asdict() | {"nll": nll}
-        for name in self.needs:
-            if given[name] is None:
-                validate.fail(name, f"a tensor: {self.name} needs it", "None")
+        with_nll, without, lengths, referenced, _ = self.prepared
         checked = preference_inputs.checked((chosen, rejected), names, rest, self, lengths, referenced)
         terms = with_nll if nll is None else without
         needs = [*(needs or (_needs(checked[0]), _needs(checked[op.SIDE]))), per_pair]
@@ -340,6 +355,11 @@ def terms_with_reward(parts, links: dict, score: str = "log_ratio", hyper=(), me
     terms = [part.term(links) for part in parts]
     beta = first.hyper.get("beta", getattr(links[first.link].hyper(), "beta", 1.0))
     return [Term(score, mean, "", float(beta), _numbers("reward", SCORES[score], dict(hyper)), ()), *terms]
+
+
+def read_by(parts, links: dict) -> frozenset:
+    """What the links of the parts read of their records; each takes weights."""
+    return frozenset({"weights"}).union(*(links[part.link].reads for part in parts))
 
 
 def changed(loss, links: dict, options: dict):

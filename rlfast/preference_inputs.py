@@ -52,7 +52,18 @@ CHOSEN, REJECTED = (
     for side in ("chosen", "rejected")
 )  # fmt: skip
 SIDES = CHOSEN, REJECTED
+FIELDS = ("margin", "extra", "shared", "weights")  # of pairs, which a loss reads or not
 ROWS = Names("logps", "ref_logps", "lengths", "mask", "cu_seqlens", "kl")
+
+
+def asked_for(loss, reads: frozenset, given: dict, called: dict | None = None) -> None:
+    """What a loss needs is there, and no field that it does not read; ``called`` has names of fields for messages."""
+    for name, x in given.items():
+        said = (called or {}).get(name, name)
+        if x is None and name in loss.needs:
+            validate.fail(said, f"a tensor: {loss.name} needs it", "None")
+        if x is not None and name in FIELDS and name not in reads:
+            validate.fail(said, f"None: {loss.name} does not read it", "a value")
 
 
 def checked(sides: tuple, names: tuple, rest: PairGiven, objective, lengths: bool, referenced: bool) -> tuple:
@@ -66,16 +77,16 @@ def checked(sides: tuple, names: tuple, rest: PairGiven, objective, lengths: boo
         lengths: whether the loss reads the lengths.
         referenced: whether it reads the reference.
     """
-    kl, loss = objective.kl, objective.name
     together = sides[1] is None
-    first = side_of(sides[0], names[0], loss, lengths, referenced, kl, objective.kl_detached, together)
+    options = objective.name, lengths, referenced, objective.kl
+    first = side_of(sides[0], names[0], *options, objective.kl_detached, together, objective.tail)
     second, pairs = Side(*(None,) * 5), rows_of(first)
     if together:
         if pairs % 2:
             validate.fail(names[0].logps, "an even number of responses, the chosen first", str(pairs))
         pairs //= 2
     else:
-        second = side_of(sides[1], names[1], loss, lengths, referenced, kl)
+        second = side_of(sides[1], names[1], *options, tail=objective.tail)
         _alike(first, second, names[0].logps, names[1].logps)
     if objective.sort:
         first, second = sorted_sides(first, second, objective.sort, objective.tail)
@@ -98,7 +109,7 @@ def _alike(first: Side, second: Side, name: str, other: str) -> None:
 def fields_of(rest: PairGiven, shared, logp, pairs: int) -> tuple:
     """margin, extra, shared, weights and num_items as the op has them."""
     of_pairs = [_field(name, getattr(rest, name), logp, pairs) for name in ("margin", "extra", "weights")]
-    number = number_of("shared", shared, logp)
+    number = number_of("shared", _constant("shared", shared), logp)
     number = number if number is None else number.expand(pairs)
     return *of_pairs[:2], number, of_pairs[2], counted(rest.num_items, logp)
 
@@ -116,7 +127,7 @@ def checked_single(given: Given, desirable, rest: PairGiven, name: str, lengths:
 
 def side_of(
     given: Given, names: Names, loss: str, lengths: bool, referenced: bool, kl_coef: float = 0.0,
-    detached: bool = False, together: bool = False,
+    detached: bool = False, together: bool = False, tail: float = 1.0,
 ) -> Side:  # fmt: skip
     """One side.
 
@@ -129,6 +140,7 @@ def side_of(
         kl_coef: of the KL that is added to the log-probs.
         detached: whether that is without gradient.
         together: of the chosen responses alone, which are the first half.
+        tail: weight of the tokens beyond the shorter response's length.
     """
     logp = given.logps
     validate.tensor(names.logps, logp)
@@ -148,7 +160,12 @@ def side_of(
         if detached:
             kl = torch.where(first_half(logp, ends), kl.detach(), kl) if together else kl.detach()
         logp = wide(logp) + kl_coef * wide(kl)
+    elif given.kl is not None:
+        validate.fail(names.kl, f"None: {loss} does not read it", "a value")
     tokens = logp.dim() == 2 or ends is not None
+    if tail != 1.0 and not tokens:
+        wanted = f"tokens, [B, T] or [N] with {names.cu_seqlens}: {loss} weighs those beyond the shorter response"
+        validate.fail(names.logps, wanted, f"sums {validate.shape(logp)}")
     mask = validate.mask_like(given.mask, names.logps, logp, names.mask)
     if mask is not None and not tokens:
         validate.fail(names.mask, f"None beside sums of log-probs {validate.shape(logp)}", "a mask")

@@ -42,9 +42,8 @@ PRESETS: dict[str, dict[str, dict]] = {
         "cpo_ipo": _BATCH | {"mean": True},
         "simpo": {"beta": 0.1, "gamma": 0.5},
         "cpo_simpo": _BATCH | {"beta": 0.1, "gamma": 0.5},
-        "alpha_po": {"beta": 0.1, "gamma": 0.5},
+        "alpha_po": {"beta": 0.1, "gamma": 0.5, "alpha": 0.0},
         "orpo": _BATCH,  # and over prompt and response, which the caller hands in as ``nll``
-        "xpo": {},
     },
     "liger": {
         "dpo": {},

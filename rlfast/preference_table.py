@@ -62,6 +62,8 @@ PREFERENCES = _rows(
     _row("tdpo2", "logistic", "2404.11999", kl=0.5, kl_detached=True),
     _row("cal_dpo", "cal_dpo", "2412.14516"),
     _row("d2o", "unequal", "2403.03419"),
+    _row("gpo_logistic", "logistic", "2402.05749"),
+    _row("gpo_hinge", "hinge", "2402.05749"),
     _row("gpo_squared", "squared", "2402.05749"),
     _row("gpo_exponential", "exponential", "2402.05749"),
     _row("gpo_truncated_quadratic", "truncated_quadratic", "2402.05749"),

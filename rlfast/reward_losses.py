@@ -6,11 +6,11 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from rlfast import validate
+from rlfast import limits, validate
 from rlfast.logps import token_logps
 from rlfast.losses import LossMetrics
 from rlfast.preference import Part, PreferenceLoss, PreferenceOutput
-from rlfast.preference_inputs import Given, Names, PairGiven
+from rlfast.preference_inputs import Given, Names, PairGiven, asked_for
 
 CHOSEN, REJECTED = (Names(f"{side}_rewards", *(["-"] * 5)) for side in ("chosen", "rejected"))
 ONE = {"beta": 1.0}
@@ -22,11 +22,9 @@ class RewardLoss:
 
     Args:
         objective: the same as a preference loss, of scores that are rewards.
-        label: what ``extra`` of its link is called here; None if it has none.
     """
 
     objective: PreferenceLoss
-    label: str | None = None
 
     @property
     def name(self) -> str:
@@ -65,11 +63,13 @@ class RewardLoss:
             ValueError: a shape is wrong, or what this loss needs is missing; the message names it.
             TypeError: a dtype is wrong.
         """
+        for name, x in ((CHOSEN.logps, chosen_rewards), (REJECTED.logps, rejected_rewards)):
+            validate.tensor(name, x)
+            if x.dim() != 1:
+                validate.fail(name, "shape [B], one reward a response", validate.shape(x))
         given = {"margin": margin, "extra": probability, "weights": weights}
-        for need in self.objective.needs:
-            if given[need] is None:
-                name = self.label if need == "extra" else need
-                validate.fail(name, f"a tensor: {self.name} needs it", "None")
+        asked_for(self.objective, self.objective.prepared[4], given, {"extra": "probability"})
+        validate.within("probability", probability, limits.SHARE)
         sides = (Given(x, *(None,) * 5) for x in (chosen_rewards, rejected_rewards))
         rest = PairGiven(margin, probability, None, weights, num_items)
         return self.objective.run(
@@ -77,10 +77,10 @@ class RewardLoss:
         )
 
 
-def _row(name: str, link: str, paper: str, hyper=None, more=(), label=None, **options) -> RewardLoss:
+def _row(name: str, link: str, paper: str, hyper=None, more=(), **options) -> RewardLoss:
     parts = (Part(link, hyper or {}, "total"), *more)
     objective = PreferenceLoss(parts, name=name, paper=paper, reward="total", reference_free=True, **options)
-    return RewardLoss(objective, label)
+    return RewardLoss(objective)
 
 
 REWARD_LOSSES = {
@@ -89,7 +89,7 @@ REWARD_LOSSES = {
         _row("bradley_terry", "logistic", "Bradley and Terry 1952", ONE),
         _row("margin", "logistic", "2307.09288", ONE, needs=("margin",)),
         _row("centred", "logistic", "2312.09244", ONE, (Part("centring", score="total", weight=0.01),)),
-        _row("soft_label", "soft_label", "2212.08073", ONE, label="probability", needs=("extra",)),
+        _row("soft_label", "soft_label", "2212.08073", ONE, needs=("extra",)),
         _row("scaled", "logistic", "2410.01257", ONE, needs=("weights",)),
         _row("focal_barrier", "focal", "2403.17297", None, (Part("barrier", score="total", weight=0.02),)),
         _row("max_margin", "max_margin", "2410.12491"),
@@ -141,7 +141,8 @@ def gpm_scores(chosen, rejected, *, tau: float = 0.1):
         validate.fail("chosen", "shape [B, 2k]", validate.shape(chosen))
     if rejected.shape != chosen.shape:
         validate.fail("rejected", f"shape {validate.shape(chosen)} like chosen", validate.shape(rejected))
-    w, l_ = (x.float().unflatten(1, (-1, 2)) for x in (chosen, rejected))
+    acc = torch.promote_types(torch.promote_types(chosen.dtype, rejected.dtype), torch.float32)
+    w, l_ = (x.to(acc).unflatten(1, (-1, 2)) for x in (chosen, rejected))
     s = (w[..., 0] * l_[..., 1] - w[..., 1] * l_[..., 0]).sum(1) / validate.positive("tau", tau)
     return s, torch.zeros_like(s)
 
@@ -156,8 +157,7 @@ def grm_loss(chosen_rewards, rejected_rewards, text_loss, *, alpha: float = 0.01
 
     Reference: arXiv 2406.10216.
     """
-    if not 0 <= validate.finite("alpha", alpha) <= 1:
-        validate.fail("alpha", "a float in [0, 1]", repr(alpha))
+    alpha = validate.number("alpha", alpha, limits.SHARE)
     return (1 - alpha) * reward_loss("bradley_terry")(chosen_rewards, rejected_rewards).loss + alpha * text_loss
 
 
@@ -210,6 +210,7 @@ def quantile_loss(predicted, target, quantiles, mask=None):
     validate.tensor("quantiles", quantiles)
     if quantiles.shape != predicted.shape[2:]:
         validate.fail("quantiles", f"shape {tuple(predicted.shape[2:])}", validate.shape(quantiles))
+    validate.within("quantiles", quantiles, limits.INSIDE)
     error = target.unsqueeze(-1) - torch.where(keep.unsqueeze(-1), predicted, 0.0)
     tau = quantiles.to(error)
     return _mean(torch.maximum(tau * error, (tau - 1) * error).mean(-1), keep)

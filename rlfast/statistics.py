@@ -6,6 +6,8 @@ import torch
 
 from rlfast import validate
 
+TINY = torch.finfo(torch.float32).tiny
+
 
 def gathered(vectors, process_group=None) -> tuple[torch.Tensor, torch.Tensor]:
     """(means, counts) of some vectors over every rank of a process group, where they may have other lengths; one
@@ -97,7 +99,7 @@ class RunningDelta:
 class DynamicBeta:
     """β-DPO's batch statistics: M₀ and σ of the reward gap as exponential averages, and from them each pair's factor.
 
-        β_i/β = max(1 + a(gap_i − M₀), least),   kept where |gap_i − M₀| ranks among the most probable
+        β_i/β = max(1 + a(gap_i − M₀), least),   kept where exp(−(gap_i − M₀)²/(2σ²)) is among the largest
 
     Args:
         a: how strongly β follows the gap.
@@ -115,25 +117,34 @@ class DynamicBeta:
             validate.fail("momentum and filtered", "numbers in [0, 1)", f"{momentum} and {filtered}")
         self.mean, self.std, self.count = torch.zeros(()), torch.ones(()), 0
 
-    def update(self, gaps, beta: float) -> tuple[torch.Tensor, torch.Tensor]:
+    def update(self, gaps, beta: float, *, generator=None) -> tuple[torch.Tensor, torch.Tensor]:
         """(factors of β [B], weights [B] of 0 and 1) for ``extra`` and ``weights`` of ``preference_loss("beta_dpo")``.
 
         Args:
             gaps: [B] float, β(D_w − D_l) of the batch, without gradient.
             beta: the β that the factors multiply.
+            generator: a ``torch.Generator``: the pairs that stay are drawn by it with those probabilities, as the
+                authors' code does. Without one the most probable stay.
         """
         validate.tensor("gaps", gaps)
+        if gaps.dim() != 1:
+            validate.fail("gaps", "shape [B], one a pair", validate.shape(gaps))
+        if not gaps.numel():
+            return gaps.detach().float(), gaps.detach().float()
         gaps, m = gaps.detach().float(), self.momentum if self.count else 0.0
         self.mean = m * self.mean.to(gaps.device) + (1 - m) * gaps.mean()
         self.std = m * self.std.to(gaps.device) + (1 - m) * gaps.std(correction=0)
         self.count += 1
         factor = (1 + self.a * (gaps - self.mean)).clamp(min=self.least / validate.positive("beta", beta))
         distance = (gaps - self.mean).abs()
-        dropped = int(self.filtered * gaps.numel())
-        keep = torch.ones_like(gaps)
-        if dropped:
-            keep[distance.sort(descending=True, stable=True).indices[:dropped]] = 0
-        return factor, keep
+        kept = gaps.numel() - int(self.filtered * gaps.numel())
+        if generator is None:
+            stay = distance.sort(stable=True).indices[:kept]
+        else:  # to the smallest float32, so that there are as many as are wanted
+            odds = -0.5 * (distance / self.std.clamp(min=TINY)).square()
+            odds = (odds - odds.max()).exp().clamp(min=TINY)
+            stay = torch.multinomial(odds, kept, replacement=False, generator=generator)
+        return factor, torch.zeros_like(gaps).index_fill_(0, stay, 1.0)
 
     def state_dict(self) -> dict:
         """What a checkpoint needs."""

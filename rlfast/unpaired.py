@@ -12,7 +12,7 @@ from rlfast.kernels.formulas import SINGLES
 from rlfast.losses import LossMetrics
 from rlfast.ops import unpaired_loss as op
 from rlfast.ops.preference_records import REDUCTIONS, SINGLE_METRICS, Settings
-from rlfast.preference import REFERENCED, Part, changed, flat, terms_with_reward
+from rlfast.preference import REFERENCED, Part, changed, flat, read_by, terms_with_reward
 from rlfast.preference_inputs import PairGiven
 from rlfast.statistics import kto_reference_point
 
@@ -66,7 +66,7 @@ class UnpairedLoss:
         """The op's arguments that no tensor changes, and what a call must bring."""
         terms = terms_with_reward(self.parts, SINGLES)
         lengths = any(t.mean or t.score == "power" for t in terms)
-        return flat(terms), lengths, any(p.score in REFERENCED for p in self.parts)
+        return flat(terms), lengths, any(p.score in REFERENCED for p in self.parts), read_by(self.parts, SINGLES)
 
     def with_options(self, **options) -> UnpairedLoss:
         """The same loss with some options changed; a hyper-parameter of a part's link or score by its own name."""
@@ -90,7 +90,7 @@ class UnpairedLoss:
             kl_logps, ref_kl_logps: [K] sums of log π and log π_ref over responses to other prompts: KTO's z comes of
                 them, max(0, mean(kl_logps − ref_kl_logps)), without gradient.
             extra: [B]. What the link calls ``extra``: of DRO the reward above the prompt's value.
-            shared: a number or 0-dim tensor: what the link calls ``shared``, KTO's z or BCO's δ.
+            shared: a number or 0-dim tensor: what the link calls ``shared``, KTO's z or BCO's δ. Without gradient.
             weights: [B]. Multiply each response's loss; 0 takes it out, not out of n.
             num_items: number or 0-dim tensor in place of the number of responses in n.
             world_size, accumulation: the loss is multiplied by one and divided by the other.
@@ -100,7 +100,8 @@ class UnpairedLoss:
             UnpairedOutput. A batch without responses gives a loss of 0.
 
         Raises:
-            ValueError: a shape is wrong, or what this loss needs is missing; the message names it.
+            ValueError: a shape is wrong, what this loss needs is missing, or it has no use for what is given; the
+                message names it.
             TypeError: a dtype is wrong.
         """
         if kl_logps is not None:
@@ -108,10 +109,8 @@ class UnpairedLoss:
                 validate.fail("shared", "None beside kl_logps", "both")
             shared = kto_reference_point(kl_logps, ref_kl_logps)
         given = {"extra": extra, "shared": shared, "weights": weights}
-        for name in self.needs:
-            if given[name] is None:
-                validate.fail(name, f"a tensor: {self.name} needs it", "None")
-        terms, counted, referenced = self.prepared
+        terms, counted, referenced, reads = self.prepared
+        preference_inputs.asked_for(self, reads, given)
         one = preference_inputs.Given(logps, ref_logps, lengths, mask, cu_seqlens, None)
         checked = preference_inputs.checked_single(
             one, desirable, PairGiven(None, **given, num_items=num_items), self.name, counted,
@@ -134,13 +133,14 @@ UNPAIRED = {
         _row("kto", "kto", "2402.01306", needs=("shared",)),
         _row("bco", "bco_unpaired", "2404.04656", needs=("shared",)),
         _row("apo_zero", "apo_zero_unpaired", "2408.06266"),
+        _row("apo_down", "apo_down_unpaired", "2408.06266", needs=("shared",)),
         _row("npo", "npo", "2404.05868"),
         _row("npo_retain", "npo", "2404.05868", more=(Part("retain", score="total", mean=True),)),
         _row("dro_v", "dro", "2405.19107", needs=("extra",)),
     )
 }
 # What a trainer does differently from the paper; they agree on what is here.
-PRESETS = {"trl": ("kto", "bco", "apo_zero"), "liger": ("kto", "apo_zero"), "openrlhf": ("kto",), "halos": ("kto",)}
+PRESETS = {"trl": ("kto", "apo_zero"), "liger": ("kto",), "openrlhf": ("kto",), "halos": ("kto",)}
 
 
 def unpaired_loss(name: str, *, like: str | None = None, **options) -> UnpairedLoss:

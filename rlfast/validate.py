@@ -82,6 +82,15 @@ def number(name: str, x, limit: Limit) -> float:
     return float(x)
 
 
+def within(name: str, x: torch.Tensor | None, limit: Limit) -> None:
+    """Every element within a range, where values may be looked at; none is None."""
+    if x is None or not isinstance(x, torch.Tensor) or not looked_at(x) or not x.numel():
+        return
+    out = ~((x >= limit.low) & (x <= limit.high))
+    if out.any():
+        fail(name, f"{limit.words} each", f"{x[out][0].item():g}")
+
+
 def scalar(name: str, x, limit: Limit | None = None):
     """A number, within a range if one is given, or a 0-dim tensor, which is not looked at."""
     if isinstance(x, torch.Tensor):

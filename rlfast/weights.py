@@ -1,7 +1,8 @@
 """Arithmetic on state dicts: averages, extrapolation and interpolation of models, a chunk of a tensor at a time.
 
 Every function takes state dicts of equal keys and shapes (``model.state_dict()``), computes in float32 (float64 where
-the tensors are) and rounds once, to the dtype of what it writes. Tensors that are not floats must be equal.
+the tensors are) and rounds once, to the dtype of what it writes. Tensors that are not floats must be equal; an average
+takes the model's.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ CHUNK = 1 << 22  # elements at a time: 16 MiB a float32 temporary, whatever the 
 SMALLEST_ANGLE = 1e-4  # sin Ω below it: a great circle is a straight line, to the last bit of float32
 
 
-def _checked(dicts: Sequence[Mapping[str, torch.Tensor]], names: Sequence[str]) -> list[str]:
-    """The keys that all of them have, of equal shapes."""
+def _checked(dicts: Sequence[Mapping], names: Sequence[str], equal: bool = True) -> list[str]:
+    """The keys that all of them have, of equal shapes; what is no float is ``equal``, if it has to be."""
     first = dicts[0]
     for name, other in zip(names[1:], dicts[1:], strict=True):
         if other.keys() != first.keys():
@@ -29,7 +30,7 @@ def _checked(dicts: Sequence[Mapping[str, torch.Tensor]], names: Sequence[str]) 
             if x.shape != first[key].shape:
                 wanted = f"shape {validate.shape(first[key])} like {names[0]}"
                 validate.fail(f"{name}[{key!r}]", wanted, validate.shape(x))
-            if not x.is_floating_point() and not torch.equal(x, first[key]):
+            if equal and not x.is_floating_point() and not torch.equal(x, first[key]):
                 validate.fail(f"{name}[{key!r}]", f"what {names[0]} has: it is no float", "another value")
     return list(first)
 
@@ -84,8 +85,14 @@ def ema_update(average, model, *, decay: float) -> None:
     """
     if not 0 <= validate.finite("decay", decay) <= 1:
         validate.fail("decay", "a float in [0, 1]", repr(decay))
-    keys = _checked((average, model), ("average", "model"))
-    _apply(average, (model,), keys, lambda a, m: torch.lerp(m, a, decay))
+    keys = _checked((average, model), ("average", "model"), equal=False)
+    with torch.no_grad():
+        for key in keys:
+            if not average[key].is_floating_point():
+                average[key].copy_(model[key])
+    # a factor of 0 leaves no trace of a NaN
+    mix = {0: lambda a, m: m, 1: lambda a, m: a}.get(decay, lambda a, m: torch.lerp(m, a, decay))
+    _apply(average, (model,), keys, mix)
 
 
 def extrapolate(base, tuned, *, alpha: float) -> dict:
@@ -146,12 +153,15 @@ def slerp(first, second, *, weight: float = 0.5, base=None) -> dict:
 
         θ = base + sin((1 − λ)Ω)/sin Ω·(first − base) + sin(λΩ)/sin Ω·(second − base)
 
-    with Ω the angle between the two differences; a straight line where they are parallel. WARP merges policies so, with
-    their common initialisation as the base.
+    with Ω the angle between the two differences; a straight line where they are parallel, or numbers. WARP merges
+    policies so, with their common initialisation as the base.
 
     Args:
         first, second, base: state dicts of equal keys and shapes; no base is 0.
         weight: λ, a float in [0, 1].
+
+    Raises:
+        ValueError: two differences point in opposite directions: then no way between them is the shortest.
 
     Reference: WARP, arXiv 2406.16768.
     """
@@ -165,6 +175,8 @@ def slerp(first, second, *, weight: float = 0.5, base=None) -> dict:
             continue
         angle = _angle(first[key], second[key], base[key])
         sine = math.sin(angle)
+        if sine <= SMALLEST_ANGLE and angle > 1 and 0 < weight < 1 and first[key].numel() > 1:
+            validate.fail(f"second[{key!r}]", "a direction that is not the opposite of first's", "the opposite")
         a, b = 1 - weight, weight
         if sine > SMALLEST_ANGLE:
             a, b = math.sin(a * angle) / sine, math.sin(b * angle) / sine

@@ -91,6 +91,11 @@ def rest_of(pairs: int, dtype: str = "f32", seed: int = 1) -> dict:
     }  # fmt: skip
 
 
+def read_by(objective, rest: dict) -> dict:
+    """Those fields that a loss reads."""
+    return {k: x for k, x in rest.items() if k in objective.prepared[-1]}
+
+
 def summed(side: dict) -> dict:
     """A side's sums, in its dtypes, and its lengths."""
     mask = side["mask"]
@@ -248,7 +253,7 @@ def pair_case(link: str, score: str = "log_ratio", mean: bool = False, form: str
     options = {k: rest.pop(k) for k in ("tail", "nll", "nll_by_batch", "reduce", "reward", "reward_mean") if k in rest}
     objective = rlfast.PreferenceLoss((part,), **options)
     tokens = drawn(pairs, length, dtype)
-    return PairCase(objective, tokens, rest_of(pairs, dtype) | rest, form)
+    return PairCase(objective, tokens, read_by(objective, rest_of(pairs, dtype)) | rest, form)
 
 
 @dataclass(frozen=True)
@@ -267,9 +272,8 @@ def single_case(link: str, form: str = "sums", dtype: str = "f32", more=(), **op
     """A case of one part, with every field that there is."""
     rows, length = few(41, 6), few(40, 9)
     part = rlfast.Part(link, hyper_of(link, SINGLES), weight=f32(0.7))
-    rest = rest_of(rows, dtype)
-    del rest["margin"]
     objective = rlfast.UnpairedLoss((part, *more), **options)
+    rest = read_by(objective, rest_of(rows, dtype))
     return SingleCase(objective, drawn(rows, length, dtype)["chosen"], torch.arange(rows) % 3 != 0, rest, form)
 
 

@@ -235,7 +235,9 @@ def test_what_is_no_record_of_an_objective_is_refused():
 
 
 def test_every_hyper_parameter_has_a_range():
-    built_in = {f.hyper for name, f in rlfast.kernels.formulas.SURROGATES.items() if "." not in name}
+    formulas = rlfast.kernels.formulas
+    built_in = {f.hyper for name, f in formulas.SURROGATES.items() if "." not in name}
+    built_in |= {f.hyper for table in (formulas.SCORES, formulas.PAIRS, formulas.SINGLES) for f in table.values()}
     assert built_in >= set(limits.HYPER)  # a new formula's may have any number until it says which
     for hyper, ranges in limits.HYPER.items():
         assert set(ranges) == set(hyper._fields) - {"unused"}, hyper

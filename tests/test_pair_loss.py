@@ -11,7 +11,19 @@ import rlfast
 from rlfast.kernels.formulas import PAIRS, SCORES
 from tests.cases import few, product
 from tests.numerics import assert_same_bits, assert_value
-from tests.preference_cases import FORMS, PairCase, check, drawn, oracle, pair_case, rest_of, run, summed
+from tests.preference_cases import (
+    FORMS,
+    PairCase,
+    check,
+    drawn,
+    hyper_of,
+    oracle,
+    pair_case,
+    read_by,
+    rest_of,
+    run,
+    summed,
+)
 from tests.shared import check_replay
 
 OP = "pair_loss"
@@ -63,14 +75,14 @@ def test_a_mixture(backend, device, form):
     """Several parts, and the likelihood of the chosen response beside them."""
     parts = (rlfast.Part("logistic", weight=0.75), rlfast.Part("bco", mean=True, weight=0.25), rlfast.Part("hinge"))
     case = pair_case("logistic", form=form)
-    check(replace(case, objective=rlfast.PreferenceLoss(parts, nll=0.5)), backend, device)
+    case = replace(case, objective=rlfast.PreferenceLoss(parts, nll=0.5))
+    case.rest["shared"] = torch.tensor(0.5)
+    check(case, backend, device)
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_a_likelihood_by_batch(backend, device, form):
-    case = pair_case("logistic", form=form, nll=0.5, nll_by_batch=True)
-    del case.rest["shared"]
-    check(case, backend, device)
+    check(pair_case("logistic", form=form, nll=0.5, nll_by_batch=True), backend, device)
 
 
 def extreme(link: str, name: str) -> PairCase:
@@ -86,7 +98,7 @@ def extreme(link: str, name: str) -> PairCase:
     sides = {"chosen": {"logp": logp, "ref_logp": ref}, "rejected": {"logp": other, "ref_logp": ref}}
     ones = torch.ones(6, 1, dtype=torch.bool)
     tokens = {k: {n: x.unsqueeze(1) for n, x in side.items()} | {"mask": ones} for k, side in sides.items()}
-    return PairCase(case.objective, tokens, rest_of(6), "sums")
+    return PairCase(case.objective, tokens, read_by(case.objective, rest_of(6)), "sums")
 
 
 @pytest.mark.parametrize("name", ("far apart", "equal", "certain"))
@@ -111,6 +123,41 @@ def test_a_nan_stays_in_its_pair(backend, device, link, side):
     assert out.loss.isnan() and out.losses[2].isnan()
     others = torch.arange(out.losses.shape[0]) != 2
     assert_same_bits("the others", out.losses.cpu()[others], clean.losses.cpu()[others])
+
+
+@pytest.mark.backends("torch", "cpu", "triton", "cuda")
+@pytest.mark.parametrize("side", ("chosen", "rejected"))
+@pytest.mark.parametrize("link", [link for link in PAIRS if link not in ("nll", "batch_nll")])
+def test_a_log_prob_of_minus_infinity(backend, device, link, side):
+    """The loss is the limit, be it a number or infinity, and no gradient is NaN."""
+    part = rlfast.Part(link, hyper_of(link, PAIRS), "total" if link == "odds_ratio" else "log_ratio")
+    hold_limit(rlfast.PreferenceLoss((part,)), side, backend, device)
+
+
+@pytest.mark.backends("torch", "cpu", "triton", "cuda")
+@pytest.mark.parametrize("side", ("chosen", "rejected"))
+@pytest.mark.parametrize("name", ("dpo", "f_dpo_js", "simpo", "cal_dpo", "rpo"))
+def test_a_row_of_minus_infinity(backend, device, name, side):
+    hold_limit(rlfast.preference_loss(name), side, backend, device)
+
+
+def hold_limit(objective, side: str, backend: str, device: str) -> None:
+    """The loss where one side's log-prob is −∞ is that of −1e30 in float64; beyond 1e20 it is as good as infinite."""
+    rest = read_by(objective, {"margin": torch.tensor([0.7]), "extra": torch.tensor([0.25]), "shared": 0.4})
+    found = {}
+    for value, dtype, one in ((-1e30, torch.float64, "reference"), (-torch.inf, torch.float32, backend)):
+        place = device if one == backend else "cpu"
+        logps = {"chosen": -3.0, "rejected": -2.5} | {side: value}
+        leaves = [torch.tensor([x], dtype=dtype, device=place, requires_grad=True) for x in logps.values()]
+        given = {k: x.to(place, dtype) if isinstance(x, torch.Tensor) else x for k, x in rest.items()}
+        lengths = {f"{s}_lengths": torch.ones(1, device=place, dtype=dtype) for s in logps}
+        ref = {f"ref_{s}_logps": torch.full((1,), -2.0, device=place, dtype=dtype) for s in logps}
+        with rlfast.use_backend(one):
+            loss = objective(*leaves, **ref, **lengths, **given).loss
+        limit = loss.item() if abs(loss.item()) < 1e20 else loss.item() * torch.inf
+        found[value] = limit, torch.autograd.grad(loss, leaves)
+    assert found[-torch.inf][0] == pytest.approx(found[-1e30][0], rel=1e-5)
+    assert not any(g.isnan().any() for g in found[-torch.inf][1])
 
 
 @pytest.mark.parametrize("form", ("padded", "packed"))

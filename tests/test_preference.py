@@ -12,6 +12,7 @@ from rlfast import PREFERENCES, UNPAIRED
 from rlfast import preference_inputs as inputs
 from rlfast.ops import pair_loss as pair_op
 from rlfast.ops import unpaired_loss as single_op
+from rlfast.ops.preference_records import METRICS
 from rlfast.preference_presets import PRESETS
 from tests.cases import DTYPES
 from tests.numerics import assert_same_bits, assert_value
@@ -45,6 +46,8 @@ GOLDEN_FIRST = {
     "orpo": ({"beta": None, "nll": 0.0}, 0.0585641),
     "rpo_backward_kl": ({"margin": 1.0}, 0.009242),
     "rpo_squared": ({"margin": 1.0}, 0.09),
+    "gpo_logistic": ({}, 0.403186),
+    "gpo_hinge": ({}, 0.3),
 }
 # value, ∂/∂S_w, ∂/∂S_l
 GOLDEN_SECOND = {
@@ -79,6 +82,7 @@ GOLDEN_SECOND = {
     "margin_dpo": ({"margin": 0.7}, 0.731869, -0.067469, 0.067469),
     "slic_hf": ({"beta": 1.0, "nll": 0.0}, 0.0, 0.0, 0.0),
 }
+SIDES = ("chosen", "rejected")
 LENGTHS_OF_MEANS = {"orpo": (-2.0, -2.2), "simpo": (-2.0, -2.2), "alpha_po": (-2.0, -2.2)}
 
 
@@ -157,6 +161,11 @@ def test_golden_unpaired(backend, device):
     loose(single("npo", -5.0, False, backend, device)[0], 9.481540, backend)
     for got, w in zip(single("npo", -3.4, False, backend, device, beta=0.13), (7.636484, 0.782529), strict=True):
         loose(got, w, backend)
+    for score, good, wanted in ((1.4, True, (0.5453749 + 0.467546, 0.0)), (-3.4, False, (0.378952, 0.030595))):
+        got = single("apo_down", score, good, backend, device, beta=0.13, shared=0.4)
+        loose(got[0], wanted[0], backend)
+        slope = 0.13 * (0.5453749 * 0.4546251) - 0.032363 if good else wanted[1]
+        loose(got[1], slope, backend)
     for got, w in zip(single("dro_v", 2.0, True, backend, device, tau=0.5, extra=3.0), (2.0, -1.0), strict=True):
         loose(got, w, backend)
 
@@ -198,12 +207,12 @@ def needed(row, pairs: int = 6) -> dict:
 def test_every_row_on_every_backend(backend, device, name, narrow):
     """A row of the table runs, and agrees with the oracle's backend."""
     row = PREFERENCES[name]
-    if name.startswith(
-        "rpo_"
-    ):  # a small difference of large numbers: of six pairs the yardstick's error is an accident
-        narrow = "f32"
     torch.manual_seed(0)
     given = sums() | needed(row)
+    if row.tail != 1.0:  # which has tokens alone
+        del given["chosen_lengths"], given["rejected_lengths"]
+        given = {k: x.unsqueeze(1) * torch.rand(6, 5) if k.endswith("_logps") else x for k, x in given.items()}
+        given |= {f"{side}_mask": torch.arange(5) < torch.randint(1, 6, (6, 1)) for side in ("chosen", "rejected")}
     for key, x in given.items():
         if key.endswith(("_logps", "_kl")):
             given[key] = x.to(DTYPES[narrow])
@@ -221,18 +230,20 @@ def test_a_likelihood_beside_losses_that_sort_or_share(backend, device):
     """Of the responses and not of their sorted sums; its mean length is not BCO's δ."""
     given = {k: x.to(device).requires_grad_(k == "chosen_logps") for k, x in sums().items()}
     logp, n = given["chosen_logps"].detach().cpu().double(), given["chosen_lengths"].cpu().double()
-    weights = torch.tensor([1.0, 0.0, 2.0, 0.5, 1.0, 3.0], device=device)
     for options, plain, likelihood in (
         ({"nll": 0.5}, "aot", logp / n),
         ({"nll": 0.5, "nll_by_batch": True}, "bco_pair", logp / n.mean()),
         ({"nll": 0.5, "nll_by_batch": True}, "aot_unpaired", logp / n.mean()),
     ):
-        row = rlfast.preference_loss(plain, **options)
+        row, weights = rlfast.preference_loss(plain, **options), torch.ones(6)
+        fields = {"num_items": 7.0, "per_pair": True}
+        if not row.sort:
+            weights = torch.tensor([1.0, 0.0, 2.0, 0.5, 1.0, 3.0])
+            fields |= {"weights": weights.to(device), "shared": 0.25}
         with rlfast.use_backend(backend):
-            out = row(**given, weights=weights, num_items=7.0, shared=0.25, per_pair=True)
-            bare = row.with_options(nll=0.0)(**given, weights=weights, num_items=7.0, shared=0.25, per_pair=True)
+            out, bare = row(**given, **fields), row.with_options(nll=0.0)(**given, **fields)
             slopes = [torch.autograd.grad(x.loss, given["chosen_logps"])[0].cpu().double() for x in (out, bare)]
-        added = -0.5 * weights.cpu().double() * likelihood
+        added = -0.5 * weights.double() * likelihood
         truth = bare.loss.detach().cpu().double() + added.sum() / 7
         assert_value(plain, out.loss.detach().cpu(), truth, truth.float(), truth.abs() + added.abs().sum() / 7)
         assert_value("metric", out.metrics["loss"].cpu(), truth, truth.float(), truth.abs() + added.abs().sum() / 7)
@@ -459,6 +470,10 @@ def test_an_unknown_loss_lists_the_known():
         rlfast.preference_loss("dpo", eps=0.1)
     with pytest.raises(ValueError, match="name: expected one of kto"):
         rlfast.unpaired_loss("dpo")
+    with pytest.raises(ValueError, match=r"name: expected one of .* for like='trl', got 'xpo'"):
+        rlfast.preference_loss("xpo", like="trl")
+    with pytest.raises(ValueError, match=r"name: expected one of kto, apo_zero for like='trl', got 'bco'"):
+        rlfast.unpaired_loss("bco", like="trl")
     with pytest.raises(ValueError, match="name: expected rows of one sort"):
         rlfast.preference_loss({"dpo": 1.0, "aot": 1.0})
 
@@ -572,7 +587,7 @@ def test_opcheck(backend, device, form):
     sides = [inputs.Given(fields[i].requires_grad_(), fields[i + 2], None, mask, None, None) for i in (0, 1)]
     rest = inputs.PairGiven(torch.rand(2 if form == "rows" else 4), None, 0.5, None, 7.0)
     sides[1], names = (None, (inputs.ROWS,)) if form == "rows" else (sides[1], inputs.SIDES)
-    with_nll, _, lengths, referenced = row.prepared
+    with_nll, _, lengths, referenced, _ = row.prepared
     args = (*inputs.checked(tuple(sides), names, rest, row, lengths, referenced), *with_nll, [1.0, 1.0], 0)
     torch.library.opcheck(pair_op.op, (*args, [True, form != "rows", True], backend))
 
@@ -584,9 +599,96 @@ def test_opcheck_of_single_responses(backend, device, form):
     row, shape = rlfast.unpaired_loss("kto"), (4,) if form == "sums" else (4, 3)
     given = inputs.Given(-torch.rand(shape, requires_grad=True), -torch.rand(shape), None, None, None, None)
     rest = inputs.PairGiven(None, None, 0.5, torch.rand(4), None)
-    terms, lengths, referenced = row.prepared
+    terms, lengths, referenced, _ = row.prepared
     args = inputs.checked_single(given, torch.tensor([True, False, True, True]), rest, "kto", lengths, referenced)
     torch.library.opcheck(single_op.op, (*args, *terms, [1.0, 1.0], 0, [True, True], backend))
+
+
+UNREAD = {
+    "margin: expected None: exo_pair does not read it": ("exo_pair", {"margin": torch.zeros(6)}),
+    "extra: expected None: dpo does not read it": ("dpo", {"extra": torch.zeros(6)}),
+    "shared: expected None: dpo does not read it": ("dpo", {"shared": 0.5}),
+    "shared: expected None: irpo does not read it": ("irpo", {"shared": 0.5}),  # not even by_batch, whose mean it is
+    "weights: expected None: aot does not read it": ("aot", {"weights": torch.ones(6)}),
+    "margin: expected None: aot_unpaired does not read it": ("aot_unpaired", {"margin": torch.ones(6)}),
+    "chosen_kl: expected None: dpo does not read it": ("dpo", {"chosen_kl": torch.zeros(6)}),
+    "shared: expected a tensor that needs no gradient": ("bco", {"shared": torch.zeros((), requires_grad=True)}),
+    "chosen_logps: expected tokens, [B, T] or [N] with chosen_cu_seqlens: ld_dpo weighs": ("ld_dpo", {}),
+}
+
+
+@pytest.mark.parametrize("said", UNREAD)
+def test_nothing_is_ignored(said):
+    """What a loss would not read, or could not do, is an error."""
+    name, given = UNREAD[said]
+    with pytest.raises(ValueError) as caught:
+        rlfast.preference_loss(name, **({"nll_by_batch": True} if name == "irpo" else {}))(**sums(), **given)
+    assert str(caught.value).startswith(said)
+    with pytest.raises(ValueError, match="extra: expected None: kto does not read it"):
+        rlfast.unpaired_loss("kto", reference_free=True)(
+            torch.zeros(2), torch.tensor([True, False]), shared=0.0, extra=torch.zeros(2)
+        )
+
+
+@pytest.mark.parametrize("name", ("aot", "aot_unpaired"))
+def test_metrics_and_rewards_of_sorted_losses_are_the_pairs(backend, device, name):
+    given = {k: x.to(device) for k, x in sums().items()}
+    with rlfast.use_backend(backend):
+        got, dpo = (rlfast.preference_loss(one)(**given, per_pair=True) for one in (name, "dpo"))
+    for field in ("chosen_rewards", "rejected_rewards"):
+        assert_same_bits(field, getattr(got, field), getattr(dpo, field))
+    for metric in set(METRICS) - {"loss"}:
+        assert_same_bits(metric, got.metrics[metric], dpo.metrics[metric])
+    torch.testing.assert_close(got.metrics["loss"], got.loss)
+
+
+def test_exponents_at_which_a_score_is_another(backend, device):
+    """AlphaPO's α = 0 is SimPO; the α-divergence's α = 1 the reverse KL."""
+    given = {k: x.to(device) for k, x in sums().items()}
+    simpo = {"beta": 2.5, "gamma": 0.5}
+    for limit, row in (
+        (rlfast.preference_loss("alpha_po", alpha=0.0), rlfast.preference_loss("simpo", **simpo)),
+        (rlfast.preference_loss("f_dpo_alpha", alpha=1.0), rlfast.preference_loss("dpo")),
+    ):
+        found = []
+        for one in (limit, row):
+            leaves = [given[f"{side}_logps"].clone().requires_grad_() for side in ("chosen", "rejected")]
+            call = given | dict(zip(("chosen_logps", "rejected_logps"), leaves, strict=True))
+            with rlfast.use_backend(backend):
+                loss = one(**call).loss
+            found.append((loss.detach(), *torch.autograd.grad(loss, leaves)))
+        for got, wanted in zip(*found, strict=True):
+            torch.testing.assert_close(got, wanted)
+
+
+@pytest.mark.parametrize("epsilon", (0.0, 1.0))
+def test_labels_that_are_surely_right_or_wrong(backend, device, epsilon):
+    """ε at its bounds: the loss of the pair, or of the pair turned round."""
+    given = {k: x.to(device) for k, x in sums().items()}
+    turned = {k: given[k.replace(a, "?").replace(b, a).replace("?", b)] for k in given for a, b in (SIDES,)}
+    with rlfast.use_backend(backend):
+        got = rlfast.preference_loss("cdpo", label_smoothing=epsilon)(**given).loss
+        wanted = rlfast.preference_loss("dpo")(**(turned if epsilon else given)).loss
+    torch.testing.assert_close(got, wanted)
+
+
+def test_a_batch_without_pairs_leaves_the_statistics():
+    betas = rlfast.DynamicBeta()
+    betas.update(torch.tensor([0.5, 1.5]), beta=0.1)
+    before = betas.state_dict()
+    factor, keep = betas.update(torch.zeros(0), beta=0.1)
+    assert factor.shape == keep.shape == (0,) and betas.state_dict() == before
+
+
+def test_pairs_that_stay_may_be_drawn():
+    """As β-DPO's authors do: as many, the improbable more rarely."""
+    gaps, stayed = torch.tensor([0.0, 0.1, -0.1, 0.2, 9.0]), torch.zeros(5)
+    draw = torch.Generator().manual_seed(0)
+    for _ in range(200):
+        _, keep = rlfast.DynamicBeta(filtered=0.2).update(gaps, beta=0.1, generator=draw)
+        assert keep.sum() == 4 and set(keep.tolist()) == {0.0, 1.0}
+        stayed += keep
+    assert stayed[4] < stayed[:4].min() and stayed[:4].min() < 200
 
 
 @pytest.mark.parametrize("call, message", (
@@ -595,6 +697,15 @@ def test_opcheck_of_single_responses(backend, device, form):
     (lambda: rlfast.preference_loss("irpo")(**sums(), nll=torch.ones(3)), "nll: expected a number or a 0-dim tensor"),
     (lambda: rlfast.kto_reference_point(*torch.zeros(2, 3, 4)), "kl_logps: expected shape [K] of sums, got (3, 4)"),
     (lambda: rlfast.wpo_weights(*torch.zeros(2, 3)), "logps: expected shape [B, T] of tokens, got (3,)"),
+    (lambda: rlfast.DynamicBeta().update(torch.zeros(2, 3), 0.1), "gaps: expected shape [B], one a pair, got (2, 3)"),
+    (lambda: rlfast.preference_loss("ipo", beta=0.0), "beta: expected a float > 0, from 1e-30 to 1e+30, got 0.0"),
+    (lambda: rlfast.preference_loss("cdpo", label_smoothing=2.0), "label_smoothing: expected a float in [0, 1], got 2"),
+    (lambda: rlfast.preference_loss("robust", label_smoothing=0.5), "label_smoothing: expected a float in [0, ½), got"),
+    (lambda: rlfast.preference_loss("exo_pair", label_smoothing=0.0), "label_smoothing: expected a float in (0, 1)"),
+    (lambda: rlfast.preference_loss("discopop", tau=0.0), "tau: expected a float > 0"),
+    (lambda: rlfast.preference_loss("ld_dpo", tail=1.5), "tail: expected a float in [0, 1], got 1.5"),
+    (lambda: rlfast.unpaired_loss("npo", beta=0.0), "beta: expected a float > 0"),
+    (lambda: rlfast.unpaired_loss("kto", desirable_weight=-1.0), "desirable_weight: expected a finite float ≥ 0"),
 ), ids=lambda x: x.split(":")[0] if isinstance(x, str) else "")  # fmt: skip
 def test_bad_numbers_are_named(call, message):
     with pytest.raises(ValueError) as caught:

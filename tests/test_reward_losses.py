@@ -58,6 +58,9 @@ def test_the_general_preference_model_is_antisymmetric():
     by_hand = (w[:, 0] * l_[:, 1] - w[:, 1] * l_[:, 0] + w[:, 2] * l_[:, 3] - w[:, 3] * l_[:, 2]) / 0.1
     torch.testing.assert_close(there, by_hand)
     assert zero.count_nonzero() == 0
+    exact, _ = rlfast.gpm_scores(w.double(), l_.double())
+    assert exact.dtype == torch.float64
+    torch.testing.assert_close(exact, there.double())
 
 
 def test_regressions_under_a_mask():
@@ -106,6 +109,18 @@ def test_bad_input_is_named():
         rlfast.reward_loss("soft_label")(one, one)
     with pytest.raises(ValueError, match="margin: expected a tensor: margin needs it"):
         rlfast.reward_loss("margin")(one, one)
+    with pytest.raises(ValueError, match=r"chosen_rewards: expected shape \[B\], one reward a response, got \(3, 2\)"):
+        rlfast.reward_loss("bradley_terry")(torch.zeros(3, 2), torch.zeros(3, 2))
+    with pytest.raises(ValueError, match="probability: expected None: bradley_terry does not read it, got a value"):
+        rlfast.reward_loss("bradley_terry")(one, one, probability=one)
+    with pytest.raises(ValueError, match=r"probability: expected a float in \[0, 1\] each, got 7"):
+        rlfast.reward_loss("soft_label")(one, one, probability=torch.tensor([0.0, 1.0, 7.0]))
+    with pytest.raises(ValueError, match=r"gamma: expected a finite float ≥ 0, got -1"):
+        rlfast.reward_loss("focal_barrier", gamma=-1.0)
+    with pytest.raises(ValueError, match=r"edge, limit: expected edge <= limit, got 6\.0, 5\.0"):
+        rlfast.reward_loss("focal_barrier", edge=6.0)
+    with pytest.raises(ValueError, match=r"quantiles: expected a float in \(0, 1\) each, got 2"):
+        rlfast.quantile_loss(torch.zeros(2, 3, 1), torch.zeros(2, 3), torch.tensor([2.0]))
     with pytest.raises(ValueError, match="name: expected one of bradley_terry"):
         rlfast.reward_loss("bt")
     with pytest.raises(TypeError, match="gamma_: expected an option of focal_barrier"):

@@ -11,7 +11,7 @@ import rlfast
 from rlfast.kernels.formulas import SINGLES
 from tests.cases import few
 from tests.numerics import assert_same_bits
-from tests.preference_cases import SingleCase, check_single, drawn, run_single, single_case
+from tests.preference_cases import SingleCase, check_single, drawn, read_by, run_single, single_case
 
 OP = "unpaired_loss"
 
@@ -51,9 +51,9 @@ def test_one_kind_alone(backend, device, kind):
 def test_far_from_the_reference(backend, device):
     case = single_case("kto")
     case.tokens["logp"][::2] = case.tokens["logp"][::2] * 1000
-    for link in ("kto", "bco_unpaired", "apo_zero_unpaired", "npo"):
+    for link in ("kto", "bco_unpaired", "apo_zero_unpaired", "apo_down_unpaired", "npo"):
         objective = rlfast.UnpairedLoss((rlfast.Part(link),))
-        check_single(replace(case, objective=objective), backend, device)
+        check_single(replace(case, objective=objective, rest=read_by(objective, case.rest)), backend, device)
 
 
 @pytest.mark.backends("reference", "torch", "cpu", "cuda")

@@ -95,8 +95,10 @@ def test_bad_input_is_named():
         rlfast.ema_update(a, b | {"extra": torch.zeros(1)}, decay=0.5)
     with pytest.raises(ValueError, match=r"base\['head'\]: expected shape \(7, 5\) like tuned"):
         rlfast.extrapolate(a | {"head": torch.zeros(5, 7)}, b, alpha=0.5)
-    with pytest.raises(ValueError, match=r"model\['steps'\]: expected what average has"):
-        rlfast.ema_update(a, b | {"steps": torch.tensor(4)}, decay=0.5)
+    with pytest.raises(ValueError, match=r"models\[1\]\['steps'\]: expected what models\[0\] has"):
+        rlfast.merge([a, b | {"steps": torch.tensor(4)}])
+    with pytest.raises(ValueError, match=r"second\['head'\]: expected a direction that is not the opposite"):
+        rlfast.slerp(a, {k: -x if x.is_floating_point() else x for k, x in a.items()})
     with pytest.raises(ValueError, match="weights: expected 2 numbers, one a model"):
         rlfast.merge([a, b], weights=[1.0])
     with pytest.raises(ValueError, match="models: expected at least one"):
@@ -108,3 +110,23 @@ def test_tied_weights_are_averaged_once():
     average, model = ({"embedding": x, "head": x} for x in (torch.ones(3, 2), torch.full((3, 2), 3.0)))
     rlfast.ema_update(average, model, decay=0.75)
     assert average["head"].eq(1.5).all() and average["embedding"] is average["head"]
+
+
+def test_an_average_takes_what_is_no_float():
+    average = model(0)
+    rlfast.ema_update(average, model(1) | {"steps": torch.tensor(4)}, decay=0.5)
+    assert average["steps"] == 4
+
+
+@pytest.mark.parametrize("decay", (0.0, 1.0))
+def test_a_factor_of_0_leaves_no_nan(decay):
+    """A hard update starts again from a model that is sound, and an average that keeps all of itself stays so."""
+    sound, broken = {"w": torch.ones(3)}, {"w": torch.full((3,), torch.nan)}
+    average, other = (broken, sound) if decay == 0.0 else (sound, broken)
+    rlfast.ema_update(average, other, decay=decay)
+    assert average["w"].eq(1.0).all()
+
+
+def test_numbers_have_no_direction():
+    a, b = {"scale": torch.tensor([1.0])}, {"scale": torch.tensor([-3.0])}
+    assert rlfast.slerp(a, b, weight=0.25)["scale"].item() == 0.0

@@ -21,6 +21,7 @@ MODULES = {
     "value": ("Surrogate", "SURROGATE"),
     "kl": ("Estimate", "KL"),
     "score": ("Score", "SCORE"),
+    "choice": ("PairLoss", "PAIR"),
     "pair": ("PairLoss", "PAIR"),
     "anchored": ("PairLoss", "PAIR"),
     "reward": ("PairLoss", "PAIR"),

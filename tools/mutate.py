@@ -40,7 +40,15 @@ FAMILIES = {
     "rlfast/preference": ("tests/test_linear_preference_loss.py",),
     "unpaired": ("tests/test_unpaired_loss.py",),
     **dict.fromkeys(
-        ("pair_loss", "formulas/pair", "formulas/anchored", "formulas/reward", "formulas/score", "preferences.py"),
+        (
+            "pair_loss",
+            "formulas/pair",
+            "formulas/choice",
+            "formulas/anchored",
+            "formulas/reward",
+            "formulas/score",
+            "preferences.py",
+        ),
         ("tests/test_pair_loss.py",),
     ),
     **dict.fromkeys(
@@ -71,6 +79,7 @@ RUNS = {
     "cuda": ((), {}),  # the C++ test program
     "triton": ((*OPS, "--backend", "triton", "-k", SLOW), {"TRITON_INTERPRET": "1"}),
     "trl": (("tests/test_integrations_trl.py", "tests/test_integrations_trl_preference.py"), {}),
+    "preference": (("tests/test_preference.py", "tests/test_reward_losses.py", "tests/test_weights.py"), {}),
     "advantages": (("tests/test_advantages.py", "tests/test_affine_scan.py::test_n_step_returns"), {}),
 }
 

@@ -367,17 +367,18 @@ RLFAST_FORMULA auto total(const Response<V>& r, const NoHyper& h) {
   return Score<V>{r.logp, 1.0f};
 }
 
-// The exponent α, not 0; for the α-divergence, not 1.
+// The exponent α.
 struct Alpha {
   float alpha;
 };
 
-// s = (1 − e^(−α·S/n))/α.
+// s = (1 − e^(−α·S/n))/α, and S/n for α = 0.
 // ds/dS = e^(−α·S/n)/n. AlphaPO, arXiv 2501.03884.
 template <class V>
 RLFAST_FORMULA auto power(const Response<V>& r, const Alpha& h) {
-  auto u = (-h.alpha * (r.logp / r.length));
-  return Score<V>{(-expm1(u) / h.alpha), (exp(u) / r.length)};
+  auto mean = (r.logp / r.length);
+  auto u = (-h.alpha * mean);
+  return Score<V>{select<V>((u == 0.0f), mean, (-expm1(u) / h.alpha)), (exp(u) / r.length)};
 }
 
 // s = 1 − e^(−D).
@@ -396,19 +397,67 @@ RLFAST_FORMULA auto jensen_shannon(const Response<V>& r, const NoHyper& h) {
   return Score<V>{(-softplus(-r.log_ratio) + 0.6931471805599453f), sigmoid(-r.log_ratio)};
 }
 
-// The α of an α-divergence, not 1.
+// The α of an α-divergence.
 struct Divergence {
   float alpha;
 };
 
-// s = (e^u − 1)/(α − 1), u = min((α − 1)·D, 80).
+// s = (e^u − 1)/(α − 1), u = min((α − 1)·D, 80); D for α = 1, the reverse KL.
 // ds/dS = e^u, and 0 where the bound is active. f-DPO, arXiv 2309.16240.
 template <class V>
 RLFAST_FORMULA auto alpha_divergence(const Response<V>& r, const Divergence& h) {
   auto rate = (h.alpha - 1.0f);
   auto u = (rate * r.log_ratio);
   auto bounded = minimum(u, 80.0f);
-  return Score<V>{(expm1(bounded) / rate), select<V>((u <= 80.0f), exp(bounded), 0.0f)};
+  auto value = select<V>((u == 0.0f), r.log_ratio, (expm1(bounded) / rate));
+  return Score<V>{value, select<V>((u <= 80.0f), exp(bounded), 0.0f)};
+}
+
+// −(1 − ε)·log σ(x) − ε·log σ(−x), ε = wrong: ε·x⁺ + (1 − ε)·x⁻ + log(1 + e^−|x|); 0 times infinity is 0.
+template <class V>
+RLFAST_FORMULA auto cross_entropy(V x, V wrong) {
+  auto a = absolute_value(x);
+  auto rate = select<V>((x > 0.0f), wrong, (1.0f - wrong));
+  return (select<V>((rate == 0.0f), 0.0f, (rate * a)) + log1p(exp(-a)));
+}
+
+// d/dt of log(1 + q(e^t − 1)) − qt, without the factor q(1 − q).
+template <class V>
+RLFAST_FORMULA auto choice_kl_slope(V q, V t) {
+  auto grown = expm1(t);
+  return (grown / (1.0f + (q * grown)));
+}
+
+// KL of a choice with log-odds a to one with log-odds b, without the cancellation of its four terms.
+// log(1 + q(e^s − 1)) − qs, s = |b − a|, q = σ(A), A = ±a and B = ±b so that B ≥ A. Up to s = 2 the integral of its
+// slope, which is positive, by the rule of Gauss of six points (relative error < 10⁻⁹); beyond, the same as
+// s(1 − q) + log σ(A) − log σ(B) or, for A < 0, log σ(−A) − log σ(−B) − qs.
+template <class V>
+RLFAST_FORMULA auto choice_kl(V a, V b) {
+  auto up = (b > a);
+  auto low = select<V>(up, a, -a);
+  auto high = select<V>(up, b, -b);
+  auto s = minimum(absolute_value((b - a)), 1e+30f);
+  auto q = sigmoid(low);
+  auto rest = sigmoid(-low);
+  auto near = minimum(s, 2.0f);
+  auto outer = (choice_kl_slope<V>(q, (0.03376524289842397f * near)) + choice_kl_slope<V>(q, (0.966234757101576f * near)));
+  auto middle = (choice_kl_slope<V>(q, (0.16939530676686776f * near)) + choice_kl_slope<V>(q, (0.8306046932331322f * near)));
+  auto inner = (choice_kl_slope<V>(q, (0.3806904069584015f * near)) + choice_kl_slope<V>(q, (0.6193095930415985f * near)));
+  auto mean = (((0.08566224618958518f * outer) + (0.1803807865240693f * middle)) + (0.23395696728634552f * inner));
+  near = ((near * (q * rest)) * mean);
+  auto far = select<V>((low < 0.0f), ((softplus(high) - softplus(low)) - (q * s)), (((s * rest) - softplus(-low)) + softplus(-high)));
+  return select<V>((s <= 2.0f), near, far);
+}
+
+// σ'(a) − σ'(b), σ' = σ(u)σ(−u) = ¼/cosh²(u/2), gap = a − b, without the cancellation.
+// Of sinh(x + y)·sinh(x − y) = cosh²x − cosh²y.
+template <class V>
+RLFAST_FORMULA auto slope_difference(V a, V b, V gap) {
+  auto u = (1.0f + exp(-absolute_value(a)));
+  auto v = (1.0f + exp(-absolute_value(b)));
+  auto size = (((expm1(-absolute_value(gap)) * expm1(-absolute_value((a + b)))) * exp(-minimum(absolute_value(a), absolute_value(b)))) / (((u * u) * v) * v));
+  return select<V>(((gap * (a + b)) > 0.0f), -size, size);
 }
 
 // β.
@@ -424,14 +473,14 @@ struct Logistic {
   float length_price;
 };
 
-// ℓ = −(1 − ε)·log σ(x) − ε·log σ(−x), x = β(w − l) − γ − m − α(n_w − n_l): softplus(−x) + εx.
+// ℓ = −(1 − ε)·log σ(x) − ε·log σ(−x), x = β(w − l) − γ − m − α(n_w − n_l).
 // ∂ℓ/∂x = ε − σ(−x). DPO, arXiv 2305.18290; SimPO's γ, 2405.14734; R-DPO's α, 2403.19159; Bradley and Terry 1952.
 template <class V>
 RLFAST_FORMULA auto logistic(const Pair<V>& p, const Logistic& h) {
   auto x = (((h.beta * (p.chosen - p.rejected)) - h.gamma) - p.margin);
   x = (x - (h.length_price * (p.chosen_length - p.rejected_length)));
   auto d = (h.beta * (h.label_smoothing - sigmoid(-x)));
-  return PairLoss<V>{(softplus(-x) + (h.label_smoothing * x)), d, -d};
+  return PairLoss<V>{cross_entropy<V>(x, h.label_smoothing), d, -d};
 }
 
 // β, and the share ε < ½ of labels that are wrong.
@@ -440,7 +489,7 @@ struct Smoothed {
   float label_smoothing;
 };
 
-// ℓ = (−(1 − ε)·log σ(x) + ε·log σ(−x))/(1 − 2ε): softplus(−x) − εx/(1 − 2ε).
+// ℓ = (−(1 − ε)·log σ(x) + ε·log σ(−x))/(1 − 2ε): a share −ε/(1 − 2ε) of wrong labels.
 // ∂ℓ/∂x = −((1 − ε)·σ(−x) + ε·σ(x))/(1 − 2ε). arXiv 2403.00409.
 template <class V>
 RLFAST_FORMULA auto robust(const Pair<V>& p, const Smoothed& h) {
@@ -448,7 +497,7 @@ RLFAST_FORMULA auto robust(const Pair<V>& p, const Smoothed& h) {
   auto keep = (1.0f - h.label_smoothing);
   auto whole = (1.0f - (2.0f * h.label_smoothing));
   auto d = ((-h.beta * ((keep * sigmoid(-x)) + (h.label_smoothing * sigmoid(x)))) / whole);
-  return PairLoss<V>{(softplus(-x) - ((h.label_smoothing / whole) * x)), d, -d};
+  return PairLoss<V>{cross_entropy<V>(x, (-h.label_smoothing / whole)), d, -d};
 }
 
 // β, and the margin δ of the hinge.
@@ -480,17 +529,15 @@ struct Exo {
   float label_smoothing;
 };
 
-// ℓ = q·(log q − log(1 − ε)) + (1 − q)·(log(1 − q) − log ε), q = σ(x).
-// ∂ℓ/∂x = q(1 − q)·(x − log((1 − ε)/ε)). arXiv 2402.00856 (16).
+// ℓ = q·(log q − log(1 − ε)) + (1 − q)·(log(1 − q) − log ε), q = σ(x): the KL to log-odds a = log((1 − ε)/ε).
+// ∂ℓ/∂x = q(1 − q)·(x − a). arXiv 2402.00856 (16).
 template <class V>
 RLFAST_FORMULA auto exo_pair(const Pair<V>& p, const Exo& h) {
   auto x = (h.beta * (p.chosen - p.rejected));
-  auto q = sigmoid(x);
-  auto rest = sigmoid(-x);
-  auto keep = -log1p((h.label_smoothing / (1.0f - h.label_smoothing)));
-  auto flip = log(h.label_smoothing);
-  auto d = ((h.beta * (q * rest)) * (x - (keep - flip)));
-  return PairLoss<V>{((q * (-softplus(-x) - keep)) + (rest * (-softplus(x) - flip))), d, -d};
+  auto a = log(((1.0f - h.label_smoothing) / h.label_smoothing));
+  auto slope = (sigmoid(x) * sigmoid(-x));
+  auto d = (h.beta * select<V>((slope > 0.0f), (slope * (x - a)), 0.0f));
+  return PairLoss<V>{choice_kl<V>(x, a), d, -d};
 }
 
 // β, and the temperature τ of the mixture.
@@ -504,6 +551,7 @@ struct Disco {
 template <class V>
 RLFAST_FORMULA auto discopop(const Pair<V>& p, const Disco& h) {
   auto x = (h.beta * (p.chosen - p.rejected));
+  x = select<V>((x < -1e+30f), -1e+30f, x);
   auto u = (x / h.tau);
   auto rest = sigmoid(-u);
   auto grown = exp((-x - softplus(-u)));
@@ -527,22 +575,6 @@ RLFAST_FORMULA auto rpo_squared(const Pair<V>& p, const Rpo& h) {
   return PairLoss<V>{(t * t), d, -d};
 }
 
-// KL of a choice with log-odds a to one with log-odds b, without the cancellation of its four terms.
-// log(1 + q(e^s − 1)) − qs, s = |b − a|, q = σ(A), A = ±a and B = ±b so that B ≥ A. Beyond s = log 2 the same as
-// s(1 − q) + log σ(A) − log σ(B) or, for A < 0, log σ(−A) − log σ(−B) − qs.
-template <class V>
-RLFAST_FORMULA auto choice_kl(V a, V b) {
-  auto up = (b > a);
-  auto low = select<V>(up, a, -a);
-  auto high = select<V>(up, b, -b);
-  auto s = absolute_value((b - a));
-  auto q = sigmoid(low);
-  auto small = minimum(s, 0.6931471805599453f);
-  auto near = (log1p((q * expm1(small))) - (q * small));
-  auto far = select<V>((low < 0.0f), ((softplus(high) - softplus(low)) - (q * s)), (((s * sigmoid(-low)) - softplus(-low)) + softplus(-high)));
-  return select<V>((s <= 0.6931471805599453f), near, far);
-}
-
 // ℓ = σ(a)·(log σ(a) − log σ(x)) + σ(−a)·(log σ(−a) − log σ(−x)), a = η·m.
 // ∂ℓ/∂x = σ(−a)σ(x) − σ(a)σ(−x). arXiv 2406.11704.
 template <class V>
@@ -563,7 +595,8 @@ RLFAST_FORMULA auto rpo_forward_kl(const Pair<V>& p, const Rpo& h) {
   auto a = (h.eta * p.margin);
   auto up = sigmoid(x);
   auto down = sigmoid(-x);
-  auto d = ((h.beta * (up * down)) * (x - a));
+  auto slope = (up * down);
+  auto d = (h.beta * select<V>((slope > 0.0f), (slope * (x - a)), 0.0f));
   return PairLoss<V>{choice_kl<V>(x, a), d, -d};
 }
 
@@ -645,13 +678,13 @@ RLFAST_FORMULA auto batch_nll(const Pair<V>& p, const NoHyper& h) {
   return PairLoss<V>{(-p.chosen / p.shared), (-1.0f / p.shared), 0.0f};
 }
 
-// ℓ = −log σ(βw) − ½·log σ(−βw) − ½·log σ(−βl), the first two together 1½·softplus(−βw) + ½βw.
+// ℓ = −log σ(βw) − ½·log σ(−βw) − ½·log σ(−βl), the first two together (βw)⁻ + ½(βw)⁺ + 1½·log(1 + e^−|βw|).
 // ∂ℓ/∂w = β(½σ(βw) − σ(−βw)), ∂ℓ/∂l = ½βσ(βl). arXiv 2402.05369.
 template <class V>
 RLFAST_FORMULA auto nca_pair(const Pair<V>& p, const Beta& h) {
   auto w = (h.beta * p.chosen);
   auto l_ = (h.beta * p.rejected);
-  auto value = (((1.5f * softplus(-w)) + (0.5f * w)) + (0.5f * softplus(l_)));
+  auto value = ((select<V>((w > 0.0f), (0.5f * w), -w) + (1.5f * log1p(exp(-absolute_value(w))))) + (0.5f * softplus(l_)));
   return PairLoss<V>{value, (h.beta * ((0.5f * sigmoid(w)) - sigmoid(-w))), ((0.5f * h.beta) * sigmoid(l_))};
 }
 
@@ -701,18 +734,14 @@ RLFAST_FORMULA auto apo_zero(const Pair<V>& p, const Beta& h) {
 }
 
 // ℓ = σ(βw) + 1 − σ(x).
-// ∂ℓ/∂w = β(σ'(βw) − σ'(x)), ∂ℓ/∂l = βσ'(x), σ' = σ(u)σ(−u). The difference without its cancellation, of
-// 1/cosh² and sinh(a + b)·sinh(a − b) = cosh²a − cosh²b. arXiv 2408.06266 (8).
+// ∂ℓ/∂w = β(σ'(βw) − σ'(x)), ∂ℓ/∂l = βσ'(x), σ' = σ(u)σ(−u). arXiv 2408.06266 (8).
 template <class V>
 RLFAST_FORMULA auto apo_down(const Pair<V>& p, const Beta& h) {
   auto w = (h.beta * p.chosen);
   auto l_ = (h.beta * p.rejected);
   auto x = (h.beta * (p.chosen - p.rejected));
-  auto u = (1.0f + exp(-absolute_value(w)));
-  auto v = (1.0f + exp(-absolute_value(x)));
-  auto size = (((expm1(-absolute_value(l_)) * expm1(-absolute_value((w + x)))) * exp(-minimum(absolute_value(w), absolute_value(x)))) / (((u * u) * v) * v));
   auto down = sigmoid(-x);
-  auto d = (h.beta * select<V>(((l_ * (w + x)) > 0.0f), -size, size));
+  auto d = (h.beta * slope_difference<V>(w, x, l_));
   return PairLoss<V>{(sigmoid(w) + down), d, (h.beta * (sigmoid(x) * down))};
 }
 
@@ -788,13 +817,13 @@ RLFAST_FORMULA auto exploration(const Pair<V>& p, const NoHyper& h) {
   return PairLoss<V>{((p.extra * p.chosen) + ((1.0f - p.extra) * p.rejected)), p.extra, (1.0f - p.extra)};
 }
 
-// ℓ = −P·log σ(x) − (1 − P)·log σ(−x), P = extra: softplus(−x) + (1 − P)x.
+// ℓ = −P·log σ(x) − (1 − P)·log σ(−x), P = extra.
 // ∂ℓ/∂x = (1 − P) − σ(−x). Constitutional AI, arXiv 2212.08073.
 template <class V>
 RLFAST_FORMULA auto soft_label(const Pair<V>& p, const Beta& h) {
   auto x = (h.beta * (p.chosen - p.rejected));
   auto d = (h.beta * ((1.0f - p.extra) - sigmoid(-x)));
-  return PairLoss<V>{(softplus(-x) + ((1.0f - p.extra) * x)), d, -d};
+  return PairLoss<V>{cross_entropy<V>(x, (1.0f - p.extra)), d, -d};
 }
 
 // ℓ = (w + l)².
@@ -907,6 +936,20 @@ RLFAST_FORMULA auto apo_zero_unpaired(const Single<V>& p, const Beta& h) {
   auto high = sigmoid((h.beta * p.score));
   auto d = (h.beta * (low * high));
   return SingleLoss<V>{select<V>(good, low, high), select<V>(good, -d, d)};
+}
+
+// ℓ = σ(βs) + 1 − σ(β(s − z)) if desirable, else 1 − σ(β(z − s)): APO-down, whose pair's other log-ratio is z, the
+// shared number.
+// ∂ℓ/∂s = β(σ'(βs) − σ'(β(s − z))), or βσ'(β(s − z)), σ' = σ(u)σ(−u). arXiv 2408.06266 (8), of pairs.
+template <class V>
+RLFAST_FORMULA auto apo_down_unpaired(const Single<V>& p, const Beta& h) {
+  auto good = (p.desirable > 0.0f);
+  auto u = (h.beta * p.score);
+  auto x = (h.beta * (p.score - p.shared));
+  auto low = sigmoid(-x);
+  auto high = sigmoid(x);
+  auto d = select<V>(good, slope_difference<V>(u, x, (h.beta * p.shared)), (low * high));
+  return SingleLoss<V>{select<V>(good, (sigmoid(u) + low), high), (h.beta * d)};
 }
 
 // ℓ = −(2/β)·log σ(−βs) of what is to be forgotten: the undesirable. 0 of the rest.
@@ -1024,6 +1067,7 @@ RLFAST_FORMULAS_END
   X(kto, Kto) \
   X(bco_unpaired, Beta) \
   X(apo_zero_unpaired, Beta) \
+  X(apo_down_unpaired, Beta) \
   X(npo, Beta) \
   X(retain, NoHyper) \
   X(dro, Dro)

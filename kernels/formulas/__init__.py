@@ -10,10 +10,16 @@ from rlfast.kernels.formulas import anchored, kl, pair, ranked, reward, score, t
 
 
 class Formula(NamedTuple):
-    """A ``@jit`` formula and the NamedTuple of its hyper-parameters."""
+    """A ``@jit`` formula, the NamedTuple of its hyper-parameters, and the names of what it reads of its records."""
 
     function: object
     hyper: type
+    reads: frozenset
+
+    @classmethod
+    def of(cls, function, hyper: type):
+        """With the names that its text has."""
+        return cls(function, hyper, frozenset(getattr(function, "fn", function).__code__.co_names))
 
 
 def _formulas(module) -> dict[str, Formula]:
@@ -23,7 +29,7 @@ def _formulas(module) -> dict[str, Formula]:
         source = getattr(function, "fn", function)
         annotations = getattr(source, "__annotations__", {})
         if getattr(source, "__module__", "") == module.__name__ and "h" in annotations and len(annotations) == 2:
-            found[name] = Formula(function, annotations["h"])
+            found[name] = Formula.of(function, annotations["h"])
     return found
 
 

@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+from rlfast.kernels.formulas.choice import slope_difference
 from rlfast.kernels.formulas.elementary import exp, expm1, log1p, sigmoid, softplus
 from rlfast.kernels.formulas.pair import Beta, Pair
 from rlfast.kernels.formulas.score import LN_2
@@ -13,12 +14,12 @@ CERTAIN = tl.constexpr(-1e-30)  # the largest mean log-prob that has odds
 
 @jit
 def nca_pair(p: Pair, h: Beta):
-    """ℓ = −log σ(βw) − ½·log σ(−βw) − ½·log σ(−βl), the first two together 1½·softplus(−βw) + ½βw.
+    """ℓ = −log σ(βw) − ½·log σ(−βw) − ½·log σ(−βl), the first two together (βw)⁻ + ½(βw)⁺ + 1½·log(1 + e^−|βw|).
 
     ∂ℓ/∂w = β(½σ(βw) − σ(−βw)), ∂ℓ/∂l = ½βσ(βl). arXiv 2402.05369.
     """
     w, l_ = h.beta * p.chosen, h.beta * p.rejected
-    value = 1.5 * softplus(-w) + 0.5 * w + 0.5 * softplus(l_)
+    value = tl.where(w > 0.0, 0.5 * w, -w) + 1.5 * log1p(exp(-tl.abs(w))) + 0.5 * softplus(l_)
     return value, h.beta * (0.5 * sigmoid(w) - sigmoid(-w)), 0.5 * h.beta * sigmoid(l_)
 
 
@@ -75,14 +76,11 @@ def apo_zero(p: Pair, h: Beta):
 def apo_down(p: Pair, h: Beta):
     """ℓ = σ(βw) + 1 − σ(x).
 
-    ∂ℓ/∂w = β(σ'(βw) − σ'(x)), ∂ℓ/∂l = βσ'(x), σ' = σ(u)σ(−u). The difference without its cancellation, of
-    1/cosh² and sinh(a + b)·sinh(a − b) = cosh²a − cosh²b. arXiv 2408.06266 (8).
+    ∂ℓ/∂w = β(σ'(βw) − σ'(x)), ∂ℓ/∂l = βσ'(x), σ' = σ(u)σ(−u). arXiv 2408.06266 (8).
     """
     w, l_, x = h.beta * p.chosen, h.beta * p.rejected, h.beta * (p.chosen - p.rejected)
-    u, v = 1.0 + exp(-tl.abs(w)), 1.0 + exp(-tl.abs(x))
-    size = expm1(-tl.abs(l_)) * expm1(-tl.abs(w + x)) * exp(-tl.minimum(tl.abs(w), tl.abs(x))) / (u * u * v * v)
     down = sigmoid(-x)
-    d = h.beta * tl.where(l_ * (w + x) > 0.0, -size, size)
+    d = h.beta * slope_difference(w, x, l_)
     return sigmoid(w) + down, d, h.beta * (sigmoid(x) * down)
 
 

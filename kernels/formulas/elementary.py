@@ -14,8 +14,9 @@ LN2_LOW = tl.constexpr(1.4286068203094172e-06)
 
 @jit
 def exp(x):
-    """e^x for x ≤ 88, to about 2 ulps: 2ⁿ·e^r, n = ⌊x·log₂e + ½⌋, |r| ≤ ½ ln 2."""
-    x = tl.where(x < -126.0, -126.0, x)  # e^−126 is 0 in float32; −inf would give inf − inf below
+    """e^x to about 2 ulps: 2ⁿ·e^r, n = ⌊x·log₂e + ½⌋, |r| ≤ ½ ln 2."""
+    # e^−126 is 0 in float32, e^126 infinite; an infinite x would give inf − inf below
+    x = tl.where(x < -126.0, -126.0, tl.where(x > 126.0, 126.0, x))
     n = tl.floor(x * LOG2_E + 0.5)
     r = (x - n * LN2_HIGH) - n * LN2_LOW
     return tl.exp(r) * tl.exp2(n)
@@ -23,7 +24,7 @@ def exp(x):
 
 @jit
 def expm1(x):
-    """e^x − 1 for x ≤ 88: where the difference would cancel, |x| < 1, Taylor's series to x¹¹ (remainder < 3·10⁻⁹)."""
+    """e^x − 1: where the difference would cancel, |x| < 1, Taylor's series to x¹¹ (remainder < 3·10⁻⁹)."""
     near = tl.where(tl.abs(x) < 1.0, x, 0.0)
     s = 1.0 + near * (1.0 / 11.0)
     s = 1.0 + near * (1.0 / 10.0) * s
@@ -78,5 +79,5 @@ def tanh(x):
 
 @jit
 def sigmoid(x):
-    """1 / (1 + e^−x) for x ≥ −88."""
+    """1 / (1 + e^−x)."""
     return tl.div_rn(1.0, 1.0 + exp(-x))

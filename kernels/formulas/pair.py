@@ -7,8 +7,8 @@ are its rewards.
 
 from typing import NamedTuple
 
-from rlfast.kernels.formulas.elementary import exp, expm1, log1p, sigmoid, softplus
-from rlfast.kernels.formulas.score import LN_2
+from rlfast.kernels.formulas.choice import FAR, choice_kl, cross_entropy
+from rlfast.kernels.formulas.elementary import exp, sigmoid, softplus
 from rlfast.kernels.formulas.token import NoHyper
 from rlfast.kernels.lang import jit, tl
 
@@ -42,14 +42,14 @@ class Logistic(NamedTuple):
 
 @jit
 def logistic(p: Pair, h: Logistic):
-    """ℓ = −(1 − ε)·log σ(x) − ε·log σ(−x), x = β(w − l) − γ − m − α(n_w − n_l): softplus(−x) + εx.
+    """ℓ = −(1 − ε)·log σ(x) − ε·log σ(−x), x = β(w − l) − γ − m − α(n_w − n_l).
 
     ∂ℓ/∂x = ε − σ(−x). DPO, arXiv 2305.18290; SimPO's γ, 2405.14734; R-DPO's α, 2403.19159; Bradley and Terry 1952.
     """
     x = h.beta * (p.chosen - p.rejected) - h.gamma - p.margin
     x = x - h.length_price * (p.chosen_length - p.rejected_length)
     d = h.beta * (h.label_smoothing - sigmoid(-x))
-    return softplus(-x) + h.label_smoothing * x, d, -d
+    return cross_entropy(x, h.label_smoothing), d, -d
 
 
 class Smoothed(NamedTuple):
@@ -61,14 +61,14 @@ class Smoothed(NamedTuple):
 
 @jit
 def robust(p: Pair, h: Smoothed):
-    """ℓ = (−(1 − ε)·log σ(x) + ε·log σ(−x))/(1 − 2ε): softplus(−x) − εx/(1 − 2ε).
+    """ℓ = (−(1 − ε)·log σ(x) + ε·log σ(−x))/(1 − 2ε): a share −ε/(1 − 2ε) of wrong labels.
 
     ∂ℓ/∂x = −((1 − ε)·σ(−x) + ε·σ(x))/(1 − 2ε). arXiv 2403.00409.
     """
     x = h.beta * (p.chosen - p.rejected) - p.margin
     keep, whole = 1.0 - h.label_smoothing, 1.0 - 2.0 * h.label_smoothing
     d = -h.beta * (keep * sigmoid(-x) + h.label_smoothing * sigmoid(x)) / whole
-    return softplus(-x) - h.label_smoothing / whole * x, d, -d
+    return cross_entropy(x, -h.label_smoothing / whole), d, -d
 
 
 class Hinge(NamedTuple):
@@ -108,15 +108,15 @@ class Exo(NamedTuple):
 
 @jit
 def exo_pair(p: Pair, h: Exo):
-    """ℓ = q·(log q − log(1 − ε)) + (1 − q)·(log(1 − q) − log ε), q = σ(x).
+    """ℓ = q·(log q − log(1 − ε)) + (1 − q)·(log(1 − q) − log ε), q = σ(x): the KL to log-odds a = log((1 − ε)/ε).
 
-    ∂ℓ/∂x = q(1 − q)·(x − log((1 − ε)/ε)). arXiv 2402.00856 (16).
+    ∂ℓ/∂x = q(1 − q)·(x − a). arXiv 2402.00856 (16).
     """
     x = h.beta * (p.chosen - p.rejected)
-    q, rest = sigmoid(x), sigmoid(-x)
-    keep, flip = -log1p(h.label_smoothing / (1.0 - h.label_smoothing)), tl.log(h.label_smoothing)
-    d = h.beta * (q * rest) * (x - (keep - flip))
-    return q * (-softplus(-x) - keep) + rest * (-softplus(x) - flip), d, -d
+    a = tl.log((1.0 - h.label_smoothing) / h.label_smoothing)
+    slope = sigmoid(x) * sigmoid(-x)
+    d = h.beta * tl.where(slope > 0.0, slope * (x - a), 0.0)
+    return choice_kl(x, a), d, -d
 
 
 class Disco(NamedTuple):
@@ -133,6 +133,7 @@ def discopop(p: Pair, h: Disco):
     ∂ℓ/∂x = g(1 − g)/τ·(e^(−x) + log σ(x)) − (1 − g)·σ(−x) − g·e^(−x). arXiv 2406.08414 (5).
     """
     x = h.beta * (p.chosen - p.rejected)
+    x = tl.where(x < -FAR, -FAR, x)
     u = x / h.tau
     rest = sigmoid(-u)
     grown = exp(-x - softplus(-u))  # g·e^(−x): neither factor alone stays finite
@@ -160,26 +161,6 @@ def rpo_squared(p: Pair, h: Rpo):
 
 
 @jit
-def choice_kl(a, b):
-    """KL of a choice with log-odds a to one with log-odds b, without the cancellation of its four terms.
-
-    log(1 + q(e^s − 1)) − qs, s = |b − a|, q = σ(A), A = ±a and B = ±b so that B ≥ A. Beyond s = log 2 the same as
-    s(1 − q) + log σ(A) − log σ(B) or, for A < 0, log σ(−A) − log σ(−B) − qs.
-    """
-    up = b > a
-    low, high, s = tl.where(up, a, -a), tl.where(up, b, -b), tl.abs(b - a)
-    q = sigmoid(low)
-    small = tl.minimum(s, LN_2)
-    near = log1p(q * expm1(small)) - q * small
-    far = tl.where(
-        low < 0.0,
-        softplus(high) - softplus(low) - q * s,
-        s * sigmoid(-low) - softplus(-low) + softplus(-high),
-    )
-    return tl.where(s <= LN_2, near, far)
-
-
-@jit
 def rpo_backward_kl(p: Pair, h: Rpo):
     """ℓ = σ(a)·(log σ(a) − log σ(x)) + σ(−a)·(log σ(−a) − log σ(−x)), a = η·m.
 
@@ -199,7 +180,8 @@ def rpo_forward_kl(p: Pair, h: Rpo):
     """
     x, a = h.beta * (p.chosen - p.rejected), h.eta * p.margin
     up, down = sigmoid(x), sigmoid(-x)
-    d = h.beta * (up * down) * (x - a)
+    slope = up * down
+    d = h.beta * tl.where(slope > 0.0, slope * (x - a), 0.0)
     return choice_kl(x, a), d, -d
 
 

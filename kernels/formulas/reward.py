@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+from rlfast.kernels.formulas.choice import cross_entropy
 from rlfast.kernels.formulas.elementary import exp, sigmoid, softplus
 from rlfast.kernels.formulas.pair import Beta, Pair
 from rlfast.kernels.formulas.score import LN_2
@@ -11,13 +12,13 @@ from rlfast.kernels.lang import jit, tl
 
 @jit
 def soft_label(p: Pair, h: Beta):
-    """ℓ = −P·log σ(x) − (1 − P)·log σ(−x), P = extra: softplus(−x) + (1 − P)x.
+    """ℓ = −P·log σ(x) − (1 − P)·log σ(−x), P = extra.
 
     ∂ℓ/∂x = (1 − P) − σ(−x). Constitutional AI, arXiv 2212.08073.
     """
     x = h.beta * (p.chosen - p.rejected)
     d = h.beta * ((1.0 - p.extra) - sigmoid(-x))
-    return softplus(-x) + (1.0 - p.extra) * x, d, -d
+    return cross_entropy(x, 1.0 - p.extra), d, -d
 
 
 @jit

@@ -41,19 +41,20 @@ def total(r: Response, h: NoHyper):
 
 
 class Alpha(NamedTuple):
-    """The exponent α, not 0; for the α-divergence, not 1."""
+    """The exponent α."""
 
     alpha: float = 0.25
 
 
 @jit
 def power(r: Response, h: Alpha):
-    """s = (1 − e^(−α·S/n))/α.
+    """s = (1 − e^(−α·S/n))/α, and S/n for α = 0.
 
     ds/dS = e^(−α·S/n)/n. AlphaPO, arXiv 2501.03884.
     """
-    u = -h.alpha * (r.logp / r.length)
-    return -expm1(u) / h.alpha, exp(u) / r.length
+    mean = r.logp / r.length
+    u = -h.alpha * mean
+    return tl.where(u == 0.0, mean, -expm1(u) / h.alpha), exp(u) / r.length
 
 
 @jit
@@ -75,18 +76,19 @@ def jensen_shannon(r: Response, h: NoHyper):
 
 
 class Divergence(NamedTuple):
-    """The α of an α-divergence, not 1."""
+    """The α of an α-divergence."""
 
     alpha: float = 0.5
 
 
 @jit
 def alpha_divergence(r: Response, h: Divergence):
-    """s = (e^u − 1)/(α − 1), u = min((α − 1)·D, 80).
+    """s = (e^u − 1)/(α − 1), u = min((α − 1)·D, 80); D for α = 1, the reverse KL.
 
     ds/dS = e^u, and 0 where the bound is active. f-DPO, arXiv 2309.16240.
     """
     rate = h.alpha - 1.0
     u = rate * r.log_ratio
     bounded = tl.minimum(u, EXPONENT)
-    return expm1(bounded) / rate, tl.where(u <= EXPONENT, exp(bounded), 0.0)
+    value = tl.where(u == 0.0, r.log_ratio, expm1(bounded) / rate)
+    return value, tl.where(u <= EXPONENT, exp(bounded), 0.0)

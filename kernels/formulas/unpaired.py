@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+from rlfast.kernels.formulas.choice import slope_difference
 from rlfast.kernels.formulas.elementary import sigmoid, softplus
 from rlfast.kernels.formulas.pair import Beta
 from rlfast.kernels.formulas.token import NoHyper
@@ -60,6 +61,20 @@ def apo_zero_unpaired(p: Single, h: Beta):
     low, high = sigmoid(-h.beta * p.score), sigmoid(h.beta * p.score)
     d = h.beta * (low * high)
     return tl.where(good, low, high), tl.where(good, -d, d)
+
+
+@jit
+def apo_down_unpaired(p: Single, h: Beta):
+    """ℓ = σ(βs) + 1 − σ(β(s − z)) if desirable, else 1 − σ(β(z − s)): APO-down, whose pair's other log-ratio is z, the
+    shared number.
+
+    ∂ℓ/∂s = β(σ'(βs) − σ'(β(s − z))), or βσ'(β(s − z)), σ' = σ(u)σ(−u). arXiv 2408.06266 (8), of pairs.
+    """
+    good = p.desirable > 0.0
+    u, x = h.beta * p.score, h.beta * (p.score - p.shared)
+    low, high = sigmoid(-x), sigmoid(x)
+    d = tl.where(good, slope_difference(u, x, h.beta * p.shared), low * high)
+    return tl.where(good, sigmoid(u) + low, high), h.beta * d
 
 
 @jit

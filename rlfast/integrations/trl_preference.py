@@ -199,6 +199,7 @@ def dpo(trainer, seen: Seen, inputs):
         # TRL divides by a length that counts a first token too, and by 1 where a completion was cut off
         given = {"logps": _sums(logps, counted, options.tail), "lengths": mask.sum(1).clamp(min=1)}
         given["ref_logps"] = ref if ref.dim() == 1 else _sums(ref, counted, options.tail)
+        objectives, _ = dpo_objectives(options._replace(tail=None))  # the sums have it
     else:
         given = {"logps": logps, "ref_logps": ref, "mask": counted}
     loss = sum(objective.rows(**given, weights=weights).loss for objective in objectives)

@@ -24,6 +24,8 @@ def total(r):
 
 def power(r, alpha=0.25):
     """arXiv 2501.03884 (7)."""
+    if alpha == 0:
+        return r.logp / r.length
     return (1 - torch.exp(-alpha * r.logp / r.length)) / alpha
 
 
@@ -37,6 +39,8 @@ def jensen_shannon(r):
 
 
 def alpha_divergence(r, alpha=0.5):
+    if alpha == 1:
+        return r.log_ratio
     return (torch.exp(((alpha - 1) * r.log_ratio).clamp(max=80.0)) - 1) / (alpha - 1)
 
 
@@ -245,6 +249,12 @@ def bco_unpaired(p, beta=0.1):
 
 def apo_zero_unpaired(p, beta=0.1):
     return _by_kind(p, 1 - torch.sigmoid(beta * p.score), torch.sigmoid(beta * p.score))
+
+
+def apo_down_unpaired(p, beta=0.1):
+    """arXiv 2408.06266 (8), the other response of the pair at the shared log-ratio."""
+    good = torch.sigmoid(beta * p.score) + 1 - torch.sigmoid(beta * (p.score - p.shared))
+    return _by_kind(p, good, 1 - torch.sigmoid(beta * (p.shared - p.score)))
 
 
 def npo(p, beta=0.1):

@@ -13,6 +13,7 @@ from mutants.mutant import Mutant
 ROOT = Path(__file__).resolve().parents[2]
 # The module, and the tests of its formulas; where a test's id has the formula's name, those with that name.
 MODULES = {
+    "choice": "every_link",
     "pair": "every_link",
     "anchored": "every_link",
     "reward": "every_link",

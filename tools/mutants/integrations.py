@@ -18,6 +18,7 @@ PYTHON = [
         ("trainer.router_aux_loss_coef * out.aux_loss", "out.aux_loss"),
         ("out.log_probs[:, «1 - mask.shape[1]» :]", "1"),
         ("(\"exo_pair\", \"robust\", \"aot\", \"aot_unpaired\")", "DPO_ROWS"),
+        ("dpo_objectives(options._replace(tail=None))", "dpo_objectives(options)"),
         ("abs(self.alpha - 1) < 1e-6", "False"),
         ("score_hyper=hyper, weight=«weight»)", "part.weight"),
         ("alike = [row for row in rows if «row.sort == sort»]", "True"),

@@ -128,6 +128,30 @@ PYTHON = [
          "likelihood"),
     ),
     *python(
+        "preference", "rlfast/preference.py",
+        ("torch.cat((out.metrics[:1], «pairs».metrics[1:]))", "out", "sorted_losses"),
+        ("reads = read_by(self.parts, PAIRS) - «(set(OF_PAIRS) if self.sort else set())»", "set()", "ignored"),
+        ("preference_inputs.asked_for(self, self.prepared[4], rest._asdict())", "pass", "ignored"),
+    ),
+    *python(
+        "preference", "rlfast/preference_inputs.py",
+        ("if tail != 1.0 and not tokens:", "if False:", "ignored"),
+        ("    elif given.kl is not None:", "    elif False:", "ignored"),
+        ("number_of(\"shared\", «_constant(\"shared\", shared)», logp)", "shared", "ignored"),
+    ),
+    *python(
+        "preference", "rlfast/statistics.py",
+        ("stay = distance.sort(stable=True).indices[:kept]", "stay = distance.sort(stable=True).indices[-kept:]",
+         "survive"),
+        ("if not gaps.numel():", "if False:", "without_pairs"),
+    ),
+    *python(
+        "preference", "rlfast/weights.py",
+        ("angle > 1 and «0 < weight < 1 and first[key].numel() > 1»", "0 < weight < 1", "direction"),
+        ("{0: lambda a, m: m, 1: lambda a, m: a}.get(", "{}.get(", "no_nan"),
+        ("average[key].copy_(model[key])", "pass", "no_float"),
+    ),
+    *python(
         "torch", "rlfast/ops/linear_loss.py",
         ("sums = [torch.zeros(", "sums = [torch.ones(", "every_form"),
         ("            at = end\n", "            at = at\n", "every_form"),
