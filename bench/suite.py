@@ -6,6 +6,7 @@ from bench.case import Case
 from bench.families import (
     advantages,
     divergences,
+    linear,
     linear_preference,
     log_probs,
     preferences,
@@ -13,7 +14,7 @@ from bench.families import (
     token_loss,
 )
 
-FAMILIES = (log_probs, divergences, token_loss, preferences, linear_preference, ranked_loss, advantages)
+FAMILIES = (log_probs, linear, divergences, token_loss, preferences, linear_preference, ranked_loss, advantages)
 CASES: tuple[Case, ...] = tuple(case for family in FAMILIES for case in family.CASES)
 _CLASS = {case.op: type(case) for case in CASES}
 _FAMILY = {case.op: family for family in FAMILIES for case in family.CASES}

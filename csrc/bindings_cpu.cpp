@@ -174,6 +174,15 @@ void group_advantage(int64_t samples, Address rewards, int dtype, Address ids, i
                     {at<float>(advantages), at<double>(statistics)}, threads);
 }
 
+void linear(Address x, Address weight, Address bias, int dtype, int64_t rows, int64_t depth, int64_t columns,
+            int64_t stride_x, int64_t stride_weight, Address out, bool wide, const char* isa, int threads) {
+  const Kernels& k = kernels_of(isa);
+  py::gil_scoped_release release;
+  k.linear({at<const void>(x), at<const void>(weight), at<const void>(bias), static_cast<DType>(dtype), rows, depth,
+            columns, stride_x, stride_weight},
+           {at<void>(out), wide}, threads);
+}
+
 double read_bandwidth(Address data, size_t bytes, int threads) {
   const Kernels& k = kernels_of(isas().back().c_str());
   py::gil_scoped_release release;
@@ -202,6 +211,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("affine_scan", &affine_scan);
   m.def("gae", &gae);
   m.def("group_advantage", &group_advantage);
+  m.def("linear", &linear);
   m.def("read_bandwidth", &read_bandwidth, py::arg("data"), py::arg("bytes"), py::arg("threads"),
         "Reads every byte once and returns the sum of them as float32: the ceiling of a kernel that reads once.");
 }

@@ -35,6 +35,7 @@ from rlfast.divergences import Divergence, divergence, linear_divergence  # noqa
 from rlfast.formulas import formula  # noqa: E402
 from rlfast.integrations import patch  # noqa: E402
 from rlfast.kl import kl_penalty  # noqa: E402
+from rlfast.linear import linear  # noqa: E402
 from rlfast.logps import TokenLogps, linear_token_logps, token_logps  # noqa: E402
 from rlfast.loss_table import LOSSES, loss  # noqa: E402
 from rlfast.losses import Loss, LossMetrics, LossOutput  # noqa: E402
@@ -110,6 +111,7 @@ __all__ = [
     "kto_reference_point",
     "lambda_returns",
     "length_reward",
+    "linear",
     "linear_divergence",
     "linear_token_logps",
     "loss",

@@ -280,9 +280,10 @@ def _in_range(targets, vocab: int, own: str) -> None:
             validate.fail(own, wanted, f"{targets[at].item()} at {at}")
 
 
-def checked_head(hidden, weight, bias, prefix: str = "", hidden_name: str | None = None):
-    """A head checked, and cast by autocast; ``prefix`` is that of its arguments' names."""
+def checked_head(hidden, weight, bias, prefix: str = "", hidden_name: str | None = None, sizes: str = "VD"):
+    """A head checked, and cast by autocast; ``prefix`` is that of its arguments' names, ``sizes`` are of its weight."""
     h, w, b = (prefix + name for name in ("hidden", "weight", "bias"))
+    columns, depth = sizes
     h = hidden_name or h
     for name, x in ((h, hidden), (w, weight), *(((b, bias),) if bias is not None else ())):
         validate.tensor(name, x)
@@ -290,9 +291,9 @@ def checked_head(hidden, weight, bias, prefix: str = "", hidden_name: str | None
         dtype = torch.get_autocast_dtype(hidden.device.type)
         hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     if hidden.dim() < 1 or hidden.shape[-1] == 0:
-        validate.fail(h, "shape [*, D] with D > 0", validate.shape(hidden))
+        validate.fail(h, f"shape [*, {depth}] with {depth} > 0", validate.shape(hidden))
     if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1] or weight.shape[0] == 0:
-        validate.fail(w, f"shape (V, {hidden.shape[-1]}) to match {h}", validate.shape(weight))
+        validate.fail(w, f"shape ({columns}, {hidden.shape[-1]}) to match {h}", validate.shape(weight))
     if bias is not None and bias.shape != weight.shape[:1]:
         validate.fail(b, f"shape {tuple(weight.shape[:1])} like the rows of {w}", validate.shape(bias))
     for name, x in ((w, weight), (b, bias)):

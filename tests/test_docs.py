@@ -25,6 +25,7 @@ PUBLIC = [
     rlfast.linear_token_logps,
     rlfast.divergence,
     rlfast.linear_divergence,
+    rlfast.linear,
     rlfast.loss,
     rlfast.Loss,
     rlfast.formula,
@@ -50,8 +51,8 @@ PUBLIC = [
     rlfast.RankedLoss,
 ]
 DOCUMENTED = (
-    "token_logps", "linear_token_logps", "divergence", "linear_divergence", "use_backend", "kl_penalty", "value_loss",
-    "shape_rewards", "length_reward", "preference_loss", "unpaired_loss", "ranked_loss", "reward_loss",
+    "token_logps", "linear_token_logps", "divergence", "linear_divergence", "linear", "use_backend", "kl_penalty",
+    "value_loss", "shape_rewards", "length_reward", "preference_loss", "unpaired_loss", "ranked_loss", "reward_loss",
     "overlong_penalty", "clip_cov_keep", "kl_cov_extra", "top_entropy_keep", "rollout_keep",
 )  # fmt: skip
 

@@ -43,6 +43,7 @@ FLOORS = {
     "rlfast.limits": 3,
     "rlfast.presets": 3,
     "rlfast.kl": 3,
+    "rlfast.linear": 3,
     "rlfast.ranked": 3,
     "rlfast.values": 3,
     "rlfast.rewards": 3,

@@ -61,6 +61,7 @@ FAMILIES = {
         ("tests/test_token_loss.py",),
     ),
     "group": ("tests/test_group_advantage.py",),
+    **dict.fromkeys(("cpu/linear.cpp", "/linear.py"), ("tests/test_linear.py",)),
     "ranked": ("tests/test_ranked_loss.py",),
     "formula_vec": ("tests/test_token_loss.py", "tests/test_ranked_loss.py"),
     "scan": ("tests/test_affine_scan.py",),

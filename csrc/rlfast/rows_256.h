@@ -35,5 +35,11 @@ inline void transpose(R* x) {
   }
 }
 
+// y[j] = Σ of the lanes of a vector: of neighbours, of pairs of them, of halves.
+inline void four_sums(R a, R b, R c, R d, float* y) {
+  const R halves = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
+  _mm_storeu_ps(y, _mm_add_ps(_mm256_castps256_ps128(halves), _mm256_extractf128_ps(halves, 1)));
+}
+
 }  // namespace RLFAST_ISA_NS
 }  // namespace rlfast

@@ -78,6 +78,7 @@ inline void from_float(float x, f16* y) {
 //   D, a vector of kDoubles doubles, and DM, a mask of it: zero_double, set1_double, load_double, store_double, widen_load and
 //   narrow_store (from and to float32), add, sub, mul, fma, min (as above), nonzero(d) (NaN is), select;
 //   accumulate(d, x), and reduce_add of it;
+//   lane_sums(x, y): y[j] is the sum of the lanes of x[j], of kLaneSums vectors, each by the same tree;
 //   R, float32 of kRows rows: load_rows, store_rows, stream_rows, and transpose(x) of kRows of them;
 //   kFused: whether fma rounds once; head12: the leading 12 bits of the significand (where not fused);
 //   greater(x, y), equal(x, y), select(m, yes, no), any(m), bits(m): one bit a lane;

@@ -127,6 +127,9 @@ inline double reduce_add(D d) {
 }
 inline double reduce_add(F x) { return reduce_add(accumulate(zero_double(), x)); }
 
+constexpr int kLaneSums = 4;
+inline void lane_sums(const F* x, float* y) { four_sums(x[0], x[1], x[2], x[3], y); }
+
 using DM = __m256d;
 constexpr int kDoubles = 4;
 inline D set1_double(double x) { return _mm256_set1_pd(x); }

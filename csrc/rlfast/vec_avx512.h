@@ -107,6 +107,13 @@ inline D accumulate(D d, F x) {
 inline double reduce_add(D d) { return _mm512_reduce_add_pd(d); }
 inline double reduce_add(F x) { return reduce_add(accumulate(zero_double(), x)); }
 
+constexpr int kLaneSums = 8;
+inline R folded(F x) { return _mm256_add_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1)); }
+inline void lane_sums(const F* x, float* y) {
+  four_sums(folded(x[0]), folded(x[1]), folded(x[2]), folded(x[3]), y);
+  four_sums(folded(x[4]), folded(x[5]), folded(x[6]), folded(x[7]), y + 4);
+}
+
 using DM = __mmask8;
 constexpr int kDoubles = 8;
 inline D set1_double(double x) { return _mm512_set1_pd(x); }

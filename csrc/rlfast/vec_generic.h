@@ -133,5 +133,12 @@ inline void transpose(R* x) {
   for (int i = 0; i < kRows; ++i) x[i] = R{a[i], b[i], c[i], d[i]};
 }
 
+constexpr int kLaneSums = 4;
+inline void lane_sums(const F* x, float* y) {
+  R rows[kRows] = {x[0], x[1], x[2], x[3]};
+  transpose(rows);
+  store(y, add(add(rows[0], rows[1]), add(rows[2], rows[3])));
+}
+
 }  // namespace RLFAST_ISA_NS
 }  // namespace rlfast

@@ -143,5 +143,8 @@ inline void transpose(R* x) {
   x[3] = vcombine_f32(vget_high_f32(a.val[1]), vget_high_f32(b.val[1]));
 }
 
+constexpr int kLaneSums = 4;
+inline void lane_sums(const F* x, float* y) { store(y, vpaddq_f32(vpaddq_f32(x[0], x[1]), vpaddq_f32(x[2], x[3]))); }
+
 }  // namespace RLFAST_ISA_NS
 }  // namespace rlfast

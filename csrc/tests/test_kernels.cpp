@@ -9,6 +9,7 @@
 namespace rlfast::tests {
 
 void test_linear(const Kernels& k, const std::string& isa);
+void test_linear_layer(const Kernels& k, const std::string& isa);
 void test_loss(const Kernels& k, const std::string& isa, bool large);
 void test_cuda_kernels(bool large);
 void test_cuda_loss(bool large);
@@ -70,6 +71,7 @@ int run(int argc, char** argv) {
     std::string name = isa_name(isa);
     timed(name + ": token_logps", [&] { test_token_logps(kernels(isa), name, large); });
     timed(name + ": linear_token_logps", [&] { test_linear(kernels(isa), name); });
+    timed(name + ": linear", [&] { test_linear_layer(kernels(isa), name); });
     timed(name + ": token_loss", [&] { test_loss(kernels(isa), name, large); });
     timed(name + ": affine_scan", [&] { test_scan(kernels(isa), name); });
     timed(name + ": pair_loss, unpaired_loss", [&] { test_preference(kernels(isa), name); });

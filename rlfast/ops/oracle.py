@@ -8,6 +8,7 @@ import torch
 
 from rlfast.ops.oracle_divergence import divergence, linear_divergence  # noqa: F401
 from rlfast.ops.oracle_group import group_advantage  # noqa: F401
+from rlfast.ops.oracle_linear import linear  # noqa: F401
 from rlfast.ops.oracle_loss import token_loss  # noqa: F401
 from rlfast.ops.oracle_preference import pair_loss, unpaired_loss  # noqa: F401
 from rlfast.ops.oracle_ranked import ranked_loss  # noqa: F401
