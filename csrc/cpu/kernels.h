@@ -7,6 +7,7 @@
 #include "../rlfast/affine_scan.h"
 #include "../rlfast/divergence.h"
 #include "../rlfast/group_advantage.h"
+#include "../rlfast/paged_attention.h"
 #include "../rlfast/preference.h"
 #include "../rlfast/ranked_loss.h"
 
@@ -57,6 +58,8 @@ namespace rlfast {
   void affine_scan(const ScanIn&, const ScanOut&, const Whiten&, int threads);                                           \
   /* the advantage of each sample over its group, and what the groups are like */                                        \
   void group_advantage(const GroupIn&, const GroupOptions&, const GroupOut&, int threads);                               \
+  /* packed queries over keys and values in pages → out [tokens, heads, v.width] of their dtype, contiguous */            \
+  void paged_attention(const AttentionIn&, void* out, int threads);                                                      \
   /* a sum over every byte as float32 vectors: what one read costs */                                                    \
   double read_sum(const void* data, size_t bytes, int threads);                                                          \
   }
@@ -94,6 +97,7 @@ struct Kernels {
   decltype(&baseline::ranked_loss) ranked_loss;
   decltype(&baseline::affine_scan) affine_scan;
   decltype(&baseline::group_advantage) group_advantage;
+  decltype(&baseline::paged_attention) paged_attention;
   decltype(&baseline::read_sum) read_sum;
 };
 
