@@ -183,6 +183,35 @@ void linear(Address x, Address weight, Address bias, int dtype, int64_t rows, in
            {at<void>(out), wide}, threads);
 }
 
+// A cache is an address, the strides of its pages, slots and heads, and its width.
+void paged_attention(Address q, int dtype, int64_t q_token, int64_t q_head, Address k, int64_t k_page, int64_t k_slot,
+                     int64_t k_head, int64_t k_width, Address v, int64_t v_page, int64_t v_slot, int64_t v_head,
+                     int64_t v_width, int64_t page_size, Address table, int64_t table_row, Address cu, Address kv_lens,
+                     Address sinks, int64_t sequences, int64_t heads, int64_t kv_heads, float scale, float softcap,
+                     int64_t window, Address out, const char* isa, int threads) {
+  const Kernels& kernels = kernels_of(isa);
+  py::gil_scoped_release release;
+  kernels.paged_attention({static_cast<DType>(dtype),
+                           at<const void>(q),
+                           q_token,
+                           q_head,
+                           {at<const void>(k), k_page, k_slot, k_head, k_width},
+                           {at<const void>(v), v_page, v_slot, v_head, v_width},
+                           page_size,
+                           at<const int32_t>(table),
+                           table_row,
+                           at<const int32_t>(cu),
+                           at<const int32_t>(kv_lens),
+                           at<const float>(sinks),
+                           sequences,
+                           heads,
+                           kv_heads,
+                           scale,
+                           softcap,
+                           window},
+                          at<void>(out), threads);
+}
+
 double read_bandwidth(Address data, size_t bytes, int threads) {
   const Kernels& k = kernels_of(isas().back().c_str());
   py::gil_scoped_release release;
@@ -212,6 +241,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("gae", &gae);
   m.def("group_advantage", &group_advantage);
   m.def("linear", &linear);
+  m.def("paged_attention", &paged_attention);
   m.def("read_bandwidth", &read_bandwidth, py::arg("data"), py::arg("bytes"), py::arg("threads"),
         "Reads every byte once and returns the sum of them as float32: the ceiling of a kernel that reads once.");
 }

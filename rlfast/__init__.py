@@ -28,6 +28,7 @@ from rlfast.advantages import (  # noqa: E402
     vapo_lam,
     vtrace,
 )
+from rlfast.attention import packed_attention, paged_attention  # noqa: E402
 from rlfast.backends import use_backend  # noqa: E402
 from rlfast.controllers import AdaptiveEntropy, AdaptiveKL, RunningMeanStd  # noqa: E402
 from rlfast.corrections import Correction  # noqa: E402
@@ -121,6 +122,8 @@ __all__ = [
     "n_step_returns",
     "optimal_token_baseline",
     "overlong_penalty",
+    "packed_attention",
+    "paged_attention",
     "patch",
     "per_decision_td",
     "preference_loss",

@@ -37,6 +37,7 @@ IMPLEMENTED = {
     "affine_scan": ("reference", "torch", "cpu", "triton", "cuda"),
     "group_advantage": ("reference", "torch", "cpu", "triton"),
     "linear": ("reference", "torch", "cpu"),  # on a GPU the torch backend's GEMM
+    "paged_attention": ("reference", "torch", "cpu", "triton"),
 }
 PREFERENCE = {"cpu": ("cpu", "torch"), "cuda": ("triton", "cuda", "torch")}
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)

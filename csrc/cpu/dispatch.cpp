@@ -27,6 +27,7 @@ namespace {
    isa::affine_scan,                 \
    isa::group_advantage,             \
    isa::linear,                      \
+   isa::paged_attention,             \
    isa::read_sum},
 const Kernels kTable[] = {RLFAST_ISAS(RLFAST_ROW)};
 #undef RLFAST_ROW

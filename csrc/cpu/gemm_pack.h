@@ -31,6 +31,18 @@ struct Paired {
 };
 #endif
 
+// The widest exact product of T: pairs of bf16 where the processor has it, else float32.
+template <class T>
+struct RowOf {
+  using type = Widened<T>;
+};
+#if defined(__AVX512BF16__)
+template <>
+struct RowOf<bf16> {
+  using type = Paired;
+};
+#endif
+
 // y[j][i] = x[i][j] of a 4 × 4 block, in the compilers' vector extension.
 inline void transpose_4x4(const float* x, int64_t ldx, float* y, int64_t ldy) {
   typedef float F4 __attribute__((vector_size(16)));
@@ -47,19 +59,21 @@ inline void transpose_4x4(const float* x, int64_t ldx, float* y, int64_t ldy) {
   for (int i = 0; i < 4; ++i) std::memcpy(y + i * ldy, &columns[i], sizeof(F4));
 }
 
-// One panel of B = Xᵀ: `rows` ≤ kTileCols rows of X [rows, n] become the columns, n elements deep.
-template <class Row>
-void pack_transposed(const typename Row::Element* x, int64_t ldx, int64_t rows, int64_t n, float* panel) {
+// One panel of B = Xᵀ: `rows` ≤ kTileCols rows of X, n elements each, become the columns. row(r) is where a row begins; null: it
+// is zero, like the rows that are not there.
+template <class Row, class RowAt>
+void pack_transposed(RowAt row, int64_t rows, int64_t n, float* panel) {
   constexpr int64_t kElements = 64;  // 32 rows of 64 words: 8 KiB, staged in the first-level cache
   alignas(64) float staged[kTileCols * kElements];
   for (int64_t i = 0; i < n; i += kElements) {
     const int64_t width = std::min(kElements, n - i), words = Row::words(width);
     for (int64_t r = 0; r < kTileCols; ++r) {
-      float* row = staged + r * kElements;
-      if (r < rows) {
-        Row::copy(x + r * ldx + i, width, row);
+      float* to = staged + r * kElements;
+      const typename Row::Element* from = r < rows ? row(r) : nullptr;
+      if (from) {
+        Row::copy(from + i, width, to);
       } else {
-        std::fill(row, row + words, 0.0f);
+        std::fill(to, to + words, 0.0f);
       }
     }
     float* block = panel + Row::words(i) * kTileCols;
@@ -72,6 +86,12 @@ void pack_transposed(const typename Row::Element* x, int64_t ldx, int64_t rows, 
       for (int r = 0; r < kTileCols; ++r) block[k * kTileCols + r] = staged[r * kElements + k];
     }
   }
+}
+
+// The same of rows that lie ldx apart.
+template <class Row>
+void pack_transposed(const typename Row::Element* x, int64_t ldx, int64_t rows, int64_t n, float* panel) {
+  pack_transposed<Row>([=](int64_t r) { return x + r * ldx; }, rows, n, panel);
 }
 
 // One panel of B = X in float32: cols ≤ kTileCols columns, which begin at row(r) in row r.

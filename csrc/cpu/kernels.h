@@ -8,6 +8,7 @@
 #include "../rlfast/divergence.h"
 #include "../rlfast/group_advantage.h"
 #include "../rlfast/linear.h"
+#include "../rlfast/paged_attention.h"
 #include "../rlfast/preference.h"
 #include "../rlfast/ranked_loss.h"
 
@@ -60,6 +61,8 @@ namespace rlfast {
   void group_advantage(const GroupIn&, const GroupOptions&, const GroupOut&, int threads);                               \
   /* x·weightᵀ + bias; a row of it has the same bits whatever the other rows and the threads */                          \
   void linear(const LinearIn&, const LinearOut&, int threads);                                                           \
+  /* packed queries over keys and values in pages → out [tokens, heads, v.width] of their dtype, contiguous */            \
+  void paged_attention(const AttentionIn&, void* out, int threads);                                                      \
   /* a sum over every byte as float32 vectors: what one read costs */                                                    \
   double read_sum(const void* data, size_t bytes, int threads);                                                          \
   }
@@ -98,6 +101,7 @@ struct Kernels {
   decltype(&baseline::affine_scan) affine_scan;
   decltype(&baseline::group_advantage) group_advantage;
   decltype(&baseline::linear) linear;
+  decltype(&baseline::paged_attention) paged_attention;
   decltype(&baseline::read_sum) read_sum;
 };
 

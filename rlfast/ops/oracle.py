@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import torch
 
+from rlfast.ops.oracle_attention import paged_attention  # noqa: F401
 from rlfast.ops.oracle_divergence import divergence, linear_divergence  # noqa: F401
 from rlfast.ops.oracle_group import group_advantage  # noqa: F401
 from rlfast.ops.oracle_linear import linear  # noqa: F401

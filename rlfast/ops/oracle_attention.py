@@ -1,0 +1,32 @@
+"""The ``reference`` backend of ``paged_attention``: its oracle behind a kernel's interface."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import torch
+
+from rlfast.ops.attention_records import Inputs, Options, allocate
+from rlfast.reference import paged_attention as oracle
+
+
+def _wide(x: torch.Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _forward(x: Inputs, o: Options) -> torch.Tensor:
+    out = allocate(x)
+    return out.copy_(oracle.paged_attention(*x, **o._asdict(), dtype=_wide(x.q)))
+
+
+def _gradients(g, q, k, v, cu_seqlens, sinks, o: Options) -> tuple:
+    """See ``rlfast/fallback/paged_attention.py``."""
+    with torch.enable_grad():
+        leaves = [x.detach().requires_grad_() for x in (q, k, v, *(() if sinks is None else (sinks,)))]
+        learned = leaves[3] if sinks is not None else None
+        out = oracle.packed_attention(*leaves[:3], cu_seqlens, learned, **o._asdict(), dtype=_wide(q))
+        found = torch.autograd.grad(out, leaves, g.to(out.dtype), materialize_grads=True)
+    return (*found, *(() if sinks is not None else (q.new_empty(0, dtype=_wide(q)),)))
+
+
+paged_attention = SimpleNamespace(forward=_forward, gradients=_gradients)
