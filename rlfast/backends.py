@@ -36,6 +36,7 @@ IMPLEMENTED = {
     "ranked_loss": ("reference", "torch", "cpu", "triton"),
     "affine_scan": ("reference", "torch", "cpu", "triton", "cuda"),
     "group_advantage": ("reference", "torch", "cpu", "triton"),
+    "sample": ("reference", "torch", "cpu", "triton"),
 }
 PREFERENCE = {"cpu": ("cpu", "torch"), "cuda": ("triton", "cuda", "torch")}
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -26,6 +26,7 @@ namespace {
    isa::ranked_loss,                 \
    isa::affine_scan,                 \
    isa::group_advantage,             \
+   isa::sample,                      \
    isa::read_sum},
 const Kernels kTable[] = {RLFAST_ISAS(RLFAST_ROW)};
 #undef RLFAST_ROW

@@ -9,6 +9,7 @@
 #include "../rlfast/group_advantage.h"
 #include "../rlfast/preference.h"
 #include "../rlfast/ranked_loss.h"
+#include "../rlfast/sample.h"
 
 #ifndef RLFAST_ISAS
 #define RLFAST_ISAS(X) X(baseline)
@@ -57,6 +58,8 @@ namespace rlfast {
   void affine_scan(const ScanIn&, const ScanOut&, const Whiten&, int threads);                                           \
   /* the advantage of each sample over its group, and what the groups are like */                                        \
   void group_advantage(const GroupIn&, const GroupOptions&, const GroupOut&, int threads);                               \
+  /* logits and options → a token a row, its log-probs, the kept mass and the entropy */                                 \
+  void sample(const Logits&, const SampleOptions&, const SampleEdits&, const SampleOut&, int threads);                   \
   /* a sum over every byte as float32 vectors: what one read costs */                                                    \
   double read_sum(const void* data, size_t bytes, int threads);                                                          \
   }
@@ -94,6 +97,7 @@ struct Kernels {
   decltype(&baseline::ranked_loss) ranked_loss;
   decltype(&baseline::affine_scan) affine_scan;
   decltype(&baseline::group_advantage) group_advantage;
+  decltype(&baseline::sample) sample;
   decltype(&baseline::read_sum) read_sum;
 };
 
