@@ -212,6 +212,20 @@ void paged_attention(Address q, int dtype, int64_t q_token, int64_t q_head, Addr
                           at<void>(out), threads);
 }
 
+void sample(Address logits, int dtype, int64_t rows, int64_t vocab, int64_t stride, Address temperature, Address top_k,
+            Address top_p, Address min_p, Address seeds, Address positions, Address edit_ends, Address edit_ids,
+            Address edit_values, int64_t edits, Address allowed, Address tokens, Address logp_raw, Address logp,
+            Address kept, Address entropy, const char* isa, int threads) {
+  const Kernels& k = kernels_of(isa);
+  py::gil_scoped_release release;
+  k.sample({at<void>(logits), static_cast<DType>(dtype), 1, rows, vocab, 0, stride},
+           {at<const float>(temperature), at<const int32_t>(top_k), at<const float>(top_p), at<const float>(min_p),
+            at<const int64_t>(seeds), at<const int64_t>(positions)},
+           {at<const int32_t>(edit_ends), at<const int32_t>(edit_ids), at<const float>(edit_values), edits,
+            at<const int32_t>(allowed)},
+           {at<int64_t>(tokens), at<float>(logp_raw), at<float>(logp), at<float>(kept), at<float>(entropy)}, threads);
+}
+
 double read_bandwidth(Address data, size_t bytes, int threads) {
   const Kernels& k = kernels_of(isas().back().c_str());
   py::gil_scoped_release release;
@@ -242,6 +256,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("group_advantage", &group_advantage);
   m.def("linear", &linear);
   m.def("paged_attention", &paged_attention);
+  m.def("sample", &sample);
   m.def("read_bandwidth", &read_bandwidth, py::arg("data"), py::arg("bytes"), py::arg("threads"),
         "Reads every byte once and returns the sum of them as float32: the ceiling of a kernel that reads once.");
 }

@@ -57,6 +57,7 @@ from rlfast.reward_losses import (  # noqa: E402
     reward_loss,
 )
 from rlfast.rewards import length_reward, overlong_penalty, shape_rewards  # noqa: E402
+from rlfast.sampling import Edits, Sampled, penalty_edits, sample  # noqa: E402
 from rlfast.selections import clip_cov_keep, kl_cov_extra, rollout_keep, top_entropy_keep  # noqa: E402
 from rlfast.statistics import DynamicBeta, RunningDelta, kto_reference_point, udm_weights, wpo_weights  # noqa: E402
 from rlfast.unpaired import UNPAIRED, UnpairedLoss, UnpairedOutput, unpaired_loss  # noqa: E402
@@ -75,6 +76,7 @@ __all__ = [
     "Correction",
     "Divergence",
     "DynamicBeta",
+    "Edits",
     "GroupStatistics",
     "Loss",
     "LossMetrics",
@@ -87,6 +89,7 @@ __all__ = [
     "RewardLoss",
     "RunningDelta",
     "RunningMeanStd",
+    "Sampled",
     "TokenLogps",
     "UnpairedLoss",
     "UnpairedOutput",
@@ -125,6 +128,7 @@ __all__ = [
     "packed_attention",
     "paged_attention",
     "patch",
+    "penalty_edits",
     "per_decision_td",
     "preference_loss",
     "process_reward_loss",
@@ -133,6 +137,7 @@ __all__ = [
     "reward_loss",
     "reward_to_go",
     "rollout_keep",
+    "sample",
     "shape_rewards",
     "slerp",
     "td_residuals",

@@ -38,6 +38,7 @@ IMPLEMENTED = {
     "group_advantage": ("reference", "torch", "cpu", "triton"),
     "linear": ("reference", "torch", "cpu"),  # on a GPU the torch backend's GEMM
     "paged_attention": ("reference", "torch", "cpu", "triton"),
+    "sample": ("reference", "torch", "cpu", "triton"),
 }
 PREFERENCE = {"cpu": ("cpu", "torch"), "cuda": ("triton", "cuda", "torch")}
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -28,6 +28,7 @@ namespace {
    isa::group_advantage,             \
    isa::linear,                      \
    isa::paged_attention,             \
+   isa::sample,                      \
    isa::read_sum},
 const Kernels kTable[] = {RLFAST_ISAS(RLFAST_ROW)};
 #undef RLFAST_ROW

@@ -11,6 +11,7 @@
 #include "../rlfast/paged_attention.h"
 #include "../rlfast/preference.h"
 #include "../rlfast/ranked_loss.h"
+#include "../rlfast/sample.h"
 
 #ifndef RLFAST_ISAS
 #define RLFAST_ISAS(X) X(baseline)
@@ -63,6 +64,8 @@ namespace rlfast {
   void linear(const LinearIn&, const LinearOut&, int threads);                                                           \
   /* packed queries over keys and values in pages → out [tokens, heads, v.width] of their dtype, contiguous */            \
   void paged_attention(const AttentionIn&, void* out, int threads);                                                      \
+  /* logits and options → a token a row, its log-probs, the kept mass and the entropy */                                 \
+  void sample(const Logits&, const SampleOptions&, const SampleEdits&, const SampleOut&, int threads);                   \
   /* a sum over every byte as float32 vectors: what one read costs */                                                    \
   double read_sum(const void* data, size_t bytes, int threads);                                                          \
   }
@@ -102,6 +105,7 @@ struct Kernels {
   decltype(&baseline::group_advantage) group_advantage;
   decltype(&baseline::linear) linear;
   decltype(&baseline::paged_attention) paged_attention;
+  decltype(&baseline::sample) sample;
   decltype(&baseline::read_sum) read_sum;
 };
 

@@ -21,8 +21,6 @@ constexpr int64_t kSerial = 1 << 15;
 // A gradient beyond the last-level cache of a small machine is written past the caches: it saves the read before a write.
 constexpr int64_t kStreamBytes = 8 << 20;
 
-int64_t leaf_count(int64_t vocab) { return (vocab + kLeaf - 1) / kLeaf; }
-
 // What one thread needs beside the logits.
 struct Scratch {
   alignas(64) float buffer[kLeaf];

@@ -5,6 +5,13 @@
 namespace rlfast {
 namespace RLFAST_ISA_NS {
 
+inline int64_t leaf_count(int64_t vocab) { return (vocab + kLeaf - 1) / kLeaf; }
+
+inline int leaf_columns(int64_t vocab, int64_t leaf) {
+  const int64_t left = vocab - leaf * kLeaf;
+  return static_cast<int>(left < kLeaf ? left : kLeaf);
+}
+
 // Sums over the row, of e = exp(c·(y − peak)) at the row's peak; `scale` [leaves] takes a leaf's sums there.
 struct RowTotals {
   float top;   // the maximum of y
@@ -35,6 +42,9 @@ inline RowTotals merge_leaves(const LeafStats* leaf, int64_t leaves, const RowSc
   r.log_sum = std::log(r.sum);
   return r;
 }
+
+// H = log Σe − Σ e·(z − peak) / Σe: two terms that are not negative.
+inline double row_entropy(const RowTotals& r, const RowScale& s) { return r.log_sum - s.c * r.weighted / r.sum; }
 
 // log p = −softplus(lse of the others − z_t): exact as p → 1, and never positive.
 inline double target_logp(const TargetStats& t, const LeafStats* leaf, int64_t leaves, const RowTotals& r,
@@ -74,7 +84,7 @@ inline void write_top_k(TopK& best, int64_t leaves, const RowTotals& r, const Ro
 inline void write_row(const LeafStats* leaf, int64_t vocab, const TargetStats* targets, int64_t candidates, TopK* best,
                       const RowScale& s, unsigned sums, double* scale, const ForwardOut& out, int64_t row,
                       int64_t rows) {
-  const int64_t leaves = (vocab + kLeaf - 1) / kLeaf;
+  const int64_t leaves = leaf_count(vocab);
   const RowTotals r = merge_leaves(leaf, leaves, s, sums, scale);
   out.peak[row] = r.peak;
   out.log_sum[row] = static_cast<float>(r.log_sum);
@@ -85,8 +95,7 @@ inline void write_row(const LeafStats* leaf, int64_t vocab, const TargetStats* t
     if (out.is_top1) out.is_top1[row * candidates + k] = target_is_first(targets[k], leaf, r);
   }
   if (out.entropy) {
-    // H = log Σe − Σ e·(z − peak) / Σe: two terms that are not negative
-    out.entropy[row] = out.saved_entropy[row] = static_cast<float>(r.log_sum - s.c * r.weighted / r.sum);
+    out.entropy[row] = out.saved_entropy[row] = static_cast<float>(row_entropy(r, s));
   }
   if (out.log_sum_sq_probs) out.log_sum_sq_probs[row] = static_cast<float>(std::log(r.squares) - 2.0 * r.log_sum);
   if (out.mean_logits) out.mean_logits[row] = static_cast<float>(s.c * r.total / static_cast<double>(vocab));
@@ -118,11 +127,6 @@ inline bool skipped(const Targets& t, int64_t row) {
     if (t.ids[row * t.candidates + k] != kIgnoreIndex) return false;
   }
   return t.candidates > 0;
-}
-
-inline int leaf_columns(int64_t vocab, int64_t leaf) {
-  const int64_t left = vocab - leaf * kLeaf;
-  return static_cast<int>(left < kLeaf ? left : kLeaf);
 }
 
 // The targets of a row of logits, each in its leaf; `buffer` and `copy` [kLeaf].

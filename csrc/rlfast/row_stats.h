@@ -181,6 +181,15 @@ inline LeafStats leaf_stats(const float* y, int n, float peak, const Log2Scale& 
   }
 }
 
+// The maximum of a leaf; it ignores NaN.
+inline float peak_of(const float* y, int n) {
+  F top = set1(-kInf);
+  int i = 0;
+  for (; i + kLanes <= n; i += kLanes) top = max(load(y + i), top);
+  if (i < n) top = max(load_part(y + i, n - i, -kInf), top);
+  return reduce_max(top);
+}
+
 // What is left of a leaf without some of its columns: its own maximum, so that nothing underflows beside a large target.
 struct LeafRest {
   float peak;
@@ -189,11 +198,7 @@ struct LeafRest {
 
 // `y` [n] holds −inf in the columns that are left out.
 inline LeafRest leaf_rest(const float* y, int n, const Log2Scale& s) {
-  F top = set1(-kInf);
-  int i = 0;
-  for (; i + kLanes <= n; i += kLanes) top = max(load(y + i), top);
-  if (i < n) top = max(load_part(y + i, n - i, -kInf), top);
-  const float peak = reduce_max(top);
+  const float peak = peak_of(y, n);
   return {peak, leaf_sums<0>(y, n, peak, s).sum};
 }
 

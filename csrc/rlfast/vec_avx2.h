@@ -53,6 +53,10 @@ inline F exponent(F x) {
 }
 inline uint32_t bits(M m) { return static_cast<uint32_t>(_mm256_movemask_ps(m)); }
 inline bool any(M m) { return bits(m) != 0; }
+inline M from_bits(uint32_t x) {
+  const __m256i lane = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+  return _mm256_castsi256_ps(_mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(static_cast<int>(x)), lane), lane));
+}
 // 2^n is built in the exponent field; below the normal range the result is 0.
 inline F scale2(F p, F n) {
   const __m256i power = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23);
@@ -143,6 +147,25 @@ inline D fma(D a, D b, D c) { return _mm256_fmadd_pd(a, b, c); }
 inline D min(D a, D b) { return _mm256_min_pd(a, b); }
 inline DM nonzero(D x) { return _mm256_cmp_pd(x, zero_double(), _CMP_NEQ_UQ); }
 inline D select(DM m, D yes, D no) { return _mm256_blendv_pd(no, yes, m); }
+
+using W = __m256i;
+inline W set1_word(uint32_t x) { return _mm256_set1_epi64x(x); }
+inline W words_from(uint32_t x) { return _mm256_add_epi64(set1_word(x), _mm256_setr_epi64x(0, 1, 2, 3)); }
+inline W product(W a, W b) { return _mm256_mul_epu32(a, b); }
+inline W high_word(W a) { return _mm256_srli_epi64(a, 32); }
+inline W exclusive_or(W a, W b, W c) { return _mm256_xor_si256(a, _mm256_xor_si256(b, c)); }
+inline W max_word(W a, W b) { return _mm256_max_epu32(a, b); }
+inline bool any_at_least(W a, W b) {
+  const __m256i reaches = _mm256_cmpeq_epi32(_mm256_max_epu32(a, b), a);
+  return (_mm256_movemask_ps(_mm256_castsi256_ps(reaches)) & 0x55) != 0;
+}
+inline void store_words(uint32_t* p, W a) {
+  const __m256i low = _mm256_permutevar8x32_epi32(a, _mm256_setr_epi32(0, 2, 4, 6, 0, 2, 4, 6));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(low));
+}
+inline F float_of_words(const uint32_t* p) {
+  return _mm256_cvtepi32_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
 
 }  // namespace RLFAST_ISA_NS
 }  // namespace rlfast

@@ -45,6 +45,7 @@ inline int64_t reduce_add(N n) { return _mm512_reduce_add_epi32(n); }
 inline F exponent(F x) { return _mm512_getexp_ps(x); }
 inline uint32_t bits(M m) { return m; }
 inline bool any(M m) { return m != 0; }
+inline M from_bits(uint32_t x) { return static_cast<M>(x); }
 inline F scale2(F p, F n) { return _mm512_scalef_ps(p, n); }
 constexpr bool kScalesAny = true;
 constexpr bool kSplitsInf = true;
@@ -127,6 +128,19 @@ inline D fma(D a, D b, D c) { return _mm512_fmadd_pd(a, b, c); }
 inline D min(D a, D b) { return _mm512_min_pd(a, b); }
 inline DM nonzero(D x) { return _mm512_cmp_pd_mask(x, zero_double(), _CMP_NEQ_UQ); }
 inline D select(DM m, D yes, D no) { return _mm512_mask_blend_pd(m, no, yes); }
+
+using W = __m512i;
+inline W set1_word(uint32_t x) { return _mm512_set1_epi64(x); }
+inline W words_from(uint32_t x) { return _mm512_add_epi64(set1_word(x), _mm512_set_epi64(7, 6, 5, 4, 3, 2, 1, 0)); }
+inline W product(W a, W b) { return _mm512_mul_epu32(a, b); }
+inline W high_word(W a) { return _mm512_srli_epi64(a, 32); }
+inline W exclusive_or(W a, W b, W c) { return _mm512_ternarylogic_epi64(a, b, c, 0x96); }
+inline W max_word(W a, W b) { return _mm512_max_epu32(a, b); }
+inline bool any_at_least(W a, W b) { return _mm512_mask_cmpge_epu32_mask(0x5555, a, b) != 0; }
+inline void store_words(uint32_t* p, W a) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi64_epi32(a));
+}
+inline F float_of_words(const uint32_t* p) { return _mm512_cvtepi32_ps(_mm512_loadu_si512(p)); }
 
 }  // namespace RLFAST_ISA_NS
 }  // namespace rlfast

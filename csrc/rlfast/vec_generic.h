@@ -41,6 +41,10 @@ inline int64_t reduce_add(N n) { return int64_t{n.lanes[0]} + n.lanes[1] + n.lan
 inline F abs(F a) { return (F)((M)a & 0x7fffffff); }
 inline uint32_t bits(M m) { return (m[0] & 1) | (m[1] & 2) | (m[2] & 4) | (m[3] & 8); }
 inline bool any(M m) { return bits(m) != 0; }
+inline M from_bits(uint32_t x) {
+  const int32_t bits = static_cast<int32_t>(x);
+  return (M{bits, bits, bits, bits} & M{1, 2, 4, 8}) != 0;
+}
 inline F scale2(F p, F n) {
   // n + 1.5·2^23 holds the integer n in its low bits, whatever the compiler's float-to-int conversion does with NaN.
   const M power = ((M)(n + set1(0x1.8p23f)) + 127) << 23;
@@ -121,6 +125,28 @@ inline D fma(D a, D b, D c) { return a * b + c; }
 inline DM nonzero(D x) { return x != zero_double(); }
 inline D select(DM m, D yes, D no) { return (D)((m & (DM)yes) | (~m & (DM)no)); }
 inline D min(D a, D b) { return select(a < b, a, b); }
+
+typedef uint64_t W __attribute__((vector_size(16)));
+inline W set1_word(uint32_t x) { return W{x, x}; }
+inline W words_from(uint32_t x) { return W{x, x + 1}; }
+inline W product(W a, W b) { return (a & 0xffffffff) * (b & 0xffffffff); }
+inline W high_word(W a) { return a >> 32; }
+inline W exclusive_or(W a, W b, W c) { return a ^ b ^ c; }
+inline W max_word(W a, W b) {
+  const W x = a & 0xffffffff, y = b & 0xffffffff;
+  return W{x[0] > y[0] ? x[0] : y[0], x[1] > y[1] ? x[1] : y[1]};
+}
+inline bool any_at_least(W a, W b) {
+  const W x = a & 0xffffffff, y = b & 0xffffffff;
+  return x[0] >= y[0] || x[1] >= y[1];
+}
+inline void store_words(uint32_t* p, W a) {
+  p[0] = static_cast<uint32_t>(a[0]);
+  p[1] = static_cast<uint32_t>(a[1]);
+}
+inline F float_of_words(const uint32_t* p) {
+  return F{static_cast<float>(p[0]), static_cast<float>(p[1]), static_cast<float>(p[2]), static_cast<float>(p[3])};
+}
 
 using R = F;
 constexpr int kRows = 4;

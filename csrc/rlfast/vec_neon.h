@@ -54,6 +54,10 @@ inline uint32_t bits(M m) {
   return vaddvq_u32(vandq_u32(m, lane));
 }
 inline bool any(M m) { return vmaxvq_u32(m) != 0; }
+inline M from_bits(uint32_t x) {
+  const uint32x4_t lane = {1, 2, 4, 8};
+  return vtstq_u32(vdupq_n_u32(x), lane);
+}
 inline F scale2(F p, F n) {
   const int32x4_t power = vshlq_n_s32(vaddq_s32(vcvtq_s32_f32(n), vdupq_n_s32(127)), 23);
   const F scaled = mul(p, vreinterpretq_f32_s32(power));
@@ -128,6 +132,22 @@ inline D fma(D a, D b, D c) { return vfmaq_f64(c, a, b); }
 inline DM nonzero(D x) { return veorq_u64(vceqzq_f64(x), vdupq_n_u64(~0ull)); }
 inline D select(DM m, D yes, D no) { return vbslq_f64(m, yes, no); }
 inline D min(D a, D b) { return select(vcltq_f64(a, b), a, b); }
+
+using W = uint64x2_t;
+inline W set1_word(uint32_t x) { return vdupq_n_u64(x); }
+inline W words_from(uint32_t x) {
+  const uint64x2_t next = {0, 1};
+  return vaddq_u64(vdupq_n_u64(x), next);
+}
+inline W product(W a, W b) { return vmull_u32(vmovn_u64(a), vmovn_u64(b)); }
+inline W high_word(W a) { return vshrq_n_u64(a, 32); }
+inline W exclusive_or(W a, W b, W c) { return veorq_u64(a, veorq_u64(b, c)); }
+inline W max_word(W a, W b) {
+  return vreinterpretq_u64_u32(vmaxq_u32(vreinterpretq_u32_u64(a), vreinterpretq_u32_u64(b)));
+}
+inline bool any_at_least(W a, W b) { return vmaxv_u32(vcge_u32(vmovn_u64(a), vmovn_u64(b))) != 0; }
+inline void store_words(uint32_t* p, W a) { vst1_u32(p, vmovn_u64(a)); }
+inline F float_of_words(const uint32_t* p) { return vcvtq_f32_u32(vld1q_u32(p)); }
 
 using R = F;
 constexpr int kRows = 4;

@@ -41,7 +41,7 @@ def expm1(x):
 
 @jit
 def log1p(u):
-    """log(1 + u) for u in [0, 1]: 2·artanh(s), s = u / (2 + u) ≤ 1/3, to s¹⁷ (remainder < 10⁻⁹)."""
+    """log(1 + u) for u in [−½, 1]: 2·artanh(s), s = u / (2 + u), |s| ≤ 1/3, to s¹⁷ (remainder < 10⁻⁹)."""
     s = tl.div_rn(u, 2.0 + u)
     q = s * s
     t = 1.0 / 15.0 + q * (1.0 / 17.0)

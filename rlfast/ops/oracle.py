@@ -13,6 +13,7 @@ from rlfast.ops.oracle_linear import linear  # noqa: F401
 from rlfast.ops.oracle_loss import token_loss  # noqa: F401
 from rlfast.ops.oracle_preference import pair_loss, unpaired_loss  # noqa: F401
 from rlfast.ops.oracle_ranked import ranked_loss  # noqa: F401
+from rlfast.ops.oracle_sample import sample  # noqa: F401
 from rlfast.ops.oracle_scan import affine_scan  # noqa: F401
 from rlfast.ops.records import Outputs, Row, Transform, Wanted, allocate
 from rlfast.reference.linear_token_logps import linear_token_logps as linear_oracle
