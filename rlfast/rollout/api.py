@@ -34,7 +34,7 @@ class SamplingParams:
         top_k: so many of the most probable tokens stay; 0 is off.
         min_p: tokens stay whose probability is at least this share of the largest; 0 is off.
         max_tokens: a response has at most so many.
-        min_tokens: before so many neither a stop nor the end of sequence ends it.
+        min_tokens: neither a stop nor the end of sequence is among its first so many.
         n: samples of each prompt; its prefill is shared.
         seed: of the first sample; sample i has seed + i. The tokens of a sample depend on its prompt, parameters and
             seed alone, not on what it is batched with.
@@ -90,10 +90,9 @@ class SamplingParams:
             validate.fail("min_tokens", f"at most max_tokens, {self.max_tokens}", str(self.min_tokens))
 
     @property
-    def edits_logits(self) -> bool:
-        """Whether some logits are changed before the temperature."""
-        penalties = self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
-        return penalties or bool(self.logit_bias)
+    def penalises(self) -> bool:
+        """Whether tokens of prompt or response have other logits for it."""
+        return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1.0, 0.0, 0.0)
 
     def of_sample(self, index: int) -> SamplingParams:
         """Those of one of the n samples."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -23,6 +25,12 @@ class Sample:
     computed: int = 0  # positions whose keys and values are there
     waits_for: Sample | None = None  # the sample of the same prompt that computes its keys and values
     finish: str = ""
+
+    @functools.cached_property
+    def key(self) -> int:
+        """Of its noise: of its seed, and of its prompt, so that two prompts with one seed are not drawn alike."""
+        text = ",".join(map(str, (self.params.seed, *self.prompt)))
+        return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
 
     @property
     def length(self) -> int:
