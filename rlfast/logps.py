@@ -7,14 +7,17 @@ from collections.abc import Collection
 from typing import NamedTuple
 
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from rlfast import backends, validate
+from rlfast.ops import linear as gemm_op
 from rlfast.ops import linear_token_logps as linear_op
 from rlfast.ops import token_logps as logits_op
 from rlfast.ops.records import ENTROPY, IS_TOP1, LOG_SUM_SQ_PROBS, LSE, MEAN_LOGITS, Outputs, Row, Wanted
 
 # The float32 logits that a backward may find again instead of recomputing them (three GEMMs instead of four).
 MEMORY_BUDGET = 2 << 30
+LOGITS_AT_ONCE = 64 << 20  # bytes of them where rows are not to depend on one another
 
 
 class TokenLogps(NamedTuple):
@@ -122,6 +125,7 @@ def linear_token_logps(
     inplace_backward=False,
     top_k=None,
     memory_budget=MEMORY_BUDGET,
+    batch_invariant=False,
 ) -> TokenLogps:
     """``token_logps(hidden @ weight.T + bias, targets)``, in tiles that stay in the cache.
 
@@ -136,6 +140,8 @@ def linear_token_logps(
         memory_budget: bytes that the forward may keep for the backward. If the logits fit (4·N·V in
             float32), they are kept and the backward has two GEMMs; else it recomputes them in tiles and has three. 0
             always recomputes.
+        batch_invariant: a row has the same bits whatever the other rows are, those of ``rlfast.rollout`` too, where
+            ``rlfast.linear`` promises it. The backward makes the logits again, a few rows at a time, by torch's GEMMs.
         temperature, softcap, logit_scale, mask, outputs, top_k: as in ``token_logps``.
         inplace_backward: as in ``token_logps``, so that a call can be swapped; there are no logits to write over.
 
@@ -163,11 +169,32 @@ def linear_token_logps(
         hidden, targets, mask, temperatures = _rows_flattened(hidden, len(lead), targets, mask, temperatures)
     needs_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (hidden, weight, bias))
     keep = needs_grad and max(4, hidden.element_size()) * hidden.shape[0] * vocab <= budget
+    if batch_invariant:
+        transform = temperature, softcap, logit_scale
+        asked = _invariant(hidden, weight, bias, targets, mask, temperatures, transform, wanted, needs_grad)
+        return _named(asked, lead, wanted, candidates)
     asked = linear_op.op(
         unit_stride(hidden), unit_stride(weight), bias, targets, mask, temperatures, temperature, softcap,
         logit_scale, *wanted, keep, backends.requested(),
     )  # fmt: skip
     return _named(asked[:-1], lead, wanted, candidates)
+
+
+def _invariant(hidden, weight, bias, targets, mask, temperatures, transform, wanted: Wanted, needs_grad: bool):
+    """The op's outputs by ``linear`` and ``token_logps``, a few rows of logits at a time; a backward makes them again."""
+    backend = backends.requested()
+
+    def some(x, w, b, t, m, warm):
+        logits = gemm_op.call(unit_stride(x), unit_stride(w), b, True, backend)
+        return tuple(logits_op.call(logits, t, m, warm, *transform, *wanted, False, backend))
+
+    parts, rows = [], max(1, LOGITS_AT_ONCE // (4 * weight.shape[0]))
+    for start in range(0, max(hidden.shape[0], 1), rows):
+        per_row = (x if x is None else x[start : start + rows] for x in (targets, mask, temperatures))
+        given = hidden[start : start + rows], weight, bias, *per_row
+        parts.append(checkpoint(some, *given, use_reentrant=False) if needs_grad else some(*given))
+    # of ``aux`` a column is a token, of the others a row
+    return [torch.cat(x, dim=int(place == 1)) for place, x in enumerate(zip(*parts, strict=True))]
 
 
 def _overlaps(x) -> bool:

@@ -8,9 +8,10 @@ import torch
 import transformers
 
 VOCAB, CONTEXT = 211, 256
+# Widths are multiples of 32: of a tail that is shorter than two vectors torch computes exp and cos by other code.
 TINY = {
-    "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "vocab_size": VOCAB, "max_position_embeddings": CONTEXT, "head_dim": 12,
+    "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "vocab_size": VOCAB, "max_position_embeddings": CONTEXT, "head_dim": 32,
     "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "tie_word_embeddings": False,
 }  # fmt: skip
 MOE = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
@@ -23,8 +24,8 @@ FAMILIES = {
     "mistral": {"sliding_window": 16},
     "mixtral": MOE,
     "gemma": {},
-    "gemma2": {"sliding_window": 16, "query_pre_attn_scalar": 12},
-    "gemma3_text": {"sliding_window": 16, "query_pre_attn_scalar": 12},
+    "gemma2": {"sliding_window": 16, "query_pre_attn_scalar": 32},
+    "gemma3_text": {"sliding_window": 16, "query_pre_attn_scalar": 32},
     "phi": {"num_key_value_heads": 4},
     "phi3": {},
     "olmo2": {},
@@ -33,8 +34,8 @@ FAMILIES = {
     "smollm3": {},
     "granite": {"logits_scaling": 4.0, "attention_multiplier": 0.3},
     "starcoder2": {},
-    "gpt2": {"n_embd": 48, "n_layer": 2, "n_head": 4, "n_positions": CONTEXT},
-    "opt": {"ffn_dim": 80, "word_embed_proj_dim": 48},
+    "gpt2": {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": CONTEXT},
+    "opt": {"ffn_dim": 96, "word_embed_proj_dim": 64},
     "glm4": {"partial_rotary_factor": 0.5},
     "ernie4_5": {},
     "exaone4": {"sliding_window": 16},
@@ -45,9 +46,9 @@ FAMILIES = {
 }
 # Families whose attention is their own.
 UNREACHED = {
-    "falcon": {"ffn_hidden_size": 80},
+    "falcon": {"ffn_hidden_size": 96},
     "bloom": {"n_layer": 2, "n_head": 4},
-    "codegen": {"n_embd": 48, "n_layer": 2, "n_head": 4, "rotary_dim": 4},
+    "codegen": {"n_embd": 64, "n_layer": 2, "n_head": 4, "rotary_dim": 4},
 }
 
 

@@ -20,6 +20,7 @@ import torch
 from rlfast.integrations import trl_preference
 from rlfast.integrations.patching import Swap, or_original, reads, takes, tensor_unsupported
 from rlfast.logps import linear_token_logps, token_logps
+from rlfast.rollout import training
 
 logger = logging.getLogger("rlfast.integrations")
 
@@ -62,6 +63,7 @@ def chunked_logprob(
             softcap=final_logit_softcapping,
             logit_scale=logit_scale,
             outputs=("logp", *wanted),
+            batch_invariant=training.active(),
         )
     floats = (out.logp, out.entropy, out.log_sum_sq_probs, out.mean_logits)
     return (*(x if x is None else x.float() for x in floats), out.is_top1)
