@@ -1,4 +1,4 @@
-"""``rlfast info | verify | bench | new-loss``."""
+"""``rlfast info | verify | bench | generate | new-loss``."""
 
 from __future__ import annotations
 
@@ -156,6 +156,61 @@ def bench(
     sys.path.insert(0, str(clone))
     runner = importlib.import_module("bench.run")
     raise typer.Exit(runner.run(ops=op, cases=case, small=small, device=device, json_path=json_path))
+
+
+@app.command()
+def generate(
+    model: str = typer.Argument(help="A folder or a name that from_pretrained takes."),
+    prompt: str = typer.Argument(help="What the response follows."),
+    n: int = typer.Option(1, "--n", help="Responses."),
+    max_tokens: int = typer.Option(64, help="Tokens of a response at most."),
+    temperature: float = typer.Option(1.0, help="0 is greedy."),
+    top_p: float = typer.Option(1.0, help="1 is off."),
+    top_k: int = typer.Option(0, help="0 is off."),
+    min_p: float = typer.Option(0.0, help="0 is off."),
+    seed: int = typer.Option(0, help="Of the first response."),
+    stop: list[str] = typer.Option(None, help="A string that ends a response (repeatable)."),
+    dtype: str = typer.Option("auto", help="auto (the checkpoint's), float32, bfloat16 or float16."),
+    chat: bool = typer.Option(False, "--chat", help="The prompt is a user's message: use the chat template."),
+    as_json: bool = typer.Option(False, "--json", help="Print a JSON list of responses with their log-probs."),
+) -> None:
+    """Responses of a model to a prompt by rlfast's rollout engine; one alone is printed as it comes."""
+    import transformers
+
+    from rlfast.rollout import Engine, SamplingParams
+
+    try:
+        params = SamplingParams(
+            n=n, max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, seed=seed,
+            stop=tuple(stop or ()),
+        )  # fmt: skip
+        tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+        loaded = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=dtype).eval()
+    except (ValueError, TypeError, OSError) as error:
+        print(f"rlfast generate: {error}", file=sys.stderr)
+        raise typer.Exit(1) from None
+    if torch.cuda.is_available():
+        loaded = loaded.cuda()
+    if chat:
+        said = [{"role": "user", "content": prompt}]
+        prompt = tokenizer.apply_chat_template(said, add_generation_prompt=True, tokenize=False)
+    engine = Engine(loaded, tokenizer)
+    if n == 1 and not as_json and hasattr(engine, "tokens"):
+        for _, text in engine.tokens(prompt, params):
+            print(text, end="", flush=True)
+        print()
+        return
+    rollouts = engine.generate([prompt], params)
+    if as_json:
+        print(json.dumps([{**r._asdict(), **{k: x.tolist() for k, x in _tensors(r).items()}} for r in rollouts]))
+        return
+    for rollout in rollouts:
+        print(f"--- {rollout.index}: {len(rollout.tokens)} tokens, {rollout.finish_reason}")
+        print(rollout.text)
+
+
+def _tensors(record) -> dict:
+    return {k: x for k, x in record._asdict().items() if isinstance(x, torch.Tensor)}
 
 
 @app.command("new-loss")

@@ -171,8 +171,10 @@ def test_an_update_in_place_is_a_new_policy():
     with torch.no_grad():
         for p in model.parameters():
             p.mul_(1.07)
-    under_way = one.stream(None)
-    (late,) = one.step() or list(under_way) or one.generate([given[0]], GREEDY)[:1]
+    ended = []
+    while not ended:
+        ended = one.step()
+    assert ended[0].versions.tolist() == [0] * 4 + [1] * 8
     again = one.generate(given, GREEDY)
     same(again, Engine(copy.deepcopy(model), kv_budget=1 << 22).generate(given, GREEDY))
     assert [r.tokens for r in again] != [r.tokens for r in first]
@@ -345,7 +347,9 @@ BAD = {
     "min_tokens: expected at most max_tokens, 64, got 65": lambda e: SamplingParams(min_tokens=65),
     "stop: expected strings that are not empty": lambda e: SamplingParams(stop=(3,)),
     "stop: expected no strings, since there is no tokenizer": lambda e: e.generate([[3]], SamplingParams(stop="x")),
-    "stop_token_ids, logit_bias: expected ids in [0,": lambda e: e.generate([[3]], SamplingParams(stop_token_ids=(999,))),
+    "stop_token_ids, logit_bias: expected ids in [0,": lambda e: e.generate(
+        [[3]], SamplingParams(stop_token_ids=(999,))
+    ),
     "params: expected 2, one a prompt, got 1": lambda e: e.generate([[3], [4]], [GREEDY]),
     "params: expected SamplingParams": lambda e: e.generate([[3]], {"n": 2}),
     "mode: expected one of 'keep'": lambda e: e.pause("stop"),

@@ -15,9 +15,10 @@ logger = logging.getLogger("rlfast.integrations")
 TRAINERS = {"trl": ("rlfast.integrations.trl", "trl==1.16.*")}
 
 _patches: dict[str, Patch] = {}
+_options: dict[str, dict] = {}  # those of the patch in place
 
 
-def patch(trainer: str, *, untested: bool = False) -> Patch:
+def patch(trainer: str, *, untested: bool = False, rollouts: bool = False, bitwise: bool = False) -> Patch:
     """Put rlfast's kernels in the place of a trainer's own, until undone.
 
     Patching twice is one patch. A second call also reaches modules of the trainer that were imported since, and its
@@ -27,6 +28,9 @@ def patch(trainer: str, *, untested: bool = False) -> Patch:
         trainer: "trl".
         untested: go on with a version of the trainer that rlfast was not tested with. Each function is still replaced
             only if its signature is the one that is known; the others are left alone, and a warning says why.
+        rollouts: the trainer generates by ``rlfast.rollout.Engine``, on the weights that it trains.
+        bitwise: and its training steps run in ``Engine.training_mode``: the log-probs of the first pass over a batch
+            are those of its rollouts, to the bit, where the engine's ``bitwise`` is true.
 
     Returns:
         Patch: a context manager that undoes the patch at its end, and a function that undoes it when called.
@@ -35,7 +39,9 @@ def patch(trainer: str, *, untested: bool = False) -> Patch:
     Raises:
         ValueError: the trainer is unknown.
         ImportError: the trainer is not installed.
-        RuntimeError: its version was not tested, or its functions do not look as they should.
+        TypeError: an option is not True or False.
+        RuntimeError: its version was not tested, or its functions do not look as they should; or it is patched with
+            other options.
 
     Example:
         >>> with rlfast.patch("trl"):
@@ -50,11 +56,14 @@ def patch(trainer: str, *, untested: bool = False) -> Patch:
     module, requirement = TRAINERS[trainer]
     if importlib.util.find_spec(trainer) is None:
         raise ImportError(f'rlfast.patch("{trainer}"): {trainer} is not installed: run `pip install "{requirement}"`')
+    options = {"rollouts": validate.flag("rollouts", rollouts) or validate.flag("bitwise", bitwise), "bitwise": bitwise}
     current = _patches.get(trainer)
     if current is not None and current.active:
+        if any(options.values()) and options != _options[trainer]:
+            raise RuntimeError(f'rlfast.patch("{trainer}"): it is patched with other options: undo that first')
         return current.again()
-    current = Patch(trainer, *importlib.import_module(module).replacements(untested))
-    _patches[trainer] = current
+    current = Patch(trainer, *importlib.import_module(module).replacements(untested, **options))
+    _patches[trainer], _options[trainer] = current, options
     logger.info("%r", current)
     return current
 

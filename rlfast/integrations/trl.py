@@ -17,10 +17,12 @@ import sys
 
 import torch
 
-from rlfast.integrations import trl_preference
+from rlfast.integrations import trl_preference, trl_rollout
 from rlfast.integrations.patching import Swap, or_original, reads, takes, tensor_unsupported
 from rlfast.logps import linear_token_logps, token_logps
 from rlfast.rollout import training
+
+rollout = trl_rollout.rollout
 
 logger = logging.getLogger("rlfast.integrations")
 
@@ -164,7 +166,7 @@ def _batch_unsupported(logits, labels=None, *_, **__) -> str | None:
     return tensor_unsupported(logits=logits)
 
 
-def replacements(untested: bool):
+def replacements(untested: bool, rollouts: bool = False, bitwise: bool = False):
     """What to swap in the installed TRL: a function that lists the swaps, and TRL's version.
 
     Raises:
@@ -180,6 +182,8 @@ def replacements(untested: bool):
     utils = importlib.import_module("trl.trainer.utils")
     fixed, strange = _functions(utils)
     fixed += trl_preference.swaps(strange)
+    if rollouts:
+        fixed += trl_rollout.swaps(strange, bitwise)
     if strange and not untested:
         raise RuntimeError(f'rlfast.patch("trl"): TRL {version} does not look as it should: {"; ".join(strange)}')
     for reason in strange:

@@ -130,9 +130,7 @@ class GenerateEngine(Calls):
         self._open()
         found, device = [], next(self.model.parameters()).device
         for sequence in sequences:
-            ids = torch.tensor(
-                [checked_prompt(sequence, None, self.vocab)], device=next(self.model.parameters()).device
-            )
+            ids = torch.tensor([checked_prompt(sequence, None, self.vocab)], device=device)
             logits = self.model(input_ids=ids, use_cache=False).logits[0, :-1].float()
             out = token_logps(logits, ids[0, 1:], outputs=("logp", "entropy"))
             found.append(Score(out.logp.cpu(), out.entropy.cpu()))

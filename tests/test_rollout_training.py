@@ -1,0 +1,187 @@
+"""The training forward has the rollouts' bits: by itself, and within TRL's GRPO step."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+
+import pytest
+import torch
+
+import rlfast
+from rlfast.integrations import trl as ours
+from rlfast.integrations import trl_rollout
+from rlfast.rollout import Engine, SamplingParams
+from tests.decoders import decoder, prompts
+from tests.numerics import assert_same_bits
+
+trl = pytest.importorskip("trl", reason='the trl package is missing: pip install "trl==1.16.*"')
+from tests.trl_trainers import PROMPTS, rewards, tiny, word_tokenizer  # noqa: E402
+
+
+def padded(rollouts, side: str, pad: int = 0):
+    """(ids, mask) of prompts and responses, padded left or right."""
+    whole = [[*r.prompt_tokens, *r.tokens] for r in rollouts]
+    width = max(map(len, whole))
+    ids, mask = torch.full((len(whole), width), pad), torch.zeros(len(whole), width, dtype=torch.bool)
+    for row, tokens in enumerate(whole):
+        at = slice(width - len(tokens), width) if side == "left" else slice(0, len(tokens))
+        ids[row, at], mask[row, at] = torch.tensor(tokens), True
+    return ids, mask
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("form", ("left", "right", "packed"))
+@pytest.mark.parametrize("checkpointing", (False, True))
+def test_a_training_forward_has_the_bits(dtype, form, checkpointing):
+    """With gradients on, whatever the layout."""
+    model = copy.deepcopy(decoder("llama", dtype)).train()
+    if checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    engine = Engine(model, kv_budget=1 << 22)
+    rollouts = engine.generate(prompts(5), SamplingParams(n=2, max_tokens=9, ignore_eos=True))
+    with engine.training_mode():
+        if form == "packed":
+            ids = torch.tensor([[t for r in rollouts for t in (*r.prompt_tokens, *r.tokens)]])
+            lengths = [len(r.prompt_tokens) + len(r.tokens) for r in rollouts]
+            positions = torch.cat([torch.arange(n) for n in lengths]).unsqueeze(0)
+            hidden = model.base_model(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state
+            rows, targets = hidden[0, :-1], ids[0, 1:]
+        else:
+            ids, mask = padded(rollouts, form)
+            hidden = model.base_model(input_ids=ids, attention_mask=mask.long(), use_cache=False).last_hidden_state
+            rows, targets = hidden[:, :-1], ids[:, 1:]
+        logp = rlfast.linear_token_logps(rows, model.lm_head.weight, targets, batch_invariant=True).logp
+        logp.sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    at = 0
+    for row, rollout in enumerate(rollouts):
+        before, n = len(rollout.prompt_tokens), len(rollout.tokens)
+        if form == "packed":
+            got, at = logp[at + before - 1 : at + before + n - 1], at + before + n
+        else:
+            first = int(mask[row].float().argmax())
+            got = logp[row, first + before - 1 : first + before + n - 1]
+        assert_same_bits("logp", got.detach(), rollout.logp_raw)
+
+
+def test_gradients_are_those_of_the_model():
+    """Of float32, near those of the model's own attention and linears."""
+    model = copy.deepcopy(decoder("qwen3")).train()
+    engine = Engine(model, kv_budget=1 << 22)
+    ids, mask = padded(engine.generate(prompts(4), SamplingParams(max_tokens=9, ignore_eos=True)), "right")
+    found = []
+    for mode in (True, False):
+        model.zero_grad()
+        context = engine.training_mode() if mode else torch.enable_grad()
+        with context:
+            hidden = model.base_model(input_ids=ids, attention_mask=mask.long(), use_cache=False).last_hidden_state
+            (hidden[mask] * torch.linspace(-1, 1, hidden.shape[-1])).sum().backward()
+        found.append([p.grad.clone() for p in model.base_model.parameters()])
+    for got, wanted in zip(*found, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=2e-3, atol=2e-4 * wanted.abs().max().item())
+
+
+def grpo(tmp_path, **options):
+    """A GRPOTrainer on a tiny model, and what its first steps saw: (log-probs, mask, the rollouts')."""
+    from datasets import Dataset
+
+    rows = [{"prompt": [{"role": "user", "content": p}]} for p in PROMPTS]
+    args = trl.GRPOConfig(
+        str(tmp_path), num_generations=2, max_completion_length=8, per_device_train_batch_size=4, max_steps=2,
+        use_cpu=True, bf16=False, report_to=[], save_strategy="no", disable_tqdm=True, logging_steps=1, seed=1,
+        **options,
+    )  # fmt: skip
+    model = tiny("Llama", hidden_size=64, intermediate_size=96, head_dim=32)
+    trainer = trl.GRPOTrainer(
+        model, rewards, args, train_dataset=Dataset.from_list(rows), processing_class=word_tokenizer()
+    )
+    seen, loss = [], trainer._compute_loss
+    logps = trainer._get_per_token_logps_and_entropies
+    last = []
+
+    def logged(*args, **kwargs):
+        out = logps(*args, **kwargs)
+        last[:] = [out[0].detach().clone()]
+        return out
+
+    def computed(model, inputs):
+        out = loss(model, inputs)
+        seen.append((last[0], inputs["completion_mask"].bool(), inputs["sampling_per_token_logps"]))
+        return out
+
+    trainer._get_per_token_logps_and_entropies, trainer._compute_loss = logged, computed
+    return trainer, seen
+
+
+@pytest.mark.parametrize("checkpointing", (False, True))
+def test_the_first_ratio_of_a_grpo_step_is_one(tmp_path, checkpointing):
+    """torch.equal(logp, rollout_logp) on every token of a completion, at every step: each is the first on its batch."""
+    with rlfast.patch("trl", rollouts=True, bitwise=True) as patch:
+        trainer, seen = grpo(tmp_path, gradient_checkpointing=checkpointing)
+        trainer.train()
+        assert "trl.trainer.grpo_trainer.GRPOTrainer._generate_single_turn" in patch.replaced
+        assert isinstance(trl_rollout.engine_of(trainer), Engine)
+    assert len(seen) == 2
+    for logp, mask, rollout_logp in seen:
+        assert mask.any() and torch.equal(logp[mask], rollout_logp[mask])
+        assert ((logp - rollout_logp)[mask].exp() == 1.0).all()
+
+
+def test_without_the_mode_the_ratio_is_near_one(tmp_path):
+    """The control: the same rollouts, TRL's own training forward."""
+    with rlfast.patch("trl", rollouts=True):
+        trainer, seen = grpo(tmp_path)
+        trainer.train()
+    assert not all(torch.equal(logp[mask], theirs[mask]) for logp, mask, theirs in seen)
+    for logp, mask, theirs in seen:
+        torch.testing.assert_close(logp[mask], theirs[mask], rtol=1e-4, atol=1e-4)
+
+
+def test_a_rollout_func_groups_equal_prompts(tmp_path, monkeypatch):
+    """TRL repeats a prompt; the engine gets it once, with so many samples, and the order is TRL's."""
+    from datasets import Dataset
+
+    asked = []
+    generate = Engine.generate
+    monkeypatch.setattr(
+        Engine, "generate", lambda self, p, params: asked.append([x.n for x in params]) or generate(self, p, params)
+    )
+    rows = [{"prompt": [{"role": "user", "content": p}]} for p in PROMPTS]
+    args = trl.GRPOConfig(
+        str(tmp_path), num_generations=4, max_completion_length=6, per_device_train_batch_size=8, max_steps=1,
+        use_cpu=True, bf16=False, report_to=[], save_strategy="no", disable_tqdm=True,
+    )  # fmt: skip
+    trainer = trl.GRPOTrainer(
+        tiny("Llama"), rewards, args, train_dataset=Dataset.from_list(rows), processing_class=word_tokenizer(),
+        rollout_func=ours.rollout(temperature=0.5),
+    )  # fmt: skip
+    trainer.train()
+    assert asked == [[4, 4]]
+    given = [[{"role": "user", "content": p}] for p in ("no", "no", "big red mat")]
+    found = trainer.rollout_func(given, trainer)
+    assert found["prompt_ids"][0] == found["prompt_ids"][1] != found["prompt_ids"][2]
+    assert [len(x) for x in found["completion_ids"]] == [len(x) for x in found["logprobs"]]
+
+
+def test_what_the_engine_cannot_do_is_trls(tmp_path, caplog):
+    with rlfast.patch("trl", rollouts=True):
+        trainer, _ = grpo(tmp_path, generation_kwargs={"num_beams": 1, "diversity_penalty": 0.0})
+        trainer.generation_kwargs["typical_p"] = 1.0
+        ids, logps = trainer._generate_single_turn([[3, 4], [3, 4]], None, {}, 2)
+    assert logps is None and len(ids) == 2 and "typical_p" in caplog.text
+
+
+def test_options_of_a_patch():
+    with rlfast.patch("trl"), pytest.raises(RuntimeError, match="it is patched with other options"):
+        rlfast.patch("trl", rollouts=True)
+    owner = importlib.import_module("trl.trainer.grpo_trainer").GRPOTrainer
+    before = owner._generate_single_turn
+    with rlfast.patch("trl", rollouts=True):
+        assert owner._generate_single_turn is not before
+        with rlfast.patch("trl"):  # the patch in place is enough
+            pass
+        assert owner._generate_single_turn is not before
+    assert owner._generate_single_turn is before
+    with pytest.raises(TypeError, match="rollouts: expected True or False"):
+        rlfast.patch("trl", rollouts=1)
