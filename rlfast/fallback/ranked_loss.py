@@ -56,7 +56,7 @@ def _some(groups: Groups, part: slice, inside, at, form: str, settings: Settings
     divisor = torch.where(valid, field(groups.divisor, torch.ones_like(s)), 1.0)
     x = settings.beta * (s - field(groups.ref_scores, torch.zeros_like(s))) / divisor
     group = group_of(x, field(groups.rewards, None), valid)
-    formula, hyper = RANKINGS[form]
+    formula, hyper, _ = RANKINGS[form]
     value, d = torch_version(formula)(group, hyper(settings.tau, settings.top))
     best = valid & (group.place == 0)
     if settings.nll:

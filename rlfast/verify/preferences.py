@@ -71,9 +71,14 @@ def _reference(objective: PreferenceLoss):
     return call
 
 
+def _shared(objective: UnpairedLoss, value) -> dict:
+    """The number that KTO calls z, where a loss reads one."""
+    return {"shared": value} if "shared" in objective.prepared[-1] else {}
+
+
 def _public_single(objective: UnpairedLoss):
     def call(leaves, rest):
-        out = objective(**leaves, **rest, shared=0.5)
+        out = objective(**leaves, **rest, **_shared(objective, 0.5))
         return _named(out.loss, out.metrics, SINGLE_METRICS)
 
     return call
@@ -85,7 +90,7 @@ def _reference_single(objective: UnpairedLoss):
     def call(leaves, rest, dtype):
         sums = leaves["logps"], rest["ref_logps"].to(dtype), rest["lengths"].to(dtype)
         half = torch.full((), 0.5, dtype=dtype, device=sums[0].device)
-        loss, metrics = unpaired_loss(sums, rest["desirable"], shared=half, **terms)
+        loss, metrics = unpaired_loss(sums, rest["desirable"], **_shared(objective, half), **terms)
         return _named(loss, metrics, SINGLE_METRICS) | {"sizes": metrics["sizes"]}
 
     return call
