@@ -1,0 +1,130 @@
+"""Rollouts from servers, against a stand-in that speaks their HTTP APIs, and from Ray workers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from rlfast.rollout import Engine, Request, RolloutBackend, SamplingParams
+from rlfast.rollout.generate import GenerateEngine
+from rlfast.rollout.remote import RayPool, ServerError, SGLangServer, VLLMServer
+from tests.decoders import decoder, prompts
+from tests.rollout_servers import StandIn, engine, serving
+
+KINDS = {"vllm": VLLMServer, "sglang": SGLangServer}
+PARAMS = SamplingParams(n=3, temperature=0.8, top_k=40, max_tokens=6, ignore_eos=True, seed=4)
+
+
+@pytest.fixture
+def stand_in():
+    return StandIn(engine())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_server_gives_the_engines_rollouts(kind, stand_in):
+    given = prompts(5)
+    wanted = engine().generate(given, PARAMS)
+    with serving(stand_in) as url:
+        server = KINDS[kind](url)
+        found = server.generate(given, PARAMS)
+        server.close()
+    assert not server.bitwise and [r.tokens for r in found] == [r.tokens for r in wanted]
+    assert [(r.request, r.index) for r in found] == [(i, j) for i in range(5) for j in range(3)]
+    for got, rollout in zip(found, wanted, strict=True):
+        torch.testing.assert_close(got.logp, rollout.logp)
+        assert got.logp_raw.isnan().all() and got.entropy.isnan().all() and got.finish_reason == "length"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_a_server_is_told(kind, stand_in, tmp_path):
+    with serving(stand_in) as url:
+        server = KINDS[kind](url, weights_dir=tmp_path)
+        server.pause("recompute")
+        with pytest.raises(RuntimeError, match="the engine is paused"):
+            server.generate([[3]], PARAMS)
+        server.resume()
+        server.sync_weights([("w", torch.arange(3.0))], version=7)
+        (rollout,) = server.generate([[5, 6]], SamplingParams(max_tokens=2, ignore_eos=True))
+        server.close()
+    paths = [path for path, _ in stand_in.calls]
+    wanted = {
+        "vllm": ["/pause?mode=keep", "/reset_prefix_cache"],
+        "sglang": ["/pause_generation"],
+    }[kind]
+    assert paths[: len(wanted)] == wanted and rollout.versions.tolist() == [7, 7]
+    from safetensors.torch import load_file
+
+    assert load_file(tmp_path / "model.safetensors")["w"].tolist() == [0.0, 1.0, 2.0]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("broken, said", (("status", "503"), ("shape", "gave no rollouts")))
+def test_a_server_that_answers_badly(kind, broken, said):
+    """A clear error, and the other requests go on."""
+    stand_in = StandIn(engine(), broken)
+    with serving(stand_in) as url:
+        server = KINDS[kind](url)
+        server.submit([Request((3, 4), PARAMS)])
+        with pytest.raises(ServerError, match=said):
+            server.step()
+        stand_in.broken = ""
+        assert len(server.generate([[3, 4]], PARAMS)) == 3
+        server.close()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_server_that_is_down(kind):
+    server = KINDS[kind]("http://127.0.0.1:9", timeout=5.0)
+    with pytest.raises(ServerError, match=r"127\.0\.0\.1:9"):
+        server.generate([[3]], PARAMS)
+    server.close()
+
+
+def test_bad_input_is_named(stand_in):
+    with serving(stand_in) as url:
+        server = VLLMServer(url, vocab=10)
+        for said, given, params in (
+            ("prompts: expected at least one token each", [[]], None),
+            ("prompts: expected token ids in", [[10]], None),
+            ("allowed_token_ids: expected ids", [[3]], SamplingParams(allowed_token_ids=lambda tokens: [1])),
+        ):
+            with pytest.raises(ValueError, match=said):
+                server.generate(given, params)
+        with pytest.raises(RuntimeError, match="weights_dir"):
+            server.sync_weights([], 1)
+        with pytest.raises(ValueError, match="mode: expected one of"):
+            server.pause("stop")
+        server.close()
+    assert not stand_in.calls
+
+
+def test_every_backend_speaks_the_protocol():
+    for kind in (Engine, GenerateEngine, VLLMServer, SGLangServer, RayPool):
+        for name in ("submit", "step", "pause", "resume", "sync_weights"):
+            assert callable(getattr(kind, name)), f"{kind.__name__}.{name}"
+        assert kind.logp_means in ("processed", "tempered") and hasattr(kind, "bitwise")
+    assert {"submit", "step", "pause", "resume", "sync_weights"} <= set(vars(RolloutBackend))
+
+
+def test_ray_workers():
+    """Two engines in processes of their own give what one gives here, before and after new weights."""
+    import ray
+
+    found = {"env_vars": {"PYTHONPATH": str(Path(__file__).parents[1])}}
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, configure_logging=False, runtime_env=found)
+    try:
+        pool, given = RayPool(engine, workers=2, num_cpus=1), prompts(4)
+        same = engine().generate(given, PARAMS)
+        assert [r.tokens for r in pool.generate(given, PARAMS)] == [r.tokens for r in same]
+        changed = decoder("llama", seed=1)
+        pool.sync_weights(changed.named_parameters(), version=3)
+        found, wanted = pool.generate(given, PARAMS), Engine(changed, kv_budget=1 << 22).generate(given, PARAMS)
+        assert [r.tokens for r in found] == [r.tokens for r in wanted] != [r.tokens for r in same]
+        assert set(found[0].versions.tolist()) == {3}
+        with pytest.raises(Exception, match="prompts: expected at least one token each"):
+            pool.generate([[]], PARAMS)
+        pool.close()
+    finally:
+        ray.shutdown()
