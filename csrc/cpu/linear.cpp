@@ -140,8 +140,9 @@ public:
         tiles_(ceil_div(in.columns, kLaneSums)) {
     const int64_t vectors = ceil_div(in.depth, kElements);
     block_ = ceil_div(vectors, ceil_div(vectors, kSteps)) * kElements;
-    const int64_t fit = std::clamp<int64_t>(kPanelBytes / (in.depth * sizeof(T)), kTall, kPanelRows);
-    panels_ = ceil_div(in.rows, fit);
+    // Whole tiles, so that panels of equal size are no larger, and none is empty.
+    const int64_t fit = kPanelBytes / static_cast<int64_t>(sizeof(T)) / in.depth / kTall * kTall;
+    panels_ = ceil_div(in.rows, std::clamp<int64_t>(fit, kTall, kPanelRows));
     panel_ = panels_ ? round_up(ceil_div(in.rows, panels_), kTall) : 0;
   }
 
