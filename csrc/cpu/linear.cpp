@@ -48,6 +48,17 @@ struct Products<bf16> {
 };
 #endif
 
+// x in a register: GCC would load a factor again for each product that it is in, which takes a third more time.
+template <class V>
+V held(V x) {
+#if defined(__x86_64__)
+  asm("" : "+v"(x));
+#elif defined(__aarch64__)
+  asm("" : "+w"(x));
+#endif
+  return x;
+}
+
 template <class T>
 struct Matrix {
   const T* data;
@@ -83,7 +94,7 @@ void tile(Matrix<T> x, Matrix<T> w, int64_t depth, Ahead ahead, float* sums, boo
     for (int i = 0; i < kHigh; ++i) a[i] = load(x.data + i * x.stride);
 #pragma GCC unroll 8
     for (int j = 0; j < kWide; ++j) {
-      const typename P::Vector b = load(rows[j / 3] + j % 3 * w.stride);
+      const typename P::Vector b = held(load(rows[j / 3] + j % 3 * w.stride));
 #pragma GCC unroll 4
       for (int i = 0; i < kHigh; ++i) partial[i][j] = P::fma(a[i], b, partial[i][j]);
     }
@@ -129,8 +140,9 @@ public:
         tiles_(ceil_div(in.columns, kLaneSums)) {
     const int64_t vectors = ceil_div(in.depth, kElements);
     block_ = ceil_div(vectors, ceil_div(vectors, kSteps)) * kElements;
-    const int64_t fit = std::clamp<int64_t>(kPanelBytes / (in.depth * sizeof(T)), kTall, kPanelRows);
-    panels_ = ceil_div(in.rows, fit);
+    // Whole tiles, so that panels of equal size are no larger, and none is empty.
+    const int64_t fit = kPanelBytes / static_cast<int64_t>(sizeof(T)) / in.depth / kTall * kTall;
+    panels_ = ceil_div(in.rows, std::clamp<int64_t>(fit, kTall, kPanelRows));
     panel_ = panels_ ? round_up(ceil_div(in.rows, panels_), kTall) : 0;
   }
 

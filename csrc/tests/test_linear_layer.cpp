@@ -89,6 +89,7 @@ void test_linear_layer(const Kernels& k, const std::string& isa) {
         for (int64_t columns : {1, 7, 8, 9}) all.push_back({type, 5, depth, columns, depth % 2 == 0, wide, depth % 3});
       for (int64_t rows : {0, 1, 2, 3, 4, 64, 260}) all.push_back({type, rows, 40, 19, rows % 2 == 1, wide});
       all.push_back({type, 30, 7001, 12, true, wide, 5});  // several panels, several blocks of the depth
+      all.push_back({type, 16, 30001, 5, false, wide});
       all.push_back({type, 3, 2049, 17, false, wide});
       all.push_back({type, 17, 576, 100, true, wide});
     }

@@ -17,7 +17,7 @@ CPP = [
         ("bias[j] = to_float(bias_[«column + j»]);", "j"),
         ("tiles_ * «(group + 1)» / groups);", "group"),
         ("std::min(panel_, «in_.rows - row»),", "in_.rows - row - (row > 0)"),
-        ("weight_.data + t * kSums * «weight_.stride»;", "in_.depth"),
+        ("weight_.data + t * kLaneSums * «weight_.stride»;", "in_.depth"),
     ),
 ]  # fmt: skip
 
