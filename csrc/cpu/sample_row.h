@@ -4,15 +4,13 @@
 //   kept    w ≥ least: the largest of what top-k, top-p and min-p ask for; ties stay
 //   token   the first argmax of (w − peak)/T + g over what is kept
 //
-// A leaf is skipped where its peak with the largest possible g does not reach the leader, and within a leaf the words of a draw
-// are compared with the least that could: a logarithm is taken of a handful of the vocabulary.
 #pragma once
 #include <type_traits>
 
-#include "../rlfast/noise.h"
 #include "../rlfast/row_outputs.h"
 #include "../rlfast/sample.h"
 #include "sample_cut.h"
+#include "sample_race.h"
 
 namespace rlfast {
 namespace RLFAST_ISA_NS {
@@ -23,14 +21,6 @@ struct SampleScratch {
   alignas(64) float copy[kLeaf];
   Candidates candidates;
   Cut cut;
-};
-
-struct Leader {
-  float value;
-  int64_t id;  // −1: nobody
-  bool behind(const Leader& other) const {
-    return other.id >= 0 && (other.value > value || (other.value == value && other.id < id));
-  }
 };
 
 // The leaves of a row under one scale, merged.
@@ -105,12 +95,18 @@ public:
   Leader race(int64_t from, int64_t to, SampleScratch& w) const {
     Leader leader{-kInf, -1};
     if (lost_ || greedy_ || from == to) return leader;
-    const Noise noise(options_.seeds[row_], options_.positions[row_]);
+    const Race race({options_.seeds[row_], options_.positions[row_]}, own().total.peak, temperature_, least_);
+    const auto run = [&](int64_t l) {
+      const float peak = own().leaf[l].peak;
+      if (peak == -kInf || race.beyond(leader, peak)) return;
+      const int n = leaf_columns(x_.vocab, l);
+      race.run(columns(n, l, w.buffer), n, l * kLeaf, peak, &leader);
+    };
     int64_t first = from;
     for (int64_t l = from; l < to; ++l) first = own().leaf[l].peak > own().leaf[first].peak ? l : first;
-    run(first, noise, &leader, w);
+    run(first);
     for (int64_t l = from; l < to; ++l) {
-      if (l != first) run(l, noise, &leader, w);
+      if (l != first) run(l);
     }
     return leader;
   }
@@ -195,11 +191,6 @@ private:
       const float* y = load_leaf(at, n, plain_, buffer, &peak);
       return edited(leaf) ? with_edits(y, n, leaf, buffer) : y;
     }
-  }
-
-  static F part(const float* y, int n, int i) {
-    const int left = n - i;
-    return left >= kLanes ? load(y + i) : left > 0 ? load_part(y + i, left, -kInf) : set1(-kInf);
   }
 
   // w of a leaf, −inf where it is not kept.
@@ -298,63 +289,6 @@ private:
         }
       }
     }
-  }
-
-  // What a column and a word must reach to take the lead.
-  struct Bar {
-    float least;
-    W word;
-  };
-  Bar bar(const Leader& leader, float leaf_peak) const {
-    if (leader.id < 0) return {least_, set1_word(0)};
-    const double peak = own().total.peak, ahead = static_cast<double>(leader.value);
-    const float least = float_below(peak + temperature_ * (ahead - kMostNoise));
-    const double best = (static_cast<double>(leaf_peak) - peak) / temperature_;
-    return {std::max(least_, least), set1_word(least_word(ahead - best))};
-  }
-
-  void run(int64_t leaf, const Noise& noise, Leader* leader, SampleScratch& w) const {
-    static_assert(kDrawn == 2 * kLanes, "a draw is two vectors of columns");
-    const float leaf_peak = own().leaf[leaf].peak;
-    Bar at = bar(*leader, leaf_peak);
-    if (leaf_peak == -kInf || leaf_peak < at.least) return;
-    const int n = leaf_columns(x_.vocab, leaf);
-    const float* y = columns(n, leaf, w.buffer);
-    for (int i = 0; i < n; i += kDrawn) {
-      const F x[2] = {part(y, n, i), part(y, n, i + kLanes)};
-      if (!any(at_least(max(x[0], x[1]), set1(at.least)))) continue;
-      W words[4];
-      noise.draw(leaf * kLeaf + i, words);
-      const W largest = max_word(max_word(words[0], words[1]), max_word(words[2], words[3]));
-      if (!any_at_least(largest, at.word)) continue;
-      if (challenge(x, words, leaf * kLeaf + i, leader)) at = bar(*leader, leaf_peak);
-    }
-  }
-
-  // Whether one of the columns of a draw takes the lead. Of equal ones the lowest id has it, whoever came first.
-  bool challenge(const F* x, const W* words, int64_t first, Leader* leader) const {
-    alignas(64) uint32_t number[kDrawn], word[kDoubles];
-    for (int j = 0; j < 4; ++j) {
-      store_words(word, words[j]);
-      for (int i = 0; i < kDoubles; ++i) number[4 * i + j] = word[i] / kWordOfNumber;
-    }
-    bool changed = false;
-    alignas(64) float value[kLanes];
-    for (int half = 0; half < 2; ++half) {
-      const F g = gumbel(float_of_words(number + half * kLanes));
-      const F d = div(sub(x[half], set1(own().total.peak)), set1(temperature_));
-      const F perturbed = select(at_least(x[half], set1(least_)), add(d, g), set1(-kInf));
-      uint32_t found = bits(both(at_least(perturbed, set1(leader->value)), greater(perturbed, set1(-kInf))));
-      if (!found) continue;
-      store(value, perturbed);
-      for (; found; found &= found - 1) {
-        const int lane = __builtin_ctz(found);
-        const Leader challenger{value[lane], first + half * kLanes + lane};
-        if (!leader->behind(challenger)) continue;
-        *leader = challenger, changed = true;
-      }
-    }
-    return changed;
   }
 
   const Logits& x_;

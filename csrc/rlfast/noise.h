@@ -9,7 +9,9 @@ namespace rlfast {
 namespace RLFAST_ISA_NS {
 
 constexpr int kRounds = 10;
-constexpr int kDrawn = 4 * kDoubles;     // tokens of a draw
+constexpr int kDrawn = 4 * kDoubles;          // tokens of a draw
+constexpr int kDraws = kLanes >= 16 ? 4 : 2;  // as many as there are registers for
+constexpr int kCrowd = kDraws * kDrawn;
 constexpr float kMostNoise = 17.34f;     // −log(−log u) of the largest u is 17.3287
 constexpr uint32_t kWordOfNumber = 256;  // n is word / 256
 
@@ -24,18 +26,27 @@ public:
       low += 0x9E3779B9u, high += 0xBB67AE85u;
     }
   }
-  // Word i of out[j] is that of token first + 4·i + j; first is a multiple of 4.
-  void draw(int64_t first, W* out) const {
+  // Word i of out[d][j] is that of token first + kDrawn·d + 4·i + j; first is a multiple of 4. The rounds of a draw wait for one
+  // another: several draws go side by side.
+  void draw(int64_t first, W (*out)[4]) const {
     const W m0 = set1_word(0xD2511F53u), m1 = set1_word(0xCD9E8D57u);
-    W c0 = position_[0], c1 = position_[1], c2 = words_from(static_cast<uint32_t>(first / 4)), c3 = set1_word(0);
+    W c[kDraws][4];
+#pragma GCC unroll 4
+    for (int d = 0; d < kDraws; ++d) {
+      c[d][0] = position_[0], c[d][1] = position_[1];
+      c[d][2] = words_from(static_cast<uint32_t>(first / 4) + d * kDoubles), c[d][3] = set1_word(0);
+    }
 #pragma GCC unroll 10
     for (int r = 0; r < kRounds; ++r) {
-      const W a = product(c0, m0), b = product(c2, m1);
-      c0 = exclusive_or(high_word(b), c1, key_[r][0]);
-      c2 = exclusive_or(high_word(a), c3, key_[r][1]);
-      c1 = b, c3 = a;
+#pragma GCC unroll 4
+      for (int d = 0; d < kDraws; ++d) {
+        const W a = product(c[d][0], m0), b = product(c[d][2], m1);
+        c[d][0] = exclusive_or(high_word(b), c[d][1], key_[r][0]);
+        c[d][2] = exclusive_or(high_word(a), c[d][3], key_[r][1]);
+        c[d][1] = b, c[d][3] = a;
+      }
     }
-    out[0] = c0, out[1] = c1, out[2] = c2, out[3] = c3;
+    std::memcpy(out, c, sizeof c);
   }
 
 private:

@@ -81,7 +81,7 @@ inline void from_float(float x, f16* y) {
 //   lane_sums(x, y): y[j] is the sum of the lanes of x[j], of kLaneSums vectors, each by the same tree;
 //   W, kDoubles words of 32 bits, each in the low half of 64 (what is above it is garbage but in a product): set1_word,
 //   words_from(x) (x, x + 1, …), product (all 64 bits), high_word (of a product), exclusive_or of three, max_word,
-//   any_at_least(a, b), store_words(p, w), and float_of_words(p) of kLanes of them below 2^24;
+//   words_at_least(a, b) (a bit a word; b has nothing above it), store_words(p, w), and float_of_words(p) of kLanes of them below 2^24;
 //   R, float32 of kRows rows: load_rows, store_rows, stream_rows, and transpose(x) of kRows of them;
 //   kFused: whether fma rounds once; head12: the leading 12 bits of the significand (where not fused);
 //   greater(x, y), equal(x, y), select(m, yes, no), any(m), bits(m): one bit a lane; from_bits(bits), its inverse;

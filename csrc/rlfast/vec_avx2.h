@@ -155,9 +155,9 @@ inline W product(W a, W b) { return _mm256_mul_epu32(a, b); }
 inline W high_word(W a) { return _mm256_srli_epi64(a, 32); }
 inline W exclusive_or(W a, W b, W c) { return _mm256_xor_si256(a, _mm256_xor_si256(b, c)); }
 inline W max_word(W a, W b) { return _mm256_max_epu32(a, b); }
-inline bool any_at_least(W a, W b) {
+inline uint32_t words_at_least(W a, W b) {
   const __m256i reaches = _mm256_cmpeq_epi32(_mm256_max_epu32(a, b), a);
-  return (_mm256_movemask_ps(_mm256_castsi256_ps(reaches)) & 0x55) != 0;
+  return static_cast<uint32_t>(_mm256_movemask_pd(_mm256_castsi256_pd(_mm256_slli_epi64(reaches, 32))));
 }
 inline void store_words(uint32_t* p, W a) {
   const __m256i low = _mm256_permutevar8x32_epi32(a, _mm256_setr_epi32(0, 2, 4, 6, 0, 2, 4, 6));

@@ -136,7 +136,9 @@ inline W product(W a, W b) { return _mm512_mul_epu32(a, b); }
 inline W high_word(W a) { return _mm512_srli_epi64(a, 32); }
 inline W exclusive_or(W a, W b, W c) { return _mm512_ternarylogic_epi64(a, b, c, 0x96); }
 inline W max_word(W a, W b) { return _mm512_max_epu32(a, b); }
-inline bool any_at_least(W a, W b) { return _mm512_mask_cmpge_epu32_mask(0x5555, a, b) != 0; }
+inline uint32_t words_at_least(W a, W b) {
+  return _mm512_cmpge_epu64_mask(_mm512_and_si512(a, _mm512_set1_epi64(0xffffffff)), b);
+}
 inline void store_words(uint32_t* p, W a) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi64_epi32(a));
 }

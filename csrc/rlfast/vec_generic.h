@@ -136,9 +136,9 @@ inline W max_word(W a, W b) {
   const W x = a & 0xffffffff, y = b & 0xffffffff;
   return W{x[0] > y[0] ? x[0] : y[0], x[1] > y[1] ? x[1] : y[1]};
 }
-inline bool any_at_least(W a, W b) {
-  const W x = a & 0xffffffff, y = b & 0xffffffff;
-  return x[0] >= y[0] || x[1] >= y[1];
+inline uint32_t words_at_least(W a, W b) {
+  const W x = a & 0xffffffff;
+  return (x[0] >= b[0] ? 1u : 0u) | (x[1] >= b[1] ? 2u : 0u);
 }
 inline void store_words(uint32_t* p, W a) {
   p[0] = static_cast<uint32_t>(a[0]);

@@ -145,7 +145,10 @@ inline W exclusive_or(W a, W b, W c) { return veorq_u64(a, veorq_u64(b, c)); }
 inline W max_word(W a, W b) {
   return vreinterpretq_u64_u32(vmaxq_u32(vreinterpretq_u32_u64(a), vreinterpretq_u32_u64(b)));
 }
-inline bool any_at_least(W a, W b) { return vmaxv_u32(vcge_u32(vmovn_u64(a), vmovn_u64(b))) != 0; }
+inline uint32_t words_at_least(W a, W b) {
+  const uint32x2_t lane = {1, 2};
+  return vaddv_u32(vand_u32(vcge_u32(vmovn_u64(a), vmovn_u64(b)), lane));
+}
 inline void store_words(uint32_t* p, W a) { vst1_u32(p, vmovn_u64(a)); }
 inline F float_of_words(const uint32_t* p) { return vcvtq_f32_u32(vld1q_u32(p)); }
 
