@@ -72,9 +72,7 @@ def laid(case: Case, garbage: float = float("nan")) -> dict:
     order = torch.randperm(own, generator=torch.Generator().manual_seed(case.seed + 1)).tolist()
     common, rest = order[:shared], order[shared:]
     dtype = given["q"].dtype
-    caches = [
-        torch.full((own, size, case.kv_heads, w), garbage, dtype=dtype) for w in (case.width, case.value_width)
-    ]
+    caches = [torch.full((own, size, case.kv_heads, w), garbage, dtype=dtype) for w in (case.width, case.value_width)]
     table = torch.full((len(counts), max([*counts, 1])), -7, dtype=torch.int32)
     for s, ((k, v), n) in enumerate(zip(given["kv"], counts, strict=True)):
         pages = [*common[:n], *(rest.pop() for _ in range(max(0, n - shared)))]

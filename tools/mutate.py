@@ -80,6 +80,10 @@ RUNS = {
     "cuda": ((), {}),  # the C++ test program
     "triton": ((*OPS, "--backend", "triton", "-k", SLOW), {"TRITON_INTERPRET": "1"}),
     "trl": (("tests/test_integrations_trl.py", "tests/test_integrations_trl_preference.py"), {}),
+    "rollout": (
+        ("tests/test_rollout_pages.py", "tests/test_rollout.py", "tests/test_rollout_training.py", "-x"),
+        {},
+    ),
     "preference": (("tests/test_preference.py", "tests/test_reward_losses.py", "tests/test_weights.py"), {}),
     "advantages": (("tests/test_advantages.py", "tests/test_affine_scan.py::test_n_step_returns"), {}),
 }

@@ -1,0 +1,57 @@
+"""Mistakes in the rollout engine: pages, the schedule, the step, the bits."""
+
+from __future__ import annotations
+
+from mutants.mutant import python
+
+PYTHON = [
+    *python(
+        "rollout", "rlfast/rollout/kv.py",
+        ("if self.count[page] > 1:\n            copy", "if self.count[page] > 2:\n            copy"),
+        ("        self.count[page] += 1\n", "        pass\n"),
+        ("for page in «reversed(table)»:", "table"),
+        ("key = («before», held)", "ROOT"),
+        ("self.copies.append((page, copy))", "pass"),
+        ("self.never.extend(self.idle)", "pass"),
+    ),
+    *python(
+        "rollout", "rlfast/rollout/scheduler.py",
+        ("last = «max»(self.running, key=lambda s: s.rank)", "min"),
+        ("return «-self.params.priority», self.request", "self.params.priority"),
+        ("tokens = sample.all_tokens()\n        sample.table = self.pool.find(tokens[«:-1»])", ":"),
+        ("text = \",\".join(map(str, (self.params.seed, «*self.prompt»)))", ""),
+    ),
+    *python(
+        "rollout", "rlfast/rollout/engine.py",
+        ("self.caches.copy(self.pool.copies)", "pass"),
+        ("if weights != self.weights:", "if False:"),
+        ("self.pool.forget_all()", "pass"),
+        ("rows += [«end - 1»] * len(group)", "end - len(group)"),
+        ("if n >= params.min_tokens:", "if True:"),
+    ),
+    *python(
+        "rollout", "rlfast/rollout/sampling.py",
+        ("if len(sample.tokens) >= params.min_tokens «- 1»:", "+ 1"),
+        ("positions=torch.tensor([«s.length» for s in samples]", "len(samples)"),
+    ),
+    *python(
+        "rollout", "rlfast/rollout/attention.py",
+        ("starts = (position_ids.reshape(-1) == 0)", "starts = (position_ids.reshape(-1) < 0)"),
+        ("out = some.new_zeros(batch * length, *some.shape[1:]).index_copy(0, keep, some)",
+         "out = some.new_zeros(batch * length, *some.shape[1:]).index_copy(0, keep.flip(0), some)"),
+    ),
+    *python(
+        "rollout", "rlfast/rollout/training.py",
+        ("(mask.long().cumsum(1) «- 1»)", "- 2"),
+    ),
+    *python(
+        "rollout", "rlfast/rollout/linears.py",
+        ("        for module in done:\n            module.__dict__.pop(\"forward\", None)\n", "        pass\n"),
+    ),
+    *python(
+        "rollout", "rlfast/integrations/trl_rollout.py",
+        ("return rollout.logp_raw if params.temperature == 1.0 else rollout.logp + rollout.kept.log()",
+         "return rollout.logp + rollout.kept.log() + 1e-6"),
+        ("\"seed\": (params.seed «+ number») % (1 << 62)", ""),
+    ),
+]  # fmt: skip
