@@ -277,6 +277,31 @@ def test_the_rows_that_a_choice_has():
     assert one.pool.held == 0
 
 
+def test_decode_steps_in_buckets(monkeypatch):
+    """What a CUDA graph would replay, run again instead: padded to buckets, the same bits."""
+    from rlfast.rollout import graphs
+
+    captured, one = [], engine()
+
+    def again(run):
+        out = run()
+        captured.append(out.shape[0])
+        return lambda: out.copy_(run()), out
+
+    monkeypatch.setattr(graphs, "capture", again)
+    one.graphs = graphs.Graphs(one.decoder, one.caches)
+    given = prompts(11, longest=50)
+    params = [SamplingParams(max_tokens=3 + i, ignore_eos=True, seed=i) for i in range(11)]
+    same(one.generate(given, params), engine().generate(given, params))
+    assert set(captured) >= {1, 2, 4, 8, 12} and len(captured) < 30
+    count = len(captured)
+    same(one.generate(given, params), engine().generate(given, params))
+    assert len(captured) == count  # each was captured once
+    assert [graphs.bucket(n) for n in (1, 2, 3, 4, 5, 7, 9, 13, 100)] == [1, 2, 3, 4, 6, 8, 12, 16, 128]
+    with pytest.raises(ValueError, match="graphs: expected None or False: the model is on cpu"):
+        engine(graphs=True)
+
+
 def test_packed_rollouts_go_into_a_loss():
     rollouts = engine().generate(prompts(3), SamplingParams(n=2, max_tokens=5))
     packed = pack(rollouts)

@@ -17,10 +17,10 @@ ARMS = ("stock", "rlfast")
 
 
 def kernels(arm: str):
-    """What an arm trains under: TRL as it is, or with rlfast swapped in."""
+    """What an arm trains under: TRL as it is, or with rlfast swapped in, its generation too."""
     import rlfast
 
-    return rlfast.patch("trl") if arm == "rlfast" else contextlib.nullcontext()
+    return rlfast.patch("trl", rollouts=True) if arm == "rlfast" else contextlib.nullcontext()
 
 
 def quiet() -> None:

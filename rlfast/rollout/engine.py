@@ -24,6 +24,7 @@ from rlfast import validate
 from rlfast.rollout import attention, sampling, scoring
 from rlfast.rollout.api import MODES, Request, Rollout, SamplingParams, Score, checked_prompt
 from rlfast.rollout.calls import Calls
+from rlfast.rollout.graphs import Graphs, Inputs
 from rlfast.rollout.hf import Decoder, probe
 from rlfast.rollout.kv import Caches, PagePool
 from rlfast.rollout.scheduler import Chunk, Sample, Scheduler
@@ -48,6 +49,7 @@ class Engine(Calls):
         token_budget: tokens of a forward; longer prompts go in chunks.
         max_batch: sequences of a forward.
         eos_token_ids: ids that end a response; by default the model's.
+        graphs: decode steps are CUDA graphs; by default where the model is on a GPU.
 
     Raises:
         ValueError: an argument is out of range.
@@ -76,6 +78,7 @@ class Engine(Calls):
     def __init__(
         self, model, tokenizer=None, *, page_size: int = PAGE, kv_budget: float = KV_BUDGET,
         token_budget: int = TOKEN_BUDGET, max_batch: int = MAX_BATCH, eos_token_ids=None,
+        graphs: bool | None = None,
     ):  # fmt: skip
         for name, x in (("page_size", page_size), ("token_budget", token_budget), ("max_batch", max_batch)):
             if not isinstance(x, int) or isinstance(x, bool) or x < 1:
@@ -86,7 +89,11 @@ class Engine(Calls):
             wanted = f"at least {self.decoder.bytes_of_token * page_size} bytes, one page of {page_size} positions"
             validate.fail("kv_budget", wanted, f"{kv_budget:g}")
         self.pool = PagePool(pages, page_size)
-        self.caches = Caches(pages, page_size)
+        self.caches = Caches(pages + 1, page_size)  # the last one is the padding's of graphs
+        on_gpu = self.decoder.device.type == "cuda"
+        if graphs and not on_gpu:
+            validate.fail("graphs", f"None or False: the model is on {self.decoder.device}", "True")
+        self.graphs = Graphs(self.decoder, self.caches) if on_gpu and graphs is not False else None
         self.scheduler = Scheduler(self.pool, token_budget, max_batch)
         self.eos = frozenset(_eos(model) if eos_token_ids is None else eos_token_ids)
         self.requests = self.forwards = 0
@@ -196,14 +203,18 @@ class Engine(Calls):
         tables = [(c.table + [0] * most)[:most] for c in chunks]
         self.caches.copy(self.pool.copies)
         self.pool.copies = []
-        how = attention.Paged(
-            self.caches, torch.tensor(slots, device=device), torch.tensor(tables, dtype=torch.int32, device=device),
-            ends.to(device, torch.int32), torch.tensor([c.stop for c in chunks], dtype=torch.int32, device=device),
+        given = Inputs(
+            torch.tensor(ids, device=device), torch.tensor([p for r in at for p in r], device=device),
+            torch.tensor(slots, device=device), torch.tensor(tables, dtype=torch.int32, device=device),
+            torch.tensor([c.stop for c in chunks], dtype=torch.int32, device=device),
         )  # fmt: skip
-        positions = torch.tensor([p for r in at for p in r], device=device)
-        with self.decoder.installed():
-            hidden = self.decoder.forward(torch.tensor(ids, device=device), positions, how)
         self.forwards += 1
+        hidden = self.graphs.run(given) if self.graphs is not None and len(ids) == len(chunks) else None
+        if hidden is None:
+            cu_q = ends.to(device, torch.int32)
+            how = attention.Paged(self.caches, given.slots, given.block_table, cu_q, given.kv_lens)
+            with self.decoder.installed():
+                hidden = self.decoder.forward(given.ids, given.positions, how)
         return hidden, ends[1:].tolist()
 
     def _draw(self, hidden, samples: list[Sample]) -> list[Sample]:

@@ -83,6 +83,10 @@ class Decoder:
         """Changes whenever a parameter does, in place or by another tensor."""
         return hash(tuple((p._version, p.data_ptr()) for p in self.parameters))
 
+    def places(self) -> int:
+        """Changes when a parameter lies elsewhere."""
+        return hash(tuple(p.data_ptr() for p in self.parameters))
+
     @contextlib.contextmanager
     def installed(self, name: str = attention.ROLLOUT):
         """Within it, the model attends by ``name``, on rlfast's linears, in evaluation mode if it is a rollout."""
