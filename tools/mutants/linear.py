@@ -43,6 +43,5 @@ PYTHON = [
     *python(
         "ops", "rlfast/linear.py",
         ("y.view(*lead, weight.shape[0])", "y"),
-        ("unit_stride(rows), unit_stride(weight)", "rows, unit_stride(weight)"),
     ),
 ]  # fmt: skip
