@@ -43,10 +43,11 @@ def train_on_command(channel, arm: str, settings: Common) -> None:
             )
 
     trainer = training.build(settings, settings.total_steps, [OnCommand()])
-    training.time_parts(clock, trainer)
-    channel.send("ready")
-    with kernels(arm), clock.watch_head():
-        trainer.train()
+    with kernels(arm):
+        training.time_parts(clock, trainer)  # the methods that are in place by now
+        channel.send("ready")
+        with clock.watch_head():
+            trainer.train()
 
 
 def measure(settings: Common, progress) -> dict[str, list[dict]]:
