@@ -58,7 +58,7 @@ namespace rlfast {
   void affine_scan(const ScanIn&, const ScanOut&, const Whiten&, int threads);                                           \
   /* the advantage of each sample over its group, and what the groups are like */                                        \
   void group_advantage(const GroupIn&, const GroupOptions&, const GroupOut&, int threads);                               \
-  /* packed queries over keys and values in pages → out [tokens, heads, v.width] of their dtype, contiguous */            \
+  /* packed queries over keys and values in pages → out [tokens, heads, v.width] of their dtype, contiguous */           \
   void paged_attention(const AttentionIn&, void* out, int threads);                                                      \
   /* a sum over every byte as float32 vectors: what one read costs */                                                    \
   double read_sum(const void* data, size_t bytes, int threads);                                                          \

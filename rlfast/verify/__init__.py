@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 
 from rlfast import backends, parity
-from rlfast.verify import advantages, divergences, log_probs, preferences, ranked_loss, token_loss
+from rlfast.verify import advantages, attention, divergences, log_probs, preferences, ranked_loss, token_loss
 from rlfast.verify.subject import Problem, Subject
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -26,6 +26,7 @@ SUBJECTS: dict[str, tuple[Subject, ...]] = {
     **preferences.SUBJECTS,
     **ranked_loss.SUBJECTS,
     **advantages.SUBJECTS,
+    **attention.SUBJECTS,
 }
 
 

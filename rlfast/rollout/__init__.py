@@ -1,0 +1,1 @@
+"""Rollouts inside the trainer's process."""
