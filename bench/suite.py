@@ -5,6 +5,7 @@ from __future__ import annotations
 from bench.case import Case
 from bench.families import (
     advantages,
+    attention,
     divergences,
     linear,
     linear_preference,
@@ -14,7 +15,7 @@ from bench.families import (
     token_loss,
 )
 
-FAMILIES = (log_probs, linear, divergences, token_loss, preferences, linear_preference, ranked_loss, advantages)
+FAMILIES = (log_probs, linear, divergences, token_loss, preferences, linear_preference, ranked_loss, advantages, attention)
 CASES: tuple[Case, ...] = tuple(case for family in FAMILIES for case in family.CASES)
 _CLASS = {case.op: type(case) for case in CASES}
 _FAMILY = {case.op: family for family in FAMILIES for case in family.CASES}

@@ -5,10 +5,10 @@ splits of SPLIT at absolute positions. A split gives weights relative to its own
 merged with those before it. Where programs are few, a tile's keys are shared out over ``parts`` of them: they leave
 each split's numbers in memory, and ``merge`` merges those, in the same order by the same function.
 
-A row's bits do not depend on the other rows of its tile. The tile's shape follows from the dtype and the widths alone; an
-element of a matrix product of one shape is one chain of multiply-adds over its own row of the left operand, wherever that
-row lies; the maximum is exact, ``row_sums`` adds in an order that the text fixes; and what a row does not see has a weight
-of exactly 0, which changes no sum.
+A row's bits do not depend on the other rows of its tile. The tile's shape follows from the dtype and the widths alone;
+an element of a matrix product of one shape is one chain of multiply-adds over its own row of the left operand, wherever
+that row lies; the maximum is exact, ``row_sums`` adds in an order that the text fixes; and what a row does not see has
+a weight of exactly 0, which changes no sum.
 
 Precision. Scores are products of the inputs as they are, accumulated in float32. Weights go into their product as three
 bfloat16 numbers, which hold all 24 bits of a float32; float16 values as two, exactly, and products below 2⁻²⁴ are left
@@ -23,13 +23,12 @@ import torch
 from rlfast import backends
 from rlfast.kernels.formulas.elementary import exp, tanh
 from rlfast.kernels.lang import jit, tl
-from rlfast.ops import attention_records
-from rlfast.ops.attention_records import Inputs, Options, allocate
+from rlfast.ops.attention_records import SPLIT, Inputs, Options, allocate
 
-SPLIT = tl.constexpr(attention_records.SPLIT)
 BUSY = 264  # programs that fill an H100 (132 SMs × 2)
 SPLITS_EACH = 4  # at least so many splits a part: a tile of queries is worth loading for 256 keys
 SCRATCH_BYTES = 256 << 20  # what the parts may leave behind
+OPTIONS = {"enable_fp_fusion": False, "maxnreg": 255}
 NOTHING = tl.constexpr(float("-inf"))  # the peak of no key
 
 COUNTS = ("sequences", "page_size", "window", "splits", "each")
@@ -44,6 +43,7 @@ class Tile(NamedTuple):
     rows: int
     width: int
     value_width: int
+    split: int  # keys of a split
     warps: int
 
 
@@ -164,14 +164,14 @@ def attend(
     # what any row of the tile sees
     highest = length - new + tl.minimum(first + TILE.tokens, new)
     lowest = tl.where(window > 0, tl.maximum(length - new + first - window + 1, 0), 0)
-    begin, end = lowest // SPLIT, (highest + SPLIT - 1) // SPLIT
+    begin, end = lowest // TILE.split, (highest + TILE.split - 1) // TILE.split
     if parts is not None:
         begin = tl.maximum(begin, tl.program_id(2) * each)
         end = tl.minimum(end, (tl.program_id(2) + 1) * each)
     peak, total = tl.full([TILE.rows], NOTHING, tl.float32), tl.zeros([TILE.rows], tl.float32)
     values = tl.zeros([TILE.rows, E], tl.float32)
     for split in range(begin, end):
-        j = split * SPLIT + tl.arange(0, SPLIT)
+        j = split * TILE.split + tl.arange(0, TILE.split)
         there = (j >= lowest) & (j < highest)
         page = tl.load(table + s.to(tl.int64) * strides.table_row + j // page_size, mask=there, other=0).to(tl.int64)
         slot = j % page_size
@@ -208,7 +208,7 @@ def attend(
 @jit(do_not_specialize=("sequences", "window", "splits"))
 def merge(
     peaks, totals, parts, cu, lens, sinks, out, sequences, window, splits,
-    VALUE_WIDTH: tl.constexpr, E: tl.constexpr,
+    SPLIT: tl.constexpr, VALUE_WIDTH: tl.constexpr, E: tl.constexpr,
 ):  # fmt: skip
     """What the parts left of one head of one token, in ascending order."""
     token, head, e = tl.program_id(0), tl.program_id(1), tl.arange(0, E)
@@ -229,11 +229,12 @@ def merge(
 
 
 def tile_of(dtype: torch.dtype, group: int, width: int, value_width: int) -> Tile:
-    """The tile of a call: 64 rows on tensor cores, 16 where products are float32."""
-    rows = 16 if dtype == torch.float32 else 64
+    """The tile of a call: 64 rows on tensor cores, 16 where products are float32; what fits in registers."""
+    wide = padded(max(width, value_width))
+    rows = 16 if dtype == torch.float32 else 64 if wide <= 128 else 32
     heads = min(group, rows)
-    wide = max(width, value_width) > 128
-    return Tile(group, heads, rows // heads, rows, width, value_width, 8 if wide and rows == 64 else 4)
+    split = SPLIT if wide <= 64 else SPLIT // 4 if rows == 16 else SPLIT // 2
+    return Tile(group, heads, rows // heads, rows, width, value_width, split, 4 if wide <= 64 and dtype != torch.float16 else 8)
 
 
 def padded(width: int) -> int:
@@ -257,7 +258,7 @@ def forward(x: Inputs, o: Options) -> torch.Tensor:
     (tokens, heads, width), (_, page_size, kv_heads, _), value_width = q.shape, k.shape, v.shape[3]
     sequences, group = lens.shape[0], heads // kv_heads
     tile = tile_of(q.dtype, group, width, value_width)
-    splits = -(-table.shape[1] * page_size // SPLIT.value)
+    splits = -(-table.shape[1] * page_size // tile.split)
     grid = (tokens // tile.tokens + sequences, kv_heads * -(-group // tile.heads))
     parts = parts_of(grid[0] * grid[1], splits, 4 * tokens * heads * splits * value_width)
     strides = Strides(*q.stride()[:2], *k.stride()[:3], *v.stride()[:3], table.stride(0))
@@ -271,12 +272,12 @@ def forward(x: Inputs, o: Options) -> torch.Tensor:
         attend[(*grid, parts)](
             q, k, v, table, cu, lens, sinks, out, peaks, totals, scratch, strides, sequences, page_size, o.scale,
             o.softcap, o.window, splits, -(-splits // parts), TILE=tile, CAPPED=o.softcap != 0.0,
-            WINDOWED=o.window > 0, WIDE=wide, D=padded(width), E=e, num_warps=tile.warps, enable_fp_fusion=False,
+            WINDOWED=o.window > 0, WIDE=wide, D=padded(width), E=e, num_warps=tile.warps, **OPTIONS,
         )  # fmt: skip
         if parts > 1:
             merge[(tokens, heads)](
                 peaks, totals, scratch, cu, lens, sinks, out, sequences, o.window, splits, VALUE_WIDTH=value_width,
-                E=e, num_warps=1, enable_fp_fusion=False,
+                SPLIT=tile.split, E=e, num_warps=1, **OPTIONS,
             )  # fmt: skip
     return out
 
@@ -287,7 +288,7 @@ class CompileCase(NamedTuple):
     dtype: torch.dtype
     width: int = 64
     value_width: int = 64
-    tokens: int = 1000  # few: the keys are shared out over parts
+    tokens: int = 5000  # few: the keys are shared out over parts
     page_size: int = 16
     full: bool = False  # soft-cap, window and sinks
 
@@ -303,14 +304,14 @@ COMPILE = (
         CompileCase(dtype, *widths, tokens)
         for dtype in (torch.bfloat16, torch.float32)
         for widths in _WIDTHS
-        for tokens in (1000, 4)
+        for tokens in (5000, 4)
     ),
     CompileCase(torch.float16),
     CompileCase(torch.bfloat16, page_size=1),
     *(
         CompileCase(dtype, 128, 128, tokens, full=True)
         for dtype in (torch.bfloat16, torch.float16, torch.float32)
-        for tokens in (1000, 4)
+        for tokens in (5000, 4)
     ),
 )
 

@@ -40,7 +40,8 @@ def paged_attention(
 
     Returns:
         [T, H, Dv] of q's dtype. It has no gradient. On the C++ and Triton kernels a query's bits depend on its q, its
-        keys and values and the options alone: not on pages, chunks of the prompt, the batch, threads or shared prefixes.
+        keys and values and the options alone: not on pages, chunks of the prompt, the batch, threads or what prefixes
+        are shared.
 
     Raises:
         TypeError, ValueError: an argument is of the wrong type, shape, dtype, device or range. On a GPU, where looking

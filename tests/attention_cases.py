@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+import functools
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -28,13 +29,13 @@ class Case:
     copied: bool = False  # each has a copy of the pages of the prefix
     dtype: str = "f32"
     sinks: bool = False
-    options: dict = field(default_factory=dict)  # softcap, window
+    options: tuple = ()  # (name, value) of softcap and window
     size: float = 1.0  # of q: scores grow with it
     seed: int = 0
 
     @property
     def words(self) -> dict:
-        return {"scale": self.width**-0.5} | self.options
+        return {"scale": self.width**-0.5} | dict(self.options)
 
     def tokens(self) -> dict:
         """q [T, H, D] of the new tokens; k and v of every position of each sequence; sinks."""
@@ -107,18 +108,25 @@ def turned(x: dict, names: tuple, seed: int) -> dict:
     return x | {name: x[name][..., order] for name in names}
 
 
-def yardsticks(case: Case, arguments: dict) -> list:
-    """PyTorch in float32, by several orders of the sums."""
+def solution(case: Case, arguments: dict) -> tuple:
+    """(float64 by the oracle, PyTorch in float32 by several orders of the sums)."""
     moved = [turned(arguments, ("q", "k_cache"), seed) for seed in range(1, ORDERS)]
-    return [of_oracle(case, x, torch.float32) for x in (arguments, *moved)]
+    own = [of_oracle(case, x, torch.float32) for x in (arguments, *moved)]
+    return of_oracle(case, arguments, torch.float64), own
+
+
+@functools.cache
+def solved(case: Case) -> tuple:
+    """The same of a case as it is laid out, once for all backends."""
+    return solution(case, laid(case))
 
 
 def check(case: Case, backend: str, device: str, arguments: dict | None = None) -> torch.Tensor:
     """One call against the oracle in float64."""
-    arguments = arguments or laid(case)
+    truth, own = solved(case) if arguments is None else solution(case, arguments)
     got = run(case, backend, device, arguments)
-    assert got.dtype == arguments["q"].dtype and got.is_contiguous()
-    assert_value(str(case), got, of_oracle(case, arguments, torch.float64), yardsticks(case, arguments))
+    assert got.dtype == DTYPES.get(case.dtype, torch.float64) and got.is_contiguous()
+    assert_value(str(case), got, truth, own)
     return got
 
 
@@ -151,8 +159,9 @@ def gradients(function, arguments: dict, upstream: torch.Tensor) -> dict:
     return dict(zip(leaves, found, strict=True)) | {"out": out.detach()}
 
 
-def check_gradients(case: Case, backend: str, device: str) -> dict:
-    """Forward and backward of ``packed_attention`` against the oracle's, by autograd."""
+@functools.cache
+def solved_gradients(case: Case) -> tuple:
+    """(upstream, truth, yardsticks) of forward and backward, by the oracle and autograd."""
     arguments = packed(case)
     shape = (*arguments["q"].shape[:2], case.value_width)
     upstream = torch.randn(shape, generator=torch.Generator().manual_seed(5)).to(arguments["q"].dtype)
@@ -162,15 +171,20 @@ def check_gradients(case: Case, backend: str, device: str) -> dict:
             lambda **given: oracle.packed_attention(**given, **case.words, dtype=dtype), learned(x, dtype), upstream
         )
 
-    truth, own = reference(arguments, torch.float64), [reference(arguments, torch.float32)]
+    own = [reference(arguments, torch.float32)]
     for seed in range(1, ORDERS):
         found = reference(turned(arguments, ("q", "k"), seed), torch.float32)
         order = torch.randperm(case.width, generator=torch.Generator().manual_seed(seed)).argsort()
         own.append(found | {name: found[name][..., order] for name in ("q", "k")})
+    return upstream, reference(arguments, torch.float64), own
+
+
+def check_gradients(case: Case, backend: str, device: str) -> None:
+    """Forward and backward of ``packed_attention`` against the oracle's."""
+    upstream, truth, own = solved_gradients(case)
     with rlfast.use_backend(backend):
-        call = learned(arguments, device=device)
+        call = learned(packed(case), device=device)
         got = gradients(lambda **given: rlfast.packed_attention(**given, **case.words), call, upstream.to(device))
     for name, x in got.items():
         hold = assert_value if name == "out" else assert_gradient
         hold(f"{name} of {case}", x.cpu(), truth[name], [run[name] for run in own])
-    return got

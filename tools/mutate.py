@@ -66,6 +66,7 @@ FAMILIES = {
     "formula_vec": ("tests/test_token_loss.py", "tests/test_ranked_loss.py"),
     "scan": ("tests/test_affine_scan.py",),
     "kernels/rows": ("tests/test_affine_scan.py",),
+    "attention": ("tests/test_paged_attention.py",),
     "trl_preference": ("tests/test_integrations_trl_preference.py",),
 }
 SLOW = "not (isa or 2_31 or seventy or 151669 or 50257 or 32003 or 256k or twenty or tile or many_rows"

@@ -41,8 +41,7 @@ inline F finite_peak(F peak) { return select(equal(peak, set1(kNothing)), set1(0
 inline M within(const Seen& seen, int64_t first) {
   alignas(64) static const float kIota[] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
   const F lane = add(load(kIota), set1(static_cast<float>(first)));
-  return both(at_least(lane, set1(static_cast<float>(seen.from))),
-              greater(set1(static_cast<float>(seen.to)), lane));
+  return both(at_least(lane, set1(static_cast<float>(seen.from))), greater(set1(static_cast<float>(seen.to)), lane));
 }
 
 // Peak and sum of a row's weights.
@@ -96,8 +95,7 @@ inline void merge(const RowSums& so_far, const RowSums& next, const Seen* seen, 
     so_far.sum[r] = so_far.sum[r] * a[r] + next.sum[r] * b[r];
     const F old = set1(a[r]), young = set1(b[r]);
     float *to = so_far.values + r * width, *from = next.values + r * width;
-    for (int64_t i = 0; i < width; i += kLanes)
-      store(to + i, fma(load(to + i), old, mul(load(from + i), young)));
+    for (int64_t i = 0; i < width; i += kLanes) store(to + i, fma(load(to + i), old, mul(load(from + i), young)));
   }
 }
 

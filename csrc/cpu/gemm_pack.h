@@ -12,6 +12,10 @@ struct Widened {
   using Element = T;
   using Words = Float32Words;
   static int64_t words(int64_t n) { return n; }
+  // The words where they lie, if they are there.
+  static const float* in_words(const T* x, int64_t) {
+    return sizeof(T) == sizeof(float) ? reinterpret_cast<const float*>(x) : nullptr;
+  }
   static void copy(const T* x, int64_t n, float* y) {
     int64_t i = 0;
     for (; i + kLanes <= n; i += kLanes) store(y + i, load(x + i));
@@ -24,6 +28,7 @@ struct Paired {
   using Element = bf16;
   using Words = Bf16Words;
   static int64_t words(int64_t n) { return (n + 1) / 2; }
+  static const float* in_words(const bf16* x, int64_t n) { return n % 2 ? nullptr : reinterpret_cast<const float*>(x); }
   static void copy(const bf16* x, int64_t n, float* y) {
     if (n % 2) y[n / 2] = 0.0f;
     std::memcpy(y, x, n * sizeof(bf16));
@@ -43,47 +48,35 @@ struct RowOf<bf16> {
 };
 #endif
 
-// y[j][i] = x[i][j] of a 4 × 4 block, in the compilers' vector extension.
-inline void transpose_4x4(const float* x, int64_t ldx, float* y, int64_t ldy) {
-  typedef float F4 __attribute__((vector_size(16)));
-  typedef int I4 __attribute__((vector_size(16)));
-  F4 r[4];
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) std::memcpy(&r[i], x + i * ldx, sizeof(F4));
-  const I4 low = {0, 4, 1, 5}, high = {2, 6, 3, 7}, first = {0, 1, 4, 5}, second = {2, 3, 6, 7};
-  const F4 a = __builtin_shuffle(r[0], r[1], low), b = __builtin_shuffle(r[2], r[3], low);
-  const F4 c = __builtin_shuffle(r[0], r[1], high), d = __builtin_shuffle(r[2], r[3], high);
-  const F4 columns[4] = {__builtin_shuffle(a, b, first), __builtin_shuffle(a, b, second),
-                         __builtin_shuffle(c, d, first), __builtin_shuffle(c, d, second)};
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) std::memcpy(y + i * ldy, &columns[i], sizeof(F4));
-}
-
 // One panel of B = Xᵀ: `rows` ≤ kTileCols rows of X, n elements each, become the columns. row(r) is where a row begins; null: it
 // is zero, like the rows that are not there.
 template <class Row, class RowAt>
 void pack_transposed(RowAt row, int64_t rows, int64_t n, float* panel) {
   constexpr int64_t kElements = 64;  // 32 rows of 64 words: 8 KiB, staged in the first-level cache
+  alignas(64) static const float kZeros[kElements] = {};
   alignas(64) float staged[kTileCols * kElements];
   for (int64_t i = 0; i < n; i += kElements) {
     const int64_t width = std::min(kElements, n - i), words = Row::words(width);
+    const float* from[kTileCols];
     for (int64_t r = 0; r < kTileCols; ++r) {
-      float* to = staged + r * kElements;
-      const typename Row::Element* from = r < rows ? row(r) : nullptr;
-      if (from) {
-        Row::copy(from + i, width, to);
-      } else {
-        std::fill(to, to + words, 0.0f);
-      }
+      const typename Row::Element* x = r < rows ? row(r) : nullptr;
+      from[r] = x ? Row::in_words(x + i, width) : kZeros;
+      if (!from[r]) Row::copy(x + i, width, staged + r * kElements), from[r] = staged + r * kElements;
     }
     float* block = panel + Row::words(i) * kTileCols;
     int64_t k = 0;
-    for (; k + 4 <= words; k += 4) {
-      for (int r = 0; r < kTileCols; r += 4)
-        transpose_4x4(staged + r * kElements + k, kElements, block + k * kTileCols + r, kTileCols);
+    for (; k + kRows <= words; k += kRows) {
+      for (int64_t r = 0; r < kTileCols; r += kRows) {
+        R x[kRows];
+#pragma GCC unroll 8
+        for (int j = 0; j < kRows; ++j) x[j] = load_rows(from[r + j] + k);
+        transpose(x);
+#pragma GCC unroll 8
+        for (int j = 0; j < kRows; ++j) store_rows(block + (k + j) * kTileCols + r, x[j]);
+      }
     }
     for (; k < words; ++k) {
-      for (int r = 0; r < kTileCols; ++r) block[k * kTileCols + r] = staged[r * kElements + k];
+      for (int64_t r = 0; r < kTileCols; ++r) std::memcpy(block + k * kTileCols + r, from[r] + k, sizeof(float));
     }
   }
 }

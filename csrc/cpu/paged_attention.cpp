@@ -56,12 +56,18 @@ public:
   }
 
 private:
+  // Where the keys and values of a split lie that any of the rows sees.
+  struct Places {
+    Seen used;
+    const T *k[kSplit], *v[kSplit];
+  };
+
   // What one thread needs.
   struct Scratch {
     Buffer<float> keys, values, queries, scores, part, total, sums;
     Buffer<Seen> seen;
-    Seen here[kTileRows];            // what a tile sees, relative to the split
-    int64_t k_at[kSplit], v_at[kSplit];  // offsets of the split's keys and values
+    Seen here[kTileRows];  // what a tile sees, relative to the split
+    Places places[2];      // of a split and of the next
 
     explicit Scratch(const Attention& a)
         : keys(kSplit * a.words_),
@@ -125,43 +131,56 @@ private:
     for (int64_t r = row; r < row + count; r += group_)
       any = {std::min(any.from, w.seen[r].from), std::max(any.to, w.seen[r].to)};
     first = std::max(first, any.from / kSplit), last = std::min(last, ceil_div(any.to, kSplit));
-    for (int64_t start = first * kSplit; start < last * kSplit; start += kSplit) {
-      const Seen used{std::max<int64_t>(any.from - start, 0), std::min(any.to - start, kSplit)};
-      const int64_t columns = round_up(used.to, kTileCols);
-      locate(s, head, start, used, w);
-      pack(used, columns, w);
+    if (first >= last) return;
+    locate(s, head, first * kSplit, any, w.places[first % 2]);
+    for (int64_t split = first; split < last; ++split) {
+      const int64_t start = split * kSplit;
+      const Places &here = w.places[split % 2], &next = w.places[(split + 1) % 2];
+      locate(s, head, start + kSplit, split + 1 < last ? any : Seen{0, 0}, w.places[(split + 1) % 2]);
+      const int64_t columns = round_up(here.used.to, kTileCols);
+      pack(here, next, columns, w);
       for (int64_t r = row; r < row + count; r += kTileRows)
         take(start, columns, r, std::min<int64_t>(kTileRows, row + count - r), w);
     }
   }
 
-  // Offsets of the keys and values of `used`, a division by the page size for all of them.
-  void locate(int64_t s, int64_t head, int64_t start, const Seen& used, Scratch& w) {
+  // Addresses of the keys and values of the split at `start` that are seen, a division by the page size for all of them.
+  void locate(int64_t s, int64_t head, int64_t start, const Seen& seen, Places& to) {
+    to.used = {std::max<int64_t>(seen.from - start, 0), std::min(seen.to - start, kSplit)};
     const int32_t* table = in_.table + s * in_.table_row;
-    int64_t page = (start + used.from) / in_.page_size, slot = (start + used.from) % in_.page_size;
-    for (int64_t i = used.from; i < used.to; ++i) {
-      w.k_at[i] = table[page] * in_.k.page + slot * in_.k.slot + head * in_.k.head;
-      w.v_at[i] = table[page] * in_.v.page + slot * in_.v.slot + head * in_.v.head;
+    const T* k = static_cast<const T*>(in_.k.data) + head * in_.k.head;
+    const T* v = static_cast<const T*>(in_.v.data) + head * in_.v.head;
+    int64_t page = (start + to.used.from) / in_.page_size, slot = (start + to.used.from) % in_.page_size;
+    for (int64_t i = to.used.from; i < to.used.to; ++i) {
+      to.k[i] = k + table[page] * in_.k.page + slot * in_.k.slot;
+      to.v[i] = v + table[page] * in_.v.page + slot * in_.v.slot;
       if (++slot == in_.page_size) slot = 0, ++page;
     }
   }
 
+  static bool has(const Places& places, int64_t i) { return i >= places.used.from && i < places.used.to; }
+
+  static void prefetch_row(const T* x, int64_t n) {
+    for (int64_t i = 0; i < n; i += 64 / static_cast<int64_t>(sizeof(T))) prefetch(x + i);
+  }
+
   // Keys as [columns / kTileCols][width][kTileCols], values as [width / kTileCols][kSplit][kTileCols]; zeros where nobody looks.
-  void pack(const Seen& used, int64_t columns, Scratch& w) {
-    const T *k = static_cast<const T*>(in_.k.data), *v = static_cast<const T*>(in_.v.data);
+  // Rows of one head lie apart, where no hardware fetches them ahead.
+  void pack(const Places& here, const Places& next, int64_t columns, Scratch& w) {
     for (int64_t c = 0; c < columns; c += kTileCols) {
-      const auto key = [&](int64_t r) {
-        const int64_t i = c + r;
-        return i >= used.from && i < used.to ? k + w.k_at[i] : nullptr;
+      const auto key = [&](int64_t r) -> const T* {
+        if (!has(here, c + r)) return nullptr;
+        prefetch_row(here.v[c + r], in_.v.width);
+        return here.k[c + r];
       };
       pack_transposed<Row>(key, kTileCols, in_.k.width, &w.keys[c * words_]);
     }
     for (int64_t i = 0; i < columns; ++i) {
-      const bool there = i >= used.from && i < used.to;
+      if (has(next, i)) prefetch_row(next.k[i], in_.k.width);
       for (int64_t c = 0; c < width_; c += kTileCols) {
         float* to = &w.values[c * kSplit + i * kTileCols];
-        const int64_t n = there ? std::min<int64_t>(kTileCols, in_.v.width - c) : 0;
-        if (n > 0) Widened<T>::copy(v + w.v_at[i] + c, n, to);
+        const int64_t n = has(here, i) ? std::min<int64_t>(kTileCols, in_.v.width - c) : 0;
+        if (n > 0) Widened<T>::copy(here.v[i] + c, n, to);
         std::fill(to + n, to + kTileCols, 0.0f);
       }
     }

@@ -1,11 +1,13 @@
 """Attention over a paged cache in plain PyTorch, and the gradients of attention over packed sequences.
 
-Neighbouring sequences with the same number of new tokens are one batch, their keys padded to the longest: a decode step
-is one batch. It looks at ``cu_q`` and ``kv_lens``, for which a GPU has to be waited for. Its bits may depend on the batch.
+Neighbouring sequences with the same number of new tokens are one batch, their keys padded to the longest: a decode
+step is one batch. It looks at ``cu_q`` and ``kv_lens``, for which a GPU has to be waited for. Its bits may depend on
+the batch.
 """
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -13,6 +15,7 @@ import torch
 from rlfast.ops.attention_records import Inputs, Options, allocate
 
 ELEMENTS = 1 << 22  # scores, or keys, of one batch: 16 MiB in float32
+QUERIES = 64  # whose contributions to a gradient are one partial sum
 
 
 def _wide(x: torch.Tensor) -> torch.Tensor:
@@ -104,7 +107,8 @@ def forward(x: Inputs, o: Options) -> torch.Tensor:
 def gradients(g, q, k, v, cu_seqlens, sinks, o: Options) -> tuple:
     """∂L/∂ of q, k, v in their dtype and of the sinks (float32; no elements where there are none), g = ∂L/∂out.
 
-    A sequence at a time, and of it as many queries as make ELEMENTS scores. With P the probabilities,
+    A sequence at a time, and of it at most QUERIES queries, the last ones first: a key's gradient is the sum of what all
+    queries behind it give, of which the last, who see the most keys, give the least. With P the probabilities,
 
         ∂v = Pᵀg,  ∂P = g·vᵀ,  ∂s = P ∘ (∂P − Σ_j P∘∂P),  ∂q = scale·∂s·k,  ∂k = scale·∂sᵀq,  ∂sink = −Σ p_sink·Σ_j P∘∂P
 
@@ -113,15 +117,15 @@ def gradients(g, q, k, v, cu_seqlens, sinks, o: Options) -> tuple:
     heads, kv_heads = q.shape[1], k.shape[1]
     group, ends = heads // kv_heads, cu_seqlens.tolist()
     totals = [torch.zeros(x.shape, dtype=_wide(x).dtype, device=x.device) for x in (q, k, v)]
-    g_sinks = torch.zeros(0 if sinks is None else heads, dtype=totals[0].dtype, device=q.device)
-    for begin, end in zip(ends[:-1], ends[1:], strict=True):
-        step = max(1, ELEMENTS // (heads * max(1, end - begin)))
-        for a in range(begin, end, step):
-            b = min(a + step, end)
+    g_sinks = torch.zeros(0 if sinks is None else heads, dtype=torch.float64, device=q.device)  # terms cancel
+    for begin, end in pairwise(ends):
+        step = max(1, min(QUERIES, ELEMENTS // (heads * max(1, end - begin))))
+        for b in range(end, begin, -step):
+            a = max(b - step, begin)
             rows, keys = slice(a, b), slice(max(begin, a - o.window + 1) if o.window else begin, b)
             at = torch.arange(begin, end, device=q.device)
-            seen = _seen(at[None, a - begin : b - begin], at[keys.start - begin : b - begin], o.window)
-            qs, gs = (_by_head(_wide(x[None, rows]), group) for x in (q, g))
+            seen = _seen(at[None, a - begin : b - begin].flip(1), at[keys.start - begin : b - begin], o.window)
+            qs, gs = (_by_head(_wide(x[None, rows].flip(1)), group) for x in (q, g))
             ks, vs = (_wide(x[None, keys]).transpose(1, 2) for x in (k, v))
             w = _weights(qs, ks, seen, sinks, o)
             dp = (gs @ vs.transpose(2, 3)).view_as(w.p)
@@ -130,10 +134,10 @@ def gradients(g, q, k, v, cu_seqlens, sinks, o: Options) -> tuple:
             if w.capped is not None:
                 ds = ds * (1.0 - w.capped.square())
             if w.sink is not None:
-                g_sinks -= (w.sink * mean).sum(-1).flatten()
+                g_sinks -= (w.sink * mean).sum(-1, dtype=torch.float64).flatten()
             ds, p = (x.reshape(1, kv_heads, -1, x.shape[-1]) for x in (ds, w.p))
             dq = (ds @ ks).view(kv_heads, group, b - a, -1).permute(2, 0, 1, 3)
-            totals[0][rows] = dq.flatten(1, 2)
+            totals[0][rows] = dq.flatten(1, 2).flip(0)
             totals[1][keys] += (ds.transpose(2, 3) @ qs)[0].transpose(0, 1)
             totals[2][keys] += (p.transpose(2, 3) @ gs)[0].transpose(0, 1)
-    return (*(total.to(q.dtype) for total in totals), g_sinks)
+    return (*(total.to(q.dtype) for total in totals), g_sinks.to(totals[0].dtype))

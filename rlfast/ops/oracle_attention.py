@@ -21,12 +21,12 @@ def _forward(x: Inputs, o: Options) -> torch.Tensor:
 
 def _gradients(g, q, k, v, cu_seqlens, sinks, o: Options) -> tuple:
     """See ``rlfast/fallback/paged_attention.py``."""
+    given = [x.detach().to(_wide(q)).requires_grad_() for x in (q, k, v, sinks) if x is not None]
     with torch.enable_grad():
-        leaves = [x.detach().requires_grad_() for x in (q, k, v, *(() if sinks is None else (sinks,)))]
-        learned = leaves[3] if sinks is not None else None
-        out = oracle.packed_attention(*leaves[:3], cu_seqlens, learned, **o._asdict(), dtype=_wide(q))
-        found = torch.autograd.grad(out, leaves, g.to(out.dtype), materialize_grads=True)
-    return (*found, *(() if sinks is not None else (q.new_empty(0, dtype=_wide(q)),)))
+        out = oracle.packed_attention(*given[:3], cu_seqlens, *given[3:], **o._asdict())
+        found = torch.autograd.grad(out, given, g.to(out.dtype), materialize_grads=True)
+    g_sinks = found[3] if sinks is not None else q.new_empty(0, dtype=_wide(q))
+    return (*(x.to(q.dtype) for x in found[:3]), g_sinks)
 
 
 paged_attention = SimpleNamespace(forward=_forward, gradients=_gradients)

@@ -4,15 +4,15 @@ A backend module provides
 
     forward(inputs, options) -> [T, H, Dv], contiguous, of q's dtype
 
-with the records of ``attention_records.py``. The query at position p of a sequence sees its keys j ≤ p, and j > p − window
-where there is a window; head h reads key head h // (H / Hkv):
+with the records of ``attention_records.py``. The query at position p of a sequence sees its keys j ≤ p, and
+j > p − window where there is a window; head h reads key head h // (H / Hkv):
 
     s_j = scale·q·k_j, or softcap·tanh(scale·q·k_j / softcap)       out = Σ_j e^{s_j}·v_j / (Σ_j e^{s_j} + e^{sink_h})
 
-On ``cpu`` and ``triton`` the bits of a query's output depend on its q, its keys and values and the options alone: keys are
-taken in splits of SPLIT at absolute positions, each relative to its own peak, and splits are merged in ascending order.
-What no query sees is not read, or has no effect. A NaN among the keys or values of a sequence may reach all of its
-queries, and those of no other.
+On ``cpu`` and ``triton`` the bits of a query's output depend on its q, its keys and values and the options alone: keys
+are taken in splits of SPLIT at absolute positions, each relative to its own peak, and splits are merged in ascending
+order. What no query sees is not read, or has no effect. A NaN among the keys or values of a sequence may reach all of
+its queries, and those of no other.
 """
 
 from __future__ import annotations

@@ -14,7 +14,17 @@ from typing import NamedTuple
 import torch
 
 from rlfast import backends, parity
-from rlfast.verify import advantages, divergences, linear, log_probs, preferences, ranked_loss, sampling, token_loss
+from rlfast.verify import (
+    advantages,
+    attention,
+    divergences,
+    linear,
+    log_probs,
+    preferences,
+    ranked_loss,
+    sampling,
+    token_loss,
+)
 from rlfast.verify.subject import Problem, Subject
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -28,6 +38,7 @@ SUBJECTS: dict[str, tuple[Subject, ...]] = {
     **advantages.SUBJECTS,
     **linear.SUBJECTS,
     **sampling.SUBJECTS,
+    **attention.SUBJECTS,
 }
 
 

@@ -1,9 +1,19 @@
 """The mistakes that ``mutate.py`` plants, a file for each family of ops; and two in every formula."""
 
-from mutants import advantages, integrations, linear, log_probs, preferences, ranked_loss, rollout, token_loss
+from mutants import (
+    advantages,
+    attention,
+    integrations,
+    linear,
+    log_probs,
+    preferences,
+    ranked_loss,
+    rollout,
+    token_loss,
+)
 from mutants.formulas import FORMULAS
 
-_FAMILIES = (log_probs, linear, token_loss, preferences, ranked_loss, advantages, integrations, rollout)
+_FAMILIES = (log_probs, linear, token_loss, preferences, ranked_loss, advantages, attention, integrations, rollout)
 CPP = [mutant for family in _FAMILIES for mutant in getattr(family, "CPP", ())]
 CUDA = [mutant for family in _FAMILIES for mutant in getattr(family, "CUDA", ())]
 PYTHON = [*(mutant for family in _FAMILIES for mutant in getattr(family, "PYTHON", ())), *FORMULAS]

@@ -1,0 +1,137 @@
+"""Adapters of other attention libraries, driven by stand-ins with the libraries' own signatures."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from rlfast.rollout import flash
+from tests.attention_cases import Case, laid, solution
+from tests.flash_stand_in import CALLS, LIBRARIES
+from tests.numerics import assert_value
+
+DECODE = Case((300, 1, 257), (1, 1, 1), heads=6, kv_heads=2, width=16, value_width=16, page_size=256, dtype="bf16")
+CHUNK = replace(DECODE, new=(40, 1, 3))
+OPTIONS = {
+    "plain": {},
+    "window": {"options": (("window", 37),)},
+    "softcap": {"options": (("softcap", 5.0),), "size": 4.0},
+}
+WAYS = {
+    ("flash-attn", 1): "flash_attn_with_kvcache",
+    ("flash-attn", None): "flash_attn_varlen_func",
+    ("flash-attn", 40): "flash_attn_varlen_func",
+    ("flash-attn-4", 1): "flash-attn-4",
+    ("flash-attn-4", None): "flash-attn-4",
+    ("flashinfer", 1): "BatchDecodeWithPagedKVCacheWrapper",
+    ("flashinfer", None): "BatchPrefillWithPagedKVCacheWrapper",
+}
+
+
+@pytest.fixture(autouse=True)
+def calls():
+    CALLS.clear()
+    return CALLS
+
+
+def call(attend, case: Case, arguments: dict, most_new=None):
+    words = {"softcap": 0.0, "window": 0} | case.words
+    return attend(*arguments.values(), words["scale"], words["softcap"], words["window"], most_new)
+
+
+def hold(case: Case, got, arguments: dict) -> None:
+    assert_value(str(case), got, *solution(case, arguments))
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("name, most_new", WAYS)
+def test_values(name, most_new, options, calls):
+    case = replace(CHUNK if most_new == 40 else DECODE, **OPTIONS[options])
+    attend, x = flash.ADAPTERS[name](LIBRARIES[name]), laid(case)
+    x["block_table"].clamp_(min=0)
+    hold(case, call(attend, case, x, most_new), x)
+    assert calls[-1] == WAYS[name, most_new]
+
+
+@pytest.mark.parametrize("name", flash.NAMES)
+def test_chunks(name):
+    attend, x = flash.ADAPTERS[name](LIBRARIES[name]), laid(CHUNK)
+    hold(CHUNK, call(attend, CHUNK, x, 40), x)
+
+
+def test_one_new_token_for_some_is_no_decoding():
+    """A sequence without one would be given another's."""
+    case = replace(DECODE, lengths=(300, 1), new=(1, 0))
+    x = laid(case)
+    hold(case, call(flash.flash_attn(LIBRARIES["flash-attn"]), case, x, 1), x)
+
+
+def test_sinks():
+    case = replace(CHUNK, sinks=True)
+    x = laid(case)
+    x["sinks"] = x["sinks"].to(torch.bfloat16).float()
+    hold(case, call(flash.flash_attn_4(LIBRARIES["flash-attn-4"]), case, x), x)
+    for name in ("flash-attn", "flashinfer"):
+        with pytest.raises(ValueError, match=f"sinks: expected None with {name}"):
+            call(flash.ADAPTERS[name](LIBRARIES[name]), case, x)
+
+
+def test_what_a_library_cannot_do_is_refused():
+    first = flash.flash_attn(LIBRARIES["flash-attn"])
+    for case, message in (
+        (replace(CHUNK, page_size=16), "pages of a multiple of 256 with flash-attn, got 16"),
+        (replace(CHUNK, value_width=8), "v_cache: expected a width of 16 like q with flash-attn, got 8"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call(first, case, laid(case))
+    for name in flash.NAMES:
+        case = replace(CHUNK, dtype="f32")
+        with pytest.raises(TypeError, match=f"q: expected float16 or bfloat16 with {name}, got torch.float32"):
+            call(flash.ADAPTERS[name](LIBRARIES[name]), case, laid(case))
+    case = replace(DECODE, value_width=8)
+    with pytest.raises(ValueError, match="v_cache: expected a width of 16 like q with flashinfer, got 8"):
+        call(flash.Flashinfer(LIBRARIES["flashinfer"]), case, laid(case), 1)
+
+
+def test_widths_that_differ():
+    case = replace(CHUNK, value_width=8, page_size=16)
+    x = laid(case)
+    for name in ("flash-attn-4", "flashinfer"):
+        hold(case, call(flash.ADAPTERS[name](LIBRARIES[name]), case, x), x)
+
+
+def test_flashinfer_plans_once_for_the_layers_of_a_step(calls):
+    attend, x = flash.Flashinfer(LIBRARIES["flashinfer"]), laid(DECODE)
+    for _ in range(3):
+        call(attend, DECODE, x, 1)
+    assert calls.count("plan") == 1
+    x["kv_lens"].sub_(0)  # written to: it may hold something else
+    call(attend, DECODE, x, 1)
+    call(attend, DECODE, x | {"block_table": x["block_table"].clone()}, 1)
+    call(attend, replace(DECODE, options=(("window", 9),)), x, 1)
+    assert calls.count("plan") == 4
+
+
+def test_why_not_says_why(monkeypatch):
+    for name in flash.NAMES:
+        flash.why_not.cache_clear()
+        monkeypatch.setattr(flash, "_there", lambda module: False)
+        assert flash.why_not(name).startswith("not installed (pip install")
+        with pytest.raises(RuntimeError, match=f"attention '{name}' is not available: not installed"):
+            flash.attention(name)
+        flash.why_not.cache_clear()
+        monkeypatch.setattr(flash, "_there", lambda module: True)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        for capability, reason in (((7, 0), f"needs sm_{flash.CAPABILITY[name]} or later"), ((10, 0), None)):
+            flash.why_not.cache_clear()
+            monkeypatch.setattr(torch.cuda, "get_device_capability", lambda c=capability: c)
+            assert (flash.why_not(name) or "").startswith(reason or "")
+            assert (flash.why_not(name) is None) == (reason is None)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        flash.why_not.cache_clear()
+        assert flash.why_not(name) == "torch sees no CUDA device"
+    flash.why_not.cache_clear()
+    with pytest.raises(ValueError, match="name: expected one of"):
+        flash.why_not("xformers")
