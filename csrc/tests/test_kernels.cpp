@@ -17,6 +17,7 @@ void test_groups(const Kernels& k, const std::string& isa);
 void test_divergence(const Kernels& k, const std::string& isa);
 void test_preference(const Kernels& k, const std::string& isa);
 void test_ranked(const Kernels& k, const std::string& isa);
+void test_sample(const Kernels& k, const std::string& isa);
 void test_cuda_divergence();
 void test_cuda_scan();
 void test_cuda_preference();
@@ -76,6 +77,7 @@ int run(int argc, char** argv) {
     timed(name + ": divergence", [&] { test_divergence(kernels(isa), name); });
     timed(name + ": group_advantage", [&] { test_groups(kernels(isa), name); });
     timed(name + ": ranked_loss", [&] { test_ranked(kernels(isa), name); });
+    timed(name + ": sample", [&] { test_sample(kernels(isa), name); });
   }
   if (simt) timed("cuda kernels under simt: token_logps", [&] { test_cuda_kernels(large); });
   if (simt) timed("cuda kernel under simt: token_loss", [&] { test_cuda_loss(large); });
