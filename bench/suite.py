@@ -15,7 +15,9 @@ from bench.families import (
     token_loss,
 )
 
-FAMILIES = (log_probs, linear, divergences, token_loss, preferences, linear_preference, ranked_loss, advantages, attention)
+FAMILIES = (
+    log_probs, linear, divergences, token_loss, preferences, linear_preference, ranked_loss, advantages, attention,
+)  # fmt: skip
 CASES: tuple[Case, ...] = tuple(case for family in FAMILIES for case in family.CASES)
 _CLASS = {case.op: type(case) for case in CASES}
 _FAMILY = {case.op: family for family in FAMILIES for case in family.CASES}

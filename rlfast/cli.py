@@ -18,6 +18,7 @@ import rlfast
 from rlfast import backends
 from rlfast import verify as verification
 from rlfast.rollout import flash
+from rlfast.rollout import flash
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="Fast, exact kernels for RL post-training.")
 
@@ -56,6 +57,7 @@ def info(as_json: bool = typer.Option(False, "--json", help="Print one JSON obje
         "isa": {"in use": backends.isa(), "available": list(backends.isas())},
         "backends": {name: backends.why_not(name) or "available" for name in backends.NAMES},
         "attention": {name: flash.why_not(name) or "available" for name in flash.NAMES},
+        "attention": {name: flash.why_not(name) or "available" for name in flash.NAMES},
         "active": {op: {device: _active(op, device) for device in _device_types()} for op in backends.IMPLEMENTED},
     }
     if as_json:
@@ -71,6 +73,8 @@ def info(as_json: bool = typer.Option(False, "--json", help="Print one JSON obje
         table.add_row(f"backend {name}", state if state == "available" else f"missing: {state}")
     for name, state in found["attention"].items():
         table.add_row(f"attention {name}", state if state == "available" else f"missing: {state}")
+    for name, state in found["attention"].items():
+        table.add_row(f"attention by {name}", state if state == "available" else f"missing: {state}")
     for op, by_device in found["active"].items():
         table.add_row(op, ", ".join(f"{device} tensors run on {name}" for device, name in by_device.items()))
     console.print(table)

@@ -19,6 +19,9 @@ void test_divergence(const Kernels& k, const std::string& isa);
 void test_preference(const Kernels& k, const std::string& isa);
 void test_ranked(const Kernels& k, const std::string& isa);
 void test_attention(const Kernels& k, const std::string& isa);
+}
+
+void test_sample(const Kernels& k, const std::string& isa);
 void test_cuda_divergence();
 void test_cuda_scan();
 void test_cuda_preference();
@@ -80,6 +83,7 @@ int run(int argc, char** argv) {
     timed(name + ": group_advantage", [&] { test_groups(kernels(isa), name); });
     timed(name + ": ranked_loss", [&] { test_ranked(kernels(isa), name); });
     timed(name + ": paged_attention", [&] { test_attention(kernels(isa), name); });
+    timed(name + ": sample", [&] { test_sample(kernels(isa), name); });
   }
   if (simt) timed("cuda kernels under simt: token_logps", [&] { test_cuda_kernels(large); });
   if (simt) timed("cuda kernel under simt: token_loss", [&] { test_cuda_loss(large); });

@@ -9,13 +9,15 @@ transformers looks an attention function up by ``config._attn_implementation`` o
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass
 
 import torch
 
-from rlfast import validate
-from rlfast.attention import packed_attention, paged_attention
+from rlfast import backends, validate
+from rlfast.attention import packed_attention
+from rlfast.ops import paged_attention as paged_op
 from rlfast.rollout.kv import Caches
 
 ROLLOUT, TRAINING = "rlfast_rollout", "rlfast"
@@ -45,10 +47,17 @@ class Paged:
     block_table: torch.Tensor  # int32 [S, most]
     cu_q: torch.Tensor  # int32 [S + 1]
     kv_lens: torch.Tensor  # int32 [S]
+    most_new: int  # the most new tokens that a sequence has
+    other: Callable | None = None  # another library's attention (rlfast/rollout/flash.py)
 
     def attend(self, layer: int, q, k, v, options: dict):
+        """The op itself: the engine's own tables need no check in every layer."""
         keys, values = self.caches.write(layer, k, v, self.slots)
-        return paged_attention(q, keys, values, self.block_table, self.cu_q, self.kv_lens, **options)
+        given = (q, keys, values, self.block_table, self.cu_q, self.kv_lens, options["sinks"], options["scale"],
+                 options["softcap"], options["window"])  # fmt: skip
+        if self.other is not None:
+            return self.other(*given, self.most_new)
+        return paged_op.call(*given, backends.requested())
 
 
 @contextlib.contextmanager
@@ -64,7 +73,8 @@ def running(how: Packed | Paged):
 def _options(scaling, sliding_window, softcap, s_aux, dropout: float) -> dict:
     if dropout:
         validate.fail("attention_dropout", "0: rlfast's attention has none", repr(dropout))
-    return {"scale": scaling, "softcap": softcap or 0.0, "window": sliding_window or 0, "sinks": s_aux}
+    sinks = s_aux if s_aux is None else s_aux.detach().float()
+    return {"scale": scaling, "softcap": softcap or 0.0, "window": sliding_window or 0, "sinks": sinks}
 
 
 def _tokens(x):

@@ -21,7 +21,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from rlfast import validate
-from rlfast.rollout import attention, sampling, scoring
+from rlfast.rollout import attention, flash, sampling, scoring
 from rlfast.rollout.api import MODES, Request, Rollout, SamplingParams, Score, checked_prompt
 from rlfast.rollout.calls import Calls
 from rlfast.rollout.graphs import Graphs, Inputs
@@ -50,9 +50,12 @@ class Engine(Calls):
         max_batch: sequences of a forward.
         eos_token_ids: ids that end a response; by default the model's.
         graphs: decode steps are CUDA graphs; by default where the model is on a GPU.
+        use_attention: "flash-attn", "flash-attn-4" or "flashinfer" in place of rlfast's kernels, with whose bits scores
+            have nothing in common then.
 
     Raises:
         ValueError: an argument is out of range.
+        RuntimeError: the attention that was asked for is not there.
 
     Example:
         >>> engine = rlfast.rollout.Engine(model, tokenizer)
@@ -78,7 +81,7 @@ class Engine(Calls):
     def __init__(
         self, model, tokenizer=None, *, page_size: int = PAGE, kv_budget: float = KV_BUDGET,
         token_budget: int = TOKEN_BUDGET, max_batch: int = MAX_BATCH, eos_token_ids=None,
-        graphs: bool | None = None,
+        graphs: bool | None = None, use_attention: str | None = None,
     ):  # fmt: skip
         for name, x in (("page_size", page_size), ("token_budget", token_budget), ("max_batch", max_batch)):
             if not isinstance(x, int) or isinstance(x, bool) or x < 1:
@@ -93,7 +96,10 @@ class Engine(Calls):
         on_gpu = self.decoder.device.type == "cuda"
         if graphs and not on_gpu:
             validate.fail("graphs", f"None or False: the model is on {self.decoder.device}", "True")
-        self.graphs = Graphs(self.decoder, self.caches) if on_gpu and graphs is not False else None
+        self.attention = None if use_attention is None else flash.attention(use_attention)
+        self.graphs = None
+        if on_gpu and graphs is not False:
+            self.graphs = Graphs(self.decoder, self.caches, self.attention)
         self.scheduler = Scheduler(self.pool, token_budget, max_batch)
         self.eos = frozenset(_eos(model) if eos_token_ids is None else eos_token_ids)
         self.requests = self.forwards = 0
@@ -107,7 +113,7 @@ class Engine(Calls):
     @property
     def bitwise(self) -> bool:
         """Whether rollouts and scores have the same bits whatever they are batched with."""
-        return self.decoder.bitwise
+        return self.decoder.bitwise and self.attention is None
 
     # Requests
 
@@ -212,7 +218,10 @@ class Engine(Calls):
         hidden = self.graphs.run(given) if self.graphs is not None and len(ids) == len(chunks) else None
         if hidden is None:
             cu_q = ends.to(device, torch.int32)
-            how = attention.Paged(self.caches, given.slots, given.block_table, cu_q, given.kv_lens)
+            most_new = max(map(len, at))
+            how = attention.Paged(
+                self.caches, given.slots, given.block_table, cu_q, given.kv_lens, most_new, self.attention
+            )
             with self.decoder.installed():
                 hidden = self.decoder.forward(given.ids, given.positions, how)
         return hidden, ends[1:].tolist()

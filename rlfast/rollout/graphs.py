@@ -52,10 +52,11 @@ class Graphs:
     Args:
         decoder: whose body is captured.
         caches: its keys and values; the last of its pages is the padding's.
+        other: another library's attention.
     """
 
-    def __init__(self, decoder, caches):
-        self.decoder, self.caches, self.places = decoder, caches, None
+    def __init__(self, decoder, caches, other=None):
+        self.decoder, self.caches, self.other, self.places = decoder, caches, other, None
         self.captured: dict[tuple[int, int], tuple] = {}
 
     def run(self, given: Inputs) -> torch.Tensor | None:
@@ -98,6 +99,6 @@ class Graphs:
     def _forward(self, static: Inputs) -> torch.Tensor:
         rows = static.ids.shape[0]
         cu_q = torch.arange(rows + 1, dtype=torch.int32, device=self.decoder.device)
-        how = Paged(self.caches, static.slots, static.block_table, cu_q, static.kv_lens)
+        how = Paged(self.caches, static.slots, static.block_table, cu_q, static.kv_lens, 1, self.other)
         with self.decoder.installed():
             return self.decoder.forward(static.ids, static.positions, how)
