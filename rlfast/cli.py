@@ -18,7 +18,6 @@ import rlfast
 from rlfast import backends
 from rlfast import verify as verification
 from rlfast.rollout import flash
-from rlfast.rollout import flash
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="Fast, exact kernels for RL post-training.")
 

@@ -21,7 +21,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from rlfast import validate
-from rlfast.rollout import attention, flash, sampling, scoring
+from rlfast.rollout import attention, flash, responses, sampling, scoring
 from rlfast.rollout.api import MODES, Request, Rollout, SamplingParams, Score, checked_prompt
 from rlfast.rollout.calls import Calls
 from rlfast.rollout.graphs import Graphs, Inputs
@@ -235,27 +235,11 @@ class Engine(Calls):
                 raise RuntimeError(f"request {sample.request}: no token has a probability (NaN, or nothing is allowed)")
             sample.tokens.append(token)
             sample.records.append((*record, self.version))
-            reason = self._reason(sample, token)
+            reason = responses.ending(sample, token, self.eos, self.tokenizer, self.decoder.context)
             if reason:
                 self._end(sample, reason)
                 ended.append(sample)
         return ended
-
-    def _reason(self, sample: Sample, token: int) -> str:
-        """Why a sample ends with this token; an empty string if it does not."""
-        params, n = sample.params, len(sample.tokens)
-        if n >= params.min_tokens:
-            if token in params.stop_token_ids or (token in self.eos and not params.ignore_eos):
-                return "stop"
-            if params.stop and self._stops(sample):
-                return "stop"
-        return "length" if n >= params.max_tokens or sample.length >= self.decoder.context else ""
-
-    def _stops(self, sample: Sample) -> bool:
-        """Whether a stop string is in the text of the last tokens, of which each adds a character or is part of one."""
-        longest = max(map(len, sample.params.stop))
-        text = self.tokenizer.decode(sample.tokens[-(longest + 8) :])
-        return any(stop in text for stop in sample.params.stop)
 
     def _end(self, sample: Sample, reason: str) -> None:
         sample.finish = reason
@@ -266,18 +250,7 @@ class Engine(Calls):
             del self.live[sample.request]
 
     def _rollout(self, sample: Sample) -> Rollout:
-        """What a sample has come to."""
-        text = ""
-        if self.tokenizer is not None:
-            text = self.tokenizer.decode(sample.tokens, skip_special_tokens=True)
-            cuts = [at for at in (text.find(stop) for stop in sample.params.stop) if at >= 0]
-            text = text[: min(cuts)] if cuts and sample.finish == "stop" else text
-        *numbers, versions = zip(*sample.records, strict=True) if sample.records else ((), (), (), (), ())
-        return Rollout(
-            sample.request, sample.index, list(sample.prompt), list(sample.tokens), text,
-            *(torch.tensor(x, dtype=torch.float32) for x in numbers), torch.tensor(versions, dtype=torch.int64),
-            sample.finish or "paused",
-        )  # fmt: skip
+        return responses.rollout_of(sample, self.tokenizer)
 
     # Weights
 

@@ -27,7 +27,11 @@ PYTHON = [
         ("if weights != self.weights:", "if False:"),
         ("self.pool.forget_all()", "pass"),
         ("rows += [«end - 1»] * len(group)", "end - len(group)"),
+    ),
+    *python(
+        "rollout", "rlfast/rollout/responses.py",
         ("if n >= params.min_tokens:", "if True:"),
+        ("text[: min(cuts)] if cuts and «sample.finish == \"stop\"» else text", "False"),
     ),
     *python(
         "rollout", "rlfast/rollout/sampling.py",
