@@ -56,7 +56,6 @@ def info(as_json: bool = typer.Option(False, "--json", help="Print one JSON obje
         "isa": {"in use": backends.isa(), "available": list(backends.isas())},
         "backends": {name: backends.why_not(name) or "available" for name in backends.NAMES},
         "attention": {name: flash.why_not(name) or "available" for name in flash.NAMES},
-        "attention": {name: flash.why_not(name) or "available" for name in flash.NAMES},
         "active": {op: {device: _active(op, device) for device in _device_types()} for op in backends.IMPLEMENTED},
     }
     if as_json:
@@ -72,8 +71,6 @@ def info(as_json: bool = typer.Option(False, "--json", help="Print one JSON obje
         table.add_row(f"backend {name}", state if state == "available" else f"missing: {state}")
     for name, state in found["attention"].items():
         table.add_row(f"attention {name}", state if state == "available" else f"missing: {state}")
-    for name, state in found["attention"].items():
-        table.add_row(f"attention by {name}", state if state == "available" else f"missing: {state}")
     for op, by_device in found["active"].items():
         table.add_row(op, ", ".join(f"{device} tensors run on {name}" for device, name in by_device.items()))
     console.print(table)

@@ -181,7 +181,7 @@ def linear_token_logps(
 
 
 def _invariant(hidden, weight, bias, targets, mask, temperatures, transform, wanted: Wanted, needs_grad: bool):
-    """The op's outputs by ``linear`` and ``token_logps``, a few rows of logits at a time; a backward makes them again."""
+    """The op's outputs by ``linear`` and ``token_logps``, a few rows at a time; a backward makes the logits again."""
     backend = backends.requested()
 
     def some(x, w, b, t, m, warm):
