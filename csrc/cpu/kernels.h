@@ -62,7 +62,7 @@ namespace rlfast {
   void group_advantage(const GroupIn&, const GroupOptions&, const GroupOut&, int threads);                               \
   /* x·weightᵀ + bias; a row of it has the same bits whatever the other rows and the threads */                          \
   void linear(const LinearIn&, const LinearOut&, int threads);                                                           \
-  /* packed queries over keys and values in pages → out [tokens, heads, v.width] of their dtype, contiguous */            \
+  /* packed queries over keys and values in pages → out [tokens, heads, v.width] of their dtype, contiguous */           \
   void paged_attention(const AttentionIn&, void* out, int threads);                                                      \
   /* logits and options → a token a row, its log-probs, the kept mass and the entropy */                                 \
   void sample(const Logits&, const SampleOptions&, const SampleEdits&, const SampleOut&, int threads);                   \
