@@ -28,10 +28,11 @@ OPTIONS = {
     "sinks": {"sinks": True},
     "all": {"options": (("softcap", 20.0), ("window", 70)), "sinks": True, "size": 3.0},
 }
+SOME = list(OPTIONS)[:: few(1, 4)]  # plain and all under the interpreter
 SHAPES = {"decode": DECODE, "prefill": PREFILL, "chunk": CHUNK}
 
 
-@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("options", SOME)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", ("f32", "bf16", "f16"))
 def test_values(backend, device, shape, dtype, options):
@@ -106,14 +107,14 @@ def check_same_bits(case: Case, backend: str, device: str) -> None:
 
 
 @INVARIANT
-@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("options", SOME)
 @pytest.mark.parametrize("dtype", ("f32", "bf16"))
 def test_bits_do_not_depend_on_pages_sharing_or_batch(backend, device, dtype, options):
     check_same_bits(replace(SHARED, dtype=dtype, **OPTIONS[options]), backend, device)
 
 
 @INVARIANT
-@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("options", SOME)
 @pytest.mark.parametrize("dtype", ("f32", "bf16"))
 def test_bits_do_not_depend_on_chunks(backend, device, dtype, options):
     """A prompt at once, in chunks of any size, token by token, and as packed sequences."""
@@ -312,7 +313,7 @@ GRADIENTS = {
 }
 
 
-@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("options", SOME)
 @pytest.mark.parametrize("dtype", ("f32", "bf16"))
 @pytest.mark.parametrize("shape", GRADIENTS)
 def test_gradients(backend, device, shape, dtype, options):
