@@ -234,7 +234,9 @@ def tile_of(dtype: torch.dtype, group: int, width: int, value_width: int) -> Til
     rows = 16 if dtype == torch.float32 else 64 if wide <= 128 else 32
     heads = min(group, rows)
     split = SPLIT if wide <= 64 else SPLIT // 4 if rows == 16 else SPLIT // 2
-    return Tile(group, heads, rows // heads, rows, width, value_width, split, 4 if wide <= 64 and dtype != torch.float16 else 8)
+    return Tile(
+        group, heads, rows // heads, rows, width, value_width, split, 4 if wide <= 64 and dtype != torch.float16 else 8
+    )
 
 
 def padded(width: int) -> int:

@@ -28,10 +28,11 @@ OPTIONS = {
     "sinks": {"sinks": True},
     "all": {"options": (("softcap", 20.0), ("window", 70)), "sinks": True, "size": 3.0},
 }
+SOME = list(OPTIONS)[:: few(1, 4)]  # plain and all under the interpreter
 SHAPES = {"decode": DECODE, "prefill": PREFILL, "chunk": CHUNK}
 
 
-@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("options", SOME)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", ("f32", "bf16", "f16"))
 def test_values(backend, device, shape, dtype, options):
@@ -106,14 +107,14 @@ def check_same_bits(case: Case, backend: str, device: str) -> None:
 
 
 @INVARIANT
-@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("options", SOME)
 @pytest.mark.parametrize("dtype", ("f32", "bf16"))
 def test_bits_do_not_depend_on_pages_sharing_or_batch(backend, device, dtype, options):
     check_same_bits(replace(SHARED, dtype=dtype, **OPTIONS[options]), backend, device)
 
 
 @INVARIANT
-@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("options", SOME)
 @pytest.mark.parametrize("dtype", ("f32", "bf16"))
 def test_bits_do_not_depend_on_chunks(backend, device, dtype, options):
     """A prompt at once, in chunks of any size, token by token, and as packed sequences."""
@@ -243,7 +244,8 @@ def test_equal_scores_give_the_mean(backend, device):
     keys = torch.cat([v[: n - new + 1] for (_, v), n, new in zip(
         case.tokens()["kv"], case.lengths, case.new, strict=True) if new][:1])  # fmt: skip
     truth = keys.double().mean(0).repeat_interleave(3, 0)
-    assert_value("mean", found[0].double(), truth, keys.mean(0).repeat_interleave(3, 0))
+    sizes = keys.double().abs().mean(0).repeat_interleave(3, 0)
+    assert_value("mean", found[0].double(), truth, keys.mean(0).repeat_interleave(3, 0), sizes)
 
 
 def test_scores_of_minus_infinity(backend, device):
@@ -312,7 +314,7 @@ GRADIENTS = {
 }
 
 
-@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("options", SOME)
 @pytest.mark.parametrize("dtype", ("f32", "bf16"))
 @pytest.mark.parametrize("shape", GRADIENTS)
 def test_gradients(backend, device, shape, dtype, options):

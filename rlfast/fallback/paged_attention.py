@@ -15,7 +15,7 @@ import torch
 from rlfast.ops.attention_records import Inputs, Options, allocate
 
 ELEMENTS = 1 << 22  # scores, or keys, of one batch: 16 MiB in float32
-QUERIES = 64  # whose contributions to a gradient are one partial sum
+QUERIES = 32  # whose contributions to a gradient are one partial sum
 
 
 def _wide(x: torch.Tensor) -> torch.Tensor:
@@ -40,30 +40,35 @@ def _batches(starts: list, lens: list, width: int):
 class _Weights(NamedTuple):
     """Probabilities, and what a gradient wants beside them."""
 
-    p: torch.Tensor  # [B, Hkv, G, n, m]
+    p: torch.Tensor  # [B, Hkv, n, G, m]
     capped: torch.Tensor | None  # tanh of the scores, where there is a soft-cap
-    sink: torch.Tensor | None  # [B, Hkv, G, n]: the probability of the sink
+    sink: torch.Tensor | None  # [B, Hkv, n, G]: the probability of the sink
 
 
 def _by_head(x: torch.Tensor, group: int) -> torch.Tensor:
-    """[B, n, H, D] → [B, Hkv, G·n, D]."""
+    """[B, n, H, D] → [B, Hkv, n·G, D]."""
     batch, n, heads, width = x.shape
-    return x.unflatten(2, (-1, group)).permute(0, 2, 3, 1, 4).reshape(batch, heads // group, group * n, width)
+    return x.unflatten(2, (-1, group)).transpose(1, 2).reshape(batch, heads // group, n * group, width)
+
+
+def _by_token(x: torch.Tensor, group: int) -> torch.Tensor:
+    """The way back."""
+    return x.unflatten(2, (-1, group)).transpose(1, 2).flatten(2, 3)
 
 
 def _weights(q, k, seen, sinks, o: Options) -> _Weights:
-    """softmax of the scores of q [B, Hkv, G·n, D] over the keys [B, Hkv, m, D] that are ``seen`` [B, n, m]."""
+    """softmax of the scores of q [B, Hkv, n·G, D] over the keys [B, Hkv, m, D] that are ``seen`` [B, n, m]."""
     batch, heads, rows, _ = q.shape
     n, m = seen.shape[1:]
-    scores = (q @ k.transpose(2, 3)).view(batch, heads, rows // n, n, m) * o.scale
+    scores = (q @ k.transpose(2, 3)).view(batch, heads, n, rows // n, m) * o.scale
     capped = None
     if o.softcap:
         capped = torch.tanh(scores / o.softcap)
         scores = o.softcap * capped
-    scores = scores.masked_fill(~seen[:, None, None], -torch.inf)
+    scores = scores.masked_fill(~seen[:, None, :, None], -torch.inf)
     if sinks is None:
         return _Weights(torch.softmax(scores, -1), capped, None)
-    sink = sinks.view(1, heads, -1, 1, 1).expand(*scores.shape[:-1], 1)
+    sink = sinks.view(1, heads, 1, -1, 1).expand(*scores.shape[:-1], 1)
     p = torch.softmax(torch.cat((scores, sink), -1), -1)
     return _Weights(p[..., :-1], capped, p[..., -1])
 
@@ -99,16 +104,15 @@ def forward(x: Inputs, o: Options) -> torch.Tensor:
             w = _weights(_by_head(_wide(part), group), k, seen, x.sinks, o)
             # what nobody sees may be garbage, and 0·NaN is NaN
             values = v.masked_fill(~seen.any(1)[:, None, :, None], 0.0)
-            found = w.p.reshape(count, kv_heads, group * n, most) @ values
-            to[:, i : i + n] = found.view(count, kv_heads, group, n, -1).permute(0, 3, 1, 2, 4).flatten(2, 3)
+            to[:, i : i + n] = _by_token(w.p.reshape(count, kv_heads, n * group, most) @ values, group)
     return out
 
 
 def gradients(g, q, k, v, cu_seqlens, sinks, o: Options) -> tuple:
     """∂L/∂ of q, k, v in their dtype and of the sinks (float32; no elements where there are none), g = ∂L/∂out.
 
-    A sequence at a time, and of it at most QUERIES queries, the last ones first: a key's gradient is the sum of what all
-    queries behind it give, of which the last, who see the most keys, give the least. With P the probabilities,
+    A sequence at a time, and of it at most QUERIES queries, the last ones first: a key's gradient is the sum of what
+    all queries behind it give, of which the last, who see the most keys, give the least. With P the probabilities,
 
         ∂v = Pᵀg,  ∂P = g·vᵀ,  ∂s = P ∘ (∂P − Σ_j P∘∂P),  ∂q = scale·∂s·k,  ∂k = scale·∂sᵀq,  ∂sink = −Σ p_sink·Σ_j P∘∂P
 
@@ -134,10 +138,9 @@ def gradients(g, q, k, v, cu_seqlens, sinks, o: Options) -> tuple:
             if w.capped is not None:
                 ds = ds * (1.0 - w.capped.square())
             if w.sink is not None:
-                g_sinks -= (w.sink * mean).sum(-1, dtype=torch.float64).flatten()
+                g_sinks -= (w.sink * mean).sum(2, dtype=torch.float64).flatten()
             ds, p = (x.reshape(1, kv_heads, -1, x.shape[-1]) for x in (ds, w.p))
-            dq = (ds @ ks).view(kv_heads, group, b - a, -1).permute(2, 0, 1, 3)
-            totals[0][rows] = dq.flatten(1, 2).flip(0)
+            totals[0][rows] = _by_token(ds @ ks, group)[0].flip(0)
             totals[1][keys] += (ds.transpose(2, 3) @ qs)[0].transpose(0, 1)
             totals[2][keys] += (p.transpose(2, 3) @ gs)[0].transpose(0, 1)
     return (*(total.to(q.dtype) for total in totals), g_sinks.to(totals[0].dtype))

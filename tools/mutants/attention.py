@@ -42,8 +42,8 @@ PYTHON = [
     *python(
         "triton", "kernels/paged_attention.py",
         ("j[None, :] «<=» position[:, None]", "<", "test_values and decode and plain"),
-        ("(j[None, :] > position[:, None] - «window»)", "window - 1", "test_values and window"),
-        ("above = tl.load(sinks + head, mask=live, other=0.0) «- peak»", "", "test_values and sinks"),
+        ("(j[None, :] > position[:, None] - «window»)", "window - 1", "test_values and decode and all"),
+        ("above = tl.load(sinks + head, mask=live, other=0.0) «- peak»", "", "test_values and decode and all"),
         ("next_values * «b[:, None]»", "a[:, None]", "test_values and decode and plain"),
         ("base = tl.where(top == NOTHING, «0.0», top)", "top", "minus_infinity"),
         ("«position // SPLIT + 1»", "position // SPLIT", "parts"),
