@@ -10,10 +10,11 @@ from bench.families import (
     log_probs,
     preferences,
     ranked_loss,
+    sampling,
     token_loss,
 )
 
-FAMILIES = (log_probs, divergences, token_loss, preferences, linear_preference, ranked_loss, advantages)
+FAMILIES = (log_probs, divergences, token_loss, preferences, linear_preference, ranked_loss, advantages, sampling)
 CASES: tuple[Case, ...] = tuple(case for family in FAMILIES for case in family.CASES)
 _CLASS = {case.op: type(case) for case in CASES}
 _FAMILY = {case.op: family for family in FAMILIES for case in family.CASES}

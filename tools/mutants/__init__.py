@@ -1,9 +1,9 @@
 """The mistakes that ``mutate.py`` plants, a file for each family of ops; and two in every formula."""
 
-from mutants import advantages, integrations, log_probs, preferences, ranked_loss, token_loss
+from mutants import advantages, integrations, log_probs, preferences, ranked_loss, sampling, token_loss
 from mutants.formulas import FORMULAS
 
-_FAMILIES = (log_probs, token_loss, preferences, ranked_loss, advantages, integrations)
+_FAMILIES = (log_probs, token_loss, preferences, ranked_loss, advantages, sampling, integrations)
 CPP = [mutant for family in _FAMILIES for mutant in getattr(family, "CPP", ())]
 CUDA = [mutant for family in _FAMILIES for mutant in getattr(family, "CUDA", ())]
 PYTHON = [*(mutant for family in _FAMILIES for mutant in getattr(family, "PYTHON", ())), *FORMULAS]

@@ -23,7 +23,7 @@ CPP = [
         "csrc/rlfast/row_outputs.h",
         ("s.c * («static_cast<double>(t.y) - r.peak»);", "static_cast<double>(t.y)"),
         ("l == t.leaf ? «leaf_scale(t.rest.peak, r, s) * t.rest.sum» :", "scale[l] * leaf[l].sum"),
-        ("static_cast<float>(«r.log_sum - s.c * r.weighted / r.sum»)", "r.log_sum + s.c * r.weighted / r.sum"),
+        ("return «r.log_sum - s.c * r.weighted / r.sum»;", "r.log_sum + s.c * r.weighted / r.sum"),
         ("«std::log(r.squares) - 2.0 * r.log_sum»", "std::log(r.squares) - r.log_sum"),
         ("«scale[l] * scale[l] * leaf[l].squares»", "scale[l] * leaf[l].squares"),
         ("s.c * r.total / «static_cast<double>(vocab)»", "static_cast<double>(vocab + 1)"),
