@@ -48,11 +48,13 @@ PUBLIC = [
     rlfast.RunningMeanStd,
     rlfast.ranked_loss,
     rlfast.RankedLoss,
+    rlfast.sample,
+    rlfast.penalty_edits,
 ]
 DOCUMENTED = (
     "token_logps", "linear_token_logps", "divergence", "linear_divergence", "use_backend", "kl_penalty", "value_loss",
     "shape_rewards", "length_reward", "preference_loss", "unpaired_loss", "ranked_loss", "reward_loss",
-    "overlong_penalty", "clip_cov_keep", "kl_cov_extra", "top_entropy_keep", "rollout_keep",
+    "overlong_penalty", "clip_cov_keep", "kl_cov_extra", "top_entropy_keep", "rollout_keep", "sample", "penalty_edits",
 )  # fmt: skip
 
 
