@@ -12,11 +12,13 @@ from bench.families import (
     log_probs,
     preferences,
     ranked_loss,
+    sampling,
     token_loss,
 )
 
 FAMILIES = (
     log_probs, linear, divergences, token_loss, preferences, linear_preference, ranked_loss, advantages, attention,
+    sampling,
 )  # fmt: skip
 CASES: tuple[Case, ...] = tuple(case for family in FAMILIES for case in family.CASES)
 _CLASS = {case.op: type(case) for case in CASES}

@@ -2,7 +2,7 @@
 
 ``read_leaves`` keeps the statistics of each leaf of LEAF columns, raw by the function of ``token_logps`` and as the
 options change it. ``find_least`` finds what top-k, top-p and min-p keep: by bisection over the floats as integers of
-the same order, exact in at most 33 rounds, of leaves whose peak reaches the pivot. ``race`` perturbs what is kept and
+the same order, exact in at most 33 rounds, over leaves whose peak reaches the pivot. ``race`` perturbs what is kept and
 leaves each leaf's leader behind, ``choose`` takes the first of the largest and looks at its leaf again, and the
 ``merge`` of ``token_logps`` gives the raw log-prob and the entropy.
 """
@@ -59,7 +59,7 @@ class Edits(NamedTuple):
 
     bounds: torch.Tensor | None  # int64 [rows, leaves + 1]: where the edits of each leaf begin, and end
     places: torch.Tensor | None  # int64 [E]: row·V + id, ascending
-    values: torch.Tensor | None  # float32 [E]
+    put: torch.Tensor | None  # float32 [E]; a tuple of Triton has `values` of its own
     allowed: torch.Tensor | None  # int32 [rows, words]
 
 
@@ -76,9 +76,9 @@ class Found(NamedTuple):
 
 
 @jit
-def warmth(options, row):
+def warmth(asked, row):
     """The row's temperature, 1 where it is 0."""
-    t = tl.load(options.temperature + row)
+    t = tl.load(asked.temperature + row)
     return tl.where(t == 0.0, 1.0, t)
 
 
@@ -89,7 +89,7 @@ def changed(x, edits, row, leaf, column, inside, sizes):
     if edits.bounds is not None:
         at = edits.bounds + row * (sizes.leaves + 1) + leaf
         for e in range(tl.load(at), tl.load(at + 1)):
-            w = tl.where(row * sizes.vocab + column == tl.load(edits.places + e), tl.load(edits.values + e), w)
+            w = tl.where(row * sizes.vocab + column == tl.load(edits.places + e), tl.load(edits.put + e), w)
     if edits.allowed is not None:
         at = edits.allowed + row * tl.cdiv(sizes.vocab, 32)
         bits = tl.load(at + column // 32, mask=inside, other=0) >> (column % 32)
@@ -123,7 +123,7 @@ def mass_at(sums, found, leaf, row, top, temperature, sizes):
 
 @jit(do_not_specialize=INTS)
 def read_leaves(
-    x_ptr, tokens, options, edits, scratch, found,
+    x_ptr, tokens, asked, edits, scratch, found,
     inner, stride_outer, stride_inner, start, columns, first_row, candidates, rows, vocab, leaves,
     ALIGNED: tl.constexpr,
 ):  # fmt: skip
@@ -136,7 +136,7 @@ def read_leaves(
     peak = tl.max(w, axis=0)
     at = leaf * tl.cast(rows, tl.int64) + row
     tl.store(found.peak + at, peak)
-    tl.store(found.mass + at, tree_sum(weights(w, peak, warmth(options, row))))
+    tl.store(found.mass + at, tree_sum(weights(w, peak, warmth(asked, row))))
 
 
 @jit
@@ -148,35 +148,44 @@ def ordered(bits):
 @jit
 def amount(x_ptr, place, tokens, edits, found, row, pivot, top, temperature, sizes,
            BY_MASS: tl.constexpr, ALIGNED: tl.constexpr):  # fmt: skip
-    """How many w of a row are ≥ the pivot, or the mass of them relative to the row's maximum."""
-    total = tl.zeros([], tl.float64)
+    """(what is wanted of the w ≥ the pivot, their mass relative to the maximum or their number; their number)."""
+    mass, count = tl.zeros([], tl.float64), tl.zeros([], tl.int32)
     for leaf in range(sizes.leaves):
         if tl.load(found.peak + leaf * tl.cast(sizes.rows, tl.int64) + row) >= pivot:
             _, _, _, w = columns_of(x_ptr, place, tokens, edits, row, leaf, sizes, ALIGNED)
-            counted = tl.where(w >= pivot, 1.0, 0.0)
+            count += tl.sum((w >= pivot).to(tl.int32), axis=0)
             if BY_MASS:
-                counted = tl.where(w >= pivot, weights(w, top, temperature), 0.0)
-            total += tree_sum(counted).to(tl.float64)
-    return total
+                mass += tree_sum(tl.where(w >= pivot, weights(w, top, temperature), 0.0)).to(tl.float64)
+    if not BY_MASS:
+        mass = count.to(tl.float64)
+    return mass, count
 
 
 @jit
 def bisect(x_ptr, place, tokens, edits, found, row, wanted, top, temperature, sizes,
            BY_MASS: tl.constexpr, ALIGNED: tl.constexpr):  # fmt: skip
-    """The largest number such that what is ≥ it amounts to ``wanted``; −inf if nothing is enough."""
+    """A number such that what is ≥ it amounts to ``wanted`` and no fewer do; −inf if nothing is enough.
+
+    It ends where one w lies between enough and too few, and at the very number where those are tied.
+    """
     low = ordered(tl.full([], float("-inf"), tl.float32).to(tl.int32, bitcast=True)).to(tl.int64)
     high = ordered(top.to(tl.int32, bitcast=True)).to(tl.int64) + 1
-    while high - low > 1:
+    many, few = sizes.vocab + tl.zeros([], tl.int32), tl.zeros([], tl.int32)
+    while (high - low > 1) & (many - few > 1):
         middle = (low + high) >> 1
         pivot = ordered(middle.to(tl.int32)).to(tl.float32, bitcast=True)
-        reached = amount(x_ptr, place, tokens, edits, found, row, pivot, top, temperature, sizes, BY_MASS, ALIGNED)
-        low, high = tl.where(reached >= wanted, middle, low), tl.where(reached >= wanted, high, middle)
+        reached, count = amount(
+            x_ptr, place, tokens, edits, found, row, pivot, top, temperature, sizes, BY_MASS, ALIGNED
+        )
+        enough = reached >= wanted
+        low, high = tl.where(enough, middle, low), tl.where(enough, high, middle)
+        many, few = tl.where(enough, count, many), tl.where(enough, few, count)
     return ordered(low.to(tl.int32)).to(tl.float32, bitcast=True)
 
 
 @jit(do_not_specialize=INTS)
 def find_least(
-    x_ptr, tokens, options, edits, found,
+    x_ptr, tokens, asked, edits, found,
     inner, stride_outer, stride_inner, start, columns, first_row, candidates, rows, vocab, leaves,
     ALIGNED: tl.constexpr,
 ):  # fmt: skip
@@ -188,15 +197,15 @@ def find_least(
     for leaf in range(leaves):
         top = tl.maximum(top, tl.load(found.peak + leaf * tl.cast(rows, tl.int64) + row))
     tl.store(found.top + row, top)
-    least, temperature = tl.full([], float("-inf"), tl.float32), warmth(options, row)
-    if (tl.load(options.temperature + row) != 0.0) & (top > float("-inf")) & (top < float("inf")):
-        k, p, min_p = tl.load(options.top_k + row), tl.load(options.top_p + row), tl.load(options.min_p + row)
+    least, temperature = tl.full([], float("-inf"), tl.float32), warmth(asked, row)
+    if (tl.load(asked.temperature + row) != 0.0) & (top > float("-inf")) & (top < float("inf")):
+        k, p, min_p = tl.load(asked.top_k + row), tl.load(asked.top_p + row), tl.load(asked.min_p + row)
         if (k > 0) & (k < vocab):
             wanted = k.to(tl.float64)
             least = bisect(x_ptr, place, tokens, edits, found, row, wanted, top, temperature, sizes, False, ALIGNED)
         if p < 1.0:
             lowest = tl.maximum(least, -3.4028234663852886e38)  # what is −inf has no mass
-            mass = amount(x_ptr, place, tokens, edits, found, row, lowest, top, temperature, sizes, True, ALIGNED)
+            mass, _ = amount(x_ptr, place, tokens, edits, found, row, lowest, top, temperature, sizes, True, ALIGNED)
             wanted = p.to(tl.float64) * mass
             least = tl.maximum(
                 least,
@@ -221,7 +230,7 @@ def noise_of(seed, position, leaf):
 
 @jit(do_not_specialize=INTS)
 def race(
-    x_ptr, tokens, options, edits, found,
+    x_ptr, tokens, asked, edits, found,
     inner, stride_outer, stride_inner, start, columns, first_row, candidates, rows, vocab, leaves,
     ALIGNED: tl.constexpr,
 ):  # fmt: skip
@@ -234,12 +243,12 @@ def race(
     kept, value = tl.zeros([], tl.float32), tl.full([], float("-inf"), tl.float32)
     leader = tl.full([], NOBODY, tl.int32)
     if peak >= least:
-        temperature, greedy = warmth(options, row), tl.load(options.temperature + row) == 0.0
+        temperature, greedy = warmth(asked, row), tl.load(asked.temperature + row) == 0.0
         column, _, _, w = columns_of(x_ptr, place, tokens, edits, row, leaf, sizes, ALIGNED)
         kept = tree_sum(tl.where(w >= least, weights(w, peak, temperature), 0.0))
         perturbed = w
         if not greedy:
-            noise = noise_of(tl.load(options.seeds + row), tl.load(options.positions + row), leaf)
+            noise = noise_of(tl.load(asked.seeds + row), tl.load(asked.positions + row), leaf)
             perturbed = tl.div_rn(w - finite(top), temperature) + noise
         perturbed = tl.where(w >= least, perturbed, float("-inf"))
         value = tl.max(perturbed, axis=0)
@@ -270,7 +279,7 @@ def winner(scratch, found, row, top, temperature, sizes):
 
 @jit(do_not_specialize=INTS)
 def choose(
-    x_ptr, tokens, options, edits, scratch, found, logp_ptr, kept_ptr,
+    x_ptr, tokens, asked, edits, scratch, found, logp_ptr, kept_ptr,
     inner, stride_outer, stride_inner, start, columns, first_row, candidates, rows, vocab, leaves,
     ALIGNED: tl.constexpr,
 ):  # fmt: skip
@@ -278,7 +287,7 @@ def choose(
     place = Place(inner, stride_outer, stride_inner, start, columns, first_row)
     sizes = Sizes(candidates, rows, vocab, leaves)
     row = tl.program_id(0).to(tl.int64)
-    top, least, temperature = tl.load(found.top + row), tl.load(found.least + row), warmth(options, row)
+    top, least, temperature = tl.load(found.top + row), tl.load(found.least + row), warmth(asked, row)
     token, mass, kept = winner(scratch, found, row, top, temperature, sizes)
     tl.store(tokens.targets + row, token.to(tl.int64))
     logp, share = tl.full([], float("nan"), tl.float32), tl.full([], float("nan"), tl.float32)
@@ -306,7 +315,7 @@ def choose(
             others += tl.where(part > 0.0, scale * part, 0.0)
         logp = logp_of(tl.div_rn(peak - own, temperature), others, 0.0)
         share = (kept / mass).to(tl.float32)
-        if tl.load(options.temperature + row) == 0.0:
+        if tl.load(asked.temperature + row) == 0.0:
             share, logp = exp(logp), logp * 0.0
     tl.store(logp_ptr + row, logp)
     tl.store(kept_ptr + row, share)
@@ -344,7 +353,7 @@ def launch(x: Inputs, tokens: Tokens, sizes: Sizes, scratch: Scratch, out: Outpu
     read_leaves[all_leaves](*given, scratch, found, *ints, ALIGNED=aligned, **NOISY)
     find_least[rows](*given, found, *ints, ALIGNED=aligned, **OPTIONS)
     race[all_leaves](*given, found, *ints, ALIGNED=aligned, **NOISY)
-    choose[rows](*given, scratch, found, out.logp, out.kept, *ints, ALIGNED=aligned, **OPTIONS)
+    choose[rows](*given, scratch, found, out.logp, out.kept, *ints, ALIGNED=aligned, **NOISY)
 
 
 def forward(x: Inputs) -> Outputs:

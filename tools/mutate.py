@@ -65,6 +65,7 @@ FAMILIES = {
     "ranked": ("tests/test_ranked_loss.py",),
     "formula_vec": ("tests/test_token_loss.py", "tests/test_ranked_loss.py"),
     "scan": ("tests/test_affine_scan.py",),
+    **dict.fromkeys(("sampl", "rlfast/noise.h", "formulas/noise"), ("tests/test_sample.py",)),
     "kernels/rows": ("tests/test_affine_scan.py",),
     "attention": ("tests/test_paged_attention.py",),
     "trl_preference": ("tests/test_integrations_trl_preference.py",),
@@ -80,6 +81,7 @@ RUNS = {
     "cpp": ((*OPS, "--backend", "cpu", "-k", SLOW), {}),
     "cuda": ((), {}),  # the C++ test program
     "triton": ((*OPS, "--backend", "triton", "-k", SLOW), {"TRITON_INTERPRET": "1"}),
+    "sampling": (("tests/test_sample.py", "-k", "penalties or named"), {}),
     "trl": (("tests/test_integrations_trl.py", "tests/test_integrations_trl_preference.py"), {}),
     "rollout": (
         ("tests/test_rollout_pages.py", "tests/test_rollout.py", "tests/test_rollout_training.py", "-x"),

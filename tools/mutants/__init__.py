@@ -9,11 +9,12 @@ from mutants import (
     preferences,
     ranked_loss,
     rollout,
+    sampling,
     token_loss,
 )
 from mutants.formulas import FORMULAS
 
-_FAMILIES = (log_probs, linear, token_loss, preferences, ranked_loss, advantages, attention, integrations, rollout)
+_FAMILIES = (log_probs, linear, token_loss, preferences, ranked_loss, advantages, attention, integrations, rollout, sampling)
 CPP = [mutant for family in _FAMILIES for mutant in getattr(family, "CPP", ())]
 CUDA = [mutant for family in _FAMILIES for mutant in getattr(family, "CUDA", ())]
 PYTHON = [*(mutant for family in _FAMILIES for mutant in getattr(family, "PYTHON", ())), *FORMULAS]
