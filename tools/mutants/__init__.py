@@ -14,7 +14,18 @@ from mutants import (
 )
 from mutants.formulas import FORMULAS
 
-_FAMILIES = (log_probs, linear, token_loss, preferences, ranked_loss, advantages, attention, integrations, rollout, sampling)
+_FAMILIES = (
+    log_probs,
+    linear,
+    token_loss,
+    preferences,
+    ranked_loss,
+    advantages,
+    attention,
+    integrations,
+    rollout,
+    sampling,
+)
 CPP = [mutant for family in _FAMILIES for mutant in getattr(family, "CPP", ())]
 CUDA = [mutant for family in _FAMILIES for mutant in getattr(family, "CUDA", ())]
 PYTHON = [*(mutant for family in _FAMILIES for mutant in getattr(family, "PYTHON", ())), *FORMULAS]
