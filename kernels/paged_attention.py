@@ -29,6 +29,7 @@ BUSY = 264  # programs that fill an H100 (132 SMs × 2)
 SPLITS_EACH = 4  # at least so many splits a part: a tile of queries is worth loading for 256 keys
 SCRATCH_BYTES = 256 << 20  # what the parts may leave behind
 OPTIONS = {"enable_fp_fusion": False, "maxnreg": 255}
+TENSOR_CORES, FLOAT32, INTERPRETED = (tl.constexpr(i) for i in range(3))  # who multiplies
 NOTHING = tl.constexpr(float("-inf"))  # the peak of no key
 
 COUNTS = ("sequences", "page_size", "window", "splits", "each")
@@ -96,18 +97,26 @@ def pieces(x):
 
 
 @jit
-def scores_of(q, keys, WIDE: tl.constexpr):
+def product(a, b, BY: tl.constexpr):
+    """a·b of float32 matrices in float32."""
+    if BY == INTERPRETED:  # numpy's product of a row depends on where in the tile the row lies
+        return tl.sum(a[:, :, None] * b[None, :, :], 1)
+    return tl.dot(a, b, input_precision="ieee")
+
+
+@jit
+def scores_of(q, keys, BY: tl.constexpr):
     """q·k in float32."""
-    if WIDE:
-        return tl.dot(q.to(tl.float32), keys.to(tl.float32), input_precision="ieee")
+    if BY != TENSOR_CORES:
+        return product(q.to(tl.float32), keys.to(tl.float32), BY)
     return tl.dot(q, keys)
 
 
 @jit
-def weighted(w, values, WIDE: tl.constexpr):
+def weighted(w, values, BY: tl.constexpr):
     """w·v in float32, small products first."""
-    if WIDE:
-        return tl.dot(w, values.to(tl.float32), input_precision="ieee")
+    if BY != TENSOR_CORES:
+        return product(w, values.to(tl.float32), BY)
     high, middle, low = pieces(w)
     if values.dtype == tl.bfloat16:
         found = tl.dot(low, values)
@@ -131,7 +140,7 @@ def normalised(peak, total, values, sinks, head, live):
     """Σw·v / (Σw + exp(sink − peak)): a sink is a key without a value."""
     if sinks is not None:
         above = tl.load(sinks + head, mask=live, other=0.0) - peak
-        total += exp(tl.where(above > 88.0, 88.0, above))
+        total += tl.where(above > 88.0, float("inf"), exp(tl.where(above > 88.0, 0.0, above)))
     return tl.div_rn(values, tl.zeros_like(values) + total[:, None])
 
 
@@ -139,7 +148,7 @@ def normalised(peak, total, values, sinks, head, live):
 def attend(
     q, k, v, table, cu, lens, sinks, out, peaks, totals, parts,
     strides, sequences, page_size, scale, softcap, window, splits, each,
-    TILE: tl.constexpr, CAPPED: tl.constexpr, WINDOWED: tl.constexpr, WIDE: tl.constexpr,
+    TILE: tl.constexpr, CAPPED: tl.constexpr, WINDOWED: tl.constexpr, BY: tl.constexpr,
     D: tl.constexpr, E: tl.constexpr,
 ):  # fmt: skip
     """One tile of queries over its keys, or over ``each`` splits of them where ``parts`` [T·H, splits, Dv] is given."""
@@ -177,7 +186,7 @@ def attend(
         slot = j % page_size
         key = k + page * strides.k_page + slot * strides.k_slot + key_head * strides.k_head
         keys = tl.load(key[None, :] + d[:, None], mask=there[None, :] & (d < TILE.width)[:, None], other=0.0)
-        y = scores_of(queries, keys, WIDE) * scale
+        y = scores_of(queries, keys, BY) * scale
         if CAPPED:
             y = softcap * tanh(tl.div_rn(y, tl.zeros_like(y) + softcap))
         seen = j[None, :] <= position[:, None]
@@ -189,7 +198,7 @@ def attend(
         value = v + page * strides.v_page + slot * strides.v_slot + key_head * strides.v_head
         inside = there[:, None] & (e < TILE.value_width)[None, :]
         own_total = row_sums(w)
-        own_values = weighted(w, tl.load(value[:, None] + e[None, :], mask=inside, other=0.0), WIDE)
+        own_values = weighted(w, tl.load(value[:, None] + e[None, :], mask=inside, other=0.0), BY)
         if parts is not None:
             row = (at * (tl.num_programs(1) // chunks * TILE.group) + head) * splits + split
             tl.store(peaks + row, own_peak, mask=live)
@@ -269,12 +278,13 @@ def forward(x: Inputs, o: Options) -> torch.Tensor:
     if parts > 1:
         peaks, totals = torch.empty((2, tokens * heads, splits), dtype=torch.float32, device=q.device)
         scratch = torch.empty((tokens * heads, splits, value_width), dtype=torch.float32, device=q.device)
-    wide = q.dtype == torch.float32 or backends.interpreting()  # the interpreter multiplies no bfloat16
+    by = FLOAT32 if q.dtype == torch.float32 else TENSOR_CORES
+    by = INTERPRETED if backends.interpreting() else by  # which multiplies no bfloat16 either
     with torch.cuda.device_of(q):
         attend[(*grid, parts)](
             q, k, v, table, cu, lens, sinks, out, peaks, totals, scratch, strides, sequences, page_size, o.scale,
             o.softcap, o.window, splits, -(-splits // parts), TILE=tile, CAPPED=o.softcap != 0.0,
-            WINDOWED=o.window > 0, WIDE=wide, D=padded(width), E=e, num_warps=tile.warps, **OPTIONS,
+            WINDOWED=o.window > 0, BY=by, D=padded(width), E=e, num_warps=tile.warps, **OPTIONS,
         )  # fmt: skip
         if parts > 1:
             merge[(tokens, heads)](
