@@ -206,33 +206,31 @@ def test_a_wrong_distribution_is_noticed(backend, device):
     assert abs(float((first == second).double().mean()) - chance) < 0.02
 
 
-def support(logits, backend, device, n: int = 400, **options):
-    """The ids that n positions of one row yield, and the kept mass."""
-    out = run(logits.expand(n, -1), backend, device, seeds=5, positions=torch.arange(n), **options)
-    return sorted(set(out.tokens.tolist())), out.kept[0].item()
+def check_support(row, wanted: list[int], backend, device, **options):
+    """What is sampled of a row are these ids, each of them if there are draws enough; and they are what is kept."""
+    n = few(400, 3)
+    out = run(row.expand(n, -1), backend, device, seeds=5, positions=torch.arange(n), **options)
+    found = sorted(set(out.tokens.tolist()))
+    assert found == wanted or (n < 400 and set(found) <= set(wanted)), f"{options}: {found}"
+    truth, own = (torch.softmax(row.to(dtype), 0)[wanted].sum().expand(n) for dtype in (torch.float64, torch.float32))
+    assert_value(f"{options}: kept", out.kept, truth, own)
 
 
 def test_ties_at_a_threshold_stay(backend, device):
-    n = few(400, 40)
     quarters = torch.zeros(5).index_fill(0, torch.tensor([2]), -torch.inf)
-    assert support(quarters, backend, device, n, top_k=2) == ([0, 1, 3, 4], 1.0)
-    assert support(quarters, backend, device, n, top_p=0.5) == ([0, 1, 3, 4], 1.0)
-    assert support(quarters, backend, device, n, min_p=1.0) == ([0, 1, 3, 4], 1.0)
+    for option in ({"top_k": 2}, {"top_p": 0.5}, {"min_p": 1.0}):
+        check_support(quarters, [0, 1, 3, 4], backend, device, **option)
     steps = torch.tensor([0.5, 0.125, 0.125, 0.25]).log()
-    ids, kept = support(steps, backend, device, n, top_k=3)
-    assert ids == [0, 1, 2, 3] and kept == 1.0
-    assert support(steps, backend, device, n, top_k=2)[0] == [0, 3]
-    assert support(steps, backend, device, n, top_p=0.6)[0] == [0, 3]
-    assert support(steps, backend, device, n, top_p=0.8)[0] == [0, 1, 2, 3]
-    zeros = torch.tensor([0.0, -0.0, -1.0])  # of either sign
-    assert support(zeros, backend, device, n, top_k=1)[0] == [0, 1]
+    for option in ({"top_k": 3}, {"top_p": 0.8}):
+        check_support(steps, [0, 1, 2, 3], backend, device, **option)
+    for option in ({"top_k": 2}, {"top_p": 0.6}):
+        check_support(steps, [0, 3], backend, device, **option)
+    check_support(torch.tensor([0.0, -0.0, -1.0]), [0, 1], backend, device, top_k=1)  # zeros of either sign
 
 
 def test_the_most_probable_always_stays(backend, device):
     for option in ({"top_k": 1}, {"top_p": 0.0}, {"top_p": 1e-7}, {"min_p": 1.0}):
-        ids, kept = support(ROW, backend, device, few(30, 5), **option)
-        assert ids == [3]
-        assert_value("kept", torch.tensor([kept]), tempered(1.0)[3:4], torch.softmax(ROW, 0)[3:4])
+        check_support(ROW, [3], backend, device, **option)
 
 
 def test_off_is_off(backend, device):
