@@ -82,19 +82,18 @@ class Sample(Case):
 
 
 TARGETS = (Target("rlfast", "eager", 5.0), Target("rlfast", "plain", 3.0))
-CUT_TARGETS = (
-    Target("rlfast", "eager", 5.0),
-    Target("rlfast", "plain", 1.2),
-)  # plain torch draws among the largest alone
+# plain torch draws among the largest alone
+CUT_TARGETS = (Target("rlfast", "eager", 5.0), Target("rlfast", "plain", 1.2))
 ON_GPU = (Target("rlfast", "compile", 1.0),)
 CUTS = (("plain", {}), ("top-k 50", {"top_k": 50}), ("top-p 0.9", {"top_p": 0.9}))
 
 
 def _case(kind: str, options: dict, rows: int, vocab: int) -> Sample:
+    name, isas = f"sample {kind}, {rows} × {vocab}", rows == 16 and vocab == 49152
+    targets = CUT_TARGETS if options else TARGETS
     return Sample(
-        name=f"sample {kind}, {rows} × {vocab}", rows=rows, vocab=vocab, targets=CUT_TARGETS if options else TARGETS, gpu_targets=ON_GPU,
-        budget_s=4.0, isas=rows == 16 and vocab == 49152, **options,
-    )  # fmt: skip
+        name=name, rows=rows, vocab=vocab, targets=targets, gpu_targets=ON_GPU, budget_s=4.0, isas=isas, **options
+    )
 
 
 CASES = tuple(

@@ -10,7 +10,6 @@ CPP = [
         ("low += 0x9E3779B9u, high += «0xBB67AE85u»;", "0xBB67AE84u"),
         ("static_cast<uint32_t>(«first / 4»)", "first / 4 + 1"),
         ("n > 0.0 ? static_cast<uint32_t>(«n < 0x1p24 ? n : 0x1p24 - 1.0») * kWordOfNumber : 0", "0x1p24 - 9.0"),
-        ("constexpr float kMostNoise = «17.34f»;", "6.0f"),
         ("select(low, set1(0.0f), «sub(sub(one, y), v)»)", "set1(0.0f)"),
     ),
     *cpp(
@@ -22,6 +21,7 @@ CPP = [
     *cpp(
         "csrc/cpu/sample_race.h",
         ("(other.value == value && «other.id < id»)", "other.id > id"),
+        ("(leader.value - «kMostNoise»)", "6.0f"),
         ("if («column >= n || !(y[column] >= at.column)») continue;", "column + 1 >= n || !(y[column] >= at.column)"),
         ("«1.0001» * std::exp(distance(y[column]) - leader.value)", "0.5"),
         ("const Leader challenger{value[lane], first + «half * kLanes + lane»};", "half * kLanes + (lane ^ 1)"),
