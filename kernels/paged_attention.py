@@ -1,8 +1,8 @@
 """The ``triton`` backend of attention over a paged cache.
 
 A program has a tile of query rows, the heads of one key head's group for as many tokens as fit, and walks the keys in
-splits of SPLIT at absolute positions. A split gives weights relative to its own peak, their sum and weights·v, and is
-merged with those before it. Where programs are few, a tile's keys are shared out over ``parts`` of them: they leave
+splits at absolute positions. A split gives weights relative to its own peak, their sum and weights·v, and is merged
+with those before it. Where programs are few, a tile's keys are shared out over ``parts`` of them: they leave
 each split's numbers in memory, and ``merge`` merges those, in the same order by the same function.
 
 A row's bits do not depend on the other rows of its tile. The tile's shape follows from the dtype and the widths alone;
@@ -23,12 +23,13 @@ import torch
 from rlfast import backends
 from rlfast.kernels.formulas.elementary import exp, tanh
 from rlfast.kernels.lang import jit, tl
-from rlfast.ops.attention_records import SPLIT, Inputs, Options, allocate
+from rlfast.ops.attention_records import Inputs, Options, allocate
 
 BUSY = 264  # programs that fill an H100 (132 SMs × 2)
-SPLITS_EACH = 4  # at least so many splits a part: a tile of queries is worth loading for 256 keys
+SPLITS_EACH = 8  # at least so many splits a part: a tile of queries is worth loading for 256 keys
 SCRATCH_BYTES = 256 << 20  # what the parts may leave behind
 OPTIONS = {"enable_fp_fusion": False, "maxnreg": 255}
+WARPS = 8
 TENSOR_CORES, FLOAT32, INTERPRETED = (tl.constexpr(i) for i in range(3))  # who multiplies
 NOTHING = tl.constexpr(float("-inf"))  # the peak of no key
 
@@ -45,7 +46,6 @@ class Tile(NamedTuple):
     width: int
     value_width: int
     split: int  # keys of a split
-    warps: int
 
 
 class Strides(NamedTuple):
@@ -238,14 +238,11 @@ def merge(
 
 
 def tile_of(dtype: torch.dtype, group: int, width: int, value_width: int) -> Tile:
-    """The tile of a call: 64 rows on tensor cores, 16 where products are float32; what fits in registers."""
+    """The tile of a call: what 8 warps hold without a spill. float16 values are two numbers, float32 needs more."""
     wide = padded(max(width, value_width))
-    rows = 16 if dtype == torch.float32 else 64 if wide <= 128 else 32
+    rows = {torch.float32: 16, torch.float16: 32, torch.bfloat16: 64 if wide <= 128 else 32}[dtype]
     heads = min(group, rows)
-    split = SPLIT if wide <= 64 else SPLIT // 4 if rows == 16 else SPLIT // 2
-    return Tile(
-        group, heads, rows // heads, rows, width, value_width, split, 4 if wide <= 64 and dtype != torch.float16 else 8
-    )
+    return Tile(group, heads, rows // heads, rows, width, value_width, 16 if dtype == torch.float32 else 32)
 
 
 def padded(width: int) -> int:
@@ -284,7 +281,7 @@ def forward(x: Inputs, o: Options) -> torch.Tensor:
         attend[(*grid, parts)](
             q, k, v, table, cu, lens, sinks, out, peaks, totals, scratch, strides, sequences, page_size, o.scale,
             o.softcap, o.window, splits, -(-splits // parts), TILE=tile, CAPPED=o.softcap != 0.0,
-            WINDOWED=o.window > 0, BY=by, D=padded(width), E=e, num_warps=tile.warps, **OPTIONS,
+            WINDOWED=o.window > 0, BY=by, D=padded(width), E=e, num_warps=WARPS, **OPTIONS,
         )  # fmt: skip
         if parts > 1:
             merge[(tokens, heads)](

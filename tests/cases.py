@@ -14,6 +14,7 @@ from rlfast import backends
 from rlfast.parity import ORDERS
 from rlfast.reference.linear_token_logps import linear_token_logps as linear_reference
 from rlfast.reference.token_logps import token_logps as reference
+from rlfast.reference.token_logps import transform
 from rlfast.verify.log_probs import reordered
 from tests.numerics import assert_gradient, assert_value, assert_zero
 
@@ -170,10 +171,20 @@ def check(problem: Problem, backend: str, device: str = "cpu") -> None:
     out, gradients = run(problem, backend, device)
     truth, truth_gradients = oracle(problem, torch.float64)
     own, own_gradients = yardsticks(problem)
-    hold(problem, out, gradients, (truth, truth_gradients), (own, own_gradients))
+    sizes = {"mean_logits": _mean_size(problem)}
+    hold(problem, out, gradients, (truth, truth_gradients), (own, own_gradients), sizes)
 
 
-def hold(problem: Problem, out, gradients, truths, yardsticks) -> None:
+def _mean_size(problem: Problem):
+    """The mean of |z|: that of z is one sum, whose terms cancel."""
+    x = {k: None if v is None else v.detach().double() for k, v in problem.inputs.items()}
+    logits = x["logits"] if "logits" in x else x["hidden"] @ x["weight"].T
+    logits = logits if x.get("bias") is None else logits + x["bias"]
+    words = {k: v for k, v in problem.options.items() if k in ("temperature", "softcap", "logit_scale")}
+    return torch.where(problem.skipped(), 0.0, transform(logits, **words).abs().mean(-1))
+
+
+def hold(problem: Problem, out, gradients, truths, yardsticks, sizes=None) -> None:
     """Assert the contract for one run: values, their dtypes and shapes, gradients, skipped rows."""
     (truth, truth_gradients), (own, own_gradients) = truths, yardsticks
     skipped, top_k = problem.skipped(), problem.options.get("top_k")
@@ -189,7 +200,7 @@ def hold(problem: Problem, out, gradients, truths, yardsticks) -> None:
             continue
         wide = torch.float64 if _input(problem).dtype == torch.float64 else torch.float32
         assert got.dtype == wide, f"{name}: {got.dtype}"
-        assert_value(name, got, truth[name], own[name])
+        assert_value(name, got, truth[name], own[name], (sizes or {}).get(name))
     assert not (out.logp > 0).any(), "logp > 0"
     if "is_top1" in asked:
         _hold_top1(problem, out, truth, own)

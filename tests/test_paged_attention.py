@@ -204,8 +204,8 @@ def test_bits_do_not_depend_on_parts(backend, device, monkeypatch, dtype, option
 def test_parts_are_taken_where_programs_are_few():
     from rlfast.kernels import paged_attention as kernel
 
-    assert kernel.parts_of(kernel.BUSY, 1000, 0) == 1 and kernel.parts_of(1, 7, 0) == 1
-    assert kernel.parts_of(1, 64, 0) == 16 and kernel.parts_of(66, 1000, 0) == 4
+    assert kernel.parts_of(kernel.BUSY, 1000, 0) == 1 and kernel.parts_of(1, 15, 0) == 1
+    assert kernel.parts_of(1, 64, 0) == 8 and kernel.parts_of(66, 1000, 0) == 4
     assert kernel.parts_of(1, 1000, kernel.SCRATCH_BYTES + 1) == 1
 
 

@@ -4,8 +4,7 @@
 
 namespace rlfast {
 
-// Keys of one split of the softmax. Splits begin at the multiples of it, whatever the pages, the chunks or the batch: as
-// in rlfast/ops/attention_records.py.
+// Keys of one split of the softmax. Splits begin at the multiples of it, whatever the pages, the chunks or the batch.
 constexpr int64_t kSplit = 64;
 
 // [pages, page_size, kv_heads, width], strides in elements, the last dimension contiguous.

@@ -6,8 +6,6 @@ from typing import NamedTuple
 
 import torch
 
-SPLIT = 64  # keys of one split of the softmax, at absolute positions: as in csrc/rlfast/paged_attention.h
-
 
 class Inputs(NamedTuple):
     """Tensors of one call, on one device. The last dimension of each is contiguous."""

@@ -10,7 +10,7 @@ j > p − window where there is a window; head h reads key head h // (H / Hkv):
     s_j = scale·q·k_j, or softcap·tanh(scale·q·k_j / softcap)       out = Σ_j e^{s_j}·v_j / (Σ_j e^{s_j} + e^{sink_h})
 
 On ``cpu`` and ``triton`` the bits of a query's output depend on its q, its keys and values and the options alone: keys
-are taken in splits of SPLIT at absolute positions, each relative to its own peak, and splits are merged in ascending
+are taken in splits at absolute positions, each relative to its own peak, and splits are merged in ascending
 order. What no query sees is not read, or has no effect. A NaN among the keys or values of a sequence may reach all of
 its queries, and those of no other.
 """
