@@ -125,10 +125,49 @@ def test_long_ids_and_far_positions(backend, device):
     assert 0 < sum(token == vocab - 1 for token in wanted) < rows
 
 
-def rows_alike(probabilities, n: int):
-    """(logits [n, V] of one distribution, what samples it n times)."""
-    logits = torch.as_tensor(probabilities).double().log().float()
-    return logits.expand(n, -1), {"seeds": 11, "positions": torch.arange(n)}
+def sampled(rows: list[dict], positions: list[int], vocab: int, backend, device) -> list[int]:
+    """The tokens of rows of a few logits each, −inf elsewhere, under the seed 5."""
+    logits = torch.full((len(rows), vocab), -torch.inf)
+    for i, row in enumerate(rows):
+        logits[i, list(row)] = torch.tensor(list(row.values()))
+    return run(logits, backend, device, seeds=5, positions=torch.tensor(positions)).tokens.tolist()
+
+
+@pytest.mark.backends(*KERNELS)
+def test_the_rarest_words(backend, device):
+    """Where 1 − u is a few 2⁻²⁴ and u is no float32: against another id that is a hundredth behind, and one ahead."""
+    vocab, count = 1 << 16, few(250, 60)
+    numbers = fallback.numbers(torch.full((count,), 5), torch.arange(count), vocab)
+    hits = (numbers >= 2**24 - 16).nonzero().tolist()
+    assert len(hits) > few(5, 1)
+    rows, positions, wanted = [], [], []
+    for position, v in hits:
+        other = v ^ 2048
+        lead = oracle.gumbel(5, position, vocab)[[v, other]]
+        for ahead in (-0.01, 0.01):
+            rows.append({v: 0.0, other: float(lead[0] - lead[1]) + ahead})
+            positions.append(position)
+            wanted.append(v if ahead < 0 else other)
+    assert sampled(rows, positions, vocab, backend, device) == wanted
+
+
+@pytest.mark.backends(*KERNELS)
+def test_of_equal_ones_the_first_leads(backend, device):
+    """Two ids of one number, the second in the leaf whose third id has the largest logit, and so runs first."""
+    vocab, rows, positions, wanted = 9000, [], [], []
+    for position in range(60):
+        numbers = fallback.numbers(torch.tensor([5]), torch.tensor([position]), vocab)[0]
+        order = numbers.argsort(stable=True)
+        same = (numbers[order][1:] == numbers[order][:-1]).nonzero().flatten().tolist()
+        for first, second in ((int(order[i]), int(order[i + 1])) for i in same):
+            third = second ^ 1
+            if first // 4096 < second // 4096 and numbers[third] < 0.8 * numbers[first]:
+                rows.append({first: 0.0, second: 0.0, third: 0.05})
+                positions.append(position)
+                wanted.append(first)
+    assert len(rows) > 3
+    some = slice(few(len(rows), 4))
+    assert sampled(rows[some], positions[some], vocab, backend, device) == wanted[some]
 
 
 # The distribution sampled from, and the options that lead to it from softmax(ROW).

@@ -34,7 +34,7 @@ CPP = [
         ("if («peak >= least_») kept_.leaf[l]", "peak > least_"),
         ("static_cast<float>(«greedy_ ? std::exp(logp) : kept().total.sum / own().total.sum»)", "std::exp(logp)"),
         ("lost_ = wrong_edit_ || «raw_.total.sum != raw_.total.sum» ||", "false"),
-        ("for (int64_t l = 0; l < leaves_; ++l) «edit_start_[l + 1] += edit_start_[l]»;", "edit_start_[l + 1] += 0"),
+        ("if (!wrong_edit_) buffer[«edit_[e].id - leaf * kLeaf»]", "(edit_[e].id - leaf * kLeaf) ^ 1"),
         ("mass = «w.candidates.mass()»;", "r.sum"),
     ),
 ]  # fmt: skip
