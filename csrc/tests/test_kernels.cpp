@@ -19,8 +19,6 @@ void test_divergence(const Kernels& k, const std::string& isa);
 void test_preference(const Kernels& k, const std::string& isa);
 void test_ranked(const Kernels& k, const std::string& isa);
 void test_attention(const Kernels& k, const std::string& isa);
-}
-
 void test_sample(const Kernels& k, const std::string& isa);
 void test_cuda_divergence();
 void test_cuda_scan();
