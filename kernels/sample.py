@@ -38,9 +38,9 @@ from rlfast.ops import records
 from rlfast.ops.sample_records import Inputs, Outputs, allocate, sorted_edits
 
 NOBODY = tl.constexpr(2147483647)
-OPTIONS = {"num_warps": 8, "enable_fp_fusion": False}
+OPTIONS = {"num_warps": 8, "enable_fp_fusion": False, "maxnreg": 255}
 # The noise of a column is ten rounds of four words: half the columns a thread, or registers spill.
-NOISY = {**OPTIONS, "num_warps": 16}
+NOISY = {**OPTIONS, "num_warps": 16, "maxnreg": 128}
 
 
 class Options(NamedTuple):

@@ -55,7 +55,7 @@ struct Singles {
   }
 };
 
-__global__ void __launch_bounds__(kLossThreads, 3) unpaired_loss_kernel(const Preference<1> a) { run<Singles>(a); }
+__global__ void __launch_bounds__(kLossThreads, 2) unpaired_loss_kernel(const Preference<1> a) { run<Singles>(a); }
 
 }  // namespace
 
