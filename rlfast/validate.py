@@ -84,7 +84,7 @@ def number(name: str, x, limit: Limit) -> float:
 
 def within(name: str, x: torch.Tensor | None, limit: Limit) -> None:
     """Every element within a range, where values may be looked at; none is None."""
-    if x is None or not isinstance(x, torch.Tensor) or not looked_at(x) or not x.numel():
+    if not isinstance(x, torch.Tensor) or not looked_at(x) or not x.numel():
         return
     out = ~((x >= limit.low) & (x <= limit.high))
     if out.any():

@@ -358,6 +358,32 @@ def test_what_changes_the_logits():
     assert len(set(rollout.tokens)) == 64 and not set(rollout.tokens) & set(prompt)
 
 
+def test_a_request_that_cannot_go_on_harms_no_other(caplog):
+    """Nothing is allowed: it ends, and says so. A caller's function that raises is the caller's error, once."""
+    one, (a, b) = engine(), prompts(2, seed=4)
+    (wanted,) = engine().generate([a], GREEDY)
+    stuck, fine = one.generate([b, a], [SamplingParams(allowed_token_ids=()), GREEDY])
+    assert stuck.finish_reason == "no token" and stuck.tokens == [] and "no token has a probability" in caplog.text
+    same([fine], [wanted])
+    calls = []
+
+    def allowed(tokens):
+        calls.append(len(tokens))
+        if len(calls) == 3:
+            raise KeyError("a grammar's own")
+        return range(VOCAB)
+
+    one.submit([Request(tuple(b), SamplingParams(max_tokens=5, allowed_token_ids=allowed)), Request(tuple(a), GREEDY)])
+    found = []
+    while len(found) < 2:
+        try:
+            found += one.step()
+        except KeyError:
+            assert len(calls) == 3
+    same([max(found, key=lambda r: r.request)], [wanted])
+    assert one.pool.held == 0
+
+
 BAD = {
     "prompts: expected at least one token each, got an empty prompt": lambda e: e.generate([[]]),
     f"prompts: expected token ids in [0, {VOCAB}), got {VOCAB}": lambda e: e.generate([[3], [VOCAB]]),

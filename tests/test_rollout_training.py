@@ -82,6 +82,17 @@ def test_gradients_are_those_of_the_model():
         torch.testing.assert_close(got, wanted, rtol=2e-3, atol=2e-4 * wanted.abs().max().item())
 
 
+def test_sinks_are_trained():
+    """gpt-oss learns its sinks in training mode too."""
+    model = copy.deepcopy(decoder("gpt_oss")).train()
+    engine = Engine(model, kv_budget=1 << 22)
+    ids = torch.tensor([prompts(1, seed=1)[0]])
+    with engine.training_mode():
+        model.base_model(input_ids=ids, use_cache=False).last_hidden_state.square().sum().backward()
+    sinks = [p.grad for name, p in model.named_parameters() if "sinks" in name]
+    assert sinks and all(g is not None and g.any() for g in sinks)
+
+
 def grpo(tmp_path, **options):
     """A GRPOTrainer on a tiny model, and what its first steps saw: (log-probs, mask, the rollouts')."""
     from datasets import Dataset

@@ -123,7 +123,8 @@ class Rollout(NamedTuple):
     kept: float32 [n]. The tempered distribution's mass that the truncation kept.
     entropy: float32 [n]. Of the model's own distribution.
     versions: int64 [n]. The policy version that each token was drawn from.
-    finish_reason: "stop", "length", "abort", or "paused" of one that a caller took unfinished.
+    finish_reason: "stop", "length", "abort", "no token" where none has a probability (NaN, or nothing is allowed), or
+        "paused" of one that a caller took unfinished.
     """
 
     request: int

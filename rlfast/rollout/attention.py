@@ -73,7 +73,7 @@ def running(how: Packed | Paged):
 def _options(scaling, sliding_window, softcap, s_aux, dropout: float) -> dict:
     if dropout:
         validate.fail("attention_dropout", "0: rlfast's attention has none", repr(dropout))
-    sinks = s_aux if s_aux is None else s_aux.detach().float()
+    sinks = s_aux if s_aux is None else s_aux.float()
     return {"scale": scaling, "softcap": softcap or 0.0, "window": sliding_window or 0, "sinks": sinks}
 
 

@@ -35,7 +35,6 @@ PAGE = 16  # positions: short prompts share too
 TOKEN_BUDGET = 2048  # of a forward: its activations and scores stay within a few tens of megabytes
 MAX_BATCH = 256
 KV_BUDGET = 1 << 30
-LOGIT_ROWS = 64  # rows of logits at once: 12 MB at 49152 columns
 
 
 class Engine(Calls):
@@ -191,8 +190,8 @@ class Engine(Calls):
             rows += [end - 1] * len(group)
             samples += group
         ended = []
-        for start in range(0, len(samples), LOGIT_ROWS):
-            some = slice(start, start + LOGIT_ROWS)
+        for start in range(0, len(samples), scoring.LOGIT_ROWS):
+            some = slice(start, start + scoring.LOGIT_ROWS)
             ended += self._draw(hidden[torch.tensor(rows[some], device=hidden.device)], samples[some])
         return ended
 
@@ -232,10 +231,12 @@ class Engine(Calls):
         ended = []
         for sample, token, *record in zip(samples, *found, strict=True):
             if token < 0:
-                raise RuntimeError(f"request {sample.request}: no token has a probability (NaN, or nothing is allowed)")
-            sample.tokens.append(token)
-            sample.records.append((*record, self.version))
-            reason = responses.ending(sample, token, self.eos, self.tokenizer, self.decoder.context)
+                reason = "no token"
+                logger.error("request %d: no token has a probability (NaN, or nothing is allowed)", sample.request)
+            else:
+                sample.tokens.append(token)
+                sample.records.append((*record, self.version))
+                reason = responses.ending(sample, token, self.eos, self.tokenizer, self.decoder.context)
             if reason:
                 self._end(sample, reason)
                 ended.append(sample)

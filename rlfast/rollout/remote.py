@@ -266,7 +266,7 @@ class RayPool(Calls):
         options: of ``ray.remote``, such as ``num_gpus=1``.
     """
 
-    logp_means, bitwise = "processed", True
+    logp_means = "processed"
 
     def __init__(self, make, workers: int = 1, **options):
         import ray
@@ -279,6 +279,11 @@ class RayPool(Calls):
         self.later: list[Rollout] = []
         self.left: dict[int, int] = {}
         self.requests = 0
+
+    @property
+    def bitwise(self) -> bool:
+        """Whether all of the workers' engines are."""
+        return all(self.ray.get([worker.bitwise.remote() for worker in self.workers]))
 
     def submit(self, requests: Sequence[Request]) -> list[int]:
         """Their numbers; a wrong one raises here, from the worker that looked at it."""
@@ -333,6 +338,9 @@ class _Worker:
 
     def generate(self, number: int, request: Request) -> list[Rollout]:
         return [r._replace(request=number) for r in self.engine.generate([request.prompt], request.params)]
+
+    def bitwise(self) -> bool:
+        return self.engine.bitwise
 
     def load(self, weights: dict, version: int) -> None:
         with torch.no_grad():

@@ -121,7 +121,9 @@ class Scheduler:
 
     def _chunk(self, sample: Sample, budget: int) -> Chunk | None:
         """The next tokens of a running sample, with pages of its own for them; None if it had to give way."""
-        start, stop = sample.computed, min(sample.length, sample.computed + budget)
+        # the last token again where none was drawn after it, as when a caller's function raised
+        start = min(sample.computed, sample.length - 1)
+        stop = min(sample.length, start + budget)
         while True:
             try:
                 self.pool.reserve(sample.table, stop)
