@@ -14,7 +14,7 @@ import re
 import sys
 from pathlib import Path
 
-from bench import outcome, suite
+from bench import outcome, rollouts_report, suite
 from rlfast import backends
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -130,6 +130,9 @@ def figures(found: list[dict]) -> list[str]:
             if above
             else []
         )
+    if result := rollouts_report.latest(found):
+        lines += ["", f"{result['device']}; {stamp(result)}; `{result['command']}`:", ""]
+        lines += rollouts_report.figures(result)
     for result in demos(found):
         trainer, command = _demo(result)
         lines += ["", f"A whole {trainer} step of `{command}` ({stamp(result)}): {result['ratio']:.2f}× stock TRL."]
@@ -176,6 +179,12 @@ def targets(found: list[dict]) -> list[str]:
             case = f"public call on a tiny input, {name}"
             lines.append(f"| {case} | ≤ {bound:g} µs over the raw kernel | {micros:.1f} | {state} |")
         lines.append("")
+    if result := rollouts_report.latest(found):
+        lines += ["| rollouts | must reach | reached | |", "|---|---|---|---|"]
+        for name, text, value, passed in rollouts_report.outcomes(result):
+            state = "not measured" if passed is None else "met" if passed else "**missed**"
+            lines.append(f"| {name} | {text} | {'' if value is None else f'{value:.3g}'} | {state} |")
+        lines.append("")
     for result in demos(found):
         state = "met" if result["ratio"] >= DEMO_RATIO and not result["failures"] else "**missed**"
         lines += ["| case | must reach | reached | |", "|---|---|---|---|"]
@@ -209,6 +218,9 @@ def losses(found: list[dict]) -> list[str]:
             bound = result["overhead"]["targets"][name]
             if micros > bound:
                 lines.append(f"- public call on a tiny input, {name}: wanted ≤ {bound:g} µs, reached {micros:.1f}.")
+    if result := rollouts_report.latest(found):
+        missed = [o for o in rollouts_report.outcomes(result) if o[3] is False]
+        lines += [f"- rollouts, {name}: wanted {text}, reached {value:.3g}." for name, text, value, _ in missed]
     for result in demos(found):
         if result["ratio"] < DEMO_RATIO:
             lines.append(

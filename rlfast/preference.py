@@ -86,6 +86,16 @@ def _numbers(what: str, formula, given: dict) -> tuple[float, ...]:
     )
 
 
+class Prepared(NamedTuple):
+    """What of a loss no tensor changes: the op's arguments, and what a call must bring."""
+
+    terms: tuple
+    without_nll: tuple  # the terms where a call brings an NLL of its own
+    lengths: bool
+    referenced: bool
+    reads: frozenset
+
+
 @dataclass(frozen=True)
 class PreferenceLoss:
     """One preference loss. ``rlfast.preference_loss(name)`` makes those of the table; this makes any other.
@@ -144,8 +154,7 @@ class PreferenceLoss:
         object.__setattr__(self, "prepared", self._prepare())
         object.__setattr__(self, "unsorted", replace(self, sort=None, nll=0.0) if self.sort else None)
 
-    def _prepare(self) -> tuple:
-        """The op's arguments that no tensor changes, and what a call must bring."""
+    def _prepare(self) -> Prepared:
         score = next((p.score_hyper for p in self.parts if p.score == self.reward), {})
         terms = with_nll = terms_with_reward(self.parts, PAIRS, self.reward, score, self.reward_mean)
         if self.nll and not self.apart:
@@ -156,7 +165,7 @@ class PreferenceLoss:
         lengths |= any(p.hyper.get("length_price") for p in self.parts) or bool(self.nll)
         referenced = any(p.score in REFERENCED for p in self.parts) and not self.reference_free
         reads = read_by(self.parts, PAIRS) - (set(OF_PAIRS) if self.sort else set())
-        return flat(with_nll), flat(terms), lengths, referenced, reads
+        return Prepared(flat(with_nll), flat(terms), lengths, referenced, reads)
 
     @cached_property
     def apart(self) -> bool:
@@ -302,7 +311,7 @@ class PreferenceLoss:
     def _given(self, *fields) -> PairGiven:
         """The fields of a call, which the loss has a use for."""
         rest = PairGiven(*fields)
-        preference_inputs.asked_for(self, self.prepared[4], rest._asdict())
+        preference_inputs.asked_for(self, self.prepared.reads, rest._asdict())
         return rest
 
     def run(
@@ -341,9 +350,9 @@ class PreferenceLoss:
 
     def _launch(self, chosen, rejected, rest, nll, factor: float, per_pair: bool, names, needs=None):
         """The op; ``needs`` says which sides need a gradient, None that the log-probs know."""
-        with_nll, without, lengths, referenced, _ = self.prepared
-        checked = preference_inputs.checked((chosen, rejected), names, rest, self, lengths, referenced)
-        terms = with_nll if nll is None else without
+        ready = self.prepared
+        checked = preference_inputs.checked((chosen, rejected), names, rest, self, ready.lengths, ready.referenced)
+        terms = ready.terms if nll is None else ready.without_nll
         needs = [*(needs or (_needs(checked[0]), _needs(checked[op.SIDE]))), per_pair]
         settings = Settings(float(self.tail), float(factor))
         return op.call(*checked, *terms, settings, REDUCTIONS.index(self.reduce), needs, backends.requested())

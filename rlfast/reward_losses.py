@@ -68,7 +68,7 @@ class RewardLoss:
             if x.dim() != 1:
                 validate.fail(name, "shape [B], one reward a response", validate.shape(x))
         given = {"margin": margin, "extra": probability, "weights": weights}
-        asked_for(self.objective, self.objective.prepared[4], given, {"extra": "probability"})
+        asked_for(self.objective, self.objective.prepared.reads, given, {"extra": "probability"})
         validate.within("probability", probability, limits.SHARE)
         sides = (Given(x, *(None,) * 5) for x in (chosen_rewards, rejected_rewards))
         rest = PairGiven(margin, probability, None, weights, num_items)

