@@ -21,13 +21,13 @@ FAMILIES = (
     sampling,
 )  # fmt: skip
 CASES: tuple[Case, ...] = tuple(case for family in FAMILIES for case in family.CASES)
-_CLASS = {case.op: type(case) for case in CASES}
+_CLASS = {key: type(case) for case in reversed(CASES) for key in (case.op, case.name)}
 _FAMILY = {case.op: family for family in FAMILIES for case in family.CASES}
 
 
 def read(fields: dict) -> Case:
     """The case that a result file holds."""
-    return _CLASS[fields["op"]].read(fields)
+    return _CLASS[fields["name"] if fields["name"] in _CLASS else fields["op"]].read(fields)
 
 
 def family(op: str):
@@ -38,6 +38,6 @@ def family(op: str):
 def selected(ops=None, names=None) -> list[Case]:
     """Cases of these ops whose names contain one of these words; all of them by default."""
     for op in ops or ():
-        if op not in _CLASS:
-            raise ValueError(f"op: expected one of {sorted(_CLASS)}, got {op!r}")
+        if op not in _FAMILY:
+            raise ValueError(f"op: expected one of {sorted(_FAMILY)}, got {op!r}")
     return [c for c in CASES if (not ops or c.op in ops) and (not names or any(n in c.name for n in names))]

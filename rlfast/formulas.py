@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import inspect
 import typing
+from dataclasses import fields
+
+import torch
 
 from rlfast import validate
 from rlfast.kernels.formulas import SURROGATES, Formula
-from rlfast.kernels.lang import jit
+from rlfast.kernels.formulas.token import Token
+from rlfast.kernels.lang import jit, torch_version
+from rlfast.losses import Loss
 
 
 class UserFormula:
@@ -38,7 +43,8 @@ def formula(function) -> UserFormula:
         A UserFormula, for ``rlfast.Loss(surrogate, hyper)``.
 
     Raises:
-        TypeError: the function has other arguments, or ``h`` is not annotated with a NamedTuple of floats.
+        TypeError: the function has other arguments or does not return four values, ``h`` is not annotated with a
+            NamedTuple of floats, or one of these is called like an option of ``rlfast.Loss``.
 
     Example:
         >>> import typing
@@ -59,9 +65,30 @@ def formula(function) -> UserFormula:
     if len(names) != 2 or names[1] != "h":
         validate.fail("function", "the arguments (t, h)", f"({', '.join(names)})", TypeError)
     hyper = _record(function)
-    name = f"{function.__module__}.{function.__qualname__}"
-    SURROGATES[name] = Formula.of(jit(function), hyper)
-    return UserFormula(name, SURROGATES[name].function, hyper)
+    made = Formula.of(jit(function), hyper)
+    _tried(made)
+    name = _name_of(function)
+    SURROGATES[name] = made
+    return UserFormula(name, made.function, hyper)
+
+
+def _name_of(function) -> str:
+    """A name of its own: what a factory or a notebook makes anew leaves the losses alone that have the old one."""
+    name = whole = f"{function.__module__}.{function.__qualname__}"
+    count = 1
+    while name in SURROGATES:
+        count += 1
+        name = f"{whole}#{count}"
+    return name
+
+
+def _tried(made: Formula) -> None:
+    """Refuse what does not return the four numbers of a token."""
+    one = torch.ones(1)
+    found = torch_version(made.function)(Token(-one, -one, one - one, one, one, one), made.hyper())
+    if not isinstance(found, tuple) or len(found) != 4:
+        got = f"{len(found)} values" if isinstance(found, tuple) else type(found).__name__
+        validate.fail("function", "a function that returns (ℓ, ∂ℓ/∂x, ∂ℓ/∂log p, clipped)", got, TypeError)
 
 
 def _record(function) -> type:
@@ -76,4 +103,8 @@ def _record(function) -> type:
     kinds = typing.get_type_hints(hyper).values()
     if set(hyper._field_defaults) != set(hyper._fields) or any(kind is not float for kind in kinds):
         validate.fail("function", wanted, f"{hyper.__name__}{hyper._fields}", TypeError)
+    taken = {option.name for option in fields(Loss)} & set(hyper._fields)
+    if taken:
+        wanted = "hyper-parameters with other names than the options of rlfast.Loss"
+        validate.fail("function", wanted, ", ".join(sorted(taken)), TypeError)
     return hyper

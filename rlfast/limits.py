@@ -38,7 +38,7 @@ HYPER = {
     token.Awr: {"coef": FINITE, "max_weight": POSITIVE_BOUND},
     token.Dppo: _RANGE | {"cap": POSITIVE_BOUND},
     token.KlCov: {"coef": NOT_NEGATIVE},
-    token.NashMd: {"beta": NOT_NEGATIVE},
+    token.NashMd: {"pull": NOT_NEGATIVE},
     token.Cpgd: {"eps_low": BELOW_ONE, "eps_high": BOUND, "alpha": NOT_NEGATIVE},  # log(1 − eps_low)
     value.ValueClip: {"clip": POSITIVE_BOUND},
     value.Huber: {"delta": POSITIVE, "clip": POSITIVE_BOUND},

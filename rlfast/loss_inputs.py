@@ -30,18 +30,22 @@ class Given(NamedTuple):
     num_items: object
 
 
-def checked(given: Given, name: str, needs: tuple[str, ...], coefs: tuple) -> Fields:
+def checked(given: Given, name: str, needs: tuple[str, ...], idle: tuple[str, ...], coefs: tuple) -> Fields:
     """The op's fields, or an error that names the argument.
 
     Args:
         given: the call's arguments.
         name: of the loss, for its messages.
         needs: names of the fields that this loss cannot do without.
+        idle: names of those that it would not read.
         coefs: (beta, entropy_coef), numbers or 0-dim tensors.
     """
     for field in needs:
         if getattr(given, field) is None:
             validate.fail(field, f"a tensor: {name} needs it", "None")
+    for field in idle:
+        if getattr(given, field) is not None:
+            validate.fail(field, f"None: {name} reads none", type(getattr(given, field)).__name__)
     logp = given.logp
     validate.tensor("logp", logp)
     if logp.dim() not in (1, 2):

@@ -14,7 +14,16 @@ from rlfast.kernels.formulas import SURROGATES
 from rlfast.kernels.formulas.kl import KlBounds
 from rlfast.kl import estimator
 from rlfast.ops import token_loss as op
-from rlfast.ops.loss_records import LEVELS, METRICS, REDUCTIONS, SEQ_SUM_OVER_MAX_LEN, UNITS, Plan, Settings
+from rlfast.ops.loss_records import (
+    LEVELS,
+    METRICS,
+    REDUCTIONS,
+    SEQ_SUM_OVER_MAX_LEN,
+    UNITS,
+    Plan,
+    Settings,
+    row_wise,
+)
 
 KL_RATIOS = (None, "unit", "token", "score")
 INFINITE = math.inf
@@ -29,21 +38,21 @@ class LossMetrics:
 
     __slots__ = ("names", "values")
 
-    def __init__(self, values: torch.Tensor, names: tuple[str, ...] = METRICS):
-        self.values, self.names = values, names
+    def __init__(self, values: torch.Tensor, names: tuple[str | None, ...] = METRICS):
+        self.values, self.names = values, names  # None: of no meaning in this loss
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        if name not in self.names:
-            raise KeyError(f"metric: expected one of {', '.join(self.names)}, got {name!r}")
+        if name not in self.keys():
+            raise KeyError(f"metric: expected one of {', '.join(self.keys())}, got {name!r}")
         return self.values[self.names.index(name)]
 
     def keys(self) -> tuple[str, ...]:
         """The names."""
-        return self.names
+        return tuple(name for name in self.names if name)
 
     def as_dict(self) -> dict[str, float]:
         """Every metric as a float; one synchronisation."""
-        return dict(zip(self.names, self.values.tolist(), strict=True))
+        return {name: x for name, x in zip(self.names, self.values.tolist(), strict=True) if name}
 
 
 class LossOutput(NamedTuple):
@@ -51,6 +60,23 @@ class LossOutput(NamedTuple):
 
     loss: torch.Tensor  # []
     metrics: LossMetrics
+
+
+class Prepared(NamedTuple):
+    """What of an objective no tensor changes: the op's arguments, and what a call must and must not bring."""
+
+    surrogate: str
+    kl: str
+    plan: Plan
+    settings: Settings
+    hyper: list[float]
+    bounds: list[float]
+    needs: tuple[str, ...]
+    idle: tuple[str, ...]  # fields that nothing would read
+
+
+# What belongs to a KL, and is at these values without one.
+NO_KL = {"beta": 0.0, "kl_d_max": INFINITE, "kl_max": INFINITE, "kl_ratio": None}
 
 
 @dataclass(frozen=True)
@@ -65,7 +91,7 @@ class Loss:
         unit: "token", "seq_mean", "seq_sum" or "seq_mean_through": whose log-ratio the surrogate sees.
         reduce: "token_mean", "token_sum", "seq_mean_token_mean", "seq_mean_token_sum" or "seq_sum_over_max_len".
         kl: "k1", "k2", "k3", "absolute" (or "abs") or None; with a "+", its value with the gradient of k2.
-        beta: weight of the KL; a 0-dim tensor stays on its device.
+        beta: weight of the KL; a 0-dim tensor stays on its device. At 0 ``ref_logp`` may come, and is not read.
         kl_d_max, kl_max: bounds of |log π_ref − log π| and of the estimate.
         kl_ratio: multiplies the estimate by r, and differentiates through it: None, "unit" or "token"; with "score", by
             π/sg(π), whose value is 1.
@@ -135,6 +161,12 @@ class Loss:
         validate.one_of("kl_ratio", self.kl_ratio, KL_RATIOS)
         if self.kl is not None:
             object.__setattr__(self, "kl", estimator("kl", self.kl))
+        for option, off in NO_KL.items() if self.kl is None else ():
+            value = getattr(self, option)
+            if option != "kl_ratio":
+                self._number(option)  # its range first
+            if isinstance(value, torch.Tensor) or value != off:
+                validate.fail(option, f"{off} without kl", repr(value))
         if self.weight_in_ratio and self.unit == "token":
             validate.fail("unit", "the unit of a sequence with weight_in_ratio", repr(self.unit))
         if isinstance(self.correction, str):
@@ -158,8 +190,7 @@ class Loss:
         x = validate.scalar(option, getattr(self, option), limit)
         return 1.0 if isinstance(x, torch.Tensor) else x
 
-    def _prepare(self, formula) -> tuple:
-        """The op's arguments that no tensor changes."""
+    def _prepare(self, formula) -> Prepared:
         c = self.correction or Correction()
         for low, high in limits.ORDERED:
             validate.ordered(low, self._number(low), high, self._number(high))
@@ -184,7 +215,8 @@ class Loss:
         needs = tuple(self.needs) + (("ref_logp",) if kl else ()) + (("entropy",) if self._has_bonus() else ())
         needs += ("rollout_logp",) if c.weight or c.gate else ()
         name = getattr(self.surrogate, "name", self.surrogate)
-        return name, kl.removesuffix("+"), plan, settings, hyper, bounds, needs
+        idle = (() if self.kl else ("ref_logp",)) + (() if "extra" in formula.reads else ("extra",))
+        return Prepared(name, kl.removesuffix("+"), plan, settings, hyper, bounds, needs, idle)
 
     def _has_bonus(self) -> bool:
         return isinstance(self.entropy_coef, torch.Tensor) or self.entropy_coef != 0.0
@@ -201,6 +233,8 @@ class Loss:
                     option, f"an option of {self.name}: {', '.join(sorted(known))}", "an unknown name", TypeError
                 )
         given = {k: v for k, v in options.items() if k in names}
+        if "kl" in given and given["kl"] != self.kl:  # the bounds are the other estimator's
+            given = {k: v for k, v in NO_KL.items() if given["kl"] is None or k.startswith("kl_")} | given
         base = {} if "surrogate" in options else self.hyper
         return replace(self, **given, hyper=base | {k: v for k, v in options.items() if k not in names})
 
@@ -215,11 +249,11 @@ class Loss:
             adv: [B, T] or [B]; [N] or [B] when packed. Advantages.
             old_logp: like logp. log π_old; None is the value of logp itself (on-policy).
             mask: like logp, bool or number. 0 takes a token out; what it holds has no effect.
-            ref_logp: like logp. log π_ref, for the KL.
+            ref_logp: like logp. log π_ref, for the KL; None where there is none.
             rollout_logp: like logp. log-probs of the engine that sampled, for the correction.
             entropy: like logp. Entropies in nats, with gradient, for the bonus and the metric.
             weights: like logp, or [B]. Multiply the surrogate; no gradient.
-            extra: like logp. What the surrogate calls ``extra``.
+            extra: like logp. What the surrogate calls ``extra``; None where it has no use for it.
             keep: like logp, bool. Tokens whose surrogate counts; the others keep their KL and their place in n.
             cu_seqlens: int [B + 1]. Where packed sequences begin and end.
             num_items: number or 0-dim tensor in place of this batch's own count of tokens (or of sequences) in n.
@@ -230,14 +264,17 @@ class Loss:
             LossOutput(loss, metrics).
 
         Raises:
-            ValueError, TypeError: a field is missing, or has another shape, dtype or device; the message names it. On a
-                GPU, and in compiled code, what num_items and cu_seqlens hold is not looked at.
+            ValueError, TypeError: a field is missing, nothing would read it, or it has another shape, dtype or device;
+                the message names it. On a GPU, and in compiled code, what num_items and cu_seqlens hold is not looked
+                at.
         """
-        surrogate, kl, plan, settings, hyper, bounds, needs = self.prepared
+        surrogate, kl, plan, settings, hyper, bounds, needs, idle = self.prepared
         given = loss_inputs.Given(
             logp, old_logp, ref_logp, rollout_logp, adv, entropy, weights, extra, mask, keep, cu_seqlens, num_items
         )
-        batch = loss_inputs.checked(given, self.name, needs, (self.beta, self.entropy_coef))
+        batch = loss_inputs.checked(given, self.name, needs, idle, (self.beta, self.entropy_coef))
+        if logp.dim() == 1 and cu_seqlens is None and row_wise(plan, settings):
+            validate.fail("cu_seqlens", f"the boundaries of packed sequences: {self.name} is one of sequences", "None")
         if world_size != 1 or accumulation != 1:
             factor = validate.positive("world_size", world_size) / validate.positive("accumulation", accumulation)
             settings = settings._replace(factor=factor, entropy_factor=1.0 / accumulation)

@@ -128,7 +128,7 @@ REWARDS = {
     None: {"beta": 0.05, "kind": "k1", "level": "token"},
     "trl": {"beta": 0.05, "kind": "k1", "level": "sequence"},
     "verl": {"beta": 0.001, "kind": "k1", "level": "token"},
-    "openrlhf": {"beta": 0.01, "kind": "k1", "level": "token"},
+    "openrlhf": {"beta": 0.01, "kind": "k1", "level": "token", "clip": (-10.0, 10.0)},
     "nemo-rl": {"beta": 0.01, "kind": "k3", "level": "token"},
 }
 # The critic's loss: how far V may move, and the reduction. TRL's is that of its PPO trainer, which 1.16 has no more.
@@ -156,13 +156,13 @@ def trainer(like: str) -> str:
     return validate.one_of("like", like, tuple(PRESETS))
 
 
-def preset(name: str, like: str, kl: str | None = None) -> dict:
+def preset(name: str, like: str, kl=...) -> dict:
     """The options by which a row becomes a trainer's own.
 
     Args:
         name: of the row.
         like: of the trainer.
-        kl: the estimator, where the caller asks for another than the trainer's default.
+        kl: the estimator or None, where the caller asks for another than the trainer's default.
 
     Raises:
         ValueError: the trainer is unknown, or has no such loss.
@@ -170,4 +170,6 @@ def preset(name: str, like: str, kl: str | None = None) -> dict:
     rows = PRESETS[trainer(like)]
     if name not in rows:
         validate.fail("name", f"one of {', '.join(rows)} for like={like!r}", repr(name))
-    return rows[name] | kl_bounds(like, kl or rows[name].get("kl"))
+    if kl is None:
+        return {option: x for option, x in rows[name].items() if option not in ("kl", "kl_ratio", "beta")}
+    return rows[name] | kl_bounds(like, rows[name].get("kl") if kl is ... else kl)

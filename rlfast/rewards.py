@@ -41,7 +41,7 @@ def shape_rewards(scores, logp, ref_logp, mask=None, *, beta=None, kind=None, cl
         mask: like logp, bool or number. The tokens that count; None is all.
         beta: a number or a 0-dim tensor, such as ``AdaptiveKL.value``. 0.05 if None.
         kind: of ``rlfast.kl_penalty``. "k1" if None.
-        clip: (low, high), bounds of the scores before the KL is taken off.
+        clip: (low, high), bounds of the scores before the KL is taken off; none if None, or the trainer's.
         level: "token" or "sequence". "token" if None.
         like: "trl" (its RLOO), "verl", "openrlhf" or "nemo-rl": that trainer's beta, kind, level and bounds.
 
@@ -72,6 +72,7 @@ def shape_rewards(scores, logp, ref_logp, mask=None, *, beta=None, kind=None, cl
         validate.fail("scores", f"shape {tuple(kl.shape[:1])} or {tuple(kl.shape)}", validate.shape(scores))
     validate.same_device("scores", scores, "logp", logp)
     mask = validate.counted(mask, "logp", logp)
+    clip = defaults.get("clip") if clip is None else clip
     if clip is not None:
         scores = _clipped(scores, clip)
     cost = torch.where(mask, beta * kl, 0.0)

@@ -12,22 +12,22 @@ import torch
 from rlfast import limits, validate
 
 
-def _centred(x, mask, count):
-    """x − its mean over the mask, in float32 or better; 0 elsewhere."""
-    x = torch.where(mask, x.to(torch.promote_types(x.dtype, torch.float32)), 0.0)
-    return torch.where(mask, x - x.sum() / count, 0.0)
-
-
-def _covariance(logp, adv, mask):
-    """((A − mean A)·(log p − mean log p), A as [B, T], mask as bool, its count)."""
+def _covariance(logp, adv, mask, process_group):
+    """((A − mean A)·(log p − mean log p), A as [B, T], mask as bool, its count here)."""
     validate.tensor("logp", logp)
     validate.tensor("adv", adv)
     logp, adv = logp.detach(), adv.detach()
     adv = adv[:, None].expand_as(logp) if adv.dim() == 1 and logp.dim() == 2 else adv
     validate.like("adv", adv, "logp", logp)
     mask = validate.counted(mask, "logp", logp)
-    count = mask.sum().clamp(min=1)
-    return _centred(adv, mask, count) * _centred(logp, mask, count), adv, mask, count
+    count, acc = mask.sum(), torch.promote_types(torch.promote_types(logp.dtype, adv.dtype), torch.float32)
+    both = torch.stack([torch.where(mask, x.to(acc), 0.0) for x in (adv, logp)])
+    sums = torch.cat([both.flatten(1).sum(1), count.to(acc).reshape(1)])
+    if process_group is not None:
+        torch.distributed.all_reduce(sums, group=process_group)
+    means = sums[:2] / sums[2].clamp(min=1.0)
+    moved = torch.where(mask, both - means.reshape(2, *[1] * logp.dim()), 0.0)
+    return moved[0] * moved[1], adv, mask, count.clamp(min=1)
 
 
 def _share(ratio, count):
@@ -58,7 +58,10 @@ def _lots(like, seed):
     return (((x >> 40) & 0xFFFFFF).float() / (1 << 24)).reshape(like.shape)
 
 
-def clip_cov_keep(logp, old_logp, adv, mask=None, *, ratio=2e-4, low=1.0, high=5.0, eps_low=0.2, eps_high=0.2, seed=0):
+def clip_cov_keep(
+    logp, old_logp, adv, mask=None, *, ratio=2e-4, low=1.0, high=5.0, eps_low=0.2, eps_high=0.2, seed=0,
+    process_group=None,
+):  # fmt: skip
     """Clip-Cov: a random few of the tokens whose covariance is large lose their surrogate.
 
         cov = (A − mean A)·(log π − mean log π);   max(⌊ratio·n⌋, 1) of those with low < cov < high are dropped
@@ -73,6 +76,7 @@ def clip_cov_keep(logp, old_logp, adv, mask=None, *, ratio=2e-4, low=1.0, high=5
         low, high: bounds of the covariance.
         eps_low, eps_high: PPO's clip range.
         seed: of the draw; give a new one at each step.
+        process_group: the means are over the batches of these processes; n is of this one.
 
     Returns:
         bool [B, T], for ``keep`` of a loss.
@@ -88,7 +92,7 @@ def clip_cov_keep(logp, old_logp, adv, mask=None, *, ratio=2e-4, low=1.0, high=5
         >>> rlfast.clip_cov_keep(logp, logp, adv).sum().item()
         2
     """
-    cov, adv, mask, count = _covariance(logp, adv, mask)
+    cov, adv, mask, count = _covariance(logp, adv, mask, process_group)
     validate.like("old_logp", old_logp, "logp", logp)
     for name, x, limit in (("low", low, limits.ANY), ("high", high, limits.ANY), ("eps_low", eps_low, limits.BOUND),
                            ("eps_high", eps_high, limits.BOUND)):  # fmt: skip
@@ -102,7 +106,7 @@ def clip_cov_keep(logp, old_logp, adv, mask=None, *, ratio=2e-4, low=1.0, high=5
     return ~_ranked_below(torch.where(eligible, _lots(cov, seed), -math.inf), _share(ratio, count))
 
 
-def kl_cov_extra(logp, adv, mask=None, *, ratio=2e-4):
+def kl_cov_extra(logp, adv, mask=None, *, ratio=2e-4, process_group=None):
     """KL-Cov: 1 at the tokens of the largest covariance, whose surrogate gets a KL penalty; 0 elsewhere.
 
         cov = (A − mean A)·(log π − mean log π);   the max(⌊ratio·n⌋, 1) largest
@@ -112,6 +116,7 @@ def kl_cov_extra(logp, adv, mask=None, *, ratio=2e-4):
         adv: [B, T] or [B] float. Advantages.
         mask: [B, T], bool or number. The tokens that count, of which there are n; None is all.
         ratio: the part of the n tokens that is chosen, of (0, 1].
+        process_group: the means are over the batches of these processes; n is of this one.
 
     Returns:
         [B, T] like logp, for ``extra`` of ``rlfast.loss("kl_cov")``.
@@ -127,7 +132,7 @@ def kl_cov_extra(logp, adv, mask=None, *, ratio=2e-4):
         >>> rlfast.kl_cov_extra(logp, adv)
         tensor([[1., 0., 0.]])
     """
-    cov, _, mask, count = _covariance(logp, adv, mask)
+    cov, _, mask, count = _covariance(logp, adv, mask, process_group)
     return _ranked_below(torch.where(mask, cov, -math.inf), _share(ratio, count)).to(logp.dtype)
 
 

@@ -6,11 +6,14 @@ import torch
 
 from rlfast import limits, validate
 from rlfast.logps import token_logps
-from rlfast.losses import Loss, LossOutput
-from rlfast.ops.loss_records import REDUCTIONS
+from rlfast.losses import Loss, LossMetrics, LossOutput
+from rlfast.ops.loss_records import METRICS, REDUCTIONS
 from rlfast.presets import VALUES
 
 KINDS = ("mse", "huber", "categorical")
+# What a launch says of a critic; the rest of its metrics is about policies.
+MEANT = ("loss", "scale", "tokens", "sequences", "clip_high", "dropped")
+SAID = tuple(name if name in MEANT else None for name in METRICS)
 
 
 def two_hot(returns, support):
@@ -62,7 +65,7 @@ def _categorical_logp(values, returns, mask, support):
 
 
 def _objective(kind: str, clip, delta: float, reduce: str) -> Loss:
-    # V and V_old are no log-probs: their difference is no ratio, and stays out of the metrics
+    # V and V_old are no log-probs, and their difference is no ratio
     shared = {"reduce": reduce, "unit_low": 0.0, "unit_high": 0.0, "name": "value_loss"}
     if kind == "categorical":
         return Loss("nll", reduce=reduce, name="value_loss")
@@ -70,6 +73,10 @@ def _objective(kind: str, clip, delta: float, reduce: str) -> Loss:
     if kind == "huber":
         return Loss("value_huber", {"delta": validate.positive("delta", delta)} | bound, **shared)
     return Loss("value_clipped", bound, **shared)
+
+
+def _said(out: LossOutput) -> LossOutput:
+    return out._replace(metrics=LossMetrics(out.metrics.values, SAID))
 
 
 def value_loss(
@@ -98,7 +105,8 @@ def value_loss(
         cu_seqlens, num_items, max_len, world_size, accumulation: as in a call of ``rlfast.Loss``.
 
     Returns:
-        LossOutput(loss, metrics). ``clip_high`` is the part of the tokens whose clipped loss is the larger.
+        LossOutput(loss, metrics). ``clip_high`` is the part of the tokens whose clipped loss is the larger; of the
+        metrics of a policy there are only those that mean something here.
 
     Raises:
         ValueError, TypeError: an argument has the wrong shape, type or name; the message names it.
@@ -124,7 +132,7 @@ def value_loss(
     if kind == "categorical":
         if given and clip is not None:
             validate.fail("clip", 'None for kind="categorical", which is never clipped', repr(clip))
-        return _objective(kind, None, delta, reduce)(_categorical_logp(values, returns, mask, support), **call)
+        return _said(_objective(kind, None, delta, reduce)(_categorical_logp(values, returns, mask, support), **call))
     validate.like("returns", returns, "values", values)
     call["mask"] = validate.mask_like(mask, "values", values)
     if clip is not None:
@@ -132,4 +140,4 @@ def value_loss(
             validate.fail("old_values", "a tensor: values are clipped to it", "None")
         old_values = validate.like("old_values", old_values, "values", values).detach()
     old_values = None if clip is None else old_values
-    return _objective(kind, clip, delta, reduce)(values, old_logp=old_values, adv=returns, **call)
+    return _said(_objective(kind, clip, delta, reduce)(values, old_logp=old_values, adv=returns, **call))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 import torch
+from torch.nn.functional import pad
 
 import rlfast
 from rlfast.parity import ORDERS
@@ -15,6 +16,7 @@ from tests.numerics import assert_gradient, assert_same_bits, assert_value, asse
 
 ALL = ("logp", "lse", "entropy", "ref_lse")
 ROWWISE = ("logits", "ref_logits", "hidden", "ref_hidden")
+PAD = 64  # columns
 KINDS = ("forward_kl", "reverse_kl", "jsd")
 
 
@@ -86,7 +88,7 @@ def oracle(pair: Pair, dtype: torch.dtype, order: int = 0) -> tuple[dict, dict]:
 
 
 def _reordered(leaves: dict, options: dict, seed: int) -> tuple[dict, dict]:
-    """The vocabulary and both hidden dimensions shuffled, differentiably."""
+    """The vocabulary and both hidden dimensions shuffled, differentiably; heads padded, as in ``tests/cases.py``."""
     draw = torch.Generator().manual_seed(seed)
     vocab = leaves["logits"].shape[-1] if "logits" in leaves else leaves["weight"].shape[0]
     ids = torch.randperm(vocab, generator=draw)
@@ -96,8 +98,8 @@ def _reordered(leaves: dict, options: dict, seed: int) -> tuple[dict, dict]:
         moved = {}
         for prefix in ("", "ref_"):
             columns = torch.randperm(leaves[prefix + "weight"].shape[1], generator=draw)
-            moved[prefix + "hidden"] = leaves[prefix + "hidden"][..., columns]
-            moved[prefix + "weight"] = leaves[prefix + "weight"][ids][:, columns]
+            moved[prefix + "hidden"] = pad(leaves[prefix + "hidden"][..., columns], (0, PAD))
+            moved[prefix + "weight"] = pad(leaves[prefix + "weight"][ids][:, columns], (0, PAD))
             bias = leaves.get(prefix + "bias")
             moved[prefix + "bias"] = None if bias is None else bias[ids]
     targets = options.get("targets")

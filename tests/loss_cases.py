@@ -48,7 +48,7 @@ ACTIVE = {
     "dppo_kl": {"eps_low": f32(0.004), "eps_high": f32(0.002), "cap": f32(1.2)},
     "kl_cov": {"coef": f32(0.6)},
     "cpgd": {"eps_low": f32(0.15), "eps_high": f32(0.12), "alpha": f32(0.3)},
-    "nash_md": {"beta": f32(0.3)},
+    "nash_md": {"pull": f32(0.3)},
     "value_clipped": {"clip": f32(0.1)},
     "value_huber": {"delta": f32(0.8), "clip": f32(0.1)},
 }
@@ -94,6 +94,10 @@ class LossCase:
     lengths: tuple | None = None  # of packed sequences whose mask is passed too; None: what is masked is not packed
     needs: tuple = LEAVES
     upstream: float = 1.0
+
+    def __post_init__(self):
+        idle = self.objective.prepared.idle
+        object.__setattr__(self, "fields", {k: x for k, x in self.fields.items() if k not in idle})
 
     def leaves(self) -> tuple:
         """The fields that need a gradient."""
@@ -169,12 +173,12 @@ def case_of(combination: dict) -> LossCase:
         "unit": {"unit_low": f32(-0.1), "unit_high": f32(0.15)},
         "signed": {"signed": True, "log_ratio_low": f32(-0.1), "log_ratio_high": f32(0.1)},
     }.get(c["bounds"], {})
+    kl = {"beta": torch.tensor(f32(0.3)) if tensors else f32(0.3), "kl_ratio": c["kl_ratio"]} if has_kl else {}
+    kl |= {"kl_d_max": f32(0.25), "kl_max": f32(0.1)} if has_kl and c["kl_bounds"] else {}
     coef = f32(c["entropy_coef"])
     objective = rlfast.Loss(
         c["surrogate"], HYPER[c["hyper"]].get(c["surrogate"], {}), unit=c["unit"], reduce=c["reduce"], kl=c["kl"],
-        beta=torch.tensor(f32(0.3)) if tensors else f32(0.3), kl_ratio=c["kl_ratio"] if has_kl else None,
-        kl_d_max=f32(0.25) if c["kl_bounds"] else math.inf, kl_max=f32(0.1) if c["kl_bounds"] else math.inf,
-        entropy_coef=torch.tensor(coef) if tensors else coef, entropy_mean=c["entropy_mean"],
+        **kl, entropy_coef=torch.tensor(coef) if tensors else coef, entropy_mean=c["entropy_mean"],
         correction=CORRECTIONS[c["correction"]], off_policy=c["off_policy"], mean_adv=c["mean_adv"],
         count_empty=c["count_empty"], weight_in_ratio=c["weight_in_ratio"] and c["unit"] != "token", **limits,
     )  # fmt: skip
@@ -189,7 +193,7 @@ def case_of(combination: dict) -> LossCase:
 
 def oracle(case: LossCase, dtype: torch.dtype, order: torch.Tensor | None = None) -> tuple[dict, dict]:
     """(loss and metrics, gradients by logp and entropy) by the reference; ``order`` shuffles a row's tokens."""
-    surrogate, kl, plan, settings, hyper, bounds, _ = case.objective.prepared
+    surrogate, kl, plan, settings, hyper, bounds, *_ = case.objective.prepared
     call = dict(case.call)
     if "max_len" in call:
         settings = settings._replace(max_len=float(call.pop("max_len")))

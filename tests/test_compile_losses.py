@@ -86,6 +86,28 @@ def test_compiled_without_a_graph_break(backend, device, name):
         assert_same_bits(what, compiled, eager)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ("ppo", "gspo"))
+@pytest.mark.backends("cpu")
+def test_compiled_by_the_default_compiler(backend, device, name):
+    """inductor, forward and backward, as run eagerly."""
+    torch._dynamo.reset()
+    results, old, adv = [], torch.randn(3, 7), torch.randn(3)
+
+    def function(logp):
+        out = rlfast.loss(name)(logp, old_logp=old, adv=adv)
+        return out.loss, out.metrics.values
+
+    for run in (function, torch.compile(function, fullgraph=True)):
+        leaf = (old + 0.1).requires_grad_()
+        with rlfast.use_backend(backend):
+            loss, metrics = run(leaf)
+        loss.backward()
+        results.append((loss.detach(), metrics.detach(), leaf.grad))
+    for what, eager, compiled in zip(("loss", "metrics", "gradient"), *results, strict=True):
+        assert_same_bits(what, compiled, eager)
+
+
 HELPERS = {
     **{f"kl_penalty {kind}": partial(rlfast.kl_penalty, kind=kind) for kind in ("k1", "k2", "k3", "absolute", "k3+")},
     "shape_rewards": lambda x, y: rlfast.shape_rewards(x[:, 0], x, y, beta=0.1),

@@ -143,6 +143,12 @@ def two_processes(rank: int, file: str, results):
     keep = rlfast.top_entropy_keep(
         torch.tensor([[0.0, 1.0], [2.0, 3.0]])[rank : rank + 1], quantile=0.5, process_group=group
     )
+    half = slice(rank, rank + 1)
+    logp, adv = torch.tensor([[-0.1, -5.0], [-2.0, -3.0]]), torch.tensor([[2.0, -2.0], [9.0, 0.0]])
+    both = {"ratio": 1.0, "process_group": group}
+    chosen = rlfast.clip_cov_keep(logp[half], logp[half], adv[half], low=0.0, high=5.0, **both)
+    covariance = rlfast.selections._covariance(logp[half], adv[half], None, group)[0]
+    results[2 + rank] = chosen.tolist(), covariance.tolist()
     results[rank] = (kl.value.item(), entropy.value.item(), seen.mean.item(), seen.std.item(), keep.tolist())
     torch.distributed.destroy_process_group()
 
@@ -155,6 +161,12 @@ def test_two_processes_update_as_one(tmp_path):
             two_processes, (str(tmp_path / "rendezvous"), results), nprocs=2, start_method="spawn"
         )
         first, second = results[0], results[1]
+        covariances = [results[2 + rank] for rank in (0, 1)]
+    logp, adv = torch.tensor([[-0.1, -5.0], [-2.0, -3.0]]), torch.tensor([[2.0, -2.0], [9.0, 0.0]])
+    whole = (adv - adv.mean()) * (logp - logp.mean())
+    for row, (kept, seen) in enumerate(covariances):
+        assert seen[0] == pytest.approx(whole[row].tolist())
+        assert kept[0] == (~((whole[row] > 0.0) & (whole[row] < 5.0))).tolist()
     assert first[:4] == second[:4]
     mean = (0.05 * 30 + 0.2 * 10) / 40
     assert first[0] == pytest.approx(0.2 * (1 + (mean / 0.1 - 1) * 40 / 1000))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -166,12 +167,48 @@ def test_the_cpu_backend_says_that_it_has_not_got_it(backend, device):
     assert rlfast.Loss(tempered)(logp - 1, adv=torch.ones(1)).loss.item() == 1.0  # without a request torch serves
 
 
+def of_one_value(t, h: Power):
+    return h.k * t.adv, 0.0, 0.0
+
+
+class Beta(NamedTuple):
+    beta: float = 0.1
+
+
+def with_an_option(t, h: Beta):
+    return h.beta * t.adv, 0.0, 0.0, 0.0
+
+
+def scaled(by: float):
+    def function(t, h: Power):
+        return by * h.k * t.adv, 0.0, 0.0, 0.0
+
+    return rlfast.formula(function)
+
+
+def test_formulas_of_one_factory_stay_apart():
+    """A notebook that defines its formula again leaves alone the losses that have the old one."""
+    logp, made = torch.zeros(1, 2), []
+    for by in (2.0, 14.0):
+        made.append(rlfast.Loss(scaled(by)))
+        with rlfast.use_backend("torch"):
+            assert [loss(logp, adv=torch.ones(1)).loss.item() for loss in made] == [1.0, 7.0][: len(made)]
+
+
+def test_no_formula_has_a_hyper_parameter_that_is_an_option():
+    options = {field.name for field in dataclasses.fields(rlfast.Loss)}
+    for name, formula in SURROGATES.items():
+        assert not options & set(formula.hyper._fields), name
+
+
 @pytest.mark.parametrize(
     ("function", "said"),
     (
         (3, "function: expected a function"),
         (lambda t: t, r"expected the arguments \(t, h\)"),
         (lambda t, h: t, "a NamedTuple of floats"),
+        (of_one_value, r"returns \(ℓ, ∂ℓ/∂x, ∂ℓ/∂log p, clipped\), got 3 values"),
+        (with_an_option, "other names than the options of rlfast.Loss, got beta"),
     ),
 )
 def test_what_is_no_formula(function, said):

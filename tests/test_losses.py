@@ -32,7 +32,7 @@ GOLDEN = {
 GOLDEN_KL = {"k1": 0.1, "k2": 0.0125, "k3": 0.011867}
 # name → (arXiv id, unit, reduction, KL and its weight, hyper-parameters that are on)
 PAPERS = {
-    "nash_md": ("2312.00886", "token", "seq_mean_token_sum", None, {"beta": 0.1}),
+    "nash_md": ("2312.00886", "token", "seq_mean_token_sum", None, {"pull": 0.1}),
     "reinforce": ("Williams 1992", "token", "token_mean", None, {}),
     "rloo": ("2402.14740", "token", "seq_mean_token_sum", None, {}),
     "remax": ("2310.10505", "token", "seq_mean_token_sum", None, {}),
@@ -112,12 +112,11 @@ def test_every_row(backend, device, name, packed, dtype):
 
 
 def test_the_table_is_what_the_papers_say():
-    assert set(PAPERS) == set(LOSSES)
     for name, (paper, unit, reduce, kl, hyper) in PAPERS.items():
         row = LOSSES[name]
         assert (row.paper, row.unit, row.reduce) == (paper, unit, reduce), name
         assert (row.kl and (row.kl, row.beta)) == kl, name
-        on = rlfast.loss(name).prepared[4]
+        on = rlfast.loss(name).prepared.hyper
         fields = rlfast.kernels.formulas.SURROGATES[row.surrogate].hyper._fields
         values = {k: v for k, v in zip(fields, on, strict=True) if k != "unused" and v != float("inf")}
         assert values == hyper, name
@@ -181,6 +180,62 @@ def test_an_unknown_loss_lists_the_known():
         rlfast.loss("vespo", unit="token")
     with pytest.raises(TypeError, match=r"dual_clip: expected an option of cispo"):
         rlfast.loss("cispo", dual_clip=3.0)
+
+
+def test_what_nothing_would_read_is_refused():
+    """A β without a KL, or a field that no term has, is a mistake, not a wish."""
+    logp = torch.zeros(2, 3)
+    for name, options, said in (
+        ("dapo", {"beta": 0.04}, "beta: expected 0.0 without kl, got 0.04"),
+        ("dapo", {"beta": torch.tensor(0.0)}, "beta: expected 0.0 without kl"),
+        ("dapo", {"kl_ratio": "unit"}, "kl_ratio: expected None without kl, got 'unit'"),
+        ("grpo", {"kl": None, "kl_max": 3.0}, "kl_max: expected inf without kl, got 3.0"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(said)):
+            rlfast.loss(name, **options)
+    for field in ("ref_logp", "extra"):
+        with pytest.raises(ValueError, match=f"{field}: expected None: dapo reads none, got Tensor"):
+            rlfast.loss("dapo")(logp, **tokens(**{field: logp}))
+    off = rlfast.loss("grpo", beta=0.0)(logp, **tokens(ref_logp=logp + 1))  # a trainer's β may be 0
+    assert off.loss.item() == rlfast.loss("grpo", kl=None)(logp, **tokens()).loss.item()
+
+
+@pytest.mark.parametrize("name", ("gspo", "gmpo", "vespo", "kimi", "grpo", "rloo"))
+def test_tokens_without_their_boundaries_are_no_sequence(name):
+    given = {k: torch.ones(6) for k in ("adv", "old_logp", "ref_logp")}
+    given = {k: x for k, x in given.items() if k not in rlfast.loss(name).prepared.idle}
+    with pytest.raises(ValueError, match=f"cu_seqlens: expected the boundaries .*: {name} is one of sequences, got No"):
+        rlfast.loss(name)(torch.zeros(6), **given)
+    assert rlfast.loss("ppo")(torch.zeros(6), adv=torch.ones(6)).loss.item() == -1.0  # tokens alone will do
+
+
+def test_another_estimator_has_its_own_bounds():
+    grpo = rlfast.loss("grpo", like="verl", beta=0.1)
+    assert (grpo.kl_d_max, grpo.kl_max) == (20.0, 10.0)
+    k2 = grpo.with_options(kl="k2")
+    assert (k2.kl_d_max, k2.kl_max, k2.beta) == (float("inf"), float("inf"), 0.1)
+    assert k2 == rlfast.loss("grpo", like="verl", beta=0.1, kl="k2")
+    assert grpo.with_options(kl="k3").kl_max == 10.0 and grpo.with_options(kl="k2", kl_max=5.0).kl_max == 5.0
+    nemo = rlfast.loss("grpo", like="nemo-rl", kl="k2")
+    assert (nemo.kl_d_max, nemo.kl_max) == (20.0, 10.0)
+    for off in (grpo.with_options(kl=None), rlfast.loss("grpo", like="nemo-rl", kl=None)):
+        assert (off.kl, off.beta, off.kl_max, off.kl_ratio) == (None, 0.0, float("inf"), None)
+
+
+def test_the_pull_of_nash_md_is_set_by_name():
+    given = {"adv": torch.ones(1), "old_logp": torch.full((1, 2), -1.0)}
+    losses = [rlfast.loss("nash_md", pull=pull)(torch.full((1, 2), -2.0), **given).loss.item() for pull in (0.1, 0.5)]
+    assert losses == pytest.approx([4.4, 6.0])
+
+
+def test_sapo_far_from_the_old_policy(backend, device):
+    """r = e^200 is infinite in float32: the gate is shut, and its slope is 0, not 0·∞."""
+    leaf = torch.tensor([[-1.0, -1.0]], device=device, requires_grad=True)
+    old = torch.tensor([[-201.0, -1.0]], device=device)
+    with rlfast.use_backend(backend):
+        out = rlfast.loss("sapo")(leaf, adv=torch.ones(1, device=device), old_logp=old)
+    out.loss.backward()
+    assert out.loss.item() == -3.0 and leaf.grad.tolist() == [[0.0, -0.5]]
 
 
 NAN = float("nan")

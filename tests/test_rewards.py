@@ -33,6 +33,13 @@ def test_openrlhf_puts_the_score_at_the_last_token_and_bounds_the_kl():
     close("rewards", got, torch.where(mask, wanted, 0.0))  # OpenRLHF's masked tokens hold a KL too
 
 
+def test_openrlhf_bounds_the_score_by_itself():
+    zero = torch.zeros(1, 2)
+    for clip, wanted in ((None, 10.0), ((-50.0, 50.0), 50.0)):
+        got = rlfast.shape_rewards(torch.tensor([50.0]), zero, zero, like="openrlhf", clip=clip)
+        assert got.tolist() == [[0.0, wanted]]
+
+
 def test_verl_keeps_the_scores_of_tokens_where_they_are():
     got, mask = shaped("token_adv", beta=0.05, like="verl")
     close("rewards", got, torch.where(mask, torch.tensor(GOLDEN["verl"], dtype=torch.float64), 0.0))

@@ -6,6 +6,7 @@ python tools/loss_docs.py [--check]
 from __future__ import annotations
 
 import argparse
+import hashlib
 import inspect
 import sys
 from dataclasses import fields
@@ -33,6 +34,10 @@ Made by `make docs` from `rlfast.LOSSES`. To add one: [add_a_loss.md](add_a_loss
 s is the surrogate, x = log π − log π_old of its unit (the token, or its sequence's mean or sum), r = e^x, sg a
 stop-gradient. m is the mask, ρ the correction for the sampler, c_t = 1/L in `seq_mean_token_mean`, n the denominator of
 the reduction, factor = world size ÷ gradient accumulation.
+
+Quark (arXiv 2205.13636) is `raft` on responses that begin with a token for the quantile of their reward, with `kl=` or
+`rlfast.divergence` to the reference. `clip_cov` and `kl_cov` take what `rlfast.clip_cov_keep` and
+`rlfast.kl_cov_extra` choose.
 """
 
 
@@ -122,6 +127,12 @@ def curves(surrogate: str, adv: float) -> tuple[torch.Tensor, ...]:
     return ratio, value, (torch.as_tensor(d_x) + torch.as_tensor(d_logp)).expand_as(x)
 
 
+def digest(surrogate: str) -> str:
+    """Of what is plotted, as far as one can see it."""
+    drawn = [[round(y, 4) + 0.0 for y in part.tolist()] for adv in (1.0, -1.0) for part in curves(surrogate, adv)]
+    return f"curves {hashlib.sha256(repr(drawn).encode()).hexdigest()[:16]}"
+
+
 def plot(surrogate: str) -> None:
     """value and gradient against the ratio, for A = ±1."""
     import matplotlib
@@ -143,7 +154,7 @@ def plot(surrogate: str) -> None:
     axes[0].legend(frameon=False, fontsize=8)
     PLOTS.mkdir(exist_ok=True)
     path = PLOTS / f"{surrogate}.svg"
-    figure.savefig(path, metadata={"Date": None})
+    figure.savefig(path, metadata={"Date": None, "Description": digest(surrogate)})
     pyplot.close(figure)
     lines = path.read_text(encoding="utf-8").splitlines()
     path.write_text("\n".join(line.rstrip() for line in lines) + "\n", encoding="utf-8")
@@ -159,7 +170,9 @@ def main(arguments=None) -> int:
     fresh = before + begin + "\n".join(summary("docs/losses.md")) + "\n" + end + rest.split(end)[1]
     if check:
         stale = PAGE.read_text(encoding="utf-8") != page() or readme != fresh
-        return 1 if stale or {path.stem for path in PLOTS.glob("*.svg")} != set(policies()) else 0
+        drawn = {path.stem: path.read_text(encoding="utf-8") for path in PLOTS.glob("*.svg")}
+        stale = stale or set(drawn) != set(policies()) or any(digest(name) not in text for name, text in drawn.items())
+        return int(stale)
     for surrogate in policies():
         plot(surrogate)
     PAGE.write_text(page(), encoding="utf-8")

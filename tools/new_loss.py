@@ -34,7 +34,7 @@ ROW = '    _row("{name}", "{name}", "????.?????"),\n'
 ORACLE = '''
 
 def {name}(t, eps=0.2):
-    """arXiv ????.?????: as the paper writes it, with ``.detach()`` for a stop-gradient."""
+    """arXiv ????.?????: as the paper writes it, with ``.detach()`` for a stop-gradient; bounds go into ``BOUNDS``."""
     raise NotImplementedError("{name}: the oracle")
 '''
 

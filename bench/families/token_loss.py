@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 from dataclasses import dataclass, replace
 from typing import ClassVar
@@ -12,7 +13,7 @@ import rlfast
 from bench import arms
 from bench.baselines import token_loss as baselines
 from bench.case import DTYPES, Case, Target
-from bench.draws import generator
+from bench.draws import even, generator, normal
 
 COLD_BYTES = 256 << 20  # what is read in turn; no cache holds it
 
@@ -115,6 +116,94 @@ class TokenLoss(Case):
         return 2 * once if arm == "copy" else once
 
 
+@dataclass(frozen=True, kw_only=True)
+class FromLogits(Case):
+    """GRPO with k3 of ``rows`` responses from their logits, with the gradient by the logits: what Liger's kernel does.
+
+    Liger takes [rows, length + 1, vocab] and leaves out the last position; so does every arm.
+    """
+
+    op: str = "token_loss"
+    rows: int
+    length: int
+    vocab: int
+
+    OURS: ClassVar = ()
+    GATES: ClassVar = {"bfloat16": 0.1}
+    NAMES: ClassVar = {"eager": "eager torch, as TRL writes it"}
+
+    def small(self) -> FromLogits:
+        return replace(self, rows=2, length=9, vocab=129, budget_s=0.2)
+
+    def inputs(self, device: str = "cpu") -> dict[str, torch.Tensor]:
+        draw, shape = generator(device), (self.rows, self.length)
+        logits = normal(draw, self.rows, self.length + 1, self.vocab, dtype=DTYPES[self.dtype])
+        targets = torch.randint(self.vocab, shape, generator=draw, device=device)
+        near = rlfast.token_logps(logits[:, :-1], targets).logp
+        old, ref = (near + normal(draw, *shape, dtype=torch.float32, scale=scale) for scale in (0.15, 0.2))
+        adv = torch.randn(self.rows, generator=draw, device=device)
+        mask = torch.ones(shape, dtype=torch.bool, device=device)
+        return {"logits": logits, "targets": targets, "old_logp": old, "adv": adv, "mask": mask, "ref_logp": ref}
+
+    def _arms(self, functions: dict, data: dict) -> dict:
+        leaf, rest = {"logits": data["logits"]}, tuple(data.values())[1:]
+        upstream = torch.ones((), device=data["logits"].device)
+        return {name: arms.arm(f, leaf, rest, ("loss",), upstream) for name, f in functions.items()}
+
+    def ours(self, data: dict) -> dict:
+        objective = rlfast.loss("grpo")
+
+        def run(logits, targets, old_logp, adv, mask, ref_logp):
+            logp = rlfast.token_logps(logits[:, :-1], targets, mask=mask).logp
+            return objective(logp, old_logp=old_logp, adv=adv, mask=mask, ref_logp=ref_logp).loss
+
+        return self._arms({"rlfast": run}, data)
+
+    @staticmethod
+    def _eager(logits, targets, *fields):
+        logp = logits[:, :-1].log_softmax(-1).gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+        return baselines.alone(baselines.grpo)(logp, *fields)
+
+    def plain(self, data: dict) -> dict:
+        return self._arms({"eager": self._eager, "compile": torch.compile(self._eager, dynamic=False)}, data)
+
+    def peers(self, data: dict, device: str) -> dict:
+        if device != "cuda" or not arms.has("liger_kernel"):
+            return {}
+        liger = importlib.import_module("liger_kernel.transformers.grpo_loss")
+
+        def run(logits, targets, old_logp, adv, mask, ref_logp):
+            found = liger.triton_grpo_loss(
+                logits, old_logp, ref_logp, targets, adv, mask, temperature=1.0, beta=0.04, eps_low=0.2, eps_high=0.2,
+                inplace=False, loss_type="grpo", reduce=True,
+            )  # fmt: skip
+            return found[0] if isinstance(found, tuple) else found
+
+        return self._arms({"liger": run}, data)
+
+    def truth(self, data: dict) -> dict:
+        """A response at a time: float64 logits of all of them would not fit."""
+        total, gradients, chosen = 0.0, [], even(self.rows, 4).tolist()
+        for row in range(self.rows):
+            leaf = data["logits"][row : row + 1].double().requires_grad_()
+            rest = (data["targets"][row : row + 1], *(x[row : row + 1].double() for x in tuple(data.values())[2:]))
+            with torch.enable_grad():
+                loss = self._eager(leaf, *rest) / self.rows
+            total += loss.detach()
+            if row in chosen:
+                gradients += torch.autograd.grad(loss, leaf)
+        where = torch.tensor(chosen, device=data["logits"].device)
+        return {"loss": (None, total), "grad_logits": (where, torch.cat(gradients))}
+
+    def ceilings(self, data: dict, device: str) -> dict:
+        return arms.bandwidth(data["logits"])
+
+    def traffic(self, arm: str) -> int:
+        """Read for the log-probs, read and written for the gradient; a copy moves each byte twice."""
+        passes = {"read": 1, "copy": 2}.get(arm, 3)
+        return passes * self.rows * (self.length + 1) * self.vocab * DTYPES[self.dtype].itemsize
+
+
 ISA = (Target("rlfast avx2", "eager", 3.0), Target("rlfast avx2", "compile", 1.0))
 MILLION = (
     Target("rlfast", "eager", 8.0),
@@ -152,8 +241,14 @@ def _call(loss: str) -> TokenLoss:
     )
 
 
+FROM_LOGITS = FromLogits(
+    name="token_loss grpo from logits, 32 × 512 × 49152 bfloat16", rows=32, length=512, vocab=49152, dtype="bfloat16",
+    gpu_targets=(Target("rlfast", "liger", 1.0), Target("rlfast", "compile", 1.0)), gpu_only=True, isas=False,
+)  # fmt: skip
+
 CASES = (
     *(_case(loss) for loss in baselines.LOSSES),
     *(_call(loss) for loss in baselines.LOSSES),
     *(_large(loss) for loss in baselines.LOSSES),
+    FROM_LOGITS,
 )

@@ -4,9 +4,20 @@
 loss, ``RANKINGS`` a loss of ranked groups.
 """
 
+from types import FunctionType
 from typing import NamedTuple
 
 from rlfast.kernels.formulas import anchored, kl, pair, ranked, reward, score, token, unpaired, value
+
+
+def _names(source) -> set[str]:
+    found = set(source.__code__.co_names)
+    for name in tuple(found):
+        called = source.__globals__.get(name)
+        called = getattr(called, "fn", called)
+        if isinstance(called, FunctionType) and called is not source and called.__module__ == source.__module__:
+            found |= _names(called)
+    return found
 
 
 class Formula(NamedTuple):
@@ -18,8 +29,8 @@ class Formula(NamedTuple):
 
     @classmethod
     def of(cls, function, hyper: type):
-        """With the names that its text has."""
-        return cls(function, hyper, frozenset(getattr(function, "fn", function).__code__.co_names))
+        """With the names that its text has, and the texts of what it calls."""
+        return cls(function, hyper, frozenset(_names(getattr(function, "fn", function))))
 
 
 def _formulas(module) -> dict[str, Formula]:

@@ -146,13 +146,13 @@ class Sapo(NamedTuple):
 def sapo(t: Token, h: Sapo):
     """ℓ = −A·σ(τ(r − 1))·4/τ.
 
-    ∂ℓ/∂x = −4·A·r·σ(τ(r − 1))·σ(−τ(r − 1)). arXiv 2511.20347.
+    ∂ℓ/∂x = −4·A·r·σ(τ(r − 1))·σ(−τ(r − 1)), r·σ(−u) = e^(x − u)·σ(u). arXiv 2511.20347.
     """
     tau = tl.where(t.adv > 0.0, h.tau_pos, h.tau_neg)
     u = tau * (t.ratio - 1.0)
     gate = sigmoid(u)
-    rest = exp(-u) * gate  # σ(−u) without the cancellation of 1 − σ(u)
-    return -t.adv * gate * 4.0 / tau, -t.adv * 4.0 * gate * rest * t.ratio, 0.0, 0.0
+    rest = exp(t.log_ratio - u) * gate  # neither the cancellation of 1 − σ(u) nor 0·∞ where r is infinite
+    return -t.adv * gate * 4.0 / tau, -t.adv * 4.0 * gate * rest, 0.0, 0.0
 
 
 class Vespo(NamedTuple):
@@ -328,14 +328,14 @@ def cpgd(t: Token, h: Cpgd):
 class NashMd(NamedTuple):
     """Weight of the pull towards the reference."""
 
-    beta: float = 0.1
+    pull: float = 0.1
 
 
 @jit
 def nash_md(t: Token, h: NashMd):
-    """ℓ = −A·log p + β·sg(log p − log p_ref)·log p, A = P − ½ of the whole response, old_logp the reference's.
+    """ℓ = −A·log p + τ·sg(log p − log p_ref)·log p, A = P − ½ of the whole response, old_logp the reference's, τ pull.
 
-    ∂ℓ/∂log p = −A + β(log p − log p_ref). arXiv 2312.00886.
+    ∂ℓ/∂log p = −A + τ(log p − log p_ref). arXiv 2312.00886.
     """
-    pull = h.beta * (t.logp - t.old_logp)
+    pull = h.pull * (t.logp - t.old_logp)
     return (pull - t.adv) * t.logp, 0.0, pull - t.adv, 0.0

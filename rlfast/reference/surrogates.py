@@ -108,9 +108,9 @@ def cpgd(t, eps_low=0.2, eps_high=0.2, alpha=0.1):
     return -torch.min(t.log_ratio * t.adv, bounded * t.adv) + alpha * (t.ratio - 1 - t.log_ratio)
 
 
-def nash_md(t, beta=0.1):
+def nash_md(t, pull=0.1):
     """arXiv 2312.00886: P − ½ as the advantage, and the reference policy as the old one."""
-    return -t.adv * t.logp + beta * (t.logp - t.old_logp).detach() * t.logp
+    return -t.adv * t.logp + pull * (t.logp - t.old_logp).detach() * t.logp
 
 
 def value_clipped(t, clip=float("inf")):
