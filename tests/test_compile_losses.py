@@ -24,9 +24,9 @@ OBJECTIVES = {
 }
 
 
-def inputs(device: str = "cpu", packed: bool = False) -> dict:
-    """Every field of a few short sequences."""
-    fields = drawn(3, 7, "f32")
+def inputs(device: str = "cpu", packed: bool = False, name: str = "ppo") -> dict:
+    """Every field of a few short sequences that the objective has a use for."""
+    fields = {k: x for k, x in drawn(3, 7, "f32").items() if k not in OBJECTIVES[name].prepared.idle}
     if packed:
         ends = torch.tensor([0, 7, 7, 21])
         fields = {k: x.flatten() for k, x in fields.items()} | {"adv": fields["adv"].squeeze(1), "cu_seqlens": ends}
@@ -37,9 +37,9 @@ def inputs(device: str = "cpu", packed: bool = False) -> dict:
 
 def arguments(objective: rlfast.Loss, given: dict, backend: str) -> tuple:
     """What the public function hands to the op."""
-    surrogate, kl, plan, settings, hyper, bounds, needs = objective.prepared
+    surrogate, kl, plan, settings, hyper, bounds, needs, idle = objective.prepared
     names = loss_inputs.Given._fields
-    batch = loss_inputs.checked(loss_inputs.Given(*(given.get(n) for n in names)), "loss", needs, (0.5, 0.25))
+    batch = loss_inputs.checked(loss_inputs.Given(*(given.get(n) for n in names)), "loss", needs, idle, (0.5, 0.25))
     return (*batch, surrogate, kl, list(plan), list(settings), hyper, bounds, [True, True], backend)
 
 
@@ -47,7 +47,7 @@ def arguments(objective: rlfast.Loss, given: dict, backend: str) -> tuple:
 @pytest.mark.parametrize("packed", (False, True), ids=("padded", "packed"))
 @pytest.mark.backends("torch", "cpu", "cuda")
 def test_opcheck(backend, device, name, packed):
-    given = inputs(device, packed)
+    given = inputs(device, packed, name)
     given = {k: x.requires_grad_() if k in ("logp", "entropy") else x for k, x in given.items()}
     torch.library.opcheck(op.op, arguments(OBJECTIVES[name], given, backend))
     gradient, scale = torch.randn(3, 7, device=device), torch.rand((), device=device)
@@ -56,7 +56,7 @@ def test_opcheck(backend, device, name, packed):
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_fake_kernel_agrees(backend, device, name):
-    args = arguments(OBJECTIVES[name], inputs(device), backend)
+    args = arguments(OBJECTIVES[name], inputs(device, name=name), backend)
     real = op.op(*args)
     with FakeTensorMode() as mode:
         fake = op.op(*(mode.from_tensor(x) if isinstance(x, torch.Tensor) else x for x in args))
@@ -76,7 +76,7 @@ def test_compiled_without_a_graph_break(backend, device, name):
         return 2 * out.loss, out.metrics.values
 
     for run in (function, torch.compile(function, fullgraph=True, backend="aot_eager")):
-        given = inputs(device)
+        given = inputs(device, name=name)
         leaves = [given.pop(k).requires_grad_() for k in ("logp", "entropy")]
         with rlfast.use_backend(backend):
             loss, metrics = run(*leaves, given)
@@ -132,7 +132,8 @@ def test_helpers_compile_without_a_graph_break(name):
     torch._dynamo.reset()
     results = []
     for run in (HELPERS[name], torch.compile(HELPERS[name], fullgraph=True, backend="aot_eager")):
-        x, y = inputs()["logp"].requires_grad_(), inputs()["ref_logp"]
+        x, y = (drawn(3, 7, "f32")[name] for name in ("logp", "ref_logp"))
+        x.requires_grad_()
         out = run(x, y)
         if out.requires_grad:
             out.sum().backward()
@@ -151,7 +152,7 @@ def test_forward_mode_is_refused():
 @pytest.mark.backends("triton", "cuda")
 @pytest.mark.gpu
 def test_in_a_cuda_graph(backend, device):
-    objective, given = OBJECTIVES["everything"], inputs(device)
+    objective, given = OBJECTIVES["everything"], inputs(device, name="everything")
     logp = given.pop("logp").requires_grad_()
 
     def step():

@@ -83,11 +83,11 @@ def test_three_places_are_enough(tmp_path):
         path.unlink()  # a link to the repository's own
         end = ")  # fmt: skip\n\n\ndef loss("
         path.write_text(before.replace(end, text + end) if end in before else before + text, encoding="utf-8")
-    tests = ["tests/test_losses.py", "-k", "papers_say or (test_every_row and tight)", "--backend", "torch"]
+    tests = ["tests/test_losses.py", "-k", "test_every_row and tight", "--backend", "torch"]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:]
-    assert "7 passed" in done.stdout, done.stdout[-300:]
+    assert "6 passed" in done.stdout, done.stdout[-300:]
 
 
 @pytest.mark.parametrize("name", ("ppo_clip", "dapo"))

@@ -104,14 +104,14 @@ struct Sapo {
 };
 
 // ℓ = −A·σ(τ(r − 1))·4/τ.
-// ∂ℓ/∂x = −4·A·r·σ(τ(r − 1))·σ(−τ(r − 1)). arXiv 2511.20347.
+// ∂ℓ/∂x = −4·A·r·σ(τ(r − 1))·σ(−τ(r − 1)), r·σ(−u) = e^(x − u)·σ(u). arXiv 2511.20347.
 template <class V>
 RLFAST_FORMULA auto sapo(const Token<V>& t, const Sapo& h) {
   auto tau = select<V>((t.adv > 0.0f), h.tau_pos, h.tau_neg);
   auto u = (tau * (t.ratio - 1.0f));
   auto gate = sigmoid(u);
-  auto rest = (exp(-u) * gate);
-  return Surrogate<V>{(((-t.adv * gate) * 4.0f) / tau), ((((-t.adv * 4.0f) * gate) * rest) * t.ratio), 0.0f, 0.0f};
+  auto rest = (exp((t.log_ratio - u)) * gate);
+  return Surrogate<V>{(((-t.adv * gate) * 4.0f) / tau), (((-t.adv * 4.0f) * gate) * rest), 0.0f, 0.0f};
 }
 
 // Exponents of the weight φ(w) = e^λ·w^k·e^(−λw).
@@ -262,14 +262,14 @@ RLFAST_FORMULA auto cpgd(const Token<V>& t, const Cpgd& h) {
 
 // Weight of the pull towards the reference.
 struct NashMd {
-  float beta;
+  float pull;
 };
 
-// ℓ = −A·log p + β·sg(log p − log p_ref)·log p, A = P − ½ of the whole response, old_logp the reference's.
-// ∂ℓ/∂log p = −A + β(log p − log p_ref). arXiv 2312.00886.
+// ℓ = −A·log p + τ·sg(log p − log p_ref)·log p, A = P − ½ of the whole response, old_logp the reference's, τ pull.
+// ∂ℓ/∂log p = −A + τ(log p − log p_ref). arXiv 2312.00886.
 template <class V>
 RLFAST_FORMULA auto nash_md(const Token<V>& t, const NashMd& h) {
-  auto pull = (h.beta * (t.logp - t.old_logp));
+  auto pull = (h.pull * (t.logp - t.old_logp));
   return Surrogate<V>{((pull - t.adv) * t.logp), 0.0f, (pull - t.adv), 0.0f};
 }
 

@@ -47,14 +47,14 @@ def _named(loss, metrics) -> dict:
 
 def _public(objective: Loss):
     def call(leaves, rest):
-        out = objective(**leaves, **rest)
+        out = objective(**leaves, **{k: x for k, x in rest.items() if k not in objective.prepared.idle})
         return _named(out.loss, out.metrics)
 
     return call
 
 
 def _reference(objective: Loss):
-    surrogate, kl, plan, settings, hyper, bounds, _ = objective.prepared
+    surrogate, kl, plan, settings, hyper, bounds, *_ = objective.prepared
     words = options(plan, settings, kl, bounds) | {"surrogate": surrogate, "hyper": named(surrogate, hyper)}
 
     def call(leaves, rest, dtype):
