@@ -10,10 +10,9 @@ from unittest import mock
 import torch
 
 import rlfast
-from rlfast.parity import ORDERS
 from rlfast.reference import paged_attention as oracle
 from tests.cases import DTYPES
-from tests.numerics import assert_gradient, assert_value
+from tests.numerics import Orders, assert_gradient, assert_value, by_name
 
 
 @dataclass(frozen=True)
@@ -125,11 +124,15 @@ def turned(x: dict, names: tuple, seed: int) -> dict:
 
 def solution(case: Case, arguments: dict) -> tuple:
     """(float64 by the oracle, PyTorch in float32 by several orders of the sums)."""
-    own = [of_oracle(case, arguments, torch.float32)]
-    for seed in range(1, ORDERS):
+
+    @functools.cache
+    def make(seed: int):
+        if not seed:
+            return of_oracle(case, arguments, torch.float32)
         with shuffled(seed):
-            own.append(of_oracle(case, turned(arguments, ("q", "k_cache"), seed), torch.float32))
-    return of_oracle(case, arguments, torch.float64), own
+            return of_oracle(case, turned(arguments, ("q", "k_cache"), seed), torch.float32)
+
+    return of_oracle(case, arguments, torch.float64), Orders(make)
 
 
 @functools.cache
@@ -188,13 +191,15 @@ def solved_gradients(case: Case) -> tuple:
             lambda **given: oracle.packed_attention(**given, **case.words, dtype=dtype), learned(x, dtype), upstream
         )
 
-    own = [reference(arguments, torch.float32)]
-    for seed in range(1, ORDERS):
+    def make(seed: int):
+        if not seed:
+            return {}, reference(arguments, torch.float32)
         with shuffled(seed):
             found = reference(turned(arguments, ("q", "k"), seed), torch.float32)
         order = torch.randperm(case.width, generator=torch.Generator().manual_seed(seed)).argsort()
-        own.append(found | {name: found[name][..., order] for name in ("q", "k")})
-    return upstream, reference(arguments, torch.float64), own
+        return {}, found | {name: found[name][..., order] for name in ("q", "k")}
+
+    return upstream, reference(arguments, torch.float64), by_name(make)[1]
 
 
 def check_gradients(case: Case, backend: str, device: str) -> None:
@@ -205,4 +210,4 @@ def check_gradients(case: Case, backend: str, device: str) -> None:
         got = gradients(lambda **given: rlfast.packed_attention(**given, **case.words), call, upstream.to(device))
     for name, x in got.items():
         hold = assert_value if name == "out" else assert_gradient
-        hold(f"{name} of {case}", x.cpu(), truth[name], [run[name] for run in own])
+        hold(f"{name} of {case}", x.cpu(), truth[name], own[name])

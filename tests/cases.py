@@ -11,12 +11,11 @@ import torch
 
 import rlfast
 from rlfast import backends
-from rlfast.parity import ORDERS
 from rlfast.reference.linear_token_logps import linear_token_logps as linear_reference
 from rlfast.reference.token_logps import token_logps as reference
 from rlfast.reference.token_logps import transform
 from rlfast.verify.log_probs import reordered
-from tests.numerics import assert_gradient, assert_value, assert_zero
+from tests.numerics import Orders, assert_gradient, assert_value, assert_zero, by_name
 
 DIFFERENTIABLE = ("logp", "lse", "entropy")
 VALUES = ("logp", "lse", "entropy", "log_sum_sq_probs", "mean_logits")
@@ -103,9 +102,8 @@ def oracle(problem: Problem, dtype: torch.dtype, upstream: list | None = None, p
 
 
 def yardsticks(problem: Problem) -> tuple[dict, dict]:
-    """(values, gradients) by PyTorch in float32, each as a list: one per order of its sums."""
-    runs = [oracle(problem, torch.float32)] + [_reordered(problem, seed) for seed in range(1, ORDERS)]
-    return tuple({name: [run[i][name] for run in runs] for name in runs[0][i]} for i in (0, 1))
+    """(values, gradients) by PyTorch in float32, in several orders of the sums."""
+    return by_name(lambda seed: _reordered(problem, seed) if seed else oracle(problem, torch.float32))
 
 
 def _reordered(problem: Problem, seed: int) -> tuple[dict, dict]:
@@ -247,7 +245,7 @@ def _hold_top1(problem: Problem, out, truth, own) -> None:
     best, runner_up = (place(truth["topk_logp"], k) for k in (0, 1))
     named = torch.where(got, truth["logp"], torch.where(truth["is_top1"], runner_up, best))
     yardstick = own["topk_logp"]
-    yardstick = [place(x, 0) for x in yardstick] if isinstance(yardstick, list) else place(yardstick, 0)
+    yardstick = yardstick.map(lambda x: place(x, 0)) if isinstance(yardstick, Orders) else place(yardstick, 0)
     assert_value("log p of the top-1", named, best, yardstick)
 
 

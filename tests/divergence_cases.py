@@ -7,11 +7,10 @@ from dataclasses import dataclass, field, replace
 import torch
 
 import rlfast
-from rlfast.parity import ORDERS
 from rlfast.reference.divergence import divergence as reference
 from rlfast.reference.linear_divergence import linear_divergence as linear_reference
 from tests.cases import DTYPES, f32, few, head_of, label, logits_of, pairwise, strided, targets_of
-from tests.numerics import assert_gradient, assert_same_bits, assert_value, assert_zero
+from tests.numerics import assert_gradient, assert_same_bits, assert_value, assert_zero, by_name
 
 ALL = ("logp", "lse", "entropy", "ref_lse")
 ROWWISE = ("logits", "ref_logits", "hidden", "ref_hidden")
@@ -133,7 +132,7 @@ def check(pair: Pair, backend: str, device: str = "cpu") -> None:
     """Every output and gradient of one call against the oracle."""
     out, gradients = run(pair, backend, device)
     truth, truth_gradients = oracle(pair, torch.float64)
-    runs = [oracle(pair, torch.float32, order) for order in range(ORDERS)]
+    own, own_gradients = by_name(lambda order: oracle(pair, torch.float32, order))
     skipped, wide = pair.skipped(), pair.inputs.get("logits", pair.inputs.get("hidden")).dtype == torch.float64
     for name in rlfast.Divergence._fields:
         got = getattr(out, name)
@@ -143,14 +142,14 @@ def check(pair: Pair, backend: str, device: str = "cpu") -> None:
         got = got.detach().cpu()
         assert got.dtype == (torch.float64 if wide else torch.float32), f"{name}: {got.dtype}"
         assert_zero(f"{name} of skipped rows", got[skipped])
-        assert_value(name, got, truth[name], [r[0][name] for r in runs])
+        assert_value(name, got, truth[name], own[name])
     assert not (out.value < 0).any(), "a divergence below 0"
     for name, got in gradients.items():
         assert got.dtype == pair.inputs[name].dtype, f"gradient of {name}: {got.dtype}"
         got = got.detach().cpu()
         if name in ROWWISE:
             assert_zero(f"gradient of skipped {name}", got[skipped])
-        assert_gradient(f"gradient of {name}", got, truth_gradients[name], [r[1][name] for r in runs])
+        assert_gradient(f"gradient of {name}", got, truth_gradients[name], own_gradients[name])
 
 
 def same_run(got, expected) -> None:

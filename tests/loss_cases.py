@@ -12,10 +12,9 @@ from rlfast import Correction
 from rlfast.kernels.formulas import SURROGATES
 from rlfast.ops.loss_records import METRICS, REDUCTIONS, UNITS
 from rlfast.ops.oracle_loss import named, options
-from rlfast.parity import ORDERS
 from rlfast.reference.token_loss import token_loss as reference
 from tests.cases import DTYPES, f32, few
-from tests.numerics import assert_gradient, assert_value, assert_zero
+from tests.numerics import assert_gradient, assert_value, assert_zero, by_name
 
 BUILT_IN = tuple(name for name in SURROGATES if "." not in name)  # not those that tests make
 LEAVES = ("logp", "entropy")
@@ -219,12 +218,14 @@ def oracle(case: LossCase, dtype: torch.dtype, order: torch.Tensor | None = None
 
 
 def yardsticks(case: LossCase) -> tuple[dict, dict]:
-    """(values, gradients) by PyTorch in float32, each as a list: one per order of a row's tokens."""
-    runs = [oracle(case, torch.float32)]
-    for seed in range(1, ORDERS):
-        order = torch.randperm(case.fields["logp"].shape[1], generator=torch.Generator().manual_seed(seed))
-        runs.append(oracle(case, torch.float32, order))
-    return tuple({name: [run[i][name] for run in runs] for name in runs[0][i]} for i in (0, 1))
+    """(values, gradients) by PyTorch in float32, in several orders of a row's tokens."""
+    length = case.fields["logp"].shape[1]
+
+    def make(seed: int):
+        order = torch.randperm(length, generator=torch.Generator().manual_seed(seed)) if seed else None
+        return oracle(case, torch.float32, order)
+
+    return by_name(make)
 
 
 def packed(fields: dict, chosen: torch.Tensor) -> tuple[dict, torch.Tensor]:

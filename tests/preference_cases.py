@@ -10,12 +10,11 @@ import rlfast
 from rlfast.kernels.formulas import PAIRS, SINGLES
 from rlfast.ops.oracle_preference import words
 from rlfast.ops.preference_records import METRICS, SINGLE_METRICS, terms_of
-from rlfast.parity import ORDERS
 from rlfast.reference.pair_loss import pair_loss as pair_reference
 from rlfast.reference.sequences import sequence_sums
 from rlfast.reference.unpaired_loss import unpaired_loss as single_reference
 from tests.cases import DTYPES, f32, few
-from tests.numerics import assert_gradient, assert_value, assert_zero
+from tests.numerics import assert_gradient, assert_value, assert_zero, by_name
 
 SIDES = ("chosen", "rejected")
 FORMS = ("sums", "padded", "packed", "rows", "packed_rows", "sum_rows")
@@ -210,15 +209,15 @@ def shortest(found: dict):
 
 
 def yardsticks(case: PairCase, reference=None, pairs: int | None = None) -> tuple[dict, dict]:
-    """(values, gradients) by PyTorch in float32, each as a list: one per order of the pairs."""
+    """(values, gradients) by PyTorch in float32, in several orders of the pairs."""
     reference = reference or oracle
     pairs = case.tokens["chosen"]["logp"].shape[0] if pairs is None else pairs
-    runs = [reference(case, torch.float32)]
-    for seed in range(1, ORDERS):
-        runs.append(
-            reference(case, torch.float32, torch.randperm(pairs, generator=torch.Generator().manual_seed(seed)))
-        )
-    return tuple({name: [run[i][name] for run in runs] for name in runs[0][i]} for i in (0, 1))
+
+    def make(seed: int):
+        order = torch.randperm(pairs, generator=torch.Generator().manual_seed(seed)) if seed else None
+        return reference(case, torch.float32, order)
+
+    return by_name(make)
 
 
 def check(case: PairCase, backend: str, device: str = "cpu") -> None:
