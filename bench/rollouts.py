@@ -27,11 +27,11 @@ import torch
 from bench import arms, gemms, measure
 from bench.baselines import rollouts as baselines
 from bench.case import DTYPES
+from bench.rollouts_report import OURS
 from bench.run import RESULTS, stamp
 from rlfast import rollout
 from rlfast.rollout import attention, hf, linears, sampling
 
-OURS = "rlfast"
 ROUNDS = 5
 AGREE = 16  # greedy tokens that every arm must share with ``generate``, in float32
 METHOD = (

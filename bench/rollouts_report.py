@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from bench.rollouts import OURS
-
+OURS = "rlfast"
 PEERS = ("generate", "generate_batch", "llama.cpp", "llama.cpp BF16")
 PARTS = ("linears", "head", "attention", "sampler", "the model's own and Python")
 

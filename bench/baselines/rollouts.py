@@ -11,6 +11,8 @@ from pathlib import Path
 
 import torch
 
+NO_END = -1  # no token is the end of sequence
+
 
 def generate(model):
     """One padded batch, a cache of its own; no log-probs."""
@@ -19,8 +21,8 @@ def generate(model):
         ids = torch.tensor([p for p in prompts for _ in range(samples)])
         with torch.no_grad():
             out = model.generate(
-                ids, attention_mask=torch.ones_like(ids), do_sample=not greedy, top_k=0, top_p=1.0, temperature=1.0,
-                max_new_tokens=new, min_new_tokens=new, pad_token_id=0,
+                ids, attention_mask=torch.ones_like(ids), do_sample=not greedy, max_new_tokens=new, eos_token_id=NO_END,
+                pad_token_id=0, **({} if greedy else {"top_k": 0, "top_p": 1.0, "temperature": 1.0}),
             )  # fmt: skip
         return out[:, ids.shape[1] :].tolist()
 
@@ -38,8 +40,8 @@ def generate_batch(model):
         blocks = len(repeated) * (-(-(len(prompts[0]) + new) // page) + 1)
         how = ContinuousBatchingConfig(page_size=page, num_blocks=blocks, max_batch_tokens=2048)
         config = GenerationConfig(
-            do_sample=not greedy, top_k=0, top_p=1.0, temperature=1.0, max_new_tokens=new, eos_token_id=-1,
-            pad_token_id=0,
+            do_sample=not greedy, top_k=0, top_p=1.0, temperature=1.0, max_new_tokens=new,
+            eos_token_id=NO_END, pad_token_id=0,
         )  # fmt: skip
         found = model.generate_batch(repeated, generation_config=config, continuous_batching_config=how, warmup=False)
         outputs = sorted(found.values(), key=lambda out: int(out.request_id.rsplit("_", 1)[-1]))
