@@ -71,12 +71,10 @@ void unpaired_loss(py::handle sides, py::handle desirable, RLFAST_PREFERENCE_ARG
                       device, at<void>(stream));
 }
 
-// The advantages are whitened by the caller.
-void affine_scan(RLFAST_SCAN_ARGS, Address scratch, int device, Address stream) {
-  (void)whiten, (void)eps;
+void affine_scan(RLFAST_SCAN_ARGS, int64_t longest, Address scratch, int device, Address stream) {
   py::gil_scoped_release release;
-  const auto records = [&](const ScanIn& in, const ScanOut& out, const Whiten&) {
-    cuda::affine_scan(in, out, at<double>(scratch), device, at<void>(stream));
+  const auto records = [&](const ScanIn& in, const ScanOut& out, const Whiten& how) {
+    cuda::affine_scan(in, out, how, longest, at<double>(scratch), device, at<void>(stream));
   };
   records(RLFAST_SCAN_RECORDS);
 }
@@ -89,7 +87,8 @@ PYBIND11_MODULE(_cuda, m) {
         py::arg("device"),
         "Floats of scratch that a forward needs: leaf statistics, where a row is split over several blocks.");
   m.def("affine_scan_scratch", &cuda::affine_scan_scratch, py::arg("rows"), py::arg("longest"), py::arg("packed"),
-        py::arg("device"), "Doubles of scratch that affine_scan needs: the maps of the segments of few long rows.");
+        py::arg("whiten"), py::arg("device"),
+        "Doubles of scratch that affine_scan needs: the maps of the segments of few long rows, the moments of all.");
   m.def("affine_scan", &affine_scan);
   m.def("token_logps_forward", &forward);
   m.def("token_logps_backward", &backward);

@@ -2,8 +2,9 @@
 
 The affine maps of a block's tokens are composed by ``tl.associative_scan``, (a, b)∘(a′, b′) = (a·a′, b + a·b′), and the
 state of the recurrence goes from block to block. A row of more than SEGMENT tokens is scanned in segments, each a map
-G = P·carry + Q of what comes before it: where rows are few, a program has one segment, a first launch finds the maps
-and a second the outputs; else a program has a row, and one launch is all. The bits are the same.
+G = P·carry + Q of what comes before it: where rows are few and long, a program has one segment, a first launch finds
+the maps and a second the outputs; else a program has a row, and one launch is all. The bits are the same. Of packed
+rows only the mean length is known: they are long where it is more than a segment.
 
 ``j`` counts the tokens of a row in the order of the recurrence, from its first valid one on, so that they do not depend
 on the padding either.
@@ -13,6 +14,7 @@ from typing import NamedTuple
 
 import torch
 
+from rlfast.kernels import whiten
 from rlfast.kernels.lang import jit, tl
 from rlfast.kernels.rows import (
     Kind,
@@ -26,26 +28,31 @@ from rlfast.kernels.rows import (
     values_of,
     wide,
 )
+from rlfast.kernels.whiten import more, place_of, put
 from rlfast.ops.scan_records import (
     ADVANTAGES,
+    BESSEL,
     DECOUPLED,
+    FLOOR,
+    INSIDE,
     RETURNS,
     REVERSE,
+    SHIFT,
     VTRACE,
+    WHITEN,
     ZERO,
     Inputs,
     Options,
     allocate,
-    whiten_options,
 )
-from rlfast.reductions import whitened
 
 BLOCK = 512  # tokens of a step: 4 a thread, so that the scan of four float64 stays in registers
 SEGMENT = 16384  # tokens of a segment, where a row is split over programs
 BUSY = 528  # programs that fill an H100 (132 SMs × 4); with fewer rows than this, long ones are split
+FEW = 1024  # a power of two that is more
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
 
-SCALARS = ("steps", "gamma", "lam", "critic_lam", "kl_coef", "clip_rho", "clip_c", "clip_pg", "segments")
+SCALARS = ("steps", "gamma", "lam", "critic_lam", "kl_coef", "clip_rho", "clip_c", "clip_pg", "segments", "rows")
 
 
 @jit
@@ -66,14 +73,46 @@ def last(x, BLOCK: tl.constexpr):
     return tl.sum(tl.where(tl.arange(0, BLOCK) == BLOCK - 1, x, 0.0), axis=0)
 
 
+@jit
+def row_of(cu_seqlens, place, rows, SEGMENT: tl.constexpr, FEW: tl.constexpr):
+    """The packed row that a place among the segments belongs to: the last one that begins there or before."""
+    row = tl.arange(0, FEW)
+    begins = place_of(cu_seqlens, row, rows, 0, SEGMENT)
+    return tl.sum(((row < rows) & (begins <= place)).to(tl.int64), axis=0) - 1
+
+
+@jit
+def write_before(x, advantages, returns, begin, length, anchor, start, KIND: tl.constexpr, BLOCK: tl.constexpr):
+    """The outputs of the masked tokens that come before the first valid one."""
+    outside = tl.zeros([BLOCK], tl.float64)
+    if x.coefficients is not None:
+        outside += start
+    for base in range(0, anchor, BLOCK):
+        j = base + tl.arange(0, BLOCK)
+        at = token_of(begin, length, j, KIND.reverse)
+        if advantages is not None:
+            tl.store(advantages + at, outside.to(tl.float32), mask=j < anchor)
+        if returns is not None:
+            tl.store(returns + at, outside.to(tl.float32), mask=j < anchor)
+
+
 @jit(do_not_specialize=SCALARS, do_not_specialize_on_alignment=["advantages", "returns"])
 def scan_rows(
-    x, advantages, returns, maps,
-    steps, gamma, lam, critic_lam, kl_coef, clip_rho, clip_c, clip_pg, segments,
-    KIND: tl.constexpr, BLOCK: tl.constexpr, SEGMENT: tl.constexpr,
+    x, advantages, returns, maps, moments,
+    steps, gamma, lam, critic_lam, kl_coef, clip_rho, clip_c, clip_pg, segments, rows,
+    KIND: tl.constexpr, BLOCK: tl.constexpr, SEGMENT: tl.constexpr, FEW: tl.constexpr,
 ):  # fmt: skip
-    """A row, or one segment of it where ``maps`` [rows, segments, 4] are given: G = P·carry + Q for one or two λ."""
-    row, segment = (tl.program_id(0) // segments).to(tl.int64), tl.program_id(0) % segments
+    """A row, or one segment of it where ``maps`` [places, 4] are given: G = P·carry + Q for one or two λ.
+
+    Each segment has a place there, and in ``moments`` [places, 4], those of its advantages, where they are whitened.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    if maps is not None:
+        row = row // segments if x.cu_seqlens is None else row_of(x.cu_seqlens, row, rows, SEGMENT, FEW)
+    place = place_of(x.cu_seqlens, row, rows, segments, SEGMENT)
+    segment = place - place
+    if maps is not None:
+        segment = tl.program_id(0) - place
     begin, length = row * steps, tl.cast(steps, tl.int64)
     if x.cu_seqlens is not None:
         begin = tl.load(x.cu_seqlens + row)
@@ -94,29 +133,26 @@ def scan_rows(
             ahead = value_before(x, begin, length, low, first, KIND)
         if not KIND.maps:
             for s in range(segment):
-                at = maps + (row * segments + s) * 4
+                at = maps + (place + s) * 4
                 p, q = tl.load(at), tl.load(at + 1)
                 carry = tl.where(p == 0.0, q, q + p * carry)
                 if KIND.decoupled:
                     p, q = tl.load(at + 2), tl.load(at + 3)
                     carry2 = tl.where(p == 0.0, q, q + p * carry2)
     if not KIND.maps and segment == 0:
-        outside = tl.zeros([BLOCK], tl.float64)
-        if x.coefficients is not None:
-            outside += start
-        for base in range(0, anchor, BLOCK):
-            j = base + tl.arange(0, BLOCK)
-            at = token_of(begin, length, j, KIND.reverse)
-            if advantages is not None:
-                tl.store(advantages + at, outside.to(tl.float32), mask=j < anchor)
-            if returns is not None:
-                tl.store(returns + at, outside.to(tl.float32), mask=j < anchor)
+        write_before(x, advantages, returns, begin, length, anchor, start, KIND, BLOCK)
     one, nothing = tl.full([], 1.0, tl.float64), tl.zeros([], tl.float64)
     p, q, p2, q2 = one, nothing, one, nothing
+    n, near, first_moment, second_moment = nothing, nothing, nothing, nothing
+    place += segment
     for base in range(low, high, BLOCK):
         if maps is None and base > low and (base - low) % SEGMENT == 0:
             carry, carry2 = tl.where(p == 0.0, q, q + p * carry), tl.where(p2 == 0.0, q2, q2 + p2 * carry2)
             p, q, p2, q2 = one, nothing, one, nothing
+            if moments is not None:
+                put(moments, place, n, near, first_moment, second_moment)
+                n, near, first_moment, second_moment = nothing, nothing, nothing, nothing
+                place += 1
         j = base + tl.arange(0, BLOCK)
         at = token_of(begin, length, j, KIND.reverse)
         inside = j < high
@@ -172,8 +208,16 @@ def scan_rows(
                 tl.store(advantages + at, out.to(tl.float32), mask=inside)
             if returns is not None:
                 tl.store(returns + at, back.to(tl.float32), mask=inside)
+        if moments is not None:
+            shown = out.to(tl.float32).to(tl.float64)
+            n, near, first_moment, second_moment = more(n, near, first_moment, second_moment, shown, valid)
+    if moments is not None:
+        put(moments, place, n, near, first_moment, second_moment)
+        if maps is None:  # the places of segments that the row does not have
+            for unused in range(place + 1, place_of(x.cu_seqlens, row + 1, rows, segments, SEGMENT)):
+                put(moments, unused, nothing, nothing, nothing, nothing)
     if KIND.maps:
-        at = maps + (row * segments + segment) * 4
+        at = maps + place * 4
         tl.store(at, p)
         tl.store(at + 1, q)
         tl.store(at + 2, p2)
@@ -205,8 +249,12 @@ def _by_token(rates, x: Inputs, rows: int) -> bool:
     return rates is not None and (rates.dim() > 1 or not (x.cu_seqlens is None or rates.shape[0] == rows))
 
 
-def _launch(x: Inputs, o: Options, out, segments: int, maps, only_maps: bool) -> None:
-    rows = x.tokens.shape[0] if x.cu_seqlens is None else x.cu_seqlens.shape[0] - 1
+def _rows(x: Inputs) -> int:
+    return x.tokens.shape[0] if x.cu_seqlens is None else x.cu_seqlens.shape[0] - 1
+
+
+def _launch(x: Inputs, o: Options, out, segments: int, programs: int, maps, moments, only_maps: bool) -> None:
+    rows = _rows(x)
     kind = Kind(
         o.has(VTRACE), o.has(ZERO), o.has(REVERSE), o.has(DECOUPLED), _by_token(x.gammas, x, rows),
         _by_token(x.lams, x, rows), _by_token(x.critic_lams, x, rows), only_maps,
@@ -214,27 +262,31 @@ def _launch(x: Inputs, o: Options, out, segments: int, maps, only_maps: bool) ->
     steps = x.tokens.shape[1] if x.cu_seqlens is None else 0
     advantages = out[0] if o.has(ADVANTAGES) else None
     returns = out[-1] if o.has(RETURNS) else None
-    scan_rows[(rows * segments,)](
-        Tokens(*map(_dense, x)), advantages, returns, maps, steps, o.gamma, o.lam, o.critic_lam, o.kl_coef, o.clip_rho,
-        o.clip_c, o.clip_pg, segments, KIND=kind, BLOCK=BLOCK, SEGMENT=SEGMENT, **OPTIONS,
+    scan_rows[(programs,)](
+        Tokens(*map(_dense, x)), advantages, returns, maps, moments, steps, o.gamma, o.lam, o.critic_lam, o.kl_coef,
+        o.clip_rho, o.clip_c, o.clip_pg, segments, rows, KIND=kind, BLOCK=BLOCK, SEGMENT=SEGMENT, FEW=FEW, **OPTIONS,
     )  # fmt: skip
 
 
 def forward(x: Inputs, o: Options) -> torch.Tensor:
     """See ``rlfast/ops/affine_scan.py``."""
-    out = allocate(x, o)
-    rows = x.tokens.shape[0] if x.cu_seqlens is None else x.cu_seqlens.shape[0] - 1
-    longest = x.tokens.shape[-1]  # of packed rows, at most
+    out, rows, tokens = allocate(x, o), _rows(x), x.tokens.numel()
     if out.numel() == 0 or rows == 0:
         return out
+    segments = -(-x.tokens.shape[-1] // SEGMENT)  # of padded rows
+    places = rows * segments if x.cu_seqlens is None else rows + tokens // SEGMENT
+    split = rows < BUSY and tokens > rows * SEGMENT
+
+    def per_place():
+        return torch.empty((places, 4), dtype=torch.float64, device=out.device)
+
+    maps, moments = per_place() if split else None, per_place() if o.whiten else None
     with torch.cuda.device_of(out):
-        segments = -(-longest // SEGMENT) if rows < BUSY and x.cu_seqlens is None else 1
-        maps = torch.empty((rows, segments, 4), dtype=torch.float64, device=out.device) if segments > 1 else None
-        if segments > 1:
-            _launch(x, o, out, segments, maps, True)
-        _launch(x, o, out, segments, maps, False)
-    if o.whiten:
-        out[0] = whitened(out[0], x.mask, **whiten_options(o))
+        if split:
+            _launch(x, o, out, segments, places, maps, None, True)
+        _launch(x, o, out, segments, places if split else rows, maps, moments, False)
+        if o.whiten:
+            whiten.launch(out[0], _dense(x.mask), moments, x.cu_seqlens, rows, segments, SEGMENT, o)
     return out
 
 
@@ -247,6 +299,7 @@ class CompileCase(NamedTuple):
     dtype: torch.dtype
     packed: bool = False
     steps: int = 100
+    whiten: int = 0
 
     def __str__(self) -> str:
         return f"{str(self.dtype).removeprefix('torch.')} {self.name}"
@@ -263,6 +316,9 @@ COMPILE = tuple(
         CompileCase("gae", _BOTH, _GAE, dtype),
         CompileCase("gae all outputs", _BOTH | DECOUPLED, _ALL, dtype),
         CompileCase("gae few long rows", _BOTH, _GAE, dtype, steps=3 * SEGMENT),
+        CompileCase("gae few long packed rows", _BOTH, _GAE, dtype, packed=True, steps=9 * SEGMENT),
+        CompileCase("gae whitened", _BOTH, _GAE, dtype, whiten=WHITEN | BESSEL | INSIDE | SHIFT),
+        CompileCase("gae whitened packed", _BOTH, _GAE, dtype, packed=True, whiten=WHITEN | FLOOR),
         CompileCase("gae zero", _BOTH | ZERO, (*_GAE, "bootstrap"), dtype),
         CompileCase("vtrace", _BOTH | VTRACE, (*_GAE, "log_ratio", *_ENDS), dtype),
         CompileCase("vtrace packed", _BOTH | VTRACE, (*_GAE, "log_ratio"), dtype, packed=True),
@@ -283,5 +339,5 @@ def launch_to_compile(case: CompileCase) -> None:
 
     x = Inputs(**{name: tensor(name) if name in case.given else None for name in Inputs._fields})
     if case.packed:
-        x = x._replace(cu_seqlens=torch.tensor([0, 5, 100]))
-    forward(x, Options(0.9, 0.8, 1.0, 0.1, 1.0, 1.0, 1.0, case.options, 0, 0.0))
+        x = x._replace(cu_seqlens=torch.tensor([0, 5, case.steps]))
+    forward(x, Options(0.9, 0.8, 1.0, 0.1, 1.0, 1.0, 1.0, case.options, case.whiten, 1e-8))

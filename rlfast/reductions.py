@@ -8,7 +8,7 @@ import torch
 
 from rlfast import validate
 
-CHUNK = 4096  # elements that one thread adds up; fewer than 2^15 such sums are added by one thread
+CHUNK = 4096  # elements that one thread adds up, then as many of these sums
 WHERE = ("inside", "outside", "floor")
 
 
@@ -49,12 +49,27 @@ def preset(table: dict, like):
     return table.get(like)
 
 
-def total(x: torch.Tensor) -> torch.Tensor:
-    """Σ x in float64, in an order that neither the threads nor what else is computed change."""
-    flat = x.reshape(-1).double()
-    whole = flat.numel() // CHUNK * CHUNK
-    parts = flat[:whole].view(-1, CHUNK).sum(-1)
-    return torch.cat((parts, flat[whole:].sum().reshape(1))).sum()
+def total(x: torch.Tensor, places=None) -> torch.Tensor:
+    """Σ x in float64, in an order that neither the threads nor what else is computed change, nor zeros at the end.
+
+    With ``places`` the valid elements come first: what is padded adds up as what is packed.
+    """
+    parts = x.reshape(-1).double()
+    if places is not None:
+        parts = parts.new_zeros(len(parts) + 1).scatter(0, places, parts)[:-1]
+    while parts.numel() != 1:
+        whole = parts.numel() // CHUNK * CHUNK
+        rest = torch.nn.functional.pad(parts[whole:], (0, CHUNK - parts.numel() + whole))
+        parts = torch.cat((parts[:whole].view(-1, CHUNK).sum(-1), rest.sum(0, keepdim=True)))
+    return parts[0]
+
+
+def _places(mask):
+    """Where each valid element goes when they come first, in their order; of the others, one place after all."""
+    if mask is None:
+        return None
+    flat = mask.reshape(-1)
+    return torch.where(flat, flat.cumsum(0) - 1, flat.numel())
 
 
 def _valid(mask, x) -> torch.Tensor:
@@ -77,16 +92,14 @@ def deviation(var: torch.Tensor, eps: float, where: str) -> torch.Tensor:
 
 def whitened(x, mask, *, bessel: bool, eps: float, where: str, shift_mean: bool) -> torch.Tensor:
     """``masked_whiten`` of checked arguments."""
-    valid = _valid(mask, x)
+    valid, places = _valid(mask, x), _places(mask)
     kept = torch.where(valid, x, 0.0).double()
     count = valid.sum()
-    mean = total(kept) / count
+    mean = total(kept, places) / count.clamp(min=1)
     centred = torch.where(valid, kept - mean, 0.0)
-    var = total(centred * centred) / (count - int(bessel))
-    out = centred / deviation(var, eps, where)
-    if not shift_mean:
-        out = torch.where(valid, out + mean, 0.0)
-    return out.to(x.dtype)
+    var = total(centred * centred, places) / (count - int(bessel)).clamp(min=1)
+    out = centred / deviation(var, eps, where) + (0.0 if shift_mean else mean)
+    return torch.where(valid, out, 0.0).to(x.dtype)
 
 
 def _checked(x, mask):
@@ -135,8 +148,8 @@ def masked_whiten(x, mask=None, *, bessel=None, eps=None, where=None, shift_mean
         where: "inside" the root (the default), "outside" it (√var + eps), or "floor": √max(var, eps).
         shift_mean: False gives the mean back after scaling.
         like: "trl" or "verl" (Bessel, 1e-8 inside), "openrlhf" (biased, variance at least 1e-8), "torchrl" (Bessel,
-            variance at least 1e-8); other arguments go before it. In a batch of one valid element the Bessel-corrected
-            variance is NaN, and so is the result.
+            variance at least 1e-8); other arguments go before it. Alone, a valid element is at the mean: it
+            becomes 0, with Bessel's correction too.
 
     Returns:
         Like x; differentiable.

@@ -79,7 +79,7 @@ def call_of(name: str, rows=3, steps=37, dtype="f32", mask="none", seed=0, **opt
 
 def with_packed(call: Call, lengths) -> tuple[Call, torch.Tensor]:
     """The first tokens of each row, packed; and where they come from in the padded tensor."""
-    steps = next(iter(call.inputs.values())).shape[-1]
+    steps = max(call.inputs.values(), key=torch.Tensor.dim).shape[-1]
     keep = torch.arange(steps) < torch.tensor(lengths).unsqueeze(-1)
     inputs = {k: v[keep] if v.dim() > 1 else v for k, v in call.inputs.items()}
     options = {

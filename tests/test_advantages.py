@@ -223,13 +223,50 @@ def test_torchrl_average_gae():
         torch.testing.assert_close(got, truth, rtol=1e-9, atol=1e-12)
 
 
+def trl_ppo(rewards, values, scores, kl, last, dtype):
+    """Values to advantages in TRL's PPO trainer (trl/experimental/ppo/ppo_trainer.py), which 1.16 has no more."""
+    steps = values.shape[1]
+    place, after = torch.arange(steps), (last + 1).unsqueeze(1)
+    padding_mask, padding_mask_p1 = place > last.unsqueeze(1), place > after
+    values = torch.masked_fill(values.to(dtype), padding_mask_p1, 0)
+    rewards = -0.05 * torch.masked_fill(kl.to(dtype), padding_mask, 0)
+    rewards[torch.arange(len(last)), torch.where(last + 1 < steps, last + 1, last)] += scores.to(dtype)
+    lastgaelam, reversed_ = 0, []
+    for t in reversed(range(steps)):
+        nextvalues = values[:, t + 1] if t < steps - 1 else 0.0
+        lastgaelam = rewards[:, t] + 0.97 * nextvalues - values[:, t] + 0.97 * 0.9 * lastgaelam
+        reversed_.append(lastgaelam)
+    advantages = torch.stack(reversed_[::-1], 1)
+    returns = advantages + values
+    counted = advantages[~padding_mask]
+    advantages = (advantages - counted.mean()) * (counted.var() + 1e-8).rsqrt()
+    return torch.masked_fill(advantages, padding_mask, 0), torch.masked_fill(returns, padding_mask_p1, 0)
+
+
+def test_trl_ppo():
+    """One mask for the recurrence, with the token whose value is bootstrapped from, another for the whitening."""
+    last = torch.tensor([3, 5, 8, 2, 0, 7, 6])
+    inputs = F["rewards"], F["values"], F["scores"], F["log_pi"] - F["log_mu"], last
+    keep, keep_p1 = (torch.arange(9) <= (last + k).unsqueeze(1) for k in (0, 1))
+    kl = torch.where(keep, inputs[3], 0.0)
+    adv, ret = rlfast.gae(
+        F["scores"], F["values"], keep_p1, gamma=0.97, lam=0.9, like="trl", whiten=False, kl=kl, kl_coef=0.05
+    )
+    adv = rlfast.masked_whiten(adv, keep, like="trl")
+    truth, own = (trl_ppo(*inputs, dtype) for dtype in (torch.float64, torch.float32))
+    assert_value("advantages", adv, truth[0], own[0])
+    assert_value("returns", ret, truth[1], own[1])
+
+
 def test_trl_whitens_and_zeroes():
+    """With one mask for both; what is not whitened is as OpenRLHF's, which is held to a loop above."""
     adv, _ = rlfast.gae(F["rewards"], F["values"], F["mask"], gamma=0.97, lam=0.9, like="trl")
-    bare, _ = rlfast.gae(F["rewards"], F["values"], F["mask"], gamma=0.97, lam=0.9, like="openrlhf")
-    truth = rlfast.masked_whiten(bare.double(), F["mask"])
-    assert_value("whitened", adv, truth, truth.float())
     unchanged, _ = rlfast.gae(F["rewards"], F["values"], F["mask"], gamma=0.97, lam=0.9, like="trl", whiten=False)
+    bare, _ = rlfast.gae(F["rewards"], F["values"], F["mask"], gamma=0.97, lam=0.9, like="openrlhf")
     assert_same_bits("not whitened", unchanged, bare)
+    counted = unchanged[MASK].double()
+    truth = (unchanged.double() - counted.mean()) * (counted.var() + 1e-8).rsqrt()
+    assert_value("whitened", adv[MASK], truth[MASK], truth[MASK].float())
 
 
 def test_vapo():
@@ -271,6 +308,32 @@ def test_reductions_do_not_depend_on_threads(threads):
         assert_same_bits("whitened", white, found[0][1])
 
 
+@pytest.mark.parametrize("like", ("trl", "openrlhf"))
+def test_whitening_of_nothing_and_of_one(like):
+    """A masked position is 0, whatever the sums are; alone, an element is at the mean."""
+    for count in (0, 1):
+        x, mask = draw((3,)).requires_grad_(), torch.arange(3) < count
+        out = rlfast.masked_whiten(x, mask, like=like)
+        assert out.tolist() == [0.0] * 3
+        (gradient,) = torch.autograd.grad(out.sum(), x)
+        assert bool(gradient.isfinite().all())
+        kept = rlfast.masked_whiten(x, mask, like=like, shift_mean=False)
+        assert_same_bits("the mean back", kept, torch.where(mask, x, 0.0))
+
+
+@pytest.mark.parametrize("kept", (9, 4096, 30_000, 150_000))
+def test_whitening_does_not_depend_on_the_padding(kept):
+    """Padded on the right, on the left, with holes, and packed: the same bits."""
+    n = 300_001
+    x = draw((n,)).double()
+    rng = torch.Generator().manual_seed(3)
+    holes = torch.zeros(n, dtype=torch.bool).index_fill(0, torch.randperm(n, generator=rng)[:kept], True)
+    packed = rlfast.masked_whiten(x[:kept])
+    for mask in (torch.arange(n) < kept, torch.arange(n) >= n - kept, holes):
+        spread = torch.zeros(n, dtype=torch.float64).masked_scatter(mask, x[:kept])
+        assert_same_bits("padded", rlfast.masked_whiten(spread, mask)[mask], packed)
+
+
 def test_reductions_are_differentiable():
     x, mask = draw((3, 7)).double().requires_grad_(), mask_of("holes", 3, 7)
     assert torch.autograd.gradcheck(lambda x: rlfast.masked_mean(x, mask), (x,))
@@ -300,6 +363,7 @@ BAD = {
     "whiten": ("gae", {"whiten": 1.0}, TypeError, "whiten: expected a bool or rlfast.Whiten", "float"),
     "bootstrap-shape": ("gae", {"bootstrap": torch.zeros(3)}, ValueError, "bootstrap: expected shape (2,)", "(3,)"),
     "kl-coef": ("gae", {"kl_coef": "x"}, TypeError, "kl_coef: expected a float", "'x'"),
+    "kl-coef-alone": ("gae", {"kl_coef": 0.5}, TypeError, "kl: expected a tensor, since kl_coef is 0.5", "None"),
     "cu-padded": ("gae", {"cu_seqlens": torch.tensor([0, 3])}, ValueError, "values: expected shape (N,)", "(2, 3)"),
     "cu-float": ("gae", {"rewards": N, "values": N, "cu_seqlens": torch.zeros(2)}, TypeError,
                  "cu_seqlens: expected dtype", "float32"),
@@ -362,6 +426,24 @@ GROUP_BAD = {
                     "3"),
     "weights": ({"method": "gdpo", "rewards": torch.zeros(6, 2), "weights": (1.0,)}, ValueError,
                 "weights: expected 2 floats", "1"),
+    "weights-one": ({"weights": (1.0,)}, ValueError, "weights: expected None: grpo does not read it", "a value"),
+    "weights-rank": ({"method": "gdpo", "weights": (1.0,)}, ValueError, "weights: expected None: gdpo", "a value"),
+    "lengths-unread": ({"lengths": torch.ones(6)}, ValueError, "lengths: expected None: grpo does not", "a value"),
+    "baselines-unread": ({"method": "reinforce++", "baselines": torch.ones(6)}, ValueError,
+                         "baselines: expected None: reinforce++ does not read it", "a value"),
+    "bessel-unread": ({"method": "dr_grpo", "bessel": True}, ValueError, "bessel: expected None: dr_grpo", "True"),
+    "eps-unread": ({"method": "rloo", "eps": 1e-4}, ValueError, "eps: expected None: rloo does not read it", "0.0001"),
+    "tau-unread": ({"tau": 0.5}, ValueError, "tau: expected None: grpo does not read it", "0.5"),
+    "scale-unread": ({"method": "reinforce++", "scale": "group"}, ValueError, "scale: expected None: reinforce++",
+                     "'group'"),
+    "delta-group": ({"delta": 0.5}, ValueError, "delta: expected 0: grpo with scale 'group' does not take it", "0.5"),
+    "delta-default": ({"method": "asymre", "scale": "others"}, ValueError, "delta: expected 0: asymre with scale 'o",
+                      "-0.1"),
+    "delta-best": ({"method": "pass@k", "scale": "none", "delta": 0.5}, ValueError, "delta: expected 0: pass@k", "0.5"),
+    "delta-whitened": ({"method": "reinforce++", "delta": 0.5}, ValueError, "delta: expected 0: reinforce++", "0.5"),
+    "size-of-no-group": ({"method": "reinforce++", "group_size": 4}, ValueError, "group_size: expected a divisor", "4"),
+    "both-of-no-group": ({"method": "remax", "baselines": torch.ones(6), "group_ids": torch.zeros(6).long()},
+                         ValueError, "group_size: expected one of", "both"),
 }  # fmt: skip
 
 
@@ -391,6 +473,16 @@ def test_bad_input_of_the_bare_scan(name):
 def test_bad_input_of_groups(name):
     change, kind, *words = GROUP_BAD[name]
     refused(rlfast.group_advantage, {"rewards": torch.zeros(6), "group_size": 2} | change, kind, words)
+
+
+def test_bad_input_of_returns_and_statistics():
+    for function, more in ((rlfast.discounted_returns, {"gamma": 0.9}), (rlfast.reward_to_go, {})):
+        given = {"rewards": torch.zeros(2, 3), "mask": [1], **more}
+        refused(function, given, TypeError, ("mask: expected a torch.Tensor", "list"))
+    given = {"rewards": torch.zeros(2, 3), "gamma": 0.9, "kl_coef": 0.5}
+    refused(rlfast.discounted_returns, given, TypeError, ("kl: expected a tensor, since kl_coef is 0.5",))
+    given = {"rewards": N, "group_size": 2, "bessel": "no"}
+    refused(rlfast.group_statistics, given, TypeError, ("bessel: expected True or False", "'no'"))
 
 
 def test_lengths_are_not_negative():

@@ -161,14 +161,41 @@ def outputs_on(call: Call, backend: str, device: str) -> list:
         return [x.cpu() for x in call.on(device).outputs()]
 
 
+@pytest.mark.parametrize("lengths", ((1, 1, 1), (0, 3, 0)), ids=str)
+def test_as_many_packed_rows_as_tokens(backend, device, lengths):
+    """Values after truncated tokens are one a token, rewards too; other tensors of that shape are one a row."""
+    call = call_of("gae", 3, 3, truncated=torch.ones(3, 3), bootstrap=draw((3, 3), seed=4))
+    packed, keep = with_packed(call, lengths)
+    for a, b in zip(check(packed, backend, device), outputs_on(call, backend, device), strict=True):
+        assert_same_bits("padded", a.cpu(), b[keep])
+    rates = {"gamma": torch.tensor([0.3, 0.5, 0.9]), "bootstrap": torch.tensor([1.0, 2.0, 3.0])}
+    by_row = call_of("gae", 3, 3, mask="none", **rates)
+    packed, keep = with_packed(by_row, lengths)
+    expected = Call("gae", by_row.inputs, by_row.options | {"mask": keep})
+    for a, b in zip(outputs_on(packed, backend, device), outputs_on(expected, backend, device), strict=True):
+        assert_same_bits("one a row", a, b[keep])
+    check_gradients(packed, ["rewards", "values", "bootstrap"], backend, device)
+
+
 @pytest.mark.parametrize("name", ESTIMATORS)
 def test_padded_equals_packed_to_the_bit(backend, device, name):
     """Padded on the right, on the left, and packed; whitened too."""
+    padded_and_packed(backend, device, name)
+
+
+@pytest.mark.backends("torch")
+def test_padded_equals_packed_in_float64(backend, device):
+    padded_and_packed(backend, device, "gae", torch.float64)
+
+
+def padded_and_packed(backend, device, name, dtype=torch.float32):
+    """Both, to the bit."""
     rows, steps = few(40, 6), few(700, 90)
     rng = torch.Generator().manual_seed(2)
     lengths = torch.randint(steps + 1, (rows,), generator=rng).tolist()
     options = {"whiten": True, "critic_lam": 0.99} if name == "gae" else {}
     call = call_of(name, rows, steps, **options)
+    call = Call(name, {k: v.to(dtype) for k, v in call.inputs.items()}, call.options)
     right = torch.arange(steps) < torch.tensor(lengths).unsqueeze(-1)
     left = right.flip(-1)
     packed, _ = with_packed(call, lengths)
@@ -244,34 +271,74 @@ def slow_gae(rewards, values, gamma, lam):
     return torch.tensor(out, dtype=torch.float64).T
 
 
-@pytest.mark.parametrize("case", ("plain", "holes", "ends", "decoupled", "vtrace", "bare", "bare forward"))
+SEGMENT_CASES = ("plain", "holes", "ends", "decoupled", "vtrace", "bare", "bare forward", "zero", "zero, ends")
+
+
+def segment_call(case: str, rows: int, steps: int) -> Call:
+    """Rows of several segments; with "zero" more than one of them is masked after the last valid token."""
+    rng = torch.Generator().manual_seed(1)
+    some, by_row, by_token = torch.rand(rows, steps, generator=rng), draw((rows,), seed=5), draw((rows, steps), seed=5)
+    name = "vtrace" if case == "vtrace" else "affine_scan" if case.startswith("bare") else "gae"
+    zero = {"mask": torch.arange(steps).expand(rows, steps) < 0.3 * steps, "masking": "zero"}
+    options = {
+        "holes": {"mask": some > 0.2},
+        "ends": {"truncated": some < 3 / steps, "done": some > 1 - 2 / steps, "bootstrap": by_token},
+        "decoupled": {"critic_lam": 1.0},
+        "bare forward": {"reverse": False},
+        "zero": zero | {"bootstrap": by_row},
+        "zero, ends": zero | {"bootstrap": by_token},
+    }.get(case, {})
+    call = call_of(name, rows, steps, **options, **({} if name == "affine_scan" else {"gamma": 1.0}))
+    return Call(name, call.inputs | ({"rewards": draw((rows,), seed=4)} if case == "zero" else {}), call.options)
+
+
+@pytest.mark.parametrize("case", SEGMENT_CASES)
 @pytest.mark.backends("cpu", "cuda", "triton")
 def test_segments_of_a_long_row_do_not_change_bits(backend, device, case, threads):
     """A row alone is scanned in segments side by side; among others, one after another."""
     if interpreted():
         return
-    steps, rows = 3 * 65536 + 777, 24
-    name = "vtrace" if case == "vtrace" else "affine_scan" if case.startswith("bare") else "gae"
-    options = (
-        {"mask": torch.rand(rows, steps, generator=torch.Generator().manual_seed(1)) > 0.2} if case == "holes" else {}
-    )
-    if case == "ends":
-        at = torch.rand(rows, steps, generator=torch.Generator().manual_seed(1)) < 1e-5
-        options = {"truncated": at, "bootstrap": draw((rows, steps), seed=5)}
-    if case == "decoupled":
-        options = {"critic_lam": 1.0}
-    if case == "bare forward":
-        options = {"reverse": False}
-    if name != "affine_scan":
-        options |= {"gamma": 1.0}
-    call = call_of(name, rows, steps, **options)
+    call = segment_call(case, 24, 3 * 65536 + 777)
     found = outputs_on(call, backend, device)
     for n in (1, 2):
         threads(n)
-        one = Call(name, {k: v[:1] for k, v in call.inputs.items()},
+        one = Call(call.name, {k: v[:1] for k, v in call.inputs.items()},
                    {k: v[:1] if isinstance(v, torch.Tensor) else v for k, v in call.options.items()})  # fmt: skip
         for a, b in zip(outputs_on(one, backend, device), found, strict=True):
             assert_same_bits(case, a[0], b[0])
+
+
+@pytest.mark.backends("torch", *KERNELS)
+def test_zeros_that_fill_a_segment(backend, device):
+    """Masked tokens after the last valid one, as many as a segment has: that one still gets what comes to it."""
+    steps, valid = few(70_000, 17_000), 10
+    mask, values = (torch.arange(steps) < valid).expand(1, steps), draw((1, steps))
+    rest = {"mask": mask, "masking": "zero", "gamma": 1.0, "lam": 1.0}
+    for rewards, bootstrap, truth in (
+        (torch.tensor([7.0]), torch.tensor([0.5]), 7.5),
+        (torch.zeros(1, steps), torch.full((1, steps), 5.0), 5.0),
+    ):
+        call = Call("gae", {"rewards": rewards, "values": values}, rest | {"bootstrap": bootstrap})
+        assert outputs_on(call, backend, device)[1][0, :valid].tolist() == pytest.approx([truth] * valid, rel=1e-6)
+
+
+@pytest.mark.parametrize("case", SEGMENT_CASES)
+@pytest.mark.backends("triton")
+def test_triton_splits_rows(backend, device, case, monkeypatch):
+    """Segments of 1024 tokens, side by side and one after another: right, and the same bits; packed too."""
+    from rlfast.kernels import affine_scan as kernel
+
+    monkeypatch.setattr(kernel, "SEGMENT", 1024)
+    call = segment_call(case, 2, 2600)
+    packed, _ = with_packed(call, (2600, 2600))
+    found = []
+    for busy in (0, 528):
+        monkeypatch.setattr(kernel, "BUSY", busy)
+        found.append([x.cpu() for x in check(call, backend, device)])
+        found.append([x.view(2, 2600) for x in outputs_on(packed, backend, device)])
+    for other in found[1:]:
+        for a, b in zip(found[0], other, strict=True):
+            assert_same_bits(case, a, b)
 
 
 @pytest.mark.backends("torch", *KERNELS)
@@ -289,10 +356,12 @@ def test_a_hundred_thousand_rows_of_five(backend, device):
     rows = few(100_000, 50)
     call = call_of("gae", rows, 5)
     packed, _ = with_packed(call, [5] * rows)
-    for a, b in zip(outputs_on(packed, backend, device), outputs_on(call, backend, device), strict=True):
+    whole = outputs_on(call, backend, device)
+    for a, b in zip(outputs_on(packed, backend, device), whole, strict=True):
         assert_same_bits("packed", a, b.reshape(-1))
     some = Call("gae", {k: v[-40:] for k, v in call.inputs.items()}, call.options)
-    check(some, backend, device)
+    for a, b in zip(check(some, backend, device), whole, strict=True):
+        assert_same_bits("the last rows", a.cpu(), b[-40:])
 
 
 @pytest.mark.parametrize("shape", ((0, 5), (3, 0), (0, 0), (0,), (7,), (2, 3, 4), (2, 0, 4)), ids=str)
@@ -377,6 +446,26 @@ def test_gradients_of_what_is_folded_in(backend, device):
     check_gradients(packed, ["rewards", "values", "bootstrap"], backend, device)
 
 
+@pytest.mark.parametrize("mask", ("none", "holes"))
+@pytest.mark.parametrize("rate", ("one for all", "one a row", "one a token"))
+@pytest.mark.backends("torch", *KERNELS)
+def test_gradients_far_away(backend, device, rate, mask):
+    """∂A_0/∂r_k = (γλ)ᵏ over the valid tokens: rates rounded to float32 would be 2e-4 off after 8192 of them."""
+    steps, gamma, lam = few(8192, 2000), 0.9999, 0.99999
+    shape = {"one for all": (), "one a row": (1,), "one a token": (1, steps)}[rate]
+    rates = [x if rate == "one for all" else torch.full(shape, x, dtype=torch.float64) for x in (gamma, lam)]
+    options = {"gamma": rates[0], "lam": rates[1]}
+    valid = torch.ones(1, steps, dtype=torch.bool)
+    if mask == "holes":
+        valid = options["mask"] = mask_of("holes", 3, steps)[:1]
+    inputs = {"rewards": torch.zeros(1, steps, device=device, requires_grad=True), "values": torch.zeros(1, steps)}
+    with rlfast.use_backend(backend):
+        adv, _ = Call("gae", inputs, options).on(device).outputs()
+        adv[0, valid[0].nonzero()[0, 0]].backward()
+    truth = (gamma * lam) ** torch.arange(int(valid.sum()), dtype=torch.float64)
+    torch.testing.assert_close(inputs["rewards"].grad.cpu()[valid].double(), truth, rtol=2e-7, atol=0)
+
+
 @pytest.mark.parametrize("reverse", (True, False))
 @pytest.mark.parametrize("mask", ("none", "holes"))
 def test_gradients_of_the_bare_scan(backend, device, mask, reverse):
@@ -427,6 +516,23 @@ def test_whitening(backend, device, whiten):
         check(call_of("gae", 9, 70, mask=mask, whiten=whiten), backend, device)
     packed, _ = with_packed(call_of("gae", len(LENGTHS), 48, whiten=whiten), LENGTHS)
     check(packed, backend, device)
+
+
+@pytest.mark.parametrize("like", ("trl", "verl", "openrlhf", "torchrl"))
+@pytest.mark.parametrize("valid", (0, 1, 2))
+def test_whitening_of_hardly_any_tokens(backend, device, valid, like):
+    """Masked positions are 0; alone, a token is at the mean."""
+    mask = (torch.arange(6) < valid).view(2, 3)
+    call = call_of("gae", 2, 3, like=like, whiten=True)
+    call = Call("gae", call.inputs, call.options | {"mask": mask})
+    adv, _ = outputs_on(call, backend, device)
+    assert_zero("masked", adv[~mask])
+    assert adv[mask].tolist() == [0.0] if valid == 1 else bool(adv.isfinite().all())
+    check(call, backend, device)
+    recorded = Call("gae", call.inputs | {"values": call.inputs["values"].clone().requires_grad_()}, call.options)
+    adv, _ = [x.detach() for x in outputs_on(recorded, backend, device)]
+    assert_zero("masked, recorded", adv[~mask])
+    assert adv[mask].tolist() == [0.0] if valid == 1 else bool(adv.isfinite().all())
 
 
 @pytest.mark.backends("torch", *KERNELS)
@@ -492,6 +598,24 @@ def test_the_usual_call_has_the_bits_of_the_op(backend, device, mask):
     assert any(event.key == "rlfast::affine_scan" for event in seen.key_averages())
 
 
+def test_the_usual_call_looks_at_devices():
+    """A tensor on another device is not read there: the op says what is wrong with it."""
+    here, elsewhere = torch.zeros(2, 3), torch.zeros(2, 3, device="meta")
+    assert scan_op._dense(here, here) and not scan_op._dense(elsewhere, here)
+    assert scan_op.usual(elsewhere, here, None, 0.9, 0.9) is None
+    assert scan_op.usual(here, here, elsewhere.bool(), 0.9, 0.9) is None
+
+
+@pytest.mark.gpu
+@pytest.mark.backends("cuda")
+def test_tensors_on_different_devices(backend, device):
+    here, there = torch.zeros(2, 3), torch.zeros(2, 3, device=device)
+    with pytest.raises(ValueError, match="rewards: expected device cpu like values, got cuda"):
+        rlfast.gae(there, here, gamma=0.9, lam=0.9)
+    with pytest.raises(ValueError, match="mask: expected device cpu like values, got cuda"):
+        rlfast.gae(here, here, there.bool(), gamma=0.9, lam=0.9)
+
+
 @pytest.mark.parametrize("n", (1, 2, 3, 7, 30, 100))
 def test_n_step_returns(n):
     r, v, start = draw((3, 30)), draw((3, 30), seed=1), draw((3,), seed=2)
@@ -508,6 +632,34 @@ def test_n_step_returns(n):
     assert_zero("masked", masked[~mask])
     ended = rlfast.n_step_returns(r, v, gamma=0.9, n=n, done=torch.ones(3, 30))
     assert_value("every step ends", ended, r.double(), r)
+
+
+@pytest.mark.parametrize("shape", ((5,), (4, 5), (2, 3, 5)), ids=str)
+def test_n_step_returns_with_a_rate_a_token(shape):
+    r, v, gamma = draw(shape), draw(shape, seed=1), torch.rand(shape, generator=torch.Generator().manual_seed(2))
+    got = rlfast.n_step_returns(r, v, gamma=gamma, n=2)
+    by_row = rlfast.n_step_returns(r, v, gamma=torch.full(shape[:-1], 0.9, dtype=torch.float64), n=2)
+    following = [torch.nn.functional.pad(x[..., k:], (0, k)).double() for x in (r, v, gamma) for k in (1, 2)]
+    truth = r.double() + gamma * (following[0] + following[4] * following[3])
+    assert_value("a token", got, truth, truth.float())
+    assert_same_bits("a row", by_row, rlfast.n_step_returns(r, v, gamma=0.9, n=2))
+
+
+def test_n_step_returns_of_as_many_packed_rows_as_tokens():
+    """A rate of that shape is one a row, as in the other estimators."""
+    r, v, cu = draw((3,)), draw((3,), seed=1), torch.tensor([0, 0, 3, 3])
+    got = rlfast.n_step_returns(r, v, gamma=torch.tensor([0.3, 0.5, 0.9]), n=2, cu_seqlens=cu)
+    assert_same_bits("of the second row", got, rlfast.n_step_returns(r, v, gamma=0.5, n=2))
+
+
+def test_gradcheck_of_n_step_returns():
+    mask, done = mask_of("holes", 3, 9), mask_of("holes", 3, 9).flip(0)
+    r, v, start = (draw(shape, seed=i).double().requires_grad_() for i, shape in enumerate(((3, 9), (3, 9), (3,))))
+
+    def returns(r, v, start):
+        return rlfast.n_step_returns(r, v, mask, gamma=0.9, n=3, done=done, bootstrap=start)
+
+    assert torch.autograd.gradcheck(returns, (r, v, start))
 
 
 def test_vapo_lam():

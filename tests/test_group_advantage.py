@@ -138,9 +138,8 @@ def test_trainers(backend, device, method, like):
 @pytest.mark.parametrize("bessel", (True, False))
 @pytest.mark.parametrize("method", ("grpo", "rloo", "opo", "pass@k"))
 def test_any_baseline_over_any_deviation(backend, device, method, scale, bessel):
-    more = options_of(method, 96)
-    check(rewards_of(96), backend, device, method=method, scale=scale, bessel=bessel, eps=1e-3, **more,
-          **groups_of("ids", 96))  # fmt: skip
+    more = options_of(method, 96) | ({"bessel": bessel, "eps": 1e-3} if scale != "none" else {})
+    check(rewards_of(96), backend, device, method=method, scale=scale, **more, **groups_of("ids", 96))
 
 
 @pytest.mark.parametrize("tau", (1e-2, 0.5, 40.0))
@@ -197,6 +196,29 @@ def test_asymre(backend, device, delta):
             rewards_of(96).to(device), group_ids=ids.to(device), method="asymre", delta=delta, mask=mask.to(device)
         )
     assert_value("asymre", got.cpu(), plain(rewards_of(96).double()), plain(rewards_of(96)))
+
+
+def test_a_shifted_baseline_over_the_deviation_of_the_batch(backend, device):
+    """(r − (b + δ)) / (s + eps), also where s is of all rewards."""
+
+    def plain(r):
+        means = r.view(12, 8).mean(1, keepdim=True).expand(12, 8).flatten()
+        return (r - (means + 0.25)) / (r.std() + 1e-3)
+
+    with rlfast.use_backend(backend):
+        got = rlfast.group_advantage(rewards_of(96).to(device), group_size=8, method="batch_std", delta=0.25, eps=1e-3)
+    assert_value("shifted", got.cpu(), plain(rewards_of(96).double()), plain(rewards_of(96)))
+
+
+@pytest.mark.parametrize("method", ("reinforce++", "reinforce++_baseline"))
+def test_eps_and_bessel_of_the_whitening(backend, device, method):
+    def plain(r):
+        centred = r - (r.view(12, 8).mean(1, keepdim=True).expand(12, 8).flatten() if "_" in method else 0.0)
+        return (centred - centred.mean()) / (centred.var(correction=0) + 0.5).sqrt()
+
+    with rlfast.use_backend(backend):
+        got = rlfast.group_advantage(rewards_of(96).to(device), group_size=8, method=method, eps=0.5, bessel=False)
+    assert_value(method, got.cpu(), plain(rewards_of(96).double()), plain(rewards_of(96)))
 
 
 def test_nemo_rl_whitens_as_it_does(backend, device):

@@ -66,7 +66,7 @@ FAMILIES = {
     "formula_vec": ("tests/test_token_loss.py", "tests/test_ranked_loss.py"),
     "scan": ("tests/test_affine_scan.py",),
     **dict.fromkeys(("sampl", "rlfast/noise.h", "formulas/noise"), ("tests/test_sample.py",)),
-    "kernels/rows": ("tests/test_affine_scan.py",),
+    **dict.fromkeys(("kernels/rows", "kernels/whiten"), ("tests/test_affine_scan.py",)),
     "attention": ("tests/test_paged_attention.py",),
     "trl_preference": ("tests/test_integrations_trl_preference.py",),
 }

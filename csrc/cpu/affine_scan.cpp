@@ -33,11 +33,12 @@ const uint8_t* flags_of(const ScanIn& in, const TokenFlags& x, int64_t row) {
 Span span_of(const ScanIn& in, int64_t row) {
   Span s{row, 0, in.length(row), 0, 0};
   const uint8_t* mask = flags_of(in, in.mask, row);
-  if (!mask) return s;
-  while (s.low < s.high && !mask[s.low]) ++s.low;
+  while (mask && s.low < s.high && !mask[s.low]) ++s.low;
+  int64_t end = s.high;
+  while (mask && s.low < end && !mask[end - 1]) --end;
+  s.first = in.reverse ? end - 1 : s.low;
   // with masking "zero" a bootstrap value is discounted by what follows the last valid token
-  const bool kept = in.zero && (in.bootstrap || in.next_values.data);
-  while (s.low < s.high && !kept && !mask[s.high - 1]) --s.high;
+  if (!in.zero || !(in.bootstrap || in.next_values.data)) s.high = end;
   return s;
 }
 
@@ -104,7 +105,7 @@ void split(const ScanIn& in, const Span& s, std::vector<Span>* to) {
       left -= valid(in.reverse ? at - 1 : at);
       at += in.reverse ? -1 : 1;
     }
-    to->push_back({s.row, std::min(from, at), std::max(from, at), index++, 0});
+    to->push_back({s.row, std::min(from, at), std::max(from, at), index++, s.first});
   }
 }
 

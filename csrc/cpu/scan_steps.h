@@ -5,10 +5,9 @@
 namespace rlfast {
 namespace RLFAST_ISA_NS {
 
-// Tokens [low, high) of a row; `segment` counts from where the recurrence starts.
+// Tokens [low, high) of a row; `segment` counts from where the recurrence starts, `first` is the valid token that it meets first.
 struct Span {
-  int64_t row, low, high, segment;
-  int64_t unused;
+  int64_t row, low, high, segment, first;
 };
 
 // G = p·carry + q of a segment; while its outputs are computed, q is the carry.
@@ -87,7 +86,7 @@ void plain_steps(const ScanIn& in, const Inputs& x, const Rates& rates, State* s
   }
   const D clip_rho = set1_double(in.clip_rho), clip_c = set1_double(in.clip_c), clip_pg = set1_double(in.clip_pg);
   for (int i = 0; i < kSteps; ++i) {
-    const int t = kKind == Kind::bare && !in.reverse ? i : kSteps - 1 - i;
+    const int t = in.reverse ? kSteps - 1 - i : i;
 #pragma GCC unroll 2
     for (int h = 0; h < kParts; ++h) {
       const D r = part(x.rewards.x[t], h);
@@ -317,7 +316,7 @@ private:
     const double boot = in_.bootstrap ? in_.bootstrap[s.row] : 0.0;
     const bool later = s.segment > 0;
     s_.value[l] = later ? value_after(s) : in_.coefficients.data ? 0.0 : boot;
-    s_.started[l] = later, s_.count[l] = 0.0;
+    s_.started[l] = later && (in_.reverse ? s.first >= s.high : s.first < s.low), s_.count[l] = 0.0;
     for (int c = 0; c < 2; ++c) {
       s_.p[c][l] = later ? 1.0 : 0.0;
       s_.q[c][l] = later ? -0.0 : boot;

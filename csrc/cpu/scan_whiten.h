@@ -86,8 +86,9 @@ inline void whiten_rows(const ScanIn& in, float* x, const Whiten& w, int threads
     all.first.add(m.first.high, m.first.low), all.second.add(m.second.high, m.second.low);
     all.count += m.count;
   }
-  const double n = static_cast<double>(all.count), mean = (all.first.high + all.first.low) / n;
-  const double var = centred_squares(all) / (n * (n - (w.bessel ? 1.0 : 0.0)));
+  // alone, a token is at the mean: its variance is 0, with Bessel's correction too
+  const double n = std::max(static_cast<double>(all.count), 1.0), freedom = std::max(n - (w.bessel ? 1.0 : 0.0), 1.0);
+  const double mean = (all.first.high + all.first.low) / n, var = centred_squares(all) / (n * freedom);
   const double scale = 1.0 / (w.floor    ? std::sqrt(std::max(var, w.eps))
                               : w.inside ? std::sqrt(var + w.eps)
                                          : std::sqrt(var) + w.eps);

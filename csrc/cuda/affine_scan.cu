@@ -5,12 +5,15 @@
 // of a row are counted from where the recurrence starts, from the first valid one on, so that the padding changes no bits.
 // A row of more than kRowSegment tokens is scanned in segments, each a map G = P·carry + Q of what comes before it:
 //   many rows: a block a row, segment after segment: one launch;
-//   few long rows: a block a segment, first its map, then with its carry the outputs: two launches, the same bits.
-// Bytes: 17 a token for GAE (r, V and a byte of mask read, two outputs written), 26 where rows are split.
+//   few long rows: a block a segment, first its map, then with its carry the outputs: two launches, the same bits. Of packed rows
+//   only the mean length is known: they are long where it is more than a segment.
+// Whitened, a block adds up the moments of its segments on the way; two small launches more (scan_whiten.cuh).
+// Bytes: 17 a token for GAE (r, V and a byte of mask read, two outputs written), 26 where rows are split, 9 more where whitened.
 // Not yet measured on a GPU.
 #include "affine_scan.h"
 
 #include "launch.cuh"
+#include "scan_whiten.cuh"
 
 namespace rlfast::cuda {
 
@@ -24,8 +27,10 @@ constexpr int kMap = 4;                 // numbers of a segment's map: P and Q f
 struct Scan {
   ScanIn in;
   ScanOut out;
-  double* maps;  // [rows, segments, kMap], or null: a block takes whole rows
-  int64_t segments;
+  Places places;
+  double* maps;     // [places, kMap], or null: a block takes whole rows
+  double* moments;  // [places, kMoments] of the advantages, or null
+  int64_t programs;
   bool only_maps;
 };
 
@@ -177,8 +182,9 @@ RLFAST_DEVICE Map map_before(Map m, int c, Shared* shared) {
   return then(before, near);
 }
 
-RLFAST_DEVICE void write(const Scan& f, const Row& r, int64_t j, const Step& s, double before, double after,
-                         double last) {
+// Returns the advantage.
+RLFAST_DEVICE float write(const Scan& f, const Row& r, int64_t j, const Step& s, double before, double after,
+                          double last) {
   const ScanIn& in = f.in;
   const int64_t at = in.begin(r.row, in.steps) + r.token(j);
   double advantage = after - s.value;
@@ -186,11 +192,13 @@ RLFAST_DEVICE void write(const Scan& f, const Row& r, int64_t j, const Step& s, 
   const bool shown = s.valid || in.coefficients.data;
   if (f.out.advantages) f.out.advantages[at] = shown ? float(advantage) : 0.0f;
   if (f.out.returns) f.out.returns[at] = shown ? float(last) : 0.0f;
+  return float(advantage);
 }
 
 // Tokens [base, base + kTile) of a row, whose state before them is segment[c] of carry[c].
+template <bool kWhitened>
 RLFAST_DEVICE void tile(const Scan& f, const Row& r, int64_t base, int64_t high, double* ahead, Map* segment,
-                        const double* carry, Shared* shared) {
+                        const double* carry, Sums* sums, Shared* shared) {
   const ScanIn& in = f.in;
   const int chains = in.decoupled ? 2 : 1;
   const int64_t j = base + int64_t(threadIdx.x) * kEach;
@@ -218,8 +226,9 @@ RLFAST_DEVICE void tile(const Scan& f, const Row& r, int64_t base, int64_t high,
     const double before = state_of(m[0], carry[0]);
     for (int c = 0; c < chains; ++c) m[c] = then(m[c], s[i].map[c]);
     const double after = state_of(m[0], carry[0]);
-    if (s[i].there && !f.only_maps)
-      write(f, r, j + i, s[i], before, after, chains == 2 ? state_of(m[1], carry[1]) : after);
+    if (!s[i].there || f.only_maps) continue;
+    const float advantage = write(f, r, j + i, s[i], before, after, chains == 2 ? state_of(m[1], carry[1]) : after);
+    if (kWhitened && s[i].valid) sums->add(advantage);
   }
   if (threadIdx.x == kScanThreads - 1) {
     for (int c = 0; c < chains; ++c) shared->last[c] = m[c];
@@ -240,6 +249,7 @@ RLFAST_DEVICE void outside(const Scan& f, const Row& r, double start) {
   }
 }
 
+template <bool kWhitened>
 RLFAST_DEVICE void scan_row(const Scan& f, int64_t row, int64_t part, Shared* shared) {
   const ScanIn& in = f.in;
   Row r = {in, row, in.length(row), 0, 0};
@@ -254,53 +264,99 @@ RLFAST_DEVICE void scan_row(const Scan& f, int64_t row, int64_t part, Shared* sh
     high = min(r.length, low + kRowSegment);
     if (part > 0 && low < r.length) ahead = r.value_before(low);
     for (int64_t k = 0; k < part && !f.only_maps; ++k) {
-      const double* m = f.maps + (row * f.segments + k) * kMap;
+      const double* m = f.maps + (f.places.begin(row) + k) * kMap;
       for (int c = 0; c < 2; ++c) carry[c] = state_of({m[2 * c], m[2 * c + 1]}, carry[c]);
     }
   }
   if (part == 0 && !f.only_maps) outside(f, r, start);
   Map segment[2] = {{1.0, 0.0}, {1.0, 0.0}};
+  Sums sums;
+  int64_t place = f.places.begin(row) + part;
   for (int64_t base = low; base < high; base += kTile) {
     if (!f.maps && base > low && (base - low) % kRowSegment == 0) {
       for (int c = 0; c < 2; ++c) carry[c] = state_of(segment[c], carry[c]), segment[c] = {1.0, 0.0};
+      if (kWhitened) put(f.moments, place++, together(sums.moments())), sums = {};
     }
-    tile(f, r, base, high, &ahead, segment, carry, shared);
+    tile<kWhitened>(f, r, base, high, &ahead, segment, carry, &sums, shared);
+  }
+  if (kWhitened && !f.only_maps) {
+    put(f.moments, place++, together(sums.moments()));
+    // the places of segments that the row does not have
+    for (; !f.maps && place < f.places.begin(row + 1); ++place) put(f.moments, place, {0.0, 0.0, 0.0});
   }
   if (f.only_maps && threadIdx.x == 0) {
-    double* m = f.maps + (row * f.segments + part) * kMap;
+    double* m = f.maps + place * kMap;
     for (int c = 0; c < 2; ++c) m[2 * c] = segment[c].p, m[2 * c + 1] = segment[c].q;
   }
 }
 
+template <bool kWhitened>
 __global__ void __launch_bounds__(kScanThreads) scan_kernel(Scan f) {
-  RLFAST_SHARED(Shared, shared);
-  for (int64_t i = blockIdx.x; i < f.in.rows * f.segments; i += gridDim.x) {
-    scan_row(f, i / f.segments, i % f.segments, shared);
+  RLFAST_SHARED(Shared, block);  // what block_total has there comes after a barrier
+  for (int64_t i = blockIdx.x; i < f.programs; i += gridDim.x) {
+    const int64_t row = f.maps ? f.places.row_of(i) : i;
+    scan_row<kWhitened>(f, row, f.maps ? i - f.places.begin(row) : 0, block);
     __syncthreads();
   }
 }
 
-}  // namespace
+// What a call has room for: maps, moments, sums of rows.
+struct Scratch {
+  int64_t places, maps, moments, sums;
+};
 
-int64_t affine_scan_scratch(int64_t rows, int64_t longest, bool packed, int device) {
-  const bool split = !packed && longest > kRowSegment && rows < busy_blocks(device);
-  return split ? rows * ceil_div(longest, kRowSegment) * kMap : 0;
+Scratch scratch_of(int64_t rows, int64_t longest, bool packed, bool whiten, int device) {
+  const int64_t places = packed ? rows + longest / kRowSegment : rows * ceil_div(longest, kRowSegment);
+  const int64_t tokens = packed ? longest : rows * longest;
+  const bool split = tokens > rows * kRowSegment && rows < busy_blocks(device);
+  return {places, split ? places * kMap : 0, whiten ? places * kMoments : 0,
+          whiten ? ceil_div(rows, kLossThreads) * kMoments : 0};
 }
 
-void affine_scan(const ScanIn& in, const ScanOut& out, double* scratch, int device, void* stream) {
-  if (in.rows == 0) return;
+}  // namespace
+
+int64_t affine_scan_scratch(int64_t rows, int64_t longest, bool packed, bool whiten, int device) {
+  const Scratch s = scratch_of(rows, longest, packed, whiten, device);
+  return s.maps + s.moments + s.sums;
+}
+
+void affine_scan(const ScanIn& in, const ScanOut& out, const Whiten& whiten, int64_t longest, double* scratch,
+                 int device, void* stream) {
+  const int64_t size = in.cu ? longest : in.rows * in.steps;
+  if (in.rows == 0 || size == 0) return;
   OnDevice guard(device);
-  Scan f = {in, out, scratch, scratch ? ceil_div(in.steps, kRowSegment) : 1, false};
+  const Scratch room = scratch_of(in.rows, longest, in.cu != nullptr, whiten.on, device);
+  const Places places = {in.cu, in.rows, kRowSegment, ceil_div(in.steps, kRowSegment)};
+  double* moments = scratch + room.maps;
+  Scan f = {in,
+            out,
+            places,
+            room.maps ? scratch : nullptr,
+            whiten.on ? moments : nullptr,
+            room.maps ? room.places : in.rows,
+            false};
   cudaStream_t s = static_cast<cudaStream_t>(stream);
-  const int grid = int(std::min(in.rows * f.segments, kMaxGrid));
-  if (scratch) {
+  const size_t shared = std::max(sizeof(Shared), shared_bytes(2));
+  const int grid = int(std::min(f.programs, kMaxGrid));
+  if (room.maps) {
     f.only_maps = true;
-    RLFAST_LAUNCH(scan_kernel, grid, kScanThreads, sizeof(Shared), s, f);
+    RLFAST_LAUNCH(scan_kernel<false>, grid, kScanThreads, shared, s, f);
     check(cudaGetLastError(), "affine_scan maps");
     f.only_maps = false;
   }
-  RLFAST_LAUNCH(scan_kernel, grid, kScanThreads, sizeof(Shared), s, f);
-  check(cudaGetLastError(), "affine_scan");
+  if (!whiten.on) {
+    RLFAST_LAUNCH(scan_kernel<false>, grid, kScanThreads, shared, s, f);
+    return check(cudaGetLastError(), "affine_scan");
+  }
+  RLFAST_LAUNCH(scan_kernel<true>, grid, kScanThreads, shared, s, f);
+  check(cudaGetLastError(), "affine_scan, moments");
+  const Whitening w = {in, out.advantages, whiten, places, moments, moments + room.moments, size};
+  const int blocks = int(std::min(ceil_div(in.rows, kLossThreads), kMaxGrid));
+  RLFAST_LAUNCH(add_rows, blocks, kLossThreads, shared_bytes(2), s, w);
+  const int most = int(std::max<int64_t>(busy_blocks(device), 1));
+  RLFAST_LAUNCH(whiten_tokens, int(std::min<int64_t>(ceil_div(size, kLossThreads * kEach), most)), kLossThreads,
+                shared_bytes(2), s, w);
+  check(cudaGetLastError(), "affine_scan, whitening");
 }
 
 }  // namespace rlfast::cuda

@@ -10,7 +10,7 @@ struct ScanShape {
   std::string name;
   int64_t rows = 3, steps = 37, pad = 0;
   DType dtype = DType::f32;
-  int mask = 0;  // 0 none, 1 right, 2 left, 3 holes, 4 nothing is valid
+  int mask = 0;  // 0 none, 1 right, 2 left, 3 holes, 4 nothing is valid, 5 only the first 40
   bool packed = false, vtrace = false, bare = false, forward = false, zero = false, decoupled = false;
   bool ends = false, by_row = false, by_token = false, row_rewards = false, bootstrap = false, kl = false;
 };
@@ -33,7 +33,8 @@ struct ScanCase {
     return n;
   }
   static int64_t length_of(const ScanShape& s, int64_t r) {
-    return s.packed ? (r * 7919 + 3) % (s.steps + 1) : s.steps;
+    if (!s.packed) return s.steps;
+    return s.steps > 10000 ? s.steps - r * 7919 : (r * 7919 + 3) % (s.steps + 1);
   }
 
   explicit ScanCase(const ScanShape& shape)
@@ -74,7 +75,7 @@ struct ScanCase {
       const int64_t n = length_of(s, r), some = n ? int64_t(rng() % uint32_t(n + 1)) : 0;
       for (int64_t t = 0; t < n; ++t) {
         const int64_t i = at(r, t);
-        const bool holes[] = {true, t < some, t >= n - some, rng() % 10 > 2, false};
+        const bool holes[] = {true, t < some, t >= n - some, rng() % 10 > 2, false, t < 40};
         mask[i] = holes[s.mask];
         done[i] = rng() % 16 == 0, truncated[i] = rng() % 16 == 0;
         if (s.by_token) gamma[out_at(r, t)] = uniform(rng);
@@ -142,6 +143,22 @@ struct ScanCase {
   void solve() {
     want_a.assign(size_t(dense()), 0.0), want_g.assign(size_t(dense()), 0.0);
     for (int64_t r = 0; r < s.rows; ++r) solve_row(r);
+  }
+  // The advantages, whitened with Bessel's correction and an eps of 1e-8 inside.
+  void check_whitened(Report& report) {
+    double n = 0, sum = 0, squares = 0;
+    std::vector<char> counted(static_cast<size_t>(dense()), 0);
+    for (int64_t r = 0; r < s.rows; ++r)
+      for (int64_t t = 0; t < length_of(s, r); ++t) counted[out_at(r, t)] = valid(at(r, t));
+    for (int64_t i = 0; i < dense(); ++i)
+      if (counted[i]) n += 1, sum += want_a[i];
+    const double mean = sum / std::max(n, 1.0);
+    for (int64_t i = 0; i < dense(); ++i)
+      if (counted[i]) squares += (want_a[i] - mean) * (want_a[i] - mean);
+    const double deviation = std::sqrt(squares / std::max(n - 1.0, 1.0) + 1e-8);
+    for (int64_t i = 0; i < dense(); ++i)
+      report.near("whitened[" + std::to_string(i) + "]", advantages[i],
+                  counted[i] ? (want_a[i] - mean) / deviation : 0.0, 1e-5);
   }
   void check(Report& report) {
     double largest = 1.0;

@@ -36,6 +36,13 @@ std::vector<ScanShape> scan_shapes() {
   all.push_back(s);
   s.name = "long, v-trace", s.vtrace = true, s.mask = 0, s.rows = 1;
   all.push_back(s);
+  s.name = "long, packed", s.vtrace = false, s.packed = true, s.rows = 2, s.mask = 3;
+  all.push_back(s);
+  s.packed = false, s.rows = 1;
+  s.name = "long, zero", s.vtrace = false, s.mask = 5, s.zero = s.bootstrap = s.row_rewards = true;
+  all.push_back(s);
+  s.name = "long, zero, ends", s.bootstrap = s.row_rewards = false, s.ends = true;
+  all.push_back(s);
   return all;
 }
 
@@ -49,9 +56,7 @@ void test_scan(const Kernels& k, const std::string& isa) {
       c.check(r);
       if (s.bare || !c.dense()) continue;
       k.affine_scan(c.records(), c.out(), {true, true, true, false, true, 1e-8}, threads);
-      double sum = 0;
-      for (int64_t i = 0; i < c.dense(); ++i) sum += c.advantages[i] == c.advantages[i] ? c.advantages[i] : 0.0;
-      r.near("whitened mean", sum / double(c.dense()), 0, 1e-5);
+      c.check_whitened(r);
     }
 }
 
@@ -82,21 +87,31 @@ void test_cuda_scan() {
     ScanShape s = shape;
     // a block of fibers is slow: of the sizes, those on either side of a warp's and of a thread's tokens
     if (s.name.rfind("steps", 0) == 0 && s.steps != 1 && s.steps != 17 && s.steps != 130) continue;
-    if (s.steps > kScanSegment) s.steps = 16384 + 301;  // beyond one segment of the GPU's
-    std::vector<float> first;
+    if (s.steps > kScanSegment) s.steps = (s.packed ? 2 : 1) * 16384 + 301;  // beyond one segment of the GPU's
+    std::vector<float> first[2];
     for (int multiprocessors : {0, 64}) {  // whole rows, then segments
       simt::multiprocessors = multiprocessors, simt::descending = multiprocessors > 0, simt::grid_limit = 0xffffffffu;
       ScanCase c(s);
-      Exact<double> scratch(cuda::affine_scan_scratch(s.rows, s.steps, s.packed, 0));
+      const int64_t longest = s.packed ? c.tokens : s.steps;
+      Exact<double> scratch(cuda::affine_scan_scratch(s.rows, longest, s.packed, true, 0));
       Report r{"cuda scan under simt, " + s.name + ", T = " + std::to_string(s.steps) + ", mask " +
                std::to_string(s.mask)};
-      cuda::affine_scan(c.records(), c.out(), scratch.get(), 0, nullptr);
+      cuda::affine_scan(c.records(), c.out(), {}, longest, scratch.get(), 0, nullptr);
       c.check(r);
-      std::vector<float> got(c.returns.get(), c.returns.get() + c.dense());
+      std::vector<float> got[2] = {{c.returns.get(), c.returns.get() + c.dense()}, {}};
+      if (!s.bare) {
+        cuda::affine_scan(c.records(), c.out(), {true, true, true, false, true, 1e-8}, longest, scratch.get(), 0,
+                          nullptr);
+        c.check_whitened(r);
+        got[1].assign(c.advantages.get(), c.advantages.get() + c.dense());
+      }
       ++checks;
-      if (multiprocessors && !got.empty() && std::memcmp(got.data(), first.data(), got.size() * sizeof(float)) != 0)
-        r.fail("bits differ between whole rows and segments", 1, 0, 0);
-      first = got;
+      for (int i = 0; i < 2; ++i) {
+        const size_t bytes = got[i].size() * sizeof(float);
+        if (multiprocessors && bytes && std::memcmp(got[i].data(), first[i].data(), bytes) != 0)
+          r.fail("bits differ between whole rows and segments", 1, 0, 0);
+        first[i] = got[i];
+      }
     }
   }
 }

@@ -93,14 +93,36 @@ def _method(name, like, changed: dict) -> Method:
     method = METHODS[RENAMED.get((like, name), name)]
     theirs = LIKE.get(like, {}) | OF_METHOD.get((like, name), {})
     method = method._replace(**(theirs if method.whiten else {k: v for k, v in theirs.items() if k != "whiten"}))
-    method = method._replace(**{k: v for k, v in changed.items() if v is not None})
+    given = {k: v for k, v in changed.items() if v is not None}
+    method = method._replace(**given)
     if method.scale not in tuple(SCALES):
         validate.fail("scale", f"one of {tuple(SCALES)}", repr(method.scale))
     validate.at_least("eps", method.eps, 0.0)
     validate.positive("tau", method.tau)
     validate.finite("delta", method.delta)
     validate.flag("bessel", method.bessel)
+    _refuse_unread(name, method, given)
+    if method.whiten is not None and method.scale == "none":
+        own = {k: given[k] for k in ("bessel", "eps") if k in given}
+        method = method._replace(whiten=method.whiten._replace(**own))
     return method
+
+
+def _refuse_unread(name: str, method: Method, given: dict) -> None:
+    """What is given and has no effect."""
+    divides = method.scale != "none" or method.whiten is not None
+    unread = {
+        "scale": method.baseline is None and method.scale in ("group", "others"),
+        "bessel": not divides,
+        "eps": not divides,
+        "tau": method.baseline != SOFT,
+    }
+    for key, ignored in unread.items():
+        if ignored and key in given:
+            validate.fail(key, f"None: {name} does not read it", repr(given[key]))
+    # the op divides by a group's deviation before δ is taken off; whitening takes away what all have in common
+    if method.delta and (method.scale in ("group", "others") or method.whiten is not None or method.baseline == SECOND):
+        validate.fail("delta", f"0: {name} with scale {method.scale!r} does not take it", repr(method.delta))
 
 
 def _ids(group_ids, rewards):
@@ -194,7 +216,8 @@ def group_advantage(
     Args:
         rewards: [N] float; [N, K], several rewards each, for "gdpo".
         group_size: an int: groups are so many answers, one after the other. Or
-        group_ids: [N] int, or a sequence of N hashable names: equal ones are a group, wherever they stand.
+        group_ids: [N] int, or a sequence of N hashable names: equal ones are a group, wherever they stand. "remax" and
+            "reinforce++" compare with no group and need neither.
         method: "grpo" (r − mean) / (std + eps); "dr_grpo" r − mean; "batch_std" (r − mean) / (std of all + eps);
             "rloo" r − mean of the others; "grpo_leave_one_out" that, over the std of the others; "opo" r − the mean
             weighted by ``lengths``; "remax" r − ``baselines``; "reinforce++" r, and "reinforce++_baseline" r − mean,
@@ -206,16 +229,18 @@ def group_advantage(
         mask: [N], 0 for a sample that counts nowhere: it gets 0.
         lengths: [N], valid tokens of each answer: the weights of "opo", and of whitening over tokens.
         baselines: [N], the reward of the greedy answer, of "remax".
-        weights: K floats, of "gdpo"; all 1 if not given.
+        weights: K floats, of "gdpo" with K rewards; all 1 if not given.
         scale: "none", "group", "others", "batch": in place of the method's.
-        bessel, eps, tau: in place of the method's.
-        delta: added to the baseline, in place of the method's: −0.1 for "asymre", 0 for the others.
+        bessel, eps: in place of the method's: of the deviation s, or where the method only whitens, of its whitening.
+        tau: of "kimi_soft" and "a*-po", in place of the method's.
+        delta: added to the baseline, in place of the method's: −0.1 for "asymre", 0 for the others. Where a group's
+            deviation divides, where whitening would take it away, and for "pass@k", it must be 0.
 
     Returns:
         [N] float32 (float64 for float64), a constant.
 
     Raises:
-        TypeError, ValueError: an argument is of the wrong type, shape, device or range.
+        TypeError, ValueError: an argument is of the wrong type, shape, device or range, or is not read.
 
     Reference:
         The papers are in ``rlfast.advantages.group.METHODS``.
@@ -231,16 +256,20 @@ def group_advantage(
         validate.fail("rewards", "shape (N, K) with K ≥ 1", validate.shape(rewards))
     if rewards.dim() != 1 and not several:
         validate.fail("rewards", "shape (N,), or (N, K) for gdpo", validate.shape(rewards))
-    ids, size = _groups(rewards, group_size, group_ids) if m.baseline is not None else (None, 1)
+    alone = m.baseline is None and group_size is group_ids is None
+    ids, size = (None, 1) if alone else _groups(rewards, group_size, group_ids)
     if mask is not None:
         mask = validate.mask_like(mask, "rewards", rewards[:, 0] if several else rewards).contiguous()
     lengths, baselines = _like_rewards("lengths", lengths, rewards), _like_rewards("baselines", baselines, rewards)
-    for name, given, needed in (
-        ("lengths", lengths, m.baseline == WEIGHTED),
-        ("baselines", baselines, method == "remax"),
+    for name, given, needed, read in (
+        ("lengths", lengths, m.baseline == WEIGHTED, m.baseline == WEIGHTED or m.whiten is not None),
+        ("baselines", baselines, method == "remax", method == "remax"),
+        ("weights", weights, False, several),
     ):
         if needed and given is None:
             validate.fail(name, f"a tensor, since method is {method!r}", "None", TypeError)
+        if given is not None and not read:
+            validate.fail(name, f"None: {method} does not read it", "a value")
     if several:
         advantages = _weighted_sum(rewards, ids, size, mask, lengths, weights, m)
     elif m.baseline is None:
@@ -288,6 +317,6 @@ def group_statistics(rewards, *, group_size=None, group_ids=None, mask=None, bes
         validate.fail("rewards", "shape (N,)", validate.shape(rewards))
     ids, size = _groups(rewards, group_size, group_ids)
     mask = validate.mask_like(mask, "rewards", rewards)
-    method = METHODS["dr_grpo"]._replace(bessel=bool(bessel))
+    method = METHODS["dr_grpo"]._replace(bessel=validate.flag("bessel", bessel))
     _, (groups, equal, means, stds) = _over_groups(rewards, ids, size, mask, None, method)
     return GroupStatistics(groups, equal / groups, means / groups, stds / groups)

@@ -64,7 +64,7 @@ def n_step_returns(rewards, values, mask=None, *, gamma, n, done=None, bootstrap
     row = _row_of(rows, v.shape[0], v.device)
     a = torch.full_like(v, one, dtype=torch.float64)
     if many is not None:
-        a = many.reshape(-1) if many.numel() == v.numel() and many.dim() == len(rows.shape) else many[row]
+        a = many[row] if many.shape == (rows.count,) else many.reshape(-1)
     if ends is not None:
         a = torch.where(ends.reshape(-1), 0.0, a)
     keep = torch.ones_like(row, dtype=torch.bool) if keep is None else keep.reshape(-1)

@@ -43,6 +43,11 @@ class Rows:
         else:
             self.lead = x.shape[:-1]
 
+    @property
+    def count(self) -> int:
+        """How many rows."""
+        return math.prod(self.lead)
+
     def _offsets(self, cu):
         validate.tensor("cu_seqlens", cu, _INTS)
         if self.like.dim() != 1:
@@ -67,7 +72,7 @@ class Rows:
         if x.device != self.like.device:
             validate.same_device(name, x, self.name, self.like)
         if self.cu is None and x.dim() != 2:
-            x = x.reshape(math.prod(self.lead), self.shape[-1])
+            x = x.reshape(self.count, self.shape[-1])
         return x if x.stride(-1) == 1 or (x.shape[-1] == 1 and x.is_contiguous()) else x.contiguous()
 
     def flags(self, name: str, x):
@@ -75,7 +80,10 @@ class Rows:
         return x if x is None or x.dtype == torch.bool else x != 0
 
     def by_row(self, name: str, x):
-        """A tensor of one number a row, as float64 [R]; None if it is one a token, or None."""
+        """A tensor of one number a row, as float64 [R]; None if it is one a token, or None.
+
+        Packed rows may be as many as their tokens: then it is one a row.
+        """
         if x is None:
             return None
         validate.tensor(name, x)
@@ -129,7 +137,8 @@ def estimate(
     if truncated is not None and (not isinstance(bootstrap, torch.Tensor) or bootstrap.shape != rows.shape):
         came = validate.shape(bootstrap) if isinstance(bootstrap, torch.Tensor) else repr(bootstrap)
         validate.fail("bootstrap", f"shape {tuple(rows.shape)}, the values after truncated tokens", came)
-    by_row, start = _rewards_by_row(rows, rewards), rows.by_row("bootstrap", bootstrap)
+    by_row = _rewards_by_row(rows, rewards)
+    start = rows.by_row("bootstrap", bootstrap) if truncated is None else None  # else it is one a token
     mask = rows.flags("mask", mask)
     left_out = None if masking == "zero" else mask  # where the rates of masked tokens have no effect
     (gamma, gammas), (lam, lams) = rows.rate("gamma", gamma, left_out), rows.rate("lam", lam, left_out)

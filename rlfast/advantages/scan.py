@@ -43,6 +43,13 @@ def _gae_options(like, masking, whiten) -> tuple[str, Whiten | None]:
     return masking, chosen.whiten if (chosen.whitens if whiten is None else whiten) else None
 
 
+def _coefficient(kl, kl_coef) -> float:
+    kl_coef = validate.finite("kl_coef", kl_coef)
+    if kl is None and kl_coef != 0.0:
+        validate.fail("kl", f"a tensor, since kl_coef is {kl_coef}", "None", TypeError)
+    return kl_coef
+
+
 def gae(
     rewards, values, mask=None, *, gamma, lam, masking=None, done=None, truncated=None, bootstrap=None, cu_seqlens=None,
     critic_lam=None, kl=None, kl_coef=0.0, whiten=None, like=None,
@@ -64,14 +71,16 @@ def gae(
             then one a token.
         bootstrap: [*], the value after a row's last token (0 if not given); or [*, T], the value after each token,
             read at truncated tokens and at the last valid one.
-        cu_seqlens: int [rows + 1], the offsets of packed rows from 0 to N.
+        cu_seqlens: int [rows + 1], the offsets of packed rows from 0 to N. Where rows are as many as tokens, a
+            tensor of that shape is one a token if it is rewards, or bootstrap beside truncated; else it is one a row.
         critic_lam: λ of the returns, where it is another than that of the advantages (VC-PPO, VAPO: ``vapo_lam``).
         kl: [*, T], a penalty on each token: r_t − kl_coef·kl_t.
-        kl_coef: a float.
+        kl_coef: a float; 0 without kl.
         whiten: True, which is ``like``'s whitening, or an ``rlfast.Whiten``: the advantages whitened over the valid
             tokens of the batch.
         like: "trl", "verl", "openrlhf", "nemo-rl", "torchrl": the masking and whitening of that trainer. Valid tokens
-            have its values; masked ones are 0, where verl leaves what it carried.
+            have its values; masked ones are 0, where verl leaves what it carried. TRL's PPO has two masks: see
+            docs/advantages.md.
 
     Returns:
         (advantages, returns), float32 (float64 for float64), shaped like values. Differentiable in rewards, values,
@@ -96,7 +105,7 @@ def gae(
     masking, whiten = _gae_options(like, masking, whiten)
     return estimate(
         Rows("values", values, cu_seqlens), wanted=BOTH, gamma=gamma, lam=lam, critic_lam=critic_lam, rewards=rewards,
-        values=values, kl=kl, kl_coef=validate.finite("kl_coef", kl_coef), mask=mask, masking=masking, done=done,
+        values=values, kl=kl, kl_coef=_coefficient(kl, kl_coef), mask=mask, masking=masking, done=done,
         truncated=truncated, bootstrap=bootstrap, whiten=whiten,
     )  # fmt: skip
 
@@ -177,11 +186,11 @@ def discounted_returns(
         tensor([[1.5000, 1.0000, 2.0000]])
     """
     name, like = ("rewards", rewards) if kl is None else ("kl", kl)
-    if kl is None and mask is not None and isinstance(rewards, torch.Tensor) and rewards.shape != mask.shape:
+    if kl is None and all(isinstance(x, torch.Tensor) for x in (rewards, mask)) and rewards.shape != mask.shape:
         name, like = "mask", mask  # one reward a row: the tokens are those of the mask
     return estimate(
         Rows(name, like, cu_seqlens), wanted=RETURNS, gamma=gamma, lam=1.0, rewards=rewards, mask=mask, masking=masking,
-        done=done, bootstrap=bootstrap, kl=kl, kl_coef=validate.finite("kl_coef", kl_coef),
+        done=done, bootstrap=bootstrap, kl=kl, kl_coef=_coefficient(kl, kl_coef),
     )[1]  # fmt: skip
 
 

@@ -9,8 +9,7 @@ import torch
 
 from rlfast import backends
 from rlfast.native.token_logps import DTYPES, address
-from rlfast.ops.scan_records import ADVANTAGES, RETURNS, Inputs, Options, allocate, whiten_options
-from rlfast.reductions import whitened
+from rlfast.ops.scan_records import ADVANTAGES, RETURNS, Inputs, Options, allocate
 
 
 def _tokens(x: torch.Tensor | None, padded: bool) -> tuple[int, int, int]:
@@ -67,11 +66,10 @@ def forward(x: Inputs, o: Options) -> torch.Tensor:
 def _on_gpu(x: Inputs, o: Options, out: torch.Tensor) -> torch.Tensor:
     extension, device, packed = backends.extension("cuda"), out.device, x.cu_seqlens is not None
     rows = x.cu_seqlens.shape[0] - 1 if packed else x.tokens.shape[0]
-    doubles = extension.affine_scan_scratch(rows, x.tokens.shape[-1], packed, device.index)
+    longest = x.tokens.shape[-1]
+    doubles = extension.affine_scan_scratch(rows, longest, packed, o.whiten != 0, device.index)
     scratch = torch.empty(doubles, dtype=torch.float64, device=device)
     stream = torch.cuda.current_stream(device).cuda_stream
     address = scratch.data_ptr() if doubles else 0
-    extension.affine_scan(*_arguments(x, o, out), address, device.index, stream)
-    if o.whiten:
-        out[0] = whitened(out[0], x.mask, **whiten_options(o))
+    extension.affine_scan(*_arguments(x, o, out), longest, address, device.index, stream)
     return out

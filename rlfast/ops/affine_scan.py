@@ -79,9 +79,18 @@ def scan(a, b, x: Inputs, reverse: bool, backend: str):
     return _below_autograd(*bare, *options, backend)[0]
 
 
+def walk(b, rate, stops, x: Inputs, backend: str):
+    """B_t = b_t + γ_t·B_{t−1} over the rows and the mask of ``x``, none where ``stops``; γ is a float or float64."""
+    many = rate if isinstance(rate, torch.Tensor) else None
+    options = _NO_OPTIONS._replace(gamma=rate if many is None else 1.0)
+    nothing = Inputs(*[None] * TENSORS)
+    bare = nothing._replace(rewards=b, mask=x.mask, done=stops, gammas=many, cu_seqlens=x.cu_seqlens)
+    return _below_autograd(*bare, *options, backend)[0]
+
+
 def _neighbour(y, x: Inputs, ahead: bool, backend: str):
     """y of the next valid token of the row (of the one before, if not ``ahead``), 0 where there is none."""
-    held = scan(torch.zeros_like(y), y, x, ahead, backend)
+    held = y if x.mask is None else scan(torch.zeros_like(y), y, x, ahead, backend)
     moved = torch.zeros_like(held)
     if ahead:
         moved[..., :-1] = held[..., 1:]
@@ -95,13 +104,38 @@ def _neighbour(y, x: Inputs, ahead: bool, backend: str):
     return torch.where(inner, moved, 0.0)
 
 
-def _rate(one: float, many, like, cu_seqlens):
-    """A rate as a tensor that broadcasts over the tokens."""
-    if many is None or many.shape == like.shape:
-        return one if many is None else many.to(like.dtype)
-    if cu_seqlens is None:
-        return many.to(like.dtype).unsqueeze(-1)
-    return many.to(like.dtype).repeat_interleave(cu_seqlens.diff(), output_size=like.shape[0])
+def _before(rates, x: Inputs, like, backend: str):
+    """The rate of the valid token before, of one a token in float64: in three float32, which hold its bits."""
+    if like.dtype == torch.float64:
+        return _neighbour(rates, x, False, backend)
+    moved, rest = torch.zeros_like(rates), rates
+    for _ in range(3):
+        part = rest.float()
+        moved, rest = moved + _neighbour(part, x, False, backend), rest - part
+    return moved
+
+
+def _by_token(rate, x: Inputs) -> bool:
+    """Whether a rate is one a token; else it is a float, or one a row."""
+    if not isinstance(rate, torch.Tensor):
+        return False
+    return rate.dim() > 1 or not (x.cu_seqlens is None or rate.shape[0] == x.cu_seqlens.shape[0] - 1)
+
+
+def _spread(rate, x: Inputs, like):
+    """A number a row as it broadcasts over the tokens; any other rate as it is."""
+    if not isinstance(rate, torch.Tensor) or _by_token(rate, x):
+        return rate
+    if x.cu_seqlens is None:
+        return rate.unsqueeze(-1)
+    return rate.repeat_interleave(x.cu_seqlens.diff(), output_size=like.shape[0])
+
+
+def _product(gamma, lam, x: Inputs, like):
+    """γλ, a number for all, a row or a token."""
+    if _by_token(gamma, x) != _by_token(lam, x):
+        return _spread(gamma, x, like) * _spread(lam, x, like)
+    return gamma * lam
 
 
 def _by_row(y, x: Inputs):
@@ -133,12 +167,16 @@ class _Flow:
         cut = torch.zeros_like(valid) if x.truncated is None else x.truncated & valid
         first = torch.zeros_like(valid) if x.next_values is None else self.final > 0
         self.given = ((cut | first) & ~done).to(g.dtype)  # V' and G' are next_values
-        self.goes_on = (~(done | cut | first)).to(g.dtype)  # V' and G' are those of the next token
-        gamma = _rate(o.gamma, x.gammas, g, x.cu_seqlens)
-        self.gamma = gamma * torch.ones_like(g)
-        self.lams = [self.gamma * _rate(o.lam, x.lams, g, x.cu_seqlens)] * 2
+        stop = done | cut | first
+        self.goes_on = (~stop).to(g.dtype)  # V' and G' are those of the next token
+        ends = x.done is not None or x.truncated is not None or x.next_values is not None
+        self.stops = _neighbour(stop.to(g.dtype), self.x, False, backend) != 0 if ends else None
+        gamma = o.gamma if x.gammas is None else x.gammas
+        lam, critic = o.lam if x.lams is None else x.lams, o.critic_lam if x.critic_lams is None else x.critic_lams
+        self.gamma = _spread(gamma, x, g)
+        self.lams = [_product(gamma, lam, x, g)] * 2
         if o.has(DECOUPLED):
-            self.lams[1] = self.gamma * _rate(o.critic_lam, x.critic_lams, g, x.cu_seqlens)
+            self.lams[1] = _product(gamma, critic, x, g)
 
 
 def _gradients(x: Inputs, o: Options, out_gradient, backend: str) -> Inputs:
@@ -154,11 +192,10 @@ def _gradients(x: Inputs, o: Options, out_gradient, backend: str) -> Inputs:
         if g is None:
             continue
         source = torch.where(flow.valid, g, 0.0)
-        rates = _neighbour(later * flow.goes_on, flow.x, False, backend)
-        into = scan(rates, source, flow.x, False, backend)
-        into = torch.where(flow.valid, into, 0.0) if not o.has(ZERO) else into
+        rates = _before(later, flow.x, g, backend) if _by_token(later, x) else later
+        into = walk(source, rates, flow.stops, flow.x, backend)
         total = total + into
-        ahead = into * (flow.gamma - later)  # ∂L/∂V'
+        ahead = (into * (flow.gamma - _spread(later, x, g))).to(g.dtype)  # ∂L/∂V'
         g_value = g_value + _neighbour(ahead * flow.goes_on, flow.x, False, backend)
         g_given = g_given + into * flow.gamma * flow.given
         g_start = g_start + into * flow.gamma * flow.last * flow.goes_on
@@ -187,8 +224,7 @@ def _scan_gradients(x: Inputs, o: Options, out, g, backend: str) -> Inputs:
     if x.bootstrap is not None:
         edge = 1.0 - _neighbour(torch.ones_like(g), held, reverse, backend)
         start = x.bootstrap.to(g.dtype)
-        start = (start.unsqueeze(-1) if x.cu_seqlens is None else _rate(0.0, start, g, x.cu_seqlens)) * edge
-        state = state + start
+        state = state + _spread(start, x, g) * edge
         g_start = _by_row(into * a * edge, x)
     return Inputs(*[None] * TENSORS)._replace(
         rewards=torch.where(valid, into, 0.0),
@@ -236,7 +272,9 @@ def call(*args):
 
 
 def _dense(x, like) -> bool:
-    return type(x) is torch.Tensor and x.shape == like.shape and x.is_contiguous() and not x.requires_grad
+    if type(x) is not torch.Tensor or x.shape != like.shape or x.device != like.device:
+        return False
+    return x.is_contiguous() and not x.requires_grad
 
 
 def usual(rewards, values, mask, gamma, lam):

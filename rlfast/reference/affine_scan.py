@@ -140,6 +140,7 @@ def masked_whiten(x, mask, *, bessel=True, eps=1e-8, where="inside", shift_mean=
     """(x − mean)·(var + eps)^−½ over the valid elements, 0 elsewhere."""
     valid = torch.ones_like(x, dtype=torch.bool) if mask is None else mask != 0
     chosen = x[valid]
-    mean, var = chosen.mean(), chosen.var(correction=1 if bessel else 0)
+    mean = chosen.mean()
+    var = chosen.var(correction=int(bessel)) if len(chosen) > 1 else torch.zeros_like(mean)
     root = {"inside": (var + eps).sqrt(), "outside": var.sqrt() + eps, "floor": var.clamp(min=eps).sqrt()}[where]
     return torch.where(valid, (x - mean) / root + (0.0 if shift_mean else mean), 0.0)

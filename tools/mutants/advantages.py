@@ -7,6 +7,7 @@ from mutants.mutant import cpp, cuda, python
 CPP = [
     *cpp(
         "csrc/cpu/scan_steps.h",
+        ("s_.started[l] = later && («in_.reverse ? s.first >= s.high : s.first < s.low»),", "true", "fill_a_segment"),
         ("return p == 0.0 ? q : «std::fma(p, carry, q)»;", "std::fma(p, carry, carry)", "long_rows"),
         ("to->now[c][lane] = g * («1.0 - l»);", "1.0"),
         ("const D x = min(most, least), magic = set1_double(«0x1.8p52»)", "0x1.8p51"),
@@ -23,7 +24,8 @@ CPP = [
     ),
     *cpp(
         "csrc/cpu/scan_whiten.h",
-        ("«n * (n - (w.bessel ? 1.0 : 0.0))»", "n * n"),
+        ("«n * freedom»", "n * n"),
+        ("freedom = «std::max(n - (w.bessel ? 1.0 : 0.0), 1.0)»;", "n - (w.bessel ? 1.0 : 0.0)"),
         ("low = add(low, «add(sub(high, sub(s, b)), sub(x, b))»);", "zero_double()", "far_from_zero"),
         ("s.add(-square, «-(std::fma(a, a, -square) + 2.0 * a * tail)»);", "square"),
     ),
@@ -48,6 +50,13 @@ CUDA = [
         ("s.map[c] = {later, «reward + (gamma - later) * s.ahead»};", "reward + gamma * s.ahead"),
         ("if («shared->there[w]») before = shared->value[w];", "false"),
     ),
+    *cuda(
+        "csrc/cuda/scan_whiten.cuh",
+        ("«n += 1.0, off += d, squares += d * d»;", "n += 1.0, off += d, squares += d"),
+        ("a.squares + b.squares + «gap * gap * a.n * share»};", "0.0"),
+        ("double squares[1] = {«m.squares + m.n * gap * gap»};", "m.squares"),
+        ("mask.data[«i + row * (mask.stride - w.in.steps)»];", "i"),
+    ),
 ]  # fmt: skip
 
 PYTHON = [
@@ -68,7 +77,7 @@ PYTHON = [
     ),
     *python(
         "ops", "rlfast/ops/affine_scan.py",
-        ("ahead = into * (flow.gamma - later)  #", "ahead = into * flow.gamma  #"),
+        ("(into * (flow.gamma - _spread(later, x, g))).to(g.dtype)", "(into * flow.gamma).to(g.dtype)"),
         ("coefficients=torch.where(valid, into * state, 0.0)", "coefficients=torch.where(valid, into, 0.0)"),
         ("kl=-o.kl_coef * g_reward", "kl=o.kl_coef * g_reward"),
         ("g_start = g_start + into * flow.gamma * flow.last", "g_start = g_start + into * flow.last"),
@@ -93,7 +102,9 @@ PYTHON = [
     ),
     *python(
         "advantages", "rlfast/reductions.py",
-        ("var = total(centred * centred) / (count - int(bessel))", "var = total(centred * centred) / count"),
+        ("centred, places) / (count - int(bessel))", "centred, places) / count"),
+        ("var = total(centred * centred, places)", "var = total(centred * centred)"),
+        ("torch.where(valid, out, 0.0).to(x.dtype)", "out.to(x.dtype)"),
         ("var.clamp(min=eps) if where == \"floor\"", "var + eps if where == \"floor\""),
         ("(count + mean.eps).clamp(min=mean.least)", "(count + mean.eps).clamp(min=0.0)"),
     ),
@@ -110,6 +121,13 @@ PYTHON = [
         ("tl.where(j == first, r + tl.load(x.row_rewards + row), r)", "r + tl.load(x.row_rewards + row)", "whole_row"),
         ("(j > anchor) & (j <= high)", "(j >= anchor) & (j <= high)", "test_estimator"),
         ("v = tl.where(there != 0, v, ahead)", "v = tl.where(there != 0, v, 0.0)", "test_options or long_rows"),
+    ),
+    *python(
+        "triton", "kernels/whiten.py",
+        ("tl.sum(squares + n * gap * gap, axis=0)", "tl.sum(squares, axis=0)", "test_whitening"),
+        ("rest = tl.load(at + 3, mask=there, other=0.0) - first * off", "rest = tl.load(at + 3, mask=there, other=0.0)",
+         "test_whitening"),
+        ("tl.where(valid, out, 0.0).to(tl.float32)", "out.to(tl.float32)", "test_whitening"),
     ),
     *python(
         "triton", "kernels/group_advantage.py",
