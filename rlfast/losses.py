@@ -195,11 +195,7 @@ class Loss:
         surrogate = options.get("surrogate", self.surrogate)
         formula = SURROGATES.get(getattr(surrogate, "name", surrogate))
         known = names | (set(formula.hyper._fields) if formula else set())
-        for option in options:
-            if option not in known:
-                validate.fail(
-                    option, f"an option of {self.name}: {', '.join(sorted(known))}", "an unknown name", TypeError
-                )
+        validate.options(options, known, self.name)
         given = {k: v for k, v in options.items() if k in names}
         base = {} if "surrogate" in options else self.hyper
         return replace(self, **given, hyper=base | {k: v for k, v in options.items() if k not in names})
