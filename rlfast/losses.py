@@ -227,11 +227,7 @@ class Loss:
         surrogate = options.get("surrogate", self.surrogate)
         formula = SURROGATES.get(getattr(surrogate, "name", surrogate))
         known = names | (set(formula.hyper._fields) if formula else set())
-        for option in options:
-            if option not in known:
-                validate.fail(
-                    option, f"an option of {self.name}: {', '.join(sorted(known))}", "an unknown name", TypeError
-                )
+        validate.options(options, known, self.name)
         given = {k: v for k, v in options.items() if k in names}
         if "kl" in given and given["kl"] != self.kl:  # the bounds are the other estimator's
             given = {k: v for k, v in NO_KL.items() if given["kl"] is None or k.startswith("kl_")} | given

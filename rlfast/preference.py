@@ -107,10 +107,10 @@ class PreferenceLoss:
         reduce: "mean" or "sum" over the pairs.
         reward: the score that metrics call the reward, times the first part's β.
         reward_mean: it is divided by the length.
-        nll: weight of −log π of the chosen response, a mean over its tokens; 0 is none.
-        nll_by_batch: the mean is over all chosen tokens of the batch instead.
+        nll: weight of −log π of the chosen response; 0 is none.
+        nll_reduce: over its tokens, "mean" or "sum"; "batch" is a mean over all chosen tokens of the batch.
         tail: weight of the tokens beyond the length of the shorter response (LD-DPO's α).
-        kl: coefficient of the full-vocabulary KL(π_ref‖π) that is added to a response's log-probs (TDPO).
+        kl: of the full-vocabulary KL(π_ref‖π) that the loss adds to a response's log-probs (TDPO); metrics do without.
         kl_detached: no gradient through the chosen response's.
         sort: "pairs" or "responses": differences, or each side's log-ratios, are sorted over the batch (AOT). Fields of
             pairs mean nothing then, and ``losses`` are those of the sorted places; rewards and metrics stay the pairs'.
@@ -133,7 +133,7 @@ class PreferenceLoss:
     reward: str = "log_ratio"
     reward_mean: bool = False
     nll: float = 0.0
-    nll_by_batch: bool = False
+    nll_reduce: str = "mean"
     tail: float = 1.0
     kl: float = 0.0
     kl_detached: bool = False
@@ -149,29 +149,32 @@ class PreferenceLoss:
         validate.one_of("reduce", self.reduce, REDUCTIONS)
         validate.one_of("reward", self.reward, tuple(SCORES))
         validate.one_of("sort", self.sort, SORTS)
+        validate.one_of("nll_reduce", self.nll_reduce, ("mean", "sum", "batch"))
         for name in ("nll", "tail", "kl"):
             validate.number(name, getattr(self, name), limits.OPTIONS[name])
         object.__setattr__(self, "prepared", self._prepare())
-        object.__setattr__(self, "unsorted", replace(self, sort=None, nll=0.0) if self.sort else None)
+        plain = replace(self, sort=None, kl=0.0, nll=0.0) if self.sort or self.kl else None  # what metrics are of
+        object.__setattr__(self, "plain", plain)
 
     def _prepare(self) -> Prepared:
         score = next((p.score_hyper for p in self.parts if p.score == self.reward), {})
         terms = with_nll = terms_with_reward(self.parts, PAIRS, self.reward, score, self.reward_mean)
         if self.nll and not self.apart:
-            by_batch = self.nll_by_batch
-            nll = Part("batch_nll" if by_batch else "nll", score="total", mean=not by_batch, weight=self.nll)
+            link = "batch_nll" if self.nll_reduce == "batch" else "nll"
+            nll = Part(link, score="total", mean=self.nll_reduce == "mean", weight=self.nll)
             with_nll = [*terms, nll.term(PAIRS)]
         lengths = any(t.mean or t.score == "power" for t in with_nll)
-        lengths |= any(p.hyper.get("length_price") for p in self.parts) or bool(self.nll)
+        lengths |= any(p.hyper.get("length_price") for p in self.parts) or bool(self.nll and self.nll_reduce != "sum")
         referenced = any(p.score in REFERENCED for p in self.parts) and not self.reference_free
         reads = read_by(self.parts, PAIRS) - (set(OF_PAIRS) if self.sort else set())
         return Prepared(flat(with_nll), flat(terms), lengths, referenced, reads)
 
     @cached_property
     def apart(self) -> bool:
-        """Whether the likelihood is added by torch: sorted sums are no longer those of responses, and a link may want
-        ``shared`` for itself, where the kernel has the batch's mean length."""
-        return bool(self.nll) and bool(self.sort or (self.nll_by_batch and "shared" in read_by(self.parts, PAIRS)))
+        """Whether the likelihood is added by torch: sums that are sorted, or have a KL in them, are no longer those of
+        responses, and a link may want ``shared`` for itself, where the kernel has the batch's mean length."""
+        shares = self.nll_reduce == "batch" and "shared" in read_by(self.parts, PAIRS)
+        return bool(self.nll) and bool(self.sort or self.kl or shares)
 
     def with_options(self, **options) -> PreferenceLoss:
         """The same loss with some options changed; a hyper-parameter of a part's link or score by its own name."""
@@ -324,16 +327,17 @@ class PreferenceLoss:
         loss = out.loss if nll is None or not self.nll else out.loss + self.nll * nll
         if self.apart and nll is None:
             loss, out = self._with_likelihood(out, chosen, rejected is None, rest, factor, names)
-        if self.unsorted is not None:
+        if self.plain is not None:
+            sides = (x if x is None else x._replace(kl=None) for x in (chosen, rejected))
             with torch.no_grad():
-                pairs = self.unsorted._launch(chosen, rejected, rest, None, factor, per_pair, names)
+                pairs = self.plain._launch(*sides, rest, None, factor, per_pair, names)
             out = out._replace(metrics=torch.cat((out.metrics[:1], pairs.metrics[1:])), rewards=pairs.rewards)
         detail = (out.losses, *out.rewards) if per_pair else (None, None, None)
         return PreferenceOutput(loss, LossMetrics(out.metrics, METRICS), *detail)
 
     def _with_likelihood(self, out, chosen, together: bool, rest, factor: float, names) -> tuple:
         """(the loss, the op's output), with the likelihood of the chosen responses."""
-        each = self.nll * preference_inputs.likelihoods(chosen, names[0], together, self.nll_by_batch)
+        each = self.nll * preference_inputs.likelihoods(chosen._replace(kl=None), names[0], together, self.nll_reduce)
         if rest.weights is not None:
             each = torch.where(rest.weights != 0, rest.weights * each, 0.0)
         n = rest.num_items
@@ -375,10 +379,7 @@ def changed(loss, links: dict, options: dict):
     """A loss with some options changed: its own, or those of its parts' links and scores."""
     names = {f.name for f in fields(loss)} - {"parts", "name", "paper", "needs"}
     known = names.union({"mean"}, *(part.knows(links) for part in loss.parts))
-    for option in options:
-        if option not in known:
-            wanted = f"an option of {loss.name}: {', '.join(sorted(known))}"
-            validate.fail(option, wanted, "an unknown name", TypeError)
+    validate.options(options, known, loss.name)
     parts = tuple(part.changed(links, options) for part in loss.parts)
     return replace(loss, parts=parts, **{k: x for k, x in options.items() if k in names})
 

@@ -91,7 +91,7 @@ def checked(sides: tuple, names: tuple, rest: PairGiven, objective, lengths: boo
     if objective.sort:
         first, second = sorted_sides(first, second, objective.sort, objective.tail)
     shared = rest.shared
-    if objective.nll_by_batch and objective.nll and not objective.apart and shared is None:
+    if objective.nll_reduce == "batch" and objective.nll and not objective.apart and shared is None:
         shared = mean_length(first, pairs)
     return (*first, *second, *fields_of(rest, shared, first.logp, pairs))
 
@@ -254,12 +254,13 @@ def summed(side: Side, shared_length=None, tail: float = 1.0) -> Side:
     return Side(*sums, None, None, sequences.lengths_of(side).to(sums[0].dtype))
 
 
-def likelihoods(given: Given, names: Names, together: bool, by_batch: bool):
-    """−S/n of each chosen response, by torch; n is the batch's mean length ``by_batch``, and 1 at least."""
-    side = side_of(given, names, "its likelihood", True, False)
+def likelihoods(given: Given, names: Names, together: bool, reduce: str):
+    """−S of each chosen response, by torch; ÷ n, 1 at least, of a "mean", ÷ the mean of n of a "batch"."""
+    side = side_of(given, names, "its likelihood", reduce != "sum", False)
     side = summed(halves(side)[0] if together else side)
-    n = side.lengths
-    n = n.mean() if by_batch else n
+    if reduce == "sum":
+        return -side.logp
+    n = side.lengths.mean() if reduce == "batch" else side.lengths
     return -side.logp / n.clamp(min=1)
 
 

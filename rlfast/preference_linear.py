@@ -284,7 +284,7 @@ def whole_rest(loss, joined: Joined, chosen: Place, pairs: int, rest: PairGiven)
     fields_of(rest, None, joined.rows.hidden, pairs)
     if loss.reduce == "mean" and rest.num_items is None:
         rest = rest._replace(num_items=float(max(pairs, 1)))
-    if loss.nll_by_batch and loss.nll and rest.shared is None:
+    if loss.nll_reduce == "batch" and loss.nll and rest.shared is None:
         mask = joined.rows.mask[chosen.rows(0, pairs)]
         one = joined.given(chosen, 0, pairs, mask)
         tokens = records.Side(one.logps, None, one.mask, one.cu_seqlens, None)

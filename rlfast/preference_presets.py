@@ -9,16 +9,16 @@ from __future__ import annotations
 from rlfast import validate
 
 # The likelihood beside a loss is a mean over all tokens of the batch, as these trainers have it.
-_BATCH = {"nll_by_batch": True}
+_BATCH = {"nll_reduce": "batch"}
 BY_BATCH = ("trl", "liger")
 
 PRESETS: dict[str, dict[str, dict]] = {
     "trl": {
         "dpo": {},
-        "robust": {},
+        "robust": {"label_smoothing": 0.0},
         "hinge": {},
         "ipo": {"mean": True},
-        "dpo_norm": {},
+        "dpo_norm": {"beta": 0.1},
         "ld_dpo": {},
         "wpo": {},
         "exo_pair": {},
@@ -36,7 +36,6 @@ PRESETS: dict[str, dict[str, dict]] = {
         "f_dpo_alpha": {},
         "mpo": _BATCH,
         "irpo": _BATCH,
-        "rpo": _BATCH,
         "cpo": _BATCH | {"beta": 0.1},
         "cpo_hinge": _BATCH,
         "cpo_ipo": _BATCH | {"mean": True},
@@ -47,7 +46,7 @@ PRESETS: dict[str, dict[str, dict]] = {
     },
     "liger": {
         "dpo": {},
-        "robust": {},
+        "robust": {"label_smoothing": 0.0},
         "hinge": {},
         "exo_pair": {},
         "discopop": {},
@@ -68,12 +67,10 @@ PRESETS: dict[str, dict[str, dict]] = {
     },
     "halos": {
         "dpo": {},
-        "cdpo": {},
+        "cdpo": {"label_smoothing": 0.2},
         "ipo": {"mean": True},
-        "slic_hf": {"beta": 1.0},
-        "simpo": {},
-        "orpo": {},
-        "kto": {},
+        "slic_hf": {},
+        "simpo": {"beta": 10.0, "gamma": 3.0},  # it has γ/β, 0.3
     },
 }
 

@@ -74,17 +74,17 @@ PREFERENCES = _rows(
     # beside a likelihood
     _row("mpo", "logistic", "2411.10442", weight=0.8, more=(Part("bco", weight=0.2),), nll=1.0),
     _row("irpo", "logistic", "2404.19733", nll=1.0),
-    _row("rpo", "logistic", "2405.16436", nll=0.005),
-    _row("xpo", "logistic", "2405.21046", needs=("extra",), more=(Part("exploration", score="total", weight=1e-5),)),
+    _row("rpo", "logistic", "2405.16436", more=(Part("weighted_nll", score="total"),)),
+    _row("xpo", "logistic", "2405.21046", needs=("extra",), more=(Part("exploration", score="total"),)),
     # without a reference
     _free("cpo", "logistic", "2401.08417", nll=1.0),
     _free("cpo_hinge", "hinge", "2401.08417", nll=1.0),
     _free("cpo_ipo", "ipo", "2401.08417", nll=1.0),
-    _free("orpo", "odds_ratio", "2403.07691", mean=True, weight=0.1, nll=1.0),
+    _free("orpo", "odds_ratio", "2403.07691", mean=True, nll=1.0),
     _free("simpo", "logistic", "2405.14734", mean=True, hyper={"beta": 2.0, "gamma": 1.0}),
     _free("cpo_simpo", "logistic", "2405.14734", mean=True, hyper={"beta": 2.0, "gamma": 1.0}, nll=1.0),
     _free("alpha_po", "logistic", "2501.03884", score="power", reward="power", hyper={"beta": 2.5, "gamma": 0.5}),
-    _free("slic_hf", "hinge", "2305.10425", hyper={"beta": 1.0}, nll=0.1),
+    _free("slic_hf", "hinge", "2305.10425", hyper={"beta": 1.0}, nll=0.1, nll_reduce="sum"),
 )  # fmt: skip
 
 
@@ -127,14 +127,16 @@ def _mixture(weights: dict[str, float], like: str | None, options: dict) -> Pref
                 validate.fail("name", f"rows of one {what}: {rows[0].name} has {getattr(rows[0], what)!r}", row.name)
     of = [validate.finite(name, weights[name]) for name in weights if name != "nll"]
     parts = [replace(p, weight=w * p.weight) for row, w in zip(rows, of, strict=True) for p in row.parts]
-    kinds = {row.nll_by_batch for row in rows if row.nll} | ({like in BY_BATCH} if weights.get("nll") else set())
+    kinds = {row.nll_reduce for row in rows if row.nll}
+    if weights.get("nll"):
+        kinds.add("batch" if like in BY_BATCH else "mean")
     if len(kinds) > 1:
-        validate.fail("name", "likelihoods of one kind, by response or by batch (nll_by_batch)", repr(weights))
+        validate.fail("name", "likelihoods of one nll_reduce", " and ".join(sorted(kinds)))
     nll = weights.get("nll", 0.0) + sum(w * row.nll for row, w in zip(rows, of, strict=True))
     needs = tuple(dict.fromkeys(need for row in rows for need in row.needs))
     free = all(row.reference_free for row in rows)
     mixed = replace(
-        rows[0], parts=tuple(parts), nll=nll, nll_by_batch=any(kinds), needs=needs, reference_free=free,
-        name=" + ".join(weights), paper="",
+        rows[0], parts=tuple(parts), nll=nll, nll_reduce=kinds.pop() if kinds else "mean", needs=needs,
+        reference_free=free, name=" + ".join(weights), paper="",
     )  # fmt: skip
     return mixed.with_options(**options) if options else mixed

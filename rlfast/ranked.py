@@ -8,13 +8,14 @@ from typing import NamedTuple
 
 import torch
 
-from rlfast import backends, validate
+from rlfast import backends, preference_inputs, validate
 from rlfast.kernels.formulas import RANKINGS
 from rlfast.loss_inputs import boundaries, counted, like_first
 from rlfast.losses import LossMetrics
 from rlfast.ops import ranked_loss as op
 from rlfast.ops.preference_records import REDUCTIONS
 from rlfast.ops.ranked_records import METRICS, Groups, Settings
+from rlfast.ops.response_sums import response_sums
 
 RANKS = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8, *validate.FLOATS)
 
@@ -97,15 +98,12 @@ class RankedLoss:
         validate.finite("alpha", self.alpha), validate.finite("nll", self.nll)
         if self.top is not None and (not isinstance(self.top, int) or isinstance(self.top, bool) or self.top < 1):
             validate.fail("top", "an int ≥ 1, or None", repr(self.top))
+        object.__setattr__(self, "unreferenced", replace(self, referenced=False) if self.referenced else self)
 
     def with_options(self, **options) -> RankedLoss:
         """The same loss with some options changed."""
         known = {f.name for f in fields(self)} - {"form", "name", "paper", "needs", "referenced"}
-        for option in options:
-            if option not in known:
-                validate.fail(
-                    option, f"an option of {self.name}: {', '.join(sorted(known))}", "an unknown name", TypeError
-                )
+        validate.options(options, known, self.name)
         return replace(self, **options)
 
     def __call__(
@@ -116,7 +114,8 @@ class RankedLoss:
 
         Args:
             scores: [P, K] float, a group a row; or [N] packed with ``cu_seqlens``. A reward model's outputs, or
-                the sums of log π over each candidate. With gradient. Triton takes K up to 64; the CPU and torch any K.
+                the sums of log π over each candidate (``rows`` takes the tokens). With gradient. Triton takes K up to
+                64; the CPU and torch any K.
             ranks: like scores, numbers: the smaller the better. Or
             rewards: like scores: the larger the better. Without either the candidates are in order, the best first.
             mask: like scores, bool or number. 0 takes a candidate out; what it holds has no effect.
@@ -151,6 +150,84 @@ class RankedLoss:
         reduce = REDUCTIONS.index(self.reduce)
         out = op.call(*groups, self.form, settings, reduce, most, needs, backends.requested())
         return RankedOutput(out.loss, LossMetrics(out.metrics, METRICS), out.losses if per_group else None)
+
+    def rows(
+        self, logps, groups, *, ref_logps=None, lengths=None, mask=None, cu_seqlens=None, ranks=None, rewards=None,
+        weights=None, num_items=None, world_size=1, accumulation=1, max_candidates=None, per_group=False,
+    ) -> RankedOutput:  # fmt: skip
+        """The same of the candidates' tokens, one candidate after the other, as a forward leaves them.
+
+        One kernel sums policy and reference, in float64 and rounded once; the gradient goes back to the tokens.
+
+        Args:
+            logps: [C, T] float, log π of the tokens of C candidates, padded with ``mask``; or [N] packed with
+                ``cu_seqlens``; or the sums [C]. With gradient.
+            groups: an int K, the candidates of each group; or int [P + 1], where the groups begin and end among the C.
+            ref_logps: like logps. log π_ref, where the loss takes log-ratios.
+            lengths: [C] numbers > 0, the tokens of each candidate, where only sums are given and alpha is not 0.
+            mask: like tokens, bool or number. 0 takes a token out; what it holds has no effect. A candidate without
+                tokens stays, with a sum of 0.
+            cu_seqlens: int [C + 1], where the packed candidates begin and end.
+            ranks, rewards: [C], as when called.
+            weights, num_items, world_size, accumulation, max_candidates, per_group: as when called.
+
+        Returns:
+            RankedOutput, as when called with the sums.
+
+        Raises:
+            ValueError, TypeError: as when called.
+
+        Example:
+            >>> logps = torch.tensor([[-1.0, -2.0], [-1.5, -1.0], [-2.0, -2.0], [-0.5, -9.0]])
+            >>> mask = torch.tensor([[1, 1], [1, 1], [1, 1], [1, 0]])
+            >>> out = rlfast.ranked_loss("dpo_list").rows(logps, 2, ref_logps=torch.zeros(4, 2) - 1, mask=mask)
+            >>> round(out.loss.item(), 6)
+            0.7722
+        """
+        given = preference_inputs.Given(logps, ref_logps, lengths, mask, cu_seqlens, None)
+        referenced = self.referenced and not self.reference_free
+        side = preference_inputs.side_of(given, preference_inputs.ROWS, self.name, bool(self.alpha), referenced)
+        scores, ref = _sums(side, bool(self.nll))
+        found = {"ranks": ranks, "rewards": rewards}
+        for name, x in found.items():
+            if x is not None:
+                validate.tensor(name, x, RANKS)
+                if x.shape != scores.shape:
+                    validate.fail(name, f"shape {validate.shape(scores)}, one a candidate", validate.shape(x))
+        found |= {"ref_scores": ref, "lengths": _counts(side) if self.alpha else None}
+        if isinstance(groups, torch.Tensor):
+            found["cu_seqlens"] = boundaries(groups, scores, "logps", "groups")
+        else:
+            if not isinstance(groups, int) or isinstance(groups, bool) or groups < 1 or scores.shape[0] % groups:
+                wanted = f"an int that divides {scores.shape[0]} candidates, or a tensor of boundaries"
+                validate.fail("groups", wanted, repr(groups))
+            scores = scores.view(-1, groups)
+            found = {name: x if x is None else x.reshape(-1, groups) for name, x in found.items()}
+        return (self.unreferenced if ref is None else self)(
+            scores, **found, weights=weights, num_items=num_items, world_size=world_size, accumulation=accumulation,
+            max_candidates=max_candidates, per_group=per_group,
+        )  # fmt: skip
+
+
+def _sums(side, both: bool) -> tuple:
+    """(scores, ref_scores) of candidates: S and S_ref where both are needed or given, else D = S − S_ref."""
+    if not preference_inputs.is_tokens(side):
+        return side.logp, side.ref_logp
+    total, ratio = response_sums(side, backends.requested())
+    return (total, (total - ratio).detach()) if both and side.ref_logp is not None else (ratio, None)
+
+
+def _counts(side):
+    """The tokens of each candidate, 1 at least; nothing is read from a device."""
+    if not preference_inputs.is_tokens(side):
+        return side.lengths
+    if side.mask is None:
+        rows = preference_inputs.rows_of(side)
+        n = torch.full((rows,), side.logp.shape[-1]) if side.cu_seqlens is None else side.cu_seqlens.diff()
+        return n.to(side.logp.device).clamp(min=1)
+    if side.cu_seqlens is None:
+        return side.mask.sum(-1).clamp(min=1)
+    return torch.nn.functional.pad(side.mask.cumsum(0), (1, 0))[side.cu_seqlens].diff().clamp(min=1)
 
 
 def checked(given: Given, objective: RankedLoss) -> Groups:

@@ -7,13 +7,15 @@ from dataclasses import dataclass, replace
 import torch
 
 from rlfast import limits, validate
+from rlfast.kernels.formulas import PAIRS
 from rlfast.logps import token_logps
 from rlfast.losses import LossMetrics
 from rlfast.preference import Part, PreferenceLoss, PreferenceOutput
 from rlfast.preference_inputs import Given, Names, PairGiven, asked_for
 
-CHOSEN, REJECTED = (Names(f"{side}_rewards", *(["-"] * 5)) for side in ("chosen", "rejected"))
+CHOSEN, REJECTED = (Names(*(f"{side}_rewards",) * 6) for side in ("chosen", "rejected"))  # they are all there is
 ONE = {"beta": 1.0}
+NOT_OPTIONS = ("unused", "length_price")  # hyper-parameters of links that mean nothing for rewards
 
 
 @dataclass(frozen=True)
@@ -22,9 +24,17 @@ class RewardLoss:
 
     Args:
         objective: the same as a preference loss, of scores that are rewards.
+
+    Raises:
+        ValueError: it reads a reference, lengths, tokens or a KL, or sorts the batch.
     """
 
     objective: PreferenceLoss
+
+    def __post_init__(self):
+        o = self.objective
+        if o.prepared.referenced or o.prepared.lengths or o.tail != 1.0 or o.kl or o.sort:
+            validate.fail("objective", "a loss of two scores and nothing else of the responses", o.name)
 
     @property
     def name(self) -> str:
@@ -32,8 +42,14 @@ class RewardLoss:
         return self.objective.name
 
     def with_options(self, **options) -> RewardLoss:
-        """The same loss with some options changed: hyper-parameters of its parts, ``reduce``, ``centring``."""
+        """The same loss with some options changed: hyper-parameters of its links, ``reduce``, ``centring``.
+
+        Raises:
+            TypeError: there is no such option; the message lists what there is.
+        """
         objective = self.objective
+        hyper = {name for part in objective.parts for name in PAIRS[part.link].hyper._fields}
+        validate.options(options, {"reduce", "centring"} | hyper - {*NOT_OPTIONS}, self.name)
         if "centring" in options:
             weight = validate.finite("centring", options.pop("centring"))
             parts = tuple(p for p in objective.parts if p.link != "centring")
@@ -91,7 +107,7 @@ REWARD_LOSSES = {
         _row("centred", "logistic", "2312.09244", ONE, (Part("centring", score="total", weight=0.01),)),
         _row("soft_label", "soft_label", "2212.08073", ONE, needs=("extra",)),
         _row("scaled", "logistic", "2410.01257", ONE, needs=("weights",)),
-        _row("focal_barrier", "focal", "2403.17297", None, (Part("barrier", score="total", weight=0.02),)),
+        _row("focal_barrier", "focal", "2403.17297", None, (Part("barrier", score="total"),)),
         _row("max_margin", "max_margin", "2410.12491"),
         _row("gpm", "logistic", "2410.02197", ONE),
         _row("gpm_regression", "regression", "2410.02197"),
@@ -104,7 +120,8 @@ def reward_loss(name: str, **options) -> RewardLoss:
 
     Args:
         name: a row of ``rlfast.REWARD_LOSSES``. Losses of K ranked answers are ``rlfast.ranked_loss``.
-        options: hyper-parameters of the row by name; ``centring``, the weight of (r_w + r_l)²; ``reduce``.
+        options: hyper-parameters of the row's links by name, of the barrier too, whose weight is ``barrier``;
+            ``centring``, the weight of (r_w + r_l)²; ``reduce``.
 
     Raises:
         ValueError: the name is unknown; the message lists what there is.

@@ -4,25 +4,25 @@ from __future__ import annotations
 
 import torch
 
-from rlfast import validate
+from rlfast import limits, validate
 
 TINY = torch.finfo(torch.float32).tiny
 
 
 def gathered(vectors, process_group=None) -> tuple[torch.Tensor, torch.Tensor]:
-    """(means, counts) of some vectors over every rank of a process group, where they may have other lengths; one
-    collective. The mean of none is 0."""
+    """(means, counts) in float64 of some vectors over every rank of a process group, where they may have other lengths;
+    one collective. The mean of none is 0."""
     parts = torch.stack([x.detach().double().sum() for x in vectors])
     counts = torch.tensor([float(x.numel()) for x in vectors], dtype=torch.float64, device=parts.device)
     both = torch.stack((parts, counts))
     if process_group is not None:
         torch.distributed.all_reduce(both, group=process_group)
-    return (both[0] / both[1].clamp(min=1)).to(torch.float32), both[1]
+    return both[0] / both[1].clamp(min=1), both[1]
 
 
 def gathered_mean(x: torch.Tensor, process_group=None) -> torch.Tensor:
     """The mean of a vector over every rank of a process group; 0 if it is empty."""
-    return gathered((x,), process_group)[0][0]
+    return gathered((x,), process_group)[0][0].float()
 
 
 def kto_reference_point(kl_logps, ref_kl_logps, *, process_group=None) -> torch.Tensor:
@@ -81,7 +81,7 @@ class RunningDelta:
         means, counts = gathered(sides, process_group)
         if process_group is not None and not counts.any():  # of any rank: looked at, as the collective was waited for
             return self.value
-        mean = means.sum() / (counts > 0).sum()
+        mean = (means.sum() / (counts > 0).sum()).float()
         keep = self.count / (self.count + 1) if self.momentum == "average" else self.momentum * (self.count > 0)
         self.value = self.value.to(mean.device) * keep + mean * (1 - keep)
         self.count += 1
@@ -117,7 +117,7 @@ class DynamicBeta:
             validate.fail("momentum and filtered", "numbers in [0, 1)", f"{momentum} and {filtered}")
         self.mean, self.std, self.count = torch.zeros(()), torch.ones(()), 0
 
-    def update(self, gaps, beta: float, *, generator=None) -> tuple[torch.Tensor, torch.Tensor]:
+    def update(self, gaps, beta: float, *, generator=None, process_group=None) -> tuple[torch.Tensor, torch.Tensor]:
         """(factors of β [B], weights [B] of 0 and 1) for ``extra`` and ``weights`` of ``preference_loss("beta_dpo")``.
 
         Args:
@@ -125,17 +125,19 @@ class DynamicBeta:
             beta: the β that the factors multiply.
             generator: a ``torch.Generator``: the pairs that stay are drawn by it with those probabilities, as the
                 authors' code does. Without one the most probable stay.
+            process_group: M₀ and σ are of the gaps of all of its ranks; each filters its own.
+
+        Raises:
+            ValueError, TypeError: an argument is of the wrong type, shape or range; then nothing has changed.
         """
         validate.tensor("gaps", gaps)
         if gaps.dim() != 1:
             validate.fail("gaps", "shape [B], one a pair", validate.shape(gaps))
+        least, gaps = self.least / validate.positive("beta", beta), gaps.detach().float()
+        if process_group is not None or gaps.numel():
+            self._average(gaps, process_group)
         if not gaps.numel():
-            return gaps.detach().float(), gaps.detach().float()
-        least = self.least / validate.positive("beta", beta)
-        gaps, m = gaps.detach().float(), self.momentum if self.count else 0.0
-        self.mean = m * self.mean.to(gaps.device) + (1 - m) * gaps.mean()
-        self.std = m * self.std.to(gaps.device) + (1 - m) * gaps.std(correction=0)
-        self.count += 1
+            return gaps, gaps.clone()
         factor = (1 + self.a * (gaps - self.mean)).clamp(min=least)
         distance = (gaps - self.mean).abs()
         kept = gaps.numel() - int(self.filtered * gaps.numel())
@@ -146,6 +148,16 @@ class DynamicBeta:
             odds = (odds - odds.max()).exp().clamp(min=TINY)
             stay = torch.multinomial(odds, kept, replacement=False, generator=generator)
         return factor, torch.zeros_like(gaps).index_fill_(0, stay, 1.0)
+
+    def _average(self, gaps, process_group) -> None:
+        """M₀ and σ after one more batch; a batch that is empty on every rank leaves them."""
+        (mean, square), counts = gathered((gaps, gaps.double().square()), process_group)
+        if process_group is not None and not counts.any():  # looked at, as the collective was waited for
+            return
+        m, std = self.momentum if self.count else 0.0, (square - mean.square()).clamp(min=0).sqrt()
+        self.mean = m * self.mean.to(gaps.device) + (1 - m) * mean.float()
+        self.std = m * self.std.to(gaps.device) + (1 - m) * std.float()
+        self.count += 1
 
     def state_dict(self) -> dict:
         """What a checkpoint needs."""
@@ -162,10 +174,17 @@ def udm_weights(desirable_probability, *, low: float = 0.5, high: float = 10.0) 
 
     Args:
         desirable_probability: [B] float in [0, 1].
+        low, high: bounds of the weights, low <= high.
+
+    Raises:
+        ValueError, TypeError: an argument is of the wrong type or range.
 
     Reference: arXiv 2404.04656, underlying distribution matching.
     """
     validate.tensor("desirable_probability", desirable_probability)
+    validate.within("desirable_probability", desirable_probability, limits.SHARE)
+    low, high = validate.number("low", low, limits.NOT_NEGATIVE), validate.number("high", high, limits.BOUND)
+    validate.ordered("low", low, "high", high)
     p = desirable_probability.float()
     return (p / (1 - p).clamp(min=torch.finfo(torch.float32).tiny)).clamp(low, high)
 

@@ -98,7 +98,8 @@ class UnpairedLoss:
             cu_seqlens: int [B + 1], where the packed responses begin and end.
             kl_logps, ref_kl_logps: [K] sums of log π and log π_ref over responses to other prompts: KTO's z comes of
                 them, max(0, mean(kl_logps − ref_kl_logps)), without gradient.
-            extra: [B]. What the link calls ``extra``: of DRO the reward above the prompt's value.
+            extra: [B]. What the link calls ``extra``: of DRO-V r − V, the reward above the prompt's value. V is trained
+                on ½ of the same square: the loss is ``value_loss(values, None, r − τ·(logps − ref_logps), clip=None)``.
             shared: a number or 0-dim tensor: what the link calls ``shared``, KTO's z or BCO's δ. Without gradient.
             weights: [B]. Multiply each response's loss; 0 takes it out, not out of n.
             num_items: number or 0-dim tensor in place of the number of responses in n.
@@ -149,7 +150,7 @@ UNPAIRED = {
     )
 }
 # What a trainer does differently from the paper; they agree on what is here.
-PRESETS = {"trl": ("kto", "apo_zero"), "liger": ("kto",), "openrlhf": ("kto",), "halos": ("kto",)}
+PRESETS = {"trl": ("kto", "apo_zero"), "liger": ("kto",), "halos": ("kto",)}
 
 
 def unpaired_loss(name: str, *, like: str | None = None, **options) -> UnpairedLoss:
@@ -157,7 +158,7 @@ def unpaired_loss(name: str, *, like: str | None = None, **options) -> UnpairedL
 
     Args:
         name: a row of ``rlfast.UNPAIRED``.
-        like: "trl", "liger", "openrlhf" or "halos": that trainer's semantics.
+        like: "trl", "liger" or "halos": that trainer's semantics.
         options: any option of ``rlfast.UnpairedLoss``, or a hyper-parameter of the row's link or score, by name.
 
     Raises:

@@ -117,6 +117,13 @@ def ordered(name: str, low: float, high_name: str, high: float) -> None:
         fail(f"{name}, {high_name}", f"{name} <= {high_name}", f"{low}, {high}")
 
 
+def options(given, known, owner: str) -> None:
+    """Names of options that there are."""
+    for name in given:
+        if name not in known:
+            fail(name, f"an option of {owner}: {', '.join(sorted(known))}", "an unknown name", TypeError)
+
+
 def flag(name: str, x) -> bool:
     """True or False."""
     if not isinstance(x, bool):

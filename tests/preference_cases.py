@@ -35,7 +35,9 @@ HYPER = {
     "cal_dpo": {"beta": f32(0.3), "calibration": f32(0.4)},
     "unequal": {"beta": f32(0.13), "alpha": f32(0.2)},
     "focal": {"gamma": f32(1.5)},
-    "barrier": {"limit": 5.0, "edge": f32(4.5)},
+    "weighted_nll": {"beta": f32(0.13), "eta": f32(0.7)},
+    "exploration": {"alpha": f32(0.3)},
+    "barrier": {"limit": 5.0, "edge": f32(4.5), "barrier": f32(0.3)},
     "max_margin": {"penalty": f32(1.7)},
     "regression": {"target": f32(2.3)},
     "kto": {"beta": f32(0.13), "desirable_weight": f32(1.2), "undesirable_weight": f32(0.8)},
@@ -168,7 +170,7 @@ def oracle(case: PairCase, dtype: torch.dtype, order=None) -> tuple[dict, dict]:
     factor = rest.pop("world_size", 1) / rest.pop("accumulation", 1)
     n = rest.pop("num_items", None)
     n = 1.0 if case.objective.reduce == "sum" and n is None else n
-    if case.objective.nll_by_batch and case.objective.nll:
+    if case.objective.nll_reduce == "batch" and case.objective.nll:
         rest["shared"] = sums["chosen"][2].mean()
     terms = words(terms_of(*case.objective.prepared[0]), PAIRS)
     loss, metrics = pair_reference(sums["chosen"], sums["rejected"], **terms, **rest, n=n, factor=factor)
@@ -249,7 +251,7 @@ def pair_case(link: str, score: str = "log_ratio", mean: bool = False, form: str
     pairs, length = few(37, 5), few(40, 9)
     score_hyper = {"alpha": f32(0.4)} if score in ("power", "alpha_divergence") else {}
     part = rlfast.Part(link, hyper_of(link, PAIRS), score, score_hyper, mean, weight=f32(0.7))
-    options = {k: rest.pop(k) for k in ("tail", "nll", "nll_by_batch", "reduce", "reward", "reward_mean") if k in rest}
+    options = {k: rest.pop(k) for k in ("tail", "nll", "nll_reduce", "reduce", "reward", "reward_mean") if k in rest}
     objective = rlfast.PreferenceLoss((part,), **options)
     tokens = drawn(pairs, length, dtype)
     return PairCase(objective, tokens, read_by(objective, rest_of(pairs, dtype)) | rest, form)

@@ -252,3 +252,15 @@ def skip_unless_cores(n: int) -> None:
     """Skip a test of threads on a machine with too few cores."""
     if (os.cpu_count() or 1) < n:
         pytest.skip(f"fewer than {n} processor cores")
+
+
+def far_apart(*tensors):
+    """Copies [2, n] whose rows lie 2³¹ elements apart, in one storage a dtype; nothing between them is touched."""
+    found, places = [], {}
+    for x in tensors:
+        storage, used = places.get(x.dtype, (None, 0))
+        if storage is None:
+            storage = torch.empty(2**31 + 1024, dtype=x.dtype, device=x.device)
+        found.append(storage.as_strided(x.shape, (2**31, 1), used).copy_(x.detach()))
+        places[x.dtype] = storage, used + x.shape[1]
+    return found

@@ -156,6 +156,78 @@ def test_row_12_a_loss_compiles_once_for_every_length_epsilon_and_beta(tool):
     assert len(launched) == 50, "one launch a call"
 
 
+def _responses(rows: int):
+    """A padded side of some responses, and an op's arguments beside it."""
+    from rlfast.ops.preference_records import Rest, Side
+
+    tokens = torch.zeros(rows, 37 * rows + 1)
+    return Side(tokens, tokens, tokens == 0, None, None), Rest(*(torch.zeros(rows),) * 4, torch.ones(()))
+
+
+def _numbers(n: int, width: int) -> tuple[float, ...]:
+    """Hyper-parameters that a call has not had."""
+    return tuple((n + k) / 60 for k in range(width))
+
+
+def test_row_12_a_pair_loss_compiles_once_for_every_length_beta_and_batch(tool):
+    from rlfast.kernels import pair_loss
+    from rlfast.ops.preference_records import METRICS, Settings, Term, allocate
+
+    with tool.compile_only(90) as launched:
+        for n in range(1, 51):
+            side, rest = _responses(n)
+            out = allocate(side.logp, side.logp, n, len(METRICS), (True, True, False))
+            terms = [Term("log_ratio", False, "", 0.1 * n, (0.0,), ())]
+            terms += [Term("power", True, "logistic", n / 7, (n / 51,), _numbers(n, 4))]
+            pair_loss.forward(side, side, rest, terms, Settings(n / 50, n / 3), 0, out)
+    assert _variants(launched) == {"pair_loss": 2} and len(launched) == 50  # with a tail, and without
+
+
+def test_row_12_a_loss_of_single_responses_compiles_once(tool):
+    from rlfast.kernels import unpaired_loss
+    from rlfast.ops.preference_records import SINGLE_METRICS, Settings, Term, allocate
+
+    with tool.compile_only(90) as launched:
+        for n in range(1, 51):
+            side, rest = _responses(n)
+            out = allocate(side.logp, None, n, len(SINGLE_METRICS), (True, False, True), sides=1)
+            terms = [Term("log_ratio", False, "", 0.1 * n, (0.0,), ())]
+            terms += [Term("log_ratio", False, "kto", n / 7, (0.0,), _numbers(n, 3))]
+            good = torch.ones(n, dtype=torch.bool)
+            unpaired_loss.forward(side, good, rest._replace(margin=None), terms, Settings(1.0, n / 3), 0, out)
+    assert _variants(launched) == {"unpaired_loss": 1} and len(launched) == 50
+
+
+def test_row_12_a_ranked_loss_compiles_once_for_each_tile(tool):
+    from rlfast.kernels import ranked_loss
+    from rlfast.ops.ranked_records import Groups, Settings, allocate
+
+    with tool.compile_only(90) as launched:
+        for n in range(1, 51):
+            size = 5 + n % 4  # a tile of 8
+            x = torch.zeros(n, size)
+            groups = Groups(x, x, x, torch.ones_like(x), x == 0, None, torch.ones(n), torch.ones(()))
+            settings = Settings(n / 50, n / 7, float(n), n / 9, 1.0, n / 3)
+            ranked_loss.forward(groups, "plackett_luce", settings, 0, size, allocate(groups, (True, True)))
+    assert _variants(launched) == {"ranked_loss": 1} and len(launched) == 50
+
+
+def test_row_12_no_recompilation_of_a_divergence(tool):
+    """But what reads the teacher's rows of ``aux`` is there twice: they begin at a multiple of 16 bytes or do not."""
+    from rlfast.kernels import divergence
+    from rlfast.ops.divergence_records import FORWARD, Measure
+
+    with tool.compile_only(90) as launched:
+        for n in range(1, 51):
+            logits, row = torch.zeros(n, 1008, dtype=torch.bfloat16), torch.zeros(n)
+            transforms = Transform(0.5 + n / 150, 0.0, 1.0), Transform(1.5 - n / 150, 0.0, 1.0)
+            measure = Measure(FORWARD, 0.5)
+            out = divergence.forward(logits, logits, None, None, *transforms, measure, 0)
+            saved, grads = divergence.views_of(out.aux, 0, 0, False), (row, None, None, None)
+            divergence.backward(logits, logits, None, None, *transforms, measure, saved, grads, logits)
+    assert _variants(launched) == {"fold_pair": 1, "merge": 2, "merge_gaps": 1, "pair_gradient": 2}
+
+
 def test_launches_do_not_grow_with_the_batch(tool):
     for rows in ((1, 1), (3, 40)):
         with tool.compile_only(90) as launched:

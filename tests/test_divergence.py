@@ -28,6 +28,7 @@ from tests.divergence_cases import (
     same_run,
 )
 from tests.numerics import assert_same_bits, assert_value, assert_zero
+from tests.shared import check_replay, skip_unless_memory
 
 COMBINATIONS = combinations(linear=False)
 KERNELS = ("cpu", "triton", "cuda")
@@ -306,3 +307,38 @@ def test_full_size(backend, device, kind):
     """A real vocabulary, with rows enough to fill a GPU."""
     inputs = logits_pair(few(144, 2), 151936, torch.bfloat16)
     check(Pair(inputs, {"kind": kind, "softcap": None}, ("value",)), backend, device)
+
+
+@pytest.mark.large
+@pytest.mark.backends("cpu", "cuda", *(() if interpreted() else ("triton",)))  # 2³¹ interpreted elements take days
+def test_row_11_a_gradient_of_more_than_2_31_elements(backend, device):
+    """A dense gradient whose last rows lie beyond 2³¹ elements; its rows but the last are masked, and must be zeros."""
+    skip_unless_memory(device, 12)
+    vocab, rows = 151_936, 14_200
+    assert rows * vocab > 1 << 31
+    row, other = (x.to(device) for x in logits_pair(1, vocab, torch.bfloat16).values())
+    logits, ref = row.expand(rows, vocab).detach().requires_grad_(), other.expand(rows, vocab)
+    mask = torch.zeros(rows, dtype=torch.bool, device=device)
+    mask[-2:] = True
+    with rlfast.use_backend(backend):
+        value = rlfast.divergence(logits, ref, kind="jsd", mask=mask).value
+        (gradient,) = torch.autograd.grad(value.sum(), logits)
+        one = row.clone().requires_grad_()
+        rlfast.divergence(one, other, kind="jsd").value.sum().backward()
+    assert_same_bits("last row", gradient[-1], one.grad[0])
+    assert int(sum(torch.count_nonzero(part) for part in gradient[:-2].split(500))) == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.backends("triton", "cuda")
+def test_in_a_cuda_graph(backend, device, kind):
+    x, y = (v.to(device) for v in logits_pair(5, 900).values())
+    x.requires_grad_()
+
+    def step():
+        value = rlfast.divergence(x, y, kind=kind, reduce="mean").value
+        return value, *torch.autograd.grad(value, x)
+
+    with rlfast.use_backend(backend):
+        check_replay(step, x)

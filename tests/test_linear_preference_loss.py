@@ -216,10 +216,10 @@ def test_fields_of_the_pairs(backend, device):
     check(replace(case, rest=rest | {"num_items": 7.0, "world_size": 4, "accumulation": 2}), backend, device)
 
 
-@pytest.mark.parametrize("by_batch", (False, True))
-def test_a_likelihood(backend, device, by_batch):
+@pytest.mark.parametrize("reduce", ("mean", "sum", "batch"))
+def test_a_likelihood(backend, device, reduce):
     """The mean over the chosen tokens of the batch is no matter of a chunk."""
-    loss = rlfast.preference_loss("dpo", nll=0.5, nll_by_batch=by_batch)
+    loss = rlfast.preference_loss("dpo", nll=0.5, nll_reduce=reduce)
     check(replace(case_of(), loss=loss), backend, device)
 
 

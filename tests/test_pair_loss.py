@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 
 import rlfast
 from rlfast.kernels.formulas import PAIRS, SCORES
-from tests.cases import few, product
+from tests.cases import f32, few, product
 from tests.numerics import assert_same_bits, assert_value
 from tests.preference_cases import (
     FORMS,
@@ -24,18 +25,27 @@ from tests.preference_cases import (
     run,
     summed,
 )
-from tests.shared import check_replay
+from tests.shared import check_replay, far_apart, skip_unless_memory
 
 OP = "pair_loss"
 DTYPES = ("f32", "bf16", "f16", "mixed")
+NARROW = (("sums", "f32"), ("packed", "f32"), ("sums", "f16"), ("packed", "bf16"), ("sums", "mixed"))
 MEANS = {"odds_ratio", "ipo"}
+BOTH = [link for link in PAIRS if link not in ("nll", "batch_nll", "weighted_nll")]  # they read both responses
+# Scores, with their α; None is the default.
+SCORED = (*((score, None) for score in SCORES), ("power", 0.0), ("alpha_divergence", 1.0), ("alpha_divergence", 1.5))
+
+
+def scored(score: str, alpha: float | None) -> rlfast.Part:
+    """DPO's loss of a score."""
+    return rlfast.Part("logistic", {"beta": f32(0.13)}, score, {} if alpha is None else {"alpha": alpha})
 
 
 @pytest.mark.parametrize("link", PAIRS)
-@pytest.mark.parametrize("form", ("sums", "packed"))
-def test_every_link(backend, device, link, form):
+@pytest.mark.parametrize("form, dtype", NARROW)
+def test_every_link(backend, device, link, form, dtype):
     score = "total" if link == "odds_ratio" else "log_ratio"
-    check(pair_case(link, score, link in MEANS, form), backend, device)
+    check(pair_case(link, score, link in MEANS, form, dtype), backend, device)
 
 
 @pytest.mark.parametrize("score", SCORES)
@@ -80,9 +90,10 @@ def test_a_mixture(backend, device, form):
     check(case, backend, device)
 
 
+@pytest.mark.parametrize("reduce", ("sum", "batch"))
 @pytest.mark.parametrize("form", FORMS)
-def test_a_likelihood_by_batch(backend, device, form):
-    check(pair_case("logistic", form=form, nll=0.5, nll_by_batch=True), backend, device)
+def test_a_likelihood(backend, device, form, reduce):
+    check(pair_case("logistic", form=form, nll=0.5, nll_reduce=reduce), backend, device)
 
 
 def extreme(link: str, name: str) -> PairCase:
@@ -112,8 +123,41 @@ def test_extreme(backend, device, link, name):
     check(extreme(link, name), backend, device)
 
 
+@pytest.mark.parametrize("name", ("far apart", "equal", "certain"))
+@pytest.mark.parametrize("score, alpha", SCORED)
+def test_extreme_scores(backend, device, score, alpha, name):
+    """Log-ratios of ±1e4, and −89, whose exponential is no float32."""
+    reward = (
+        "log_ratio" if name == "certain" else score
+    )  # the oracle's 1 − e^1e-30 is 0, and an accuracy of equals another
+    objective = rlfast.PreferenceLoss((scored(score, alpha),), reward=reward)
+    check(replace(extreme("logistic", name), objective=objective), backend, device)
+
+
+def test_a_forward_kl_of_ordinary_log_ratios(backend, device):
+    """Finite, and so are its gradients, where e^−D is not."""
+    w, l_ = (torch.tensor(x, device=device, requires_grad=True) for x in ([1.0, -95.0], [-100.0, -100.0]))
+    zero = torch.zeros(2, device=device)
+    with rlfast.use_backend(backend):
+        row = rlfast.preference_loss("f_dpo_forward_kl")
+        out = row(w, l_, ref_chosen_logps=zero, ref_rejected_logps=zero, per_pair=True)
+    gradients = torch.autograd.grad(out.loss, (w, l_))
+    torch.testing.assert_close(out.losses.cpu(), torch.tensor([0.0, math.log(2)]))
+    assert not any(g.any() for g in gradients)
+
+
+@pytest.mark.backends("torch", "cpu", "triton", "cuda")  # autograd's derivative of a clamped NaN is 0
+@pytest.mark.parametrize("score, alpha", SCORED)
+def test_a_nan_stays_in_its_score(backend, device, score, alpha):
+    case = pair_case("logistic", form="padded")
+    case = replace(case, objective=rlfast.PreferenceLoss((scored(score, alpha),)))
+    case.tokens["chosen"]["logp"][2, 0] = torch.nan
+    out, gradients = run(case, backend, device)
+    assert out.losses.isnan().nonzero().tolist() == [[2]] and gradients["chosen"][2, 0].isnan()
+
+
 @pytest.mark.parametrize("side", ("chosen", "rejected"))
-@pytest.mark.parametrize("link", [link for link in PAIRS if link not in ("nll", "batch_nll")])
+@pytest.mark.parametrize("link", BOTH)
 def test_a_nan_stays_in_its_pair(backend, device, link, side):
     """No minimum hides it, and the other pairs are what they were."""
     case = pair_case(link, "total" if link == "odds_ratio" else "log_ratio", link in MEANS, "padded")
@@ -127,11 +171,18 @@ def test_a_nan_stays_in_its_pair(backend, device, link, side):
 
 @pytest.mark.backends("torch", "cpu", "triton", "cuda")
 @pytest.mark.parametrize("side", ("chosen", "rejected"))
-@pytest.mark.parametrize("link", [link for link in PAIRS if link not in ("nll", "batch_nll")])
+@pytest.mark.parametrize("link", BOTH)
 def test_a_log_prob_of_minus_infinity(backend, device, link, side):
     """The loss is the limit, be it a number or infinity, and no gradient is NaN."""
     part = rlfast.Part(link, hyper_of(link, PAIRS), "total" if link == "odds_ratio" else "log_ratio")
     hold_limit(rlfast.PreferenceLoss((part,)), side, backend, device)
+
+
+@pytest.mark.backends("torch", "cpu", "triton", "cuda")
+@pytest.mark.parametrize("side", ("chosen", "rejected"))
+@pytest.mark.parametrize("score, alpha", SCORED)
+def test_a_score_of_minus_infinity(backend, device, score, alpha, side):
+    hold_limit(rlfast.PreferenceLoss((scored(score, alpha),)), side, backend, device)
 
 
 @pytest.mark.backends("torch", "cpu", "triton", "cuda")
@@ -271,6 +322,23 @@ def test_in_a_cuda_graph(backend, device, tail):
 
     with rlfast.use_backend(backend):
         check_replay(step, leaf)
+
+
+@pytest.mark.unpoisoned
+@pytest.mark.backends("torch", "cpu", "triton", "cuda")
+def test_row_11_rows_2_31_elements_apart(backend, device):
+    skip_unless_memory(device, 8)
+    near = [x[k].to(device) for x in drawn(2, 40, "bf16").values() for k in ("logp", "ref_logp", "mask")]
+    found = []
+    for w, ref_w, mask_w, l_, ref_l, mask_l in (near, far_apart(*near)):
+        leaves, given = [x.requires_grad_() for x in (w, l_)], {"chosen_mask": mask_w, "rejected_mask": mask_l}
+        with rlfast.use_backend(backend):
+            loss = rlfast.preference_loss("dpo")(
+                *leaves, ref_chosen_logps=ref_w, ref_rejected_logps=ref_l, **given
+            ).loss
+        found.append((loss.detach(), *torch.autograd.grad(loss, leaves)))
+    for name, one, other in zip(("loss", "chosen", "rejected"), *found, strict=True):
+        assert_same_bits(name, other, one)
 
 
 PRODUCT = {

@@ -15,14 +15,13 @@ from rlfast.ops import unpaired_loss as single_op
 from rlfast.ops.preference_records import METRICS
 from rlfast.preference_presets import PRESETS
 from tests.cases import DTYPES
-from tests.numerics import assert_same_bits, assert_value
+from tests.numerics import assert_gradient, assert_same_bits, assert_value
 
 OP = "pair_loss"
 
 # (S_w, S_l, S_w^ref, S_l^ref), (n_w, n_l), β
 FIRST = (-40.0, -55.0, -42.0, -50.0), (20.0, 25.0), 0.1
 SECOND = (-31.7, -48.3, -33.1, -44.9), (17.0, 29.0), 0.13
-MEAN = {"beta": None, "mean": True}
 GOLDEN_FIRST = {
     "dpo": ({}, 0.403186),
     "cdpo": ({}, 0.473186),
@@ -43,7 +42,8 @@ GOLDEN_FIRST = {
     "f_dpo_alpha": ({}, 0.089973),
     "simpo": ({"beta": 2.5, "gamma": 1.4}, 1.241154),
     "alpha_po": ({"beta": 2.5}, 0.535320),
-    "orpo": ({"beta": None, "nll": 0.0}, 0.0585641),
+    "orpo": ({"nll": 0.0}, 0.1 * 0.585641),
+    "slic_hf": ({"beta": 1.0}, 4.0),
     "rpo_backward_kl": ({"margin": 1.0}, 0.009242),
     "rpo_squared": ({"margin": 1.0}, 0.09),
     "gpo_logistic": ({}, 0.403186),
@@ -71,7 +71,7 @@ GOLDEN_SECOND = {
     "cpo": ({"nll": 0.0}, 0.109353, -0.013466, 0.013466),
     "simpo": ({"beta": 2.5, "gamma": 1.4}, 2.037623, -0.127891, 0.074971),
     "alpha_po": ({"beta": 2.5}, 1.520847, -0.183174, 0.102162),
-    "orpo": ({"beta": None, "nll": 0.0}, 0.0820577, -0.0038969, 0.0023806),
+    "orpo": ({"nll": 0.0}, 0.13 * 0.820577, 0.13 * -0.038969, 0.13 * 0.023806),
     "r_dpo": ({}, 0.388800, -0.041877, 0.041877),
     "cal_dpo": ({}, 3.099557, -2.454316, 0.454316),
     "rpo_backward_kl": ({"margin": 1.3}, 0.043265, -0.017512, 0.017512),
@@ -80,7 +80,7 @@ GOLDEN_SECOND = {
     "gpo_truncated_quadratic": ({}, 0.141376, -0.097760, 0.097760),
     "gpo_savage": ({}, 0.121712, -0.020605, 0.020605),
     "margin_dpo": ({"margin": 0.7}, 0.731869, -0.067469, 0.067469),
-    "slic_hf": ({"beta": 1.0, "nll": 0.0}, 0.0, 0.0, 0.0),
+    "slic_hf": ({"beta": 1.0}, 3.17, -0.1, 0.0),
 }
 SIDES = ("chosen", "rejected")
 LENGTHS_OF_MEANS = {"orpo": (-2.0, -2.2), "simpo": (-2.0, -2.2), "alpha_po": (-2.0, -2.2)}
@@ -96,7 +96,6 @@ def value(name: str, options: dict, point, backend: str, device: str):
     (s_w, s_l, ref_w, ref_l), (n_w, n_l), beta = point
     options = {"beta": beta} | options
     margin = options.pop("margin", None)
-    options = {k: x for k, x in options.items() if x is not None}
     dtype = torch.float64 if backend in ("reference", "torch") else torch.float32
     made = [torch.tensor([x], dtype=dtype, device=device) for x in (s_w, s_l, ref_w, ref_l, n_w, n_l)]
     leaves = [x.requires_grad_() for x in made[:2]]
@@ -205,7 +204,7 @@ def needed(row, pairs: int = 6) -> dict:
 @pytest.mark.parametrize("narrow", ("f32", "bf16", "f16"))
 @pytest.mark.parametrize("name", PREFERENCES)
 def test_every_row_on_every_backend(backend, device, name, narrow):
-    """A row of the table runs, and agrees with the oracle's backend."""
+    """A row of the table runs, and agrees with the oracle's backend; so do its gradients."""
     row = PREFERENCES[name]
     torch.manual_seed(0)
     given = sums() | needed(row)
@@ -216,14 +215,19 @@ def test_every_row_on_every_backend(backend, device, name, narrow):
     for key, x in given.items():
         if key.endswith(("_logps", "_kl")):
             given[key] = x.to(DTYPES[narrow])
-    losses = []
+    found = []
     for one, dtype in ((backend, None), ("reference", torch.float64), ("reference", torch.float32)):
         call = {k: x.to(device) if isinstance(x, torch.Tensor) else x for k, x in given.items()}
         call = {k: x.to(dtype) if dtype and isinstance(x, torch.Tensor) else x for k, x in call.items()}
+        leaves = {k: call[k].detach().clone().requires_grad_() for k in ("chosen_logps", "rejected_logps")}
         with rlfast.use_backend(one):
-            losses.append(row(**call).loss.cpu())
+            loss = row(**call | leaves).loss
+        found.append([loss.detach().cpu(), *(g.cpu() for g in torch.autograd.grad(loss, list(leaves.values())))])
+    losses, *gradients = zip(*found, strict=True)
     assert losses[0].isfinite()
     assert_value(name, *losses)
+    for side, of in zip(("chosen", "rejected"), gradients, strict=True):
+        assert_gradient(f"gradient of {side}", *of)
 
 
 def test_a_likelihood_beside_losses_that_sort_or_share(backend, device):
@@ -232,8 +236,8 @@ def test_a_likelihood_beside_losses_that_sort_or_share(backend, device):
     logp, n = given["chosen_logps"].detach().cpu().double(), given["chosen_lengths"].cpu().double()
     for options, plain, likelihood in (
         ({"nll": 0.5}, "aot", logp / n),
-        ({"nll": 0.5, "nll_by_batch": True}, "bco_pair", logp / n.mean()),
-        ({"nll": 0.5, "nll_by_batch": True}, "aot_unpaired", logp / n.mean()),
+        ({"nll": 0.5, "nll_reduce": "batch"}, "bco_pair", logp / n.mean()),
+        ({"nll": 0.5, "nll_reduce": "batch"}, "aot_unpaired", logp / n.mean()),
     ):
         row, weights = rlfast.preference_loss(plain, **options), torch.ones(6)
         fields = {"num_items": 7.0, "per_pair": True}
@@ -315,15 +319,15 @@ def test_a_response_without_tokens_has_a_mean_of_0(backend, device, name):
     assert_value("two of them", out.losses[1:].cpu(), both.loss.double().view(1), both.loss.view(1))
 
 
-@pytest.mark.parametrize("by_batch", (False, True))
-def test_the_likelihood_is_a_mean_over_tokens(backend, device, by_batch):
-    """Of each response, and then of the pairs; or of all chosen tokens."""
+@pytest.mark.parametrize("reduce", ("mean", "sum", "batch"))
+def test_the_likelihood_is_over_tokens(backend, device, reduce):
+    """A mean or a sum of each response, and then the mean of the pairs; or the mean of all chosen tokens."""
     given = {k: x.to(device) for k, x in sums().items()}
-    row = rlfast.preference_loss("dpo", nll=0.5, nll_by_batch=by_batch)
+    row = rlfast.preference_loss("dpo", nll=0.5, nll_reduce=reduce)
     with rlfast.use_backend(backend):
         losses = [one(**given).loss.cpu() for one in (row, row.with_options(nll=0.0))]
     logp, n = given["chosen_logps"].cpu().double(), given["chosen_lengths"].cpu().double()
-    likelihood = logp.sum() / n.sum() if by_batch else (logp / n).mean()
+    likelihood = {"mean": (logp / n).mean(), "sum": logp.mean(), "batch": logp.sum() / n.sum()}[reduce]
     truth = losses[1].double() - 0.5 * likelihood
     assert_value("loss", losses[0], truth, truth.float(), truth.abs() + likelihood.abs())
 
@@ -331,7 +335,7 @@ def test_the_likelihood_is_a_mean_over_tokens(backend, device, by_batch):
 @pytest.mark.parametrize("like", PRESETS)
 def test_presets_name_rows(like):
     for name in PRESETS[like]:
-        rlfast.preference_loss(name, like=like) if name in PREFERENCES else rlfast.unpaired_loss(name, like=like)
+        rlfast.preference_loss(name, like=like)
 
 
 def test_a_mixture_is_the_sum_of_its_rows():
@@ -382,6 +386,37 @@ def test_tdpo_adds_the_exact_kl():
     torch.testing.assert_close(got[1], want[1])
 
 
+@pytest.mark.parametrize("form", ("sums", "tokens", "rows"))
+@pytest.mark.parametrize("name", ("tdpo1", "tdpo2"))
+def test_metrics_rewards_and_likelihood_of_tdpo_are_without_the_kl(backend, device, name, form):
+    """Of the log-probs alone: those of DPO."""
+    given, kl = sums(), [torch.rand(6) * 30, torch.rand(6) * 30]
+    given = {k: x.to(device) for k, x in given.items()}
+    if form == "tokens":
+        given = {k: torch.stack((x / 4, x * 3 / 4), 1) for k, x in given.items() if "lengths" not in k}
+        kl = [torch.stack((x, x), 1) for x in kl]
+    kl = dict(zip(("chosen_kl", "rejected_kl"), (x.to(device) for x in kl), strict=True))
+    found = []
+    for row, rest in ((name, kl), ("dpo", {})):
+        objective = rlfast.preference_loss(row, nll=0.5)
+        call = given | rest
+        if form == "rows":
+            parts = {"logps": "{}_logps", "ref_logps": "ref_{}_logps", "lengths": "{}_lengths", "kl": "{}_kl"}
+            both = {k: [call.get(of.format(s)) for s in ("chosen", "rejected")] for k, of in parts.items()}
+            call = {k: torch.cat(x) for k, x in both.items() if x[0] is not None}
+        with rlfast.use_backend(backend):
+            out = (objective.rows if form == "rows" else objective)(**call, per_pair=True)
+            bare = (objective.with_options(nll=0.0).rows if form == "rows" else objective.with_options(nll=0.0))(**call)
+        found.append((out, out.loss - bare.loss))
+    (out, likelihood), (dpo, plain) = found
+    for field in ("chosen_rewards", "rejected_rewards"):
+        assert_same_bits(field, getattr(out, field), getattr(dpo, field))
+    for metric in set(METRICS) - {"loss"}:
+        assert_same_bits(metric, out.metrics[metric], dpo.metrics[metric])
+    torch.testing.assert_close(out.metrics["loss"], out.loss)
+    torch.testing.assert_close(likelihood, plain)
+
+
 @pytest.mark.parametrize("name", ("aot", "aot_unpaired"))
 def test_optimal_transport_sorts_the_batch(name):
     given = sums(9)
@@ -419,6 +454,27 @@ def test_metrics():
     torch.testing.assert_close(out.losses.mean(), out.loss)
     with pytest.raises(KeyError, match="reward_margin"):
         out.metrics["margin"]
+
+
+def test_the_weight_of_a_part_is_an_option(backend, device):
+    """ORPO's β, of its reward too, XPO's α, RPO's η and β; under a trainer's name as well."""
+    given = {k: x.to(device) for k, x in sums().items()}
+    s_w, s_l = given["chosen_logps"], given["rejected_logps"]
+    with rlfast.use_backend(backend):
+
+        def loss(name, extra=None, **options):
+            return rlfast.preference_loss(name, **options)(**given, extra=extra, per_pair=True)
+
+        for like in (None, "trl", "liger"):
+            once, twice = (loss("orpo", like=like, beta=beta, nll=0.0) for beta in (0.1, 0.2))
+            torch.testing.assert_close(twice.loss, 2 * once.loss)
+            torch.testing.assert_close(twice.chosen_rewards, 0.2 * s_w / given["chosen_lengths"])
+        ones = torch.ones_like(s_w)
+        none, some = (loss("xpo", ones, alpha=alpha).loss for alpha in (0.0, 0.01))
+        torch.testing.assert_close(some, none + 0.01 * s_w.mean())
+        none, some = (loss("rpo", beta=0.2, eta=eta).loss for eta in (0.0, 0.01))
+        torch.testing.assert_close(some, none - 0.2 * 0.01 * s_w.mean())
+        torch.testing.assert_close(loss("slic_hf", nll=0.2).loss, torch.relu(1 - s_w + s_l).mean() - 0.2 * s_w.mean())
 
 
 BAD = {
@@ -502,20 +558,32 @@ def _updated(rank: int, port: int, results) -> None:
     torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     delta = rlfast.RunningDelta()
     sides = (torch.tensor([2.0]), torch.zeros(0)) if rank == 0 else (torch.zeros(0), torch.tensor([4.0, 6.0]))
-    value = delta.update(*sides, process_group=torch.distributed.group.WORLD)
-    results[rank] = value.item()
+    world = torch.distributed.group.WORLD
+    value = delta.update(*sides, process_group=world)
+    betas = rlfast.DynamicBeta(filtered=0.0)
+    empty = betas.update(torch.zeros(0), beta=0.1, process_group=world)[0].numel(), betas.state_dict()["count"]
+    factors, _ = betas.update(torch.tensor([[1.0, 2.0, 6.0], []][rank]), beta=0.1, process_group=world)
+    factors, _ = betas.update(torch.tensor([[3.0], [5.0, 7.0]][rank]), beta=0.1, process_group=world)
+    results[rank] = value.item(), empty, *betas.state_dict().values(), factors.tolist()
     torch.distributed.destroy_process_group()
 
 
-def test_a_running_delta_is_that_of_all_ranks():
-    """Also where a rank has one of the sides alone."""
+def test_running_statistics_are_those_of_all_ranks():
+    """Also where a rank has one of the sides alone, or no pairs, or none has."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     with torch.multiprocessing.Manager() as manager:
         results = manager.dict()
         torch.multiprocessing.spawn(_updated, (port, results), nprocs=2)
-        assert dict(results) == {0: 3.5, 1: 3.5}
+        found = dict(results)
+    alone = rlfast.DynamicBeta(filtered=0.0)
+    for gaps in ([1.0, 2.0, 6.0], [3.0, 5.0, 7.0]):
+        factors, _ = alone.update(torch.tensor(gaps), beta=0.1)
+    for rank, own in ((0, factors[:1]), (1, factors[1:])):
+        assert found[rank][:2] == (3.5, (0, 0)) and found[rank][4] == alone.count == 2
+        assert found[rank][2:4] == pytest.approx((alone.mean.item(), alone.std.item()), rel=1e-6)
+        assert found[rank][5] == pytest.approx(own.tolist(), rel=1e-6)
 
 
 def test_running_statistics_survive_a_checkpoint():
@@ -553,6 +621,7 @@ def test_weights_of_wpo_and_bco():
     torch.testing.assert_close(rlfast.wpo_weights(logps, squares, mask), torch.tensor([1.0, 0.0]).exp())
     assert rlfast.wpo_weights(logps, squares, mask, most=1.0).max() == 1.0
     assert rlfast.udm_weights(torch.tensor([0.0, 0.5, 0.999])).tolist() == [0.5, 1.0, 10.0]
+    assert rlfast.udm_weights(torch.tensor([0.75]), low=0.0, high=torch.inf).tolist() == [3.0]
 
 
 def test_every_row_has_an_arxiv_id():
@@ -608,7 +677,7 @@ UNREAD = {
     "margin: expected None: exo_pair does not read it": ("exo_pair", {"margin": torch.zeros(6)}),
     "extra: expected None: dpo does not read it": ("dpo", {"extra": torch.zeros(6)}),
     "shared: expected None: dpo does not read it": ("dpo", {"shared": 0.5}),
-    "shared: expected None: irpo does not read it": ("irpo", {"shared": 0.5}),  # not even by_batch, whose mean it is
+    "shared: expected None: irpo does not read it": ("irpo", {"shared": 0.5}),  # not even a "batch", whose mean it is
     "weights: expected None: aot does not read it": ("aot", {"weights": torch.ones(6)}),
     "margin: expected None: aot_unpaired does not read it": ("aot_unpaired", {"margin": torch.ones(6)}),
     "chosen_kl: expected None: dpo does not read it": ("dpo", {"chosen_kl": torch.zeros(6)}),
@@ -622,7 +691,7 @@ def test_nothing_is_ignored(said):
     """What a loss would not read, or could not do, is an error."""
     name, given = UNREAD[said]
     with pytest.raises(ValueError) as caught:
-        rlfast.preference_loss(name, **({"nll_by_batch": True} if name == "irpo" else {}))(**sums(), **given)
+        rlfast.preference_loss(name, **({"nll_reduce": "batch"} if name == "irpo" else {}))(**sums(), **given)
     assert str(caught.value).startswith(said)
     with pytest.raises(ValueError, match="extra: expected None: kto does not read it"):
         rlfast.unpaired_loss("kto", reference_free=True)(
@@ -698,6 +767,10 @@ def test_pairs_that_stay_may_be_drawn():
     (lambda: rlfast.kto_reference_point(*torch.zeros(2, 3, 4)), "kl_logps: expected shape [K] of sums, got (3, 4)"),
     (lambda: rlfast.wpo_weights(*torch.zeros(2, 3)), "logps: expected shape [B, T] of tokens, got (3,)"),
     (lambda: rlfast.DynamicBeta().update(torch.zeros(2, 3), 0.1), "gaps: expected shape [B], one a pair, got (2, 3)"),
+    (lambda: rlfast.udm_weights(torch.tensor([0.5, 1.5])), "desirable_probability: expected a float in [0, 1] each"),
+    (lambda: rlfast.udm_weights(torch.zeros(2), low=2.0, high=1.0), "low, high: expected low <= high, got 2.0, 1.0"),
+    (lambda: rlfast.preference_loss("dpo", nll_reduce="tokens"), "nll_reduce: expected one of 'mean', 'sum'"),
+    (lambda: rlfast.preference_loss({"slic_hf": 1.0, "irpo": 1.0}), "name: expected likelihoods of one nll_reduce"),
     (lambda: rlfast.preference_loss("ipo", beta=0.0), "beta: expected a float > 0, from 1e-30 to 1e+30, got 0.0"),
     (lambda: rlfast.preference_loss("cdpo", label_smoothing=2.0), "label_smoothing: expected a float in [0, 1], got 2"),
     (lambda: rlfast.preference_loss("robust", label_smoothing=0.5), "label_smoothing: expected a float in [0, ½), got"),

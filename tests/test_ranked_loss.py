@@ -17,6 +17,7 @@ from rlfast.ops import ranked_loss as op
 from tests.cases import f32, few
 from tests.numerics import assert_same_bits, assert_value, assert_zero
 from tests.ranked_cases import FORMS, RankedCase, arguments, check, drawn, ranked_case, run, settings_of, with_groups
+from tests.shared import check_replay, far_apart, skip_unless_memory
 
 OP = "ranked_loss"
 ROWS = tuple(rlfast.RANKED)
@@ -433,3 +434,34 @@ def test_compiled_without_a_graph_break(backend, device, name, form):
         results.append((loss.detach(), metrics, leaf.grad))
     for a, b in zip(*results, strict=True):
         assert_same_bits("compiled", b, a)
+
+
+@pytest.mark.unpoisoned
+@pytest.mark.backends("torch", "cpu", "triton")
+def test_row_11_rows_2_31_elements_apart(backend, device):
+    skip_unless_memory(device, 8)
+    groups = drawn(4, 6, "bf16")
+    near, found = [groups[k][2:].to(device) for k in ("scores", "ref_scores", "rewards", "mask")], []
+    for leaf, ref, rewards, mask in (near, far_apart(*near)):
+        leaf = leaf.detach().requires_grad_()
+        with rlfast.use_backend(backend):
+            loss = rlfast.ranked_loss("exo")(leaf, ref_scores=ref, rewards=rewards, mask=mask).loss
+        found.append((loss.detach(), *torch.autograd.grad(loss, leaf)))
+    for name, one, other in zip(("loss", "gradient"), *found, strict=True):
+        assert_same_bits(name, other, one)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.backends("triton")
+def test_in_a_cuda_graph(backend, device, form):
+    case = ranked_case("exo", form)
+    given = {k: x.to(device) for k, x in arguments(case).items()}
+    leaf = given.pop("scores").requires_grad_()
+
+    def step():
+        loss = case.objective(leaf, **given).loss
+        return loss, *torch.autograd.grad(loss, leaf)
+
+    with rlfast.use_backend(backend):
+        check_replay(step, leaf)

@@ -7,6 +7,8 @@ import torch
 
 import rlfast
 from rlfast import REWARD_LOSSES
+from tests.cases import DTYPES
+from tests.numerics import assert_gradient, assert_value
 
 OP = "pair_loss"
 # r_w = 1.5, r_l = 0.3
@@ -34,6 +36,55 @@ def test_golden_values(backend, device, name):
     assert out.metrics["accuracy"].item() == 1.0
     torch.testing.assert_close(out.metrics["reward_margin"].item(), 1.2, rtol=1e-6, atol=0.0)
     assert all(g.isfinite().all() for g in torch.autograd.grad(out.loss, (chosen, rejected)))
+
+
+@pytest.mark.parametrize("dtype", ("f32", "bf16", "f16"))
+@pytest.mark.parametrize("name", REWARD_LOSSES)
+def test_every_dtype(backend, device, name, dtype):
+    """The loss and its gradients, against the oracle's backend in float64."""
+    rng, row, found = torch.Generator().manual_seed(0), rlfast.reward_loss(name), []
+    rewards = [(2 * torch.randn(37, generator=rng)).clamp(-4.5, 4.5).to(DTYPES[dtype]) for _ in range(2)]
+    given = {"margin": torch.rand(37, generator=rng), "probability": torch.rand(37, generator=rng)}
+    given |= {"weights": torch.rand(37, generator=rng) + 0.5}
+    given = {k: x.to(DTYPES[dtype]) for k, x in given.items()}
+    needs = ["probability" if need == "extra" else need for need in row.objective.needs]
+    for one, to in ((backend, None), ("reference", torch.float64), ("reference", torch.float32)):
+        place = device if one == backend else "cpu"
+        leaves = [x.to(place, to or x.dtype).clone().requires_grad_() for x in rewards]
+        rest = {k: given[k].to(place, to or DTYPES[dtype]) for k in needs}
+        with rlfast.use_backend(one):
+            loss = row(*leaves, **rest).loss
+        found.append([x.detach().cpu() for x in (loss, *torch.autograd.grad(loss, leaves))])
+    losses, *gradients = zip(*found, strict=True)
+    assert_value(name, *losses)
+    for side, of in zip(("chosen", "rejected"), gradients, strict=True):
+        assert_gradient(f"gradient of {side}", *of)
+
+
+def test_the_barrier_has_a_weight():
+    chosen, rejected = torch.tensor([1.5]), torch.tensor([0.3])
+    found = [rlfast.reward_loss("focal_barrier", barrier=x)(chosen, rejected).loss for x in (0.0, 0.02, 0.04)]
+    torch.testing.assert_close(found[2] - found[0], 2 * (found[1] - found[0]))
+
+
+OPTIONS = {"nll": 1.0, "mean": True, "tail": 0.5, "kl": 0.5, "sort": "pairs", "reference_free": False}
+OPTIONS |= {"length_price": 0.1, "reward_mean": True, "score": "power"}
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_what_means_nothing_for_rewards_is_no_option(option):
+    with pytest.raises(
+        TypeError, match=rf"^{option}: expected an option of bradley_terry: beta, centring, gamma, label"
+    ):
+        rlfast.reward_loss("bradley_terry", **{option: OPTIONS[option]})
+
+
+@pytest.mark.parametrize("options", ({"nll": 1.0}, {"sort": "pairs"}, {"tail": 0.5}, {"kl": 1.0}), ids=str)
+def test_a_loss_of_responses_is_none_of_rewards(options):
+    with pytest.raises(ValueError, match="objective: expected a loss of two scores and nothing else"):
+        rlfast.RewardLoss(rlfast.preference_loss("dpo", reference_free=True, **options))
+    with pytest.raises(ValueError, match=r"objective: .* got simpo"):
+        rlfast.RewardLoss(rlfast.preference_loss("simpo"))
 
 
 def test_max_margin_counts_wrong_pairs_twice():

@@ -12,20 +12,16 @@ from rlfast.kernels.formulas import SINGLES
 from tests.cases import few
 from tests.numerics import assert_same_bits
 from tests.preference_cases import SingleCase, check_single, drawn, read_by, run_single, single_case
+from tests.shared import check_replay, far_apart, skip_unless_memory
 
 OP = "unpaired_loss"
 
 
 @pytest.mark.parametrize("link", SINGLES)
 @pytest.mark.parametrize("form", ("sums", "padded", "packed"))
-def test_every_link(backend, device, link, form):
-    check_single(single_case(link, form), backend, device)
-
-
-@pytest.mark.parametrize("dtype", ("bf16", "f16", "mixed"))
-@pytest.mark.parametrize("form", ("sums", "padded", "packed"))
-def test_every_dtype(backend, device, form, dtype):
-    check_single(single_case("kto", form, dtype), backend, device)
+@pytest.mark.parametrize("dtype", ("f32", "bf16", "f16", "mixed"))
+def test_every_link(backend, device, link, form, dtype):
+    check_single(single_case(link, form, dtype), backend, device)
 
 
 @pytest.mark.parametrize("reduce", ("mean", "sum"))
@@ -105,3 +101,32 @@ def test_the_same_bits_run_after_run(backend, device, threads):
         again, others = run_single(case, backend, device)
         assert_same_bits("metrics", again.metrics.values, first.metrics.values)
         assert_same_bits("gradient", others["logps"], gradients["logps"])
+
+
+@pytest.mark.unpoisoned
+@pytest.mark.backends("torch", "cpu", "triton", "cuda")
+def test_row_11_rows_2_31_elements_apart(backend, device):
+    skip_unless_memory(device, 8)
+    tokens = drawn(2, 40, "bf16")["chosen"]
+    near, found = [tokens[k].to(device) for k in ("logp", "ref_logp", "mask")], []
+    for leaf, ref, mask in (near, far_apart(*near)):
+        leaf, good = leaf.requires_grad_(), torch.tensor([True, False], device=device)
+        with rlfast.use_backend(backend):
+            loss = rlfast.unpaired_loss("kto")(leaf, good, ref_logps=ref, mask=mask, shared=0.5).loss
+        found.append((loss.detach(), *torch.autograd.grad(loss, leaf)))
+    for name, one, other in zip(("loss", "gradient"), *found, strict=True):
+        assert_same_bits(name, other, one)
+
+
+@pytest.mark.gpu
+@pytest.mark.backends("triton", "cuda")
+def test_in_a_cuda_graph(backend, device):
+    tokens = {k: x.to(device) for k, x in drawn(5, 40)["chosen"].items()}
+    leaf, good = tokens["logp"].requires_grad_(), torch.arange(5, device=device) % 2 == 0
+
+    def step():
+        out = rlfast.unpaired_loss("kto")(leaf, good, ref_logps=tokens["ref_logp"], mask=tokens["mask"], shared=0.5)
+        return out.loss, *torch.autograd.grad(out.loss, leaf)
+
+    with rlfast.use_backend(backend):
+        check_replay(step, leaf)

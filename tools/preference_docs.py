@@ -14,19 +14,20 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from loss_docs import described, source
 
-from rlfast.kernels.formulas import PAIRS, SCORES, SINGLES
+from rlfast.kernels.formulas import PAIRS, RANKINGS, SCORES, SINGLES
 from rlfast.preference import Part, PreferenceLoss
 from rlfast.preference_presets import PRESETS
 from rlfast.preference_table import PREFERENCES
-from rlfast.reward_losses import REWARD_LOSSES
+from rlfast.ranked import RANKED
+from rlfast.reward_losses import NOT_OPTIONS, REWARD_LOSSES
 from rlfast.unpaired import PRESETS as SINGLE_PRESETS
 from rlfast.unpaired import UNPAIRED
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "preferences.md"
-SHOWN = ("parts", "reduce", "needs", "name", "paper", "reward", "reward_mean", "reference_free")
+SHOWN = ("parts", "nll", "reduce", "needs", "name", "paper", "reward", "reward_mean", "reference_free")
 HEAD = """# Preference losses, reward models, and arithmetic on weights
 
-Made by `make docs` from `rlfast.PREFERENCES`, `rlfast.UNPAIRED` and `rlfast.REWARD_LOSSES`.
+Made by `make docs` from `rlfast.PREFERENCES`, `rlfast.UNPAIRED`, `rlfast.RANKED` and `rlfast.REWARD_LOSSES`.
 
     loss = factor/n · Σ_i w_i·Σ_k weight_k·link_k(s_k(chosen_i), s_k(rejected_i))
 
@@ -48,16 +49,34 @@ BCO's δ, `rlfast.DynamicBeta` makes β-DPO's factors and its filter, `rlfast.kt
 `rlfast.udm_weights` and `rlfast.wpo_weights` weights of responses. TR-DPO is `rlfast.ema_update` of the reference
 between steps of any of these losses; iterative DPO, sDPO, DNO and GSHF are DPO with another reference or other pairs,
 and step-DPO is DPO under a mask that starts at the first step that differs. RSO samples its pairs with a reward model,
-and then takes `dpo` or `hinge`. Nash-MD is a policy loss, `rlfast.loss("nash_md")`.
+and then takes `dpo` or `hinge`. Nash-MD is a policy loss, `rlfast.loss("nash_md")`. DRO-V trains its V with
+`rlfast.value_loss` on what `dro_v` leaves of the reward.
+
+A likelihood beside a loss is a mean over the response's tokens, over all chosen tokens of the batch (TRL, Liger), or a
+sum: `nll_reduce`. SLiC-HF has the sum, and so has RPO (2405.16436), times βη: its authors train with β = 0.01 or 0.05.
+What TRL and OpenRLHF put beside DPO is a mean, which is `irpo`.
+"""
+
+RANKED_HEAD = """    x = beta·(s − s_ref)/n^alpha
+    loss = factor/P · Σ_g w_g·[form(x_g, r_g) − nll·s_best]          (nll·(K − 1)² if nll_by_size)
+
+P groups of K candidates, whose s are rewards, or the log-probs S of responses; n are their tokens, r what they are
+ranked by.
+
+```python
+listwise = rlfast.ranked_loss("dpo_list", beta=0.1)
+out = listwise(sums, ref_scores=..., rewards=..., mask=...)  # sums [P, K]
+out = listwise.rows(logps, groups, ref_logps=..., mask=..., cu_seqlens=..., rewards=...)  # tokens, padded or packed
+```
 """
 
 
-def hyper(part: Part) -> str:
+def hyper(part: Part, hidden) -> str:
     """The hyper-parameters of a part, defaults included."""
     values = PAIRS[part.link].hyper(**part.hyper)._asdict() if part.link in PAIRS else None
     values = SINGLES[part.link].hyper(**part.hyper)._asdict() if values is None else values
     values |= SCORES[part.score].hyper(**part.score_hyper)._asdict()
-    return ", ".join(f"{k} {v:g}" for k, v in values.items() if k != "unused")
+    return ", ".join(f"{k} {v:g}" for k, v in values.items() if k not in hidden)
 
 
 def parts(row) -> str:
@@ -72,20 +91,31 @@ def parts(row) -> str:
     return " + ".join(said)
 
 
-def options(row: PreferenceLoss) -> str:
+def options(row, shown=SHOWN) -> str:
     """Everything else that a row says."""
-    other = [f for f in fields(PreferenceLoss) if f.name not in SHOWN and f.name != "nll"]
+    other = [f for f in fields(row) if f.name not in shown]
     return ", ".join(f"{f.name} {getattr(row, f.name)}" for f in other if f.default != getattr(row, f.name))
 
 
-def table(rows, presets: dict) -> list[str]:
-    """One line a row."""
+def table(rows, presets: dict, hidden=("unused",), called=None) -> list[str]:
+    """One line a row, without some hyper-parameters; ``called`` has other names of what a row needs."""
     lines = ["| loss | what is added up | defaults | needs | like | paper |", "|---|---|---|---|---|---|"]
     for row in rows:
-        defaults = "; ".join(filter(None, (*map(hyper, row.parts), options(row) if hasattr(row, "tail") else "")))
+        defaults = "; ".join(filter(None, (*(hyper(part, hidden) for part in row.parts), options(row))))
         like = ", ".join(trainer for trainer, names in presets.items() if row.name in names)
-        cells = (f"`{row.name}`", parts(row), defaults or "–", ", ".join(row.needs) or "–", like or "–")
+        needs = ", ".join((called or {}).get(need, need) for need in row.needs)
+        cells = (f"`{row.name}`", parts(row), defaults or "–", needs or "–", like or "–")
         lines.append(f"| {' | '.join(cells)} | {source(row.paper)} |")
+    return [*lines, ""]
+
+
+def ranked() -> list[str]:
+    """One line a loss of ranked groups."""
+    lines = ["| loss | form | defaults | needs | paper |", "|---|---|---|---|---|"]
+    for row in RANKED.values():
+        needs = ("ref_scores",) * row.referenced + row.needs + ("lengths",) * bool(row.alpha)
+        of = options(row, ("form", "needs", "name", "paper", "referenced")) or "–"
+        lines.append(f"| `{row.name}` | {row.form} | {of} | {', '.join(needs) or '–'} | {source(row.paper)} |")
     return [*lines, ""]
 
 
@@ -103,14 +133,16 @@ def page() -> str:
     rewards = [row.objective for row in REWARD_LOSSES.values()]
     lines = [HEAD, "## Pairs", "", *table(PREFERENCES.values(), PRESETS)]
     lines += ["## Single responses", "", *table(UNPAIRED.values(), SINGLE_PRESETS)]
-    lines += ["## Reward models", "", *table(rewards, {})]
+    lines += ["## Ranked groups", "", RANKED_HEAD, *ranked()]
+    lines += ["## Reward models", "", *table(rewards, {}, NOT_OPTIONS, {"extra": "probability"})]
     lines += ["Beside them: `rlfast.attribute_regression_loss`, `rlfast.quantile_loss`, `rlfast.gaussian_reward_loss`,"]
     lines += [
         "`rlfast.process_reward_loss`, `rlfast.generative_reward_loss`, `rlfast.gpm_scores`, `rlfast.grm_loss`.",
         "",
     ]
     lines += ["## Scores", "", *formulas(SCORES), "## Links of a pair", "", *formulas(PAIRS)]
-    return "\n".join([*lines, "## Links of a single response", "", *formulas(SINGLES)])
+    lines += ["## Links of a single response", "", *formulas(SINGLES)]
+    return "\n".join([*lines, "## Forms of a ranked group", "", *formulas(RANKINGS)])
 
 
 def main() -> int:

@@ -372,21 +372,24 @@ struct Alpha {
   float alpha;
 };
 
-// s = (1 − e^(−α·S/n))/α, and S/n for α = 0.
-// ds/dS = e^(−α·S/n)/n. AlphaPO, arXiv 2501.03884.
+// s = (1 − e^u)/α, u = min(−α·S/n, 80); S/n for α = 0.
+// ds/dS = e^u/n, and 0 where the bound is active. AlphaPO, arXiv 2501.03884, which has no bound.
 template <class V>
 RLFAST_FORMULA auto power(const Response<V>& r, const Alpha& h) {
   auto mean = (r.logp / r.length);
-  auto u = (-h.alpha * mean);
-  return Score<V>{select<V>((u == 0.0f), mean, (-expm1(u) / h.alpha)), (exp(u) / r.length)};
+  auto u = select<V>(((h.alpha * r.length) == 0.0f), 0.0f, (-h.alpha * mean));
+  auto bounded = select<V>((u > 80.0f), 80.0f, u);
+  auto value = select<V>((u == 0.0f), mean, (-expm1(bounded) / h.alpha));
+  return Score<V>{value, select<V>((u > 80.0f), 0.0f, (exp(bounded) / r.length))};
 }
 
-// s = 1 − e^(−D).
-// ds/dS = e^(−D). f-DPO, arXiv 2309.16240.
+// s = 1 − e^u, u = min(−D, 80).
+// ds/dS = e^u, and 0 where the bound is active. f-DPO, arXiv 2309.16240, which has no bound.
 template <class V>
 RLFAST_FORMULA auto forward_kl(const Response<V>& r, const NoHyper& h) {
   (void)h;
-  return Score<V>{-expm1(-r.log_ratio), exp(-r.log_ratio)};
+  auto bounded = select<V>((r.log_ratio < -80.0f), 80.0f, -r.log_ratio);
+  return Score<V>{-expm1(bounded), select<V>((r.log_ratio < -80.0f), 0.0f, exp(bounded))};
 }
 
 // s = log 2 + log σ(D).
@@ -407,10 +410,10 @@ struct Divergence {
 template <class V>
 RLFAST_FORMULA auto alpha_divergence(const Response<V>& r, const Divergence& h) {
   auto rate = (h.alpha - 1.0f);
-  auto u = (rate * r.log_ratio);
-  auto bounded = minimum(u, 80.0f);
+  auto u = select<V>(((rate * r.length) == 0.0f), 0.0f, (rate * r.log_ratio));
+  auto bounded = select<V>((u > 80.0f), 80.0f, u);
   auto value = select<V>((u == 0.0f), r.log_ratio, (expm1(bounded) / rate));
-  return Score<V>{value, select<V>((u <= 80.0f), exp(bounded), 0.0f)};
+  return Score<V>{value, select<V>((u > 80.0f), 0.0f, exp(bounded))};
 }
 
 // −(1 − ε)·log σ(x) − ε·log σ(−x), ε = wrong: ε·x⁺ + (1 − ε)·x⁻ + log(1 + e^−|x|); 0 times infinity is 0.
@@ -670,6 +673,20 @@ RLFAST_FORMULA auto nll(const Pair<V>& p, const NoHyper& h) {
   return PairLoss<V>{-p.chosen, -1.0f, 0.0f};
 }
 
+// β, and the weight η of the likelihood in units of it.
+struct Weighted {
+  float beta;
+  float eta;
+};
+
+// ℓ = −βη·w.
+// ∂ℓ/∂w = −βη. RPO, arXiv 2405.16436, of w = S: a sum over the tokens.
+template <class V>
+RLFAST_FORMULA auto weighted_nll(const Pair<V>& p, const Weighted& h) {
+  auto weight = (h.beta * h.eta);
+  return PairLoss<V>{(-weight * p.chosen), -weight, 0.0f};
+}
+
 // ℓ = −w/shared: with the batch's mean length, the mean over all of its chosen tokens.
 // ∂ℓ/∂w = −1/shared.
 template <class V>
@@ -753,16 +770,15 @@ RLFAST_FORMULA auto log1mexp(V x) {
   return select<V>(near, log(-expm1(select<V>(near, x, -1.0f))), -log1p((u / (1.0f - u))));
 }
 
-// ℓ = −log σ(o), o = (w − l) − (log(1 − e^w) − log(1 − e^l)), w and l mean log-probs.
-// ∂ℓ/∂w = σ(−o)/(e^w − 1), ∂ℓ/∂l = −σ(−o)/(e^l − 1). ORPO, arXiv 2403.07691 (7).
+// ℓ = −β·log σ(o), o = (w − l) − (log(1 − e^w) − log(1 − e^l)), w and l mean log-probs.
+// ∂ℓ/∂w = βσ(−o)/(e^w − 1), ∂ℓ/∂l = −βσ(−o)/(e^l − 1). ORPO, arXiv 2403.07691 (7).
 template <class V>
-RLFAST_FORMULA auto odds_ratio(const Pair<V>& p, const NoHyper& h) {
-  (void)h;
+RLFAST_FORMULA auto odds_ratio(const Pair<V>& p, const Beta& h) {
   auto w = minimum(p.chosen, -1e-30f);
   auto l_ = minimum(p.rejected, -1e-30f);
   auto o = ((w - l_) - (log1mexp<V>(w) - log1mexp<V>(l_)));
-  auto rest = sigmoid(-o);
-  return PairLoss<V>{softplus(-o), (rest / expm1(w)), (-rest / expm1(l_))};
+  auto rest = (h.beta * sigmoid(-o));
+  return PairLoss<V>{(h.beta * softplus(-o)), (rest / expm1(w)), (-rest / expm1(l_))};
 }
 
 // β, and the weight λ of the penalty on a chosen response that lost likelihood.
@@ -809,12 +825,17 @@ RLFAST_FORMULA auto cal_dpo(const Pair<V>& p, const Calibrated& h) {
   return PairLoss<V>{(softplus(-x) + (h.calibration * ((w * w) + (l_ * l_)))), ((twice * w) - d), ((twice * l_) + d)};
 }
 
-// ℓ = extra·w + (1 − extra)·l: extra is 1 where the chosen came from the reference, else 0.
-// ∂ℓ/∂w = extra, ∂ℓ/∂l = 1 − extra. XPO, arXiv 2405.21046.
+// The weight α.
+struct Explored {
+  float alpha;
+};
+
+// ℓ = α(extra·w + (1 − extra)·l): extra is 1 where the chosen came from the reference, else 0.
+// ∂ℓ/∂w = α·extra, ∂ℓ/∂l = α(1 − extra). XPO, arXiv 2405.21046.
 template <class V>
-RLFAST_FORMULA auto exploration(const Pair<V>& p, const NoHyper& h) {
-  (void)h;
-  return PairLoss<V>{((p.extra * p.chosen) + ((1.0f - p.extra) * p.rejected)), p.extra, (1.0f - p.extra)};
+RLFAST_FORMULA auto exploration(const Pair<V>& p, const Explored& h) {
+  auto rest = (1.0f - p.extra);
+  return PairLoss<V>{(h.alpha * ((p.extra * p.chosen) + (rest * p.rejected))), (h.alpha * p.extra), (h.alpha * rest)};
 }
 
 // ℓ = −P·log σ(x) − (1 − P)·log σ(−x), P = extra.
@@ -852,23 +873,24 @@ RLFAST_FORMULA auto focal(const Pair<V>& p, const Focal& h) {
   return PairLoss<V>{(k * value), d, -d};
 }
 
-// Where the barrier is, and how near to it a reward counts.
+// Where the barrier is, how near to it a reward counts, and the weight λ.
 struct Barrier {
   float limit;
   float edge;
+  float barrier;
 };
 
-// ℓ = −log(b − w) − log(b + w) − log(b − l) − log(b + l), w and l within ±edge.
-// ∂ℓ/∂w = 1/(b − w) − 1/(b + w), and 0 beyond the edge. InternLM2, arXiv 2403.17297.
+// ℓ = −λ·[log(b − w) + log(b + w) + log(b − l) + log(b + l)], w and l within ±edge.
+// ∂ℓ/∂w = λ/(b − w) − λ/(b + w), and 0 beyond the edge. InternLM2, arXiv 2403.17297.
 template <class V>
 RLFAST_FORMULA auto barrier(const Pair<V>& p, const Barrier& h) {
   auto w = minimum(maximum(p.chosen, -h.edge), h.edge);
   auto l_ = minimum(maximum(p.rejected, -h.edge), h.edge);
   auto value = (((-log((h.limit - w)) - log((h.limit + w))) - log((h.limit - l_))) - log((h.limit + l_)));
-  auto d_w = ((1.0f / (h.limit - w)) - (1.0f / (h.limit + w)));
-  auto d_l = ((1.0f / (h.limit - l_)) - (1.0f / (h.limit + l_)));
+  auto d_w = (h.barrier * ((1.0f / (h.limit - w)) - (1.0f / (h.limit + w))));
+  auto d_l = (h.barrier * ((1.0f / (h.limit - l_)) - (1.0f / (h.limit + l_))));
   d_w = select<V>((absolute_value(p.chosen) <= h.edge), d_w, 0.0f);
-  return PairLoss<V>{value, d_w, select<V>((absolute_value(p.rejected) <= h.edge), d_l, 0.0f)};
+  return PairLoss<V>{(h.barrier * value), d_w, select<V>((absolute_value(p.rejected) <= h.edge), d_l, 0.0f)};
 }
 
 // How much more a pair in the wrong order counts.
@@ -1043,6 +1065,7 @@ RLFAST_FORMULAS_END
   X(scaled_logistic, Beta) \
   X(unequal, Unequal) \
   X(nll, NoHyper) \
+  X(weighted_nll, Weighted) \
   X(batch_nll, NoHyper) \
   X(nca_pair, Beta) \
   X(bco, Beta) \
@@ -1050,11 +1073,11 @@ RLFAST_FORMULAS_END
   X(sppo, Sppo) \
   X(apo_zero, Beta) \
   X(apo_down, Beta) \
-  X(odds_ratio, NoHyper) \
+  X(odds_ratio, Beta) \
   X(dpop, Positive) \
   X(dpop_outside, Positive) \
   X(cal_dpo, Calibrated) \
-  X(exploration, NoHyper) \
+  X(exploration, Explored) \
   X(soft_label, Beta) \
   X(centring, NoHyper) \
   X(focal, Focal) \

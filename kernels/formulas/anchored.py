@@ -6,7 +6,6 @@ from rlfast.kernels.formulas.choice import slope_difference
 from rlfast.kernels.formulas.elementary import exp, expm1, log1p, sigmoid, softplus
 from rlfast.kernels.formulas.pair import Beta, Pair
 from rlfast.kernels.formulas.score import LN_2
-from rlfast.kernels.formulas.token import NoHyper
 from rlfast.kernels.lang import jit, tl
 
 CERTAIN = tl.constexpr(-1e-30)  # the largest mean log-prob that has odds
@@ -93,15 +92,15 @@ def log1mexp(x):
 
 
 @jit
-def odds_ratio(p: Pair, h: NoHyper):
-    """ℓ = −log σ(o), o = (w − l) − (log(1 − e^w) − log(1 − e^l)), w and l mean log-probs.
+def odds_ratio(p: Pair, h: Beta):
+    """ℓ = −β·log σ(o), o = (w − l) − (log(1 − e^w) − log(1 − e^l)), w and l mean log-probs.
 
-    ∂ℓ/∂w = σ(−o)/(e^w − 1), ∂ℓ/∂l = −σ(−o)/(e^l − 1). ORPO, arXiv 2403.07691 (7).
+    ∂ℓ/∂w = βσ(−o)/(e^w − 1), ∂ℓ/∂l = −βσ(−o)/(e^l − 1). ORPO, arXiv 2403.07691 (7).
     """
     w, l_ = tl.minimum(p.chosen, CERTAIN), tl.minimum(p.rejected, CERTAIN)
     o = (w - l_) - (log1mexp(w) - log1mexp(l_))
-    rest = sigmoid(-o)
-    return softplus(-o), rest / expm1(w), -rest / expm1(l_)
+    rest = h.beta * sigmoid(-o)
+    return h.beta * softplus(-o), rest / expm1(w), -rest / expm1(l_)
 
 
 class Positive(NamedTuple):
@@ -153,10 +152,17 @@ def cal_dpo(p: Pair, h: Calibrated):
     return softplus(-x) + h.calibration * (w * w + l_ * l_), twice * w - d, twice * l_ + d
 
 
-@jit
-def exploration(p: Pair, h: NoHyper):
-    """ℓ = extra·w + (1 − extra)·l: extra is 1 where the chosen came from the reference, else 0.
+class Explored(NamedTuple):
+    """The weight α."""
 
-    ∂ℓ/∂w = extra, ∂ℓ/∂l = 1 − extra. XPO, arXiv 2405.21046.
+    alpha: float = 1e-5
+
+
+@jit
+def exploration(p: Pair, h: Explored):
+    """ℓ = α(extra·w + (1 − extra)·l): extra is 1 where the chosen came from the reference, else 0.
+
+    ∂ℓ/∂w = α·extra, ∂ℓ/∂l = α(1 − extra). XPO, arXiv 2405.21046.
     """
-    return p.extra * p.chosen + (1.0 - p.extra) * p.rejected, p.extra, 1.0 - p.extra
+    rest = 1.0 - p.extra
+    return h.alpha * (p.extra * p.chosen + rest * p.rejected), h.alpha * p.extra, h.alpha * rest

@@ -269,6 +269,23 @@ def nll(p: Pair, h: NoHyper):
     return -p.chosen, -1.0, 0.0
 
 
+class Weighted(NamedTuple):
+    """β, and the weight η of the likelihood in units of it."""
+
+    beta: float = 0.1
+    eta: float = 0.005
+
+
+@jit
+def weighted_nll(p: Pair, h: Weighted):
+    """ℓ = −βη·w.
+
+    ∂ℓ/∂w = −βη. RPO, arXiv 2405.16436, of w = S: a sum over the tokens.
+    """
+    weight = h.beta * h.eta
+    return -weight * p.chosen, -weight, 0.0
+
+
 @jit
 def batch_nll(p: Pair, h: NoHyper):
     """ℓ = −w/shared: with the batch's mean length, the mean over all of its chosen tokens.

@@ -52,25 +52,26 @@ def focal(p: Pair, h: Focal):
 
 
 class Barrier(NamedTuple):
-    """Where the barrier is, and how near to it a reward counts."""
+    """Where the barrier is, how near to it a reward counts, and the weight λ."""
 
     limit: float = 5.0
     edge: float = 4.999
+    barrier: float = 0.02
 
 
 @jit
 def barrier(p: Pair, h: Barrier):
-    """ℓ = −log(b − w) − log(b + w) − log(b − l) − log(b + l), w and l within ±edge.
+    """ℓ = −λ·[log(b − w) + log(b + w) + log(b − l) + log(b + l)], w and l within ±edge.
 
-    ∂ℓ/∂w = 1/(b − w) − 1/(b + w), and 0 beyond the edge. InternLM2, arXiv 2403.17297.
+    ∂ℓ/∂w = λ/(b − w) − λ/(b + w), and 0 beyond the edge. InternLM2, arXiv 2403.17297.
     """
     w = tl.minimum(tl.maximum(p.chosen, -h.edge), h.edge)
     l_ = tl.minimum(tl.maximum(p.rejected, -h.edge), h.edge)
     value = -tl.log(h.limit - w) - tl.log(h.limit + w) - tl.log(h.limit - l_) - tl.log(h.limit + l_)
-    d_w = 1.0 / (h.limit - w) - 1.0 / (h.limit + w)
-    d_l = 1.0 / (h.limit - l_) - 1.0 / (h.limit + l_)
+    d_w = h.barrier * (1.0 / (h.limit - w) - 1.0 / (h.limit + w))
+    d_l = h.barrier * (1.0 / (h.limit - l_) - 1.0 / (h.limit + l_))
     d_w = tl.where(tl.abs(p.chosen) <= h.edge, d_w, 0.0)
-    return value, d_w, tl.where(tl.abs(p.rejected) <= h.edge, d_l, 0.0)
+    return h.barrier * value, d_w, tl.where(tl.abs(p.rejected) <= h.edge, d_l, 0.0)
 
 
 class MaxMargin(NamedTuple):

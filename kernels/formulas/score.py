@@ -48,22 +48,26 @@ class Alpha(NamedTuple):
 
 @jit
 def power(r: Response, h: Alpha):
-    """s = (1 − e^(−α·S/n))/α, and S/n for α = 0.
+    """s = (1 − e^u)/α, u = min(−α·S/n, 80); S/n for α = 0.
 
-    ds/dS = e^(−α·S/n)/n. AlphaPO, arXiv 2501.03884.
+    ds/dS = e^u/n, and 0 where the bound is active. AlphaPO, arXiv 2501.03884, which has no bound.
     """
     mean = r.logp / r.length
-    u = -h.alpha * mean
-    return tl.where(u == 0.0, mean, -expm1(u) / h.alpha), exp(u) / r.length
+    # a product with the length is 0 where α is; α·S/n would be NaN of an infinite S
+    u = tl.where(h.alpha * r.length == 0.0, 0.0, -h.alpha * mean)
+    bounded = tl.where(u > EXPONENT, EXPONENT, u)
+    value = tl.where(u == 0.0, mean, -expm1(bounded) / h.alpha)
+    return value, tl.where(u > EXPONENT, 0.0, exp(bounded) / r.length)
 
 
 @jit
 def forward_kl(r: Response, h: NoHyper):
-    """s = 1 − e^(−D).
+    """s = 1 − e^u, u = min(−D, 80).
 
-    ds/dS = e^(−D). f-DPO, arXiv 2309.16240.
+    ds/dS = e^u, and 0 where the bound is active. f-DPO, arXiv 2309.16240, which has no bound.
     """
-    return -expm1(-r.log_ratio), exp(-r.log_ratio)
+    bounded = tl.where(r.log_ratio < -EXPONENT, EXPONENT, -r.log_ratio)
+    return -expm1(bounded), tl.where(r.log_ratio < -EXPONENT, 0.0, exp(bounded))
 
 
 @jit
@@ -88,7 +92,7 @@ def alpha_divergence(r: Response, h: Divergence):
     ds/dS = e^u, and 0 where the bound is active. f-DPO, arXiv 2309.16240.
     """
     rate = h.alpha - 1.0
-    u = rate * r.log_ratio
-    bounded = tl.minimum(u, EXPONENT)
+    u = tl.where(rate * r.length == 0.0, 0.0, rate * r.log_ratio)  # as in power
+    bounded = tl.where(u > EXPONENT, EXPONENT, u)
     value = tl.where(u == 0.0, r.log_ratio, expm1(bounded) / rate)
-    return value, tl.where(u <= EXPONENT, exp(bounded), 0.0)
+    return value, tl.where(u > EXPONENT, 0.0, exp(bounded))

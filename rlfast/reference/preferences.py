@@ -9,6 +9,7 @@ import torch
 from torch.nn.functional import logsigmoid, relu
 
 CERTAIN = -1e-30  # the largest mean log-prob that has odds
+EXPONENT = 80.0  # of scores: e^80 is a float32, and so is what a link makes of it
 
 
 # Scores: r.logp is the summed log-prob, r.log_ratio what it is above the reference's, r.length the tokens.
@@ -23,15 +24,15 @@ def total(r):
 
 
 def power(r, alpha=0.25):
-    """arXiv 2501.03884 (7)."""
+    """arXiv 2501.03884 (7), its exponent bounded."""
     if alpha == 0:
         return r.logp / r.length
-    return (1 - torch.exp(-alpha * r.logp / r.length)) / alpha
+    return (1 - torch.exp((-alpha * r.logp / r.length).clamp(max=EXPONENT))) / alpha
 
 
 def forward_kl(r):
-    """arXiv 2309.16240, table 1: f'(u) of u = e^D."""
-    return 1 - torch.exp(-r.log_ratio)
+    """arXiv 2309.16240, table 1: f'(u) of u = e^D, its exponent bounded."""
+    return 1 - torch.exp((-r.log_ratio).clamp(max=EXPONENT))
 
 
 def jensen_shannon(r):
@@ -41,7 +42,7 @@ def jensen_shannon(r):
 def alpha_divergence(r, alpha=0.5):
     if alpha == 1:
         return r.log_ratio
-    return (torch.exp(((alpha - 1) * r.log_ratio).clamp(max=80.0)) - 1) / (alpha - 1)
+    return (torch.exp(((alpha - 1) * r.log_ratio).clamp(max=EXPONENT)) - 1) / (alpha - 1)
 
 
 # Links of a pair.
@@ -136,11 +137,11 @@ def _log1mexp(x):
     )
 
 
-def odds_ratio(p):
-    """arXiv 2403.07691 (7)."""
+def odds_ratio(p, beta=0.1):
+    """arXiv 2403.07691 (6), (7)."""
     w, l_ = p.chosen.clamp(max=CERTAIN), p.rejected.clamp(max=CERTAIN)
     w, l_ = p.chosen + (w - p.chosen).detach(), p.rejected + (l_ - p.rejected).detach()
-    return -logsigmoid((w - l_) - (_log1mexp(w) - _log1mexp(l_)))
+    return -beta * logsigmoid((w - l_) - (_log1mexp(w) - _log1mexp(l_)))
 
 
 def dpop(p, beta=0.1, penalty=50.0):
@@ -193,9 +194,14 @@ def batch_nll(p):
     return -p.chosen / p.shared
 
 
-def exploration(p):
+def weighted_nll(p, beta=0.1, eta=0.005):
+    """arXiv 2405.16436."""
+    return -beta * eta * p.chosen
+
+
+def exploration(p, alpha=1e-5):
     """arXiv 2405.21046."""
-    return p.extra * p.chosen + (1 - p.extra) * p.rejected
+    return alpha * (p.extra * p.chosen + (1 - p.extra) * p.rejected)
 
 
 def soft_label(p, beta=0.1):
@@ -214,9 +220,9 @@ def focal(p, gamma=2.0):
     return -weight * logsigmoid(x)
 
 
-def barrier(p, limit=5.0, edge=4.999):
+def barrier(p, limit=5.0, edge=4.999, barrier=0.02):
     w, l_ = p.chosen.clamp(-edge, edge), p.rejected.clamp(-edge, edge)
-    return -torch.log(limit - w) - torch.log(limit + w) - torch.log(limit - l_) - torch.log(limit + l_)
+    return barrier * (-torch.log(limit - w) - torch.log(limit + w) - torch.log(limit - l_) - torch.log(limit + l_))
 
 
 def max_margin(p, penalty=2.0):

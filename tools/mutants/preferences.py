@@ -124,14 +124,15 @@ PYTHON = [
     *python(
         "torch", "rlfast/preference.py",
         ("loss = out.loss if nll is None or not self.nll else out.loss + «self.nll * nll»", "nll", "elsewhere"),
-        ("nll = Part(\"batch_nll\" if by_batch else \"nll\", score=\"total\", mean=«not by_batch»", "by_batch",
+        ("nll = Part(link, score=\"total\", mean=«self.nll_reduce == \"mean\"»", "self.nll_reduce == \"batch\"",
          "likelihood"),
+        ("pairs = self.plain._launch(*«sides», rest, None", "(chosen, rejected)", "tdpo"),
     ),
     *python(
         "preference", "rlfast/preference.py",
         ("torch.cat((out.metrics[:1], «pairs».metrics[1:]))", "out", "sorted_losses"),
         ("reads = read_by(self.parts, PAIRS) - «(set(OF_PAIRS) if self.sort else set())»", "set()", "ignored"),
-        ("preference_inputs.asked_for(self, self.prepared[4], rest._asdict())", "pass", "ignored"),
+        ("preference_inputs.asked_for(self, self.prepared.reads, rest._asdict())", "pass", "ignored"),
     ),
     *python(
         "preference", "rlfast/preference_inputs.py",
@@ -143,7 +144,7 @@ PYTHON = [
         "preference", "rlfast/statistics.py",
         ("stay = distance.sort(stable=True).indices[:kept]", "stay = distance.sort(stable=True).indices[-kept:]",
          "survive"),
-        ("if not gaps.numel():", "if False:", "without_pairs"),
+        ("if process_group is not None or gaps.numel():", "if True:", "without_pairs"),
     ),
     *python(
         "preference", "rlfast/weights.py",

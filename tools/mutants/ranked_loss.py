@@ -39,6 +39,18 @@ PYTHON = [
         ("torch.where(y == y, 0.0, y)", "torch.where(y == y, 0.0, 0.0)", "nan"),
     ),
     *python(
+        "torch", "rlfast/ops/response_sums.py",
+        ("d = d if mask is None else torch.where(mask, d, 0.0)", "d = d", "every_row"),
+        ("by_ratio if by_sum is None else «by_sum + by_ratio»", "by_sum", "every_row or every_option"),
+        ("return «-out.losses», out.rewards[0]", "out.losses", "every_row or every_option"),
+    ),
+    *python(
+        "torch", "rlfast/ranked.py",
+        ("(self.unreferenced if ref is None else self)(", "self(", "every_row"),
+        ("(total, «(total - ratio).detach()»)", "total", "every_option"),
+        ("return side.mask.sum(-1)«.clamp(min=1)»", "", "without_tokens"),
+    ),
+    *python(
         "triton", "kernels/ranked_loss.py",
         ("(i == j) & (slot[None, :, None] «<» slot[None, None, :])", ">", "test_every_row or ties"),
         ("bad = tl.where(tile.size > K, float(\"nan\"), bad)", "bad = bad", "bound"),
