@@ -185,7 +185,7 @@ class Engine(Calls):
             if not chunk.completes:
                 continue
             if chunk.stop - chunk.start > 1 or not sample.tokens:
-                self.pool.publish(sample.table, chunk.tokens)
+                self.scheduler.publish(sample)
             group = [sample, *self.scheduler.follow(sample)]
             rows += [end - 1] * len(group)
             samples += group
@@ -244,8 +244,6 @@ class Engine(Calls):
 
     def _end(self, sample: Sample, reason: str) -> None:
         sample.finish = reason
-        if sample in self.scheduler.running and sample.computed:
-            self.pool.publish(sample.table, sample.all_tokens()[: sample.computed])
         self.scheduler.finish(sample)
         if all(s.finish for s in self.live[sample.request]):
             del self.live[sample.request]

@@ -41,6 +41,7 @@ class PagePool:
         self.key_of: dict[int, tuple] = {}
         self.serial_of: dict[int, int] = {}
         self.serial = ROOT
+        self.era = 0  # how often the weights have changed
         self.copies: list[tuple[int, int]] = []  # (from, to) that the caches have yet to make
 
     @property
@@ -148,6 +149,7 @@ class PagePool:
 
     def forget_all(self) -> None:
         """What pages hold is no prefix any more: the weights have changed."""
+        self.era += 1
         self.never.extend(self.idle)
         self.idle.clear()
         for known in (self.by_key, self.key_of, self.serial_of):

@@ -23,6 +23,7 @@ class Sample:
     records: list[tuple] = field(default_factory=list)  # (logp_raw, logp, kept, entropy, version) of each token
     table: list[int] = field(default_factory=list)  # its pages
     computed: int = 0  # positions whose keys and values are there
+    era: int = 0  # the pool's when the first of them was computed
     waits_for: Sample | None = None  # the sample of the same prompt that computes its keys and values
     finish: str = ""
 
@@ -115,6 +116,7 @@ class Scheduler:
             self.pool.release(sample.table)
             sample.computed = 0
             return False
+        sample.era = self.pool.era
         self.waiting.remove(sample)
         self.running.append(sample)
         return True
@@ -150,6 +152,7 @@ class Scheduler:
     def finish(self, sample: Sample) -> None:
         """It holds no page and is in no list any more; another one takes its place before those who wait for it."""
         if sample in self.running:
+            self.publish(sample)
             self.running.remove(sample)
         else:
             self.waiting.remove(sample)
@@ -167,9 +170,15 @@ class Scheduler:
             sample.waits_for = None
         for sample in started:
             self.waiting.remove(sample)
-            sample.table, sample.computed = self.pool.fork(leader.table), leader.computed
+            sample.table = self.pool.fork(leader.table)
+            sample.computed, sample.era = leader.computed, leader.era
             self.running.append(sample)
         return started
+
+    def publish(self, sample: Sample) -> None:
+        """A sample's full pages are found from now on, unless some of them are of older weights: it went on from those."""
+        if sample.era == self.pool.era:
+            self.pool.publish(sample.table, sample.all_tokens()[: sample.computed])
 
     def _drop(self, sample: Sample) -> None:
         self.pool.release(sample.table)
