@@ -83,6 +83,27 @@ def test_an_undeclared_scale_is_fitted():
     assert Engine(model, kv_budget=1 << 22).decoder.head.scale == pytest.approx(0.37, abs=1e-6)
 
 
+@pytest.mark.parametrize("family", ("llama", "qwen3", "gemma2", "gpt_oss"))
+def test_an_engine_made_under_autocast(family):
+    """It generates in the narrow dtype whatever is on around its calls, near the model's own numbers there."""
+    model = decoder(family)
+    with torch.autocast("cpu", torch.bfloat16):
+        one = Engine(model, kv_budget=1 << 22)
+    assert isinstance(one, Engine) and one.decoder.dtype == torch.bfloat16
+    rollouts = one.generate(prompts(4), GREEDY)
+    assert {x.dtype for pair in one.caches.layers.values() for x in pair} == {torch.bfloat16}
+    with torch.autocast("cpu", torch.bfloat16):
+        same(one.generate(prompts(4), GREEDY), rollouts)
+    if one.bitwise:
+        scores = one.score([[*r.prompt_tokens, *r.tokens] for r in rollouts])
+        for rollout, score in zip(rollouts, scores, strict=True):
+            assert_same_bits("logp_raw", score.logp_raw[-12:], rollout.logp_raw)
+    wide = engine(family)
+    before = wide.generate(prompts(2), GREEDY)
+    with torch.autocast("cpu", torch.bfloat16):
+        same(wide.generate(prompts(2), GREEDY), before)
+
+
 class Lora(nn.Linear):
     """As an adapter on the head would be."""
 

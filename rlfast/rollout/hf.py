@@ -24,8 +24,9 @@ from rlfast.sampling import Sampled, linear_sample
 PROBE_LENGTHS = (23, 9)
 # What a model raises that takes other arguments.
 UNLIKE = (TypeError, ValueError, RuntimeError, AttributeError, LookupError, NotImplementedError)
-# Of the largest logit, by dtype: the model's own path rounds every product of a narrow dtype, and so does ours.
-CLOSE = {torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02, torch.float64: 1e-6}
+# Of the largest logit, by dtype: the model's own path rounds every product of a narrow dtype, and so does ours. The
+# most that was seen, over 26 tiny families and SmolLM2, but for experts: 2e-6, 0.022 and 0.003.
+CLOSE = {torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.01, torch.float64: 1e-6}
 # What configs call a factor of the logits; of the last one some models multiply by it and some divide.
 SCALES = ("logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
 SAME = 1.01  # squared errors that are no further apart tell no two heads from one another
@@ -271,4 +272,7 @@ def _fitted(decoder: Decoder, hidden, truth) -> Head:
 
 
 def _close(got, truth, dtype: torch.dtype) -> bool:
-    return bool((got - truth).abs().max() <= CLOSE[dtype] * truth.abs().max().clamp(min=1.0))
+    """In every row; of a narrow dtype in nine of ten, since rounding may send a token to another expert."""
+    errors = (got - truth).abs().amax(-1)
+    error = errors.quantile(0.9) if dtype in (torch.bfloat16, torch.float16) else errors.max()
+    return bool(error <= CLOSE[dtype] * truth.abs().max().clamp(min=1.0))
