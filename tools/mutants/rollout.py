@@ -51,7 +51,7 @@ PYTHON = [
     *python(
         "rollout", "rlfast/rollout/hf.py",
         ("if any(self._empty) or self._now() != self._ids:", "if False:"),
-        ("            if window and not layer.window:", "            if False:"),
+        ("        if window and not layer.window:", "        if False:"),
         ("if «e <= SAME * min(errors)»), (1.0, 0.0))", "True"),
         ("tried = [(scale, cap) for cap in «caps» for scale in scales]", "(0.0,)"),
         ("    if not linears.plain(decoder.head.module):", "    if False:"),
