@@ -57,7 +57,7 @@ from rlfast.reward_losses import (  # noqa: E402
     reward_loss,
 )
 from rlfast.rewards import length_reward, overlong_penalty, shape_rewards  # noqa: E402
-from rlfast.sampling import Edits, Sampled, penalty_edits, sample  # noqa: E402
+from rlfast.sampling import Edits, Sampled, linear_sample, penalty_edits, sample  # noqa: E402
 from rlfast.selections import clip_cov_keep, kl_cov_extra, rollout_keep, top_entropy_keep  # noqa: E402
 from rlfast.statistics import DynamicBeta, RunningDelta, kto_reference_point, udm_weights, wpo_weights  # noqa: E402
 from rlfast.unpaired import UNPAIRED, UnpairedLoss, UnpairedOutput, unpaired_loss  # noqa: E402
@@ -117,6 +117,7 @@ __all__ = [
     "length_reward",
     "linear",
     "linear_divergence",
+    "linear_sample",
     "linear_token_logps",
     "loss",
     "masked_mean",

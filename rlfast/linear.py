@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from rlfast import backends, validate
-from rlfast.logps import checked_head, unit_stride
+from rlfast.logps import checked_head, transformed, unit_stride
 from rlfast.ops import linear as linear_op
 
 
@@ -42,3 +42,8 @@ def linear(x, weight, bias=None, *, wide=False):
     rows = x if x.dim() == 2 else x.reshape(lead.numel(), x.shape[-1])
     y = linear_op.call(unit_stride(rows), unit_stride(weight), bias, wide, backends.requested())
     return y if x.dim() == 2 else y.view(*lead, weight.shape[0])
+
+
+def head_logits(hidden, weight, bias=None, softcap: float = 0.0, logit_scale: float = 1.0):
+    """float32 logits [*, V] of hidden states, which rollouts, scores and the training head share, to the bit."""
+    return transformed(linear(hidden, weight, bias, wide=True), softcap, logit_scale)

@@ -182,11 +182,11 @@ def linear_token_logps(
 
 def _invariant(hidden, weight, bias, targets, mask, temperatures, transform, wanted: Wanted, needs_grad: bool):
     """The op's outputs by ``linear`` and ``token_logps``, a few rows at a time; a backward makes the logits again."""
-    backend = backends.requested()
+    backend, (temperature, *transform) = backends.requested(), transform
 
     def some(x, w, b, t, m, warm):
-        logits = gemm_op.call(unit_stride(x), unit_stride(w), b, True, backend)
-        return tuple(logits_op.call(logits, t, m, warm, *transform, *wanted, False, backend))
+        logits = transformed(gemm_op.call(unit_stride(x), unit_stride(w), b, True, backend), *transform)
+        return tuple(logits_op.call(logits, t, m, warm, temperature, 0.0, 1.0, *wanted, False, backend))
 
     parts, rows = [], max(1, LOGITS_AT_ONCE // (4 * weight.shape[0]))
     for start in range(0, max(hidden.shape[0], 1), rows):
@@ -195,6 +195,13 @@ def _invariant(hidden, weight, bias, targets, mask, temperatures, transform, wan
         parts.append(checkpoint(some, *given, use_reentrant=False) if needs_grad else some(*given))
     # of ``aux`` a column is a token, of the others a row
     return [torch.cat(x, dim=int(place == 1)) for place, x in enumerate(zip(*parts, strict=True))]
+
+
+def transformed(logits, softcap: float, logit_scale: float):
+    """softcap·tanh(logit_scale·logits / softcap); no soft-cap where it is 0."""
+    if logit_scale != 1.0:
+        logits = logits * logit_scale
+    return softcap * torch.tanh(logits / softcap) if softcap else logits
 
 
 def _overlaps(x) -> bool:

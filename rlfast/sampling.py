@@ -8,9 +8,12 @@ from typing import NamedTuple
 import torch
 
 from rlfast import backends, validate
+from rlfast.linear import head_logits
+from rlfast.logps import checked_head
 from rlfast.ops import sample as sample_op
 from rlfast.validate import LEAST, MOST, Limit
 
+ROWS = 64  # of logits at once where they come of hidden states: 12 MB at 49152 columns
 _INTS = (torch.int64, torch.int32)
 _TEMPERATURE = Limit(f"0 or a float from {LEAST} to {MOST}", LEAST, MOST)
 _POSITIVE = Limit(f"a float from {LEAST} to {MOST}", LEAST, MOST)
@@ -85,7 +88,70 @@ def sample(
     logits = logits.detach()
     if logits.stride(1) != 1 and logits.shape[1] > 1:
         logits = logits.contiguous()
-    options = (
+    options = _options(logits, temperature, top_k, top_p, min_p, seeds, positions)
+    edits = (None, None, None) if edits is None else _edits("edits", edits, logits)
+    return Sampled(*sample_op.call(logits, *options, *edits, _allowed(allowed, logits), backends.requested()))
+
+
+def linear_sample(
+    hidden, weight, bias=None, *, softcap=None, logit_scale=1.0, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, seeds,
+    positions, edits=None, allowed=None,
+) -> Sampled:  # fmt: skip
+    """``sample(logits)`` of logits = softcap·tanh(logit_scale·(hidden·weightᵀ + bias) / softcap), a few rows at a time.
+
+    The logits are those of ``rlfast.linear(hidden, weight, bias, wide=True)``, in float32, of at most 64 rows at once:
+    the result has the bits of the two calls.
+
+    Args:
+        hidden: [M, D] float32, bfloat16 or float16 (float64 runs on the torch backend): the last hidden states.
+        weight: [V, D] of hidden's dtype: the head.
+        bias: [V] of hidden's dtype, or None.
+        softcap: None, or a float > 0 (Gemma 2).
+        logit_scale: a float that multiplies the logits first (Cohere, Granite).
+        temperature, top_k, top_p, min_p, seeds, positions, allowed: as in ``sample``.
+        edits: as in ``sample``; or a function of the logits [m, V] of some rows and of the slice that those rows are,
+            which gives their ``Edits`` or None, as ``penalty_edits`` makes them of logits.
+
+    Returns:
+        Sampled. Nothing is differentiable. Under autocast, hidden, weight and bias are cast as
+        ``torch.nn.functional.linear`` casts them.
+
+    Raises:
+        TypeError, ValueError: as in ``sample``.
+
+    Example:
+        >>> out = rlfast.linear_sample(torch.zeros(2, 16), torch.randn(100, 16), top_k=7, seeds=1, positions=5)
+        >>> out.logp_raw.exp()
+        tensor([0.0100, 0.0100])
+    """
+    if isinstance(hidden, torch.Tensor) and hidden.dim() != 2:
+        validate.fail("hidden", "shape [M, D]", validate.shape(hidden))
+    hidden, weight, bias = checked_head(hidden, weight, bias)
+    hidden, weight, bias = (x if x is None else x.detach() for x in (hidden, weight, bias))
+    softcap = 0.0 if softcap is None else validate.positive("softcap", softcap)
+    logit_scale = validate.finite("logit_scale", logit_scale)
+    shape = hidden.new_zeros(()).expand(hidden.shape[0], weight.shape[0])  # of the logits, for what looks at no more
+    options = _options(shape, temperature, top_k, top_p, min_p, seeds, positions)
+    made = edits if callable(edits) else None
+    ends, *values = (None, None, None) if edits is None or made else _edits("edits", edits, shape)
+    allowed, parts = _allowed(allowed, shape), []
+    for start in range(0, max(hidden.shape[0], 1), ROWS):
+        rows = slice(start, start + ROWS)
+        logits = head_logits(hidden[rows], weight, bias, softcap, logit_scale)
+        own = made(logits, rows) if made else None
+        if own is not None:
+            own = _edits("edits", own, logits)
+        elif ends is not None:
+            own = ends[start : start + ROWS + 1], *values
+        bits = None if allowed is None else allowed[rows]
+        per_row = (x[rows] for x in options)
+        parts.append(sample_op.call(logits, *per_row, *(own or (None, None, None)), bits, backends.requested()))
+    return Sampled(*(x[0] if len(x) == 1 else torch.cat(x) for x in zip(*parts, strict=True)))
+
+
+def _options(logits, temperature, top_k, top_p, min_p, seeds, positions) -> tuple:
+    """One of each a row, checked."""
+    return (
         _temperatures(temperature, logits),
         _by_row("top_k", top_k, logits, torch.int32, _TOP_K),
         _by_row("top_p", top_p, logits, torch.float32, _SHARE),
@@ -93,8 +159,6 @@ def sample(
         _by_row("seeds", seeds, logits, torch.int64, _WORD),
         _by_row("positions", positions, logits, torch.int64, _WORD),
     )
-    edits = (None, None, None) if edits is None else _edits("edits", edits, logits)
-    return Sampled(*sample_op.call(logits, *options, *edits, _allowed(allowed, logits), backends.requested()))
 
 
 def _by_row(name: str, x, logits, dtype: torch.dtype, limit: Limit):

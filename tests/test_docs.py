@@ -52,13 +52,14 @@ PUBLIC = [
     rlfast.paged_attention,
     rlfast.packed_attention,
     rlfast.sample,
+    rlfast.linear_sample,
     rlfast.penalty_edits,
 ]
 DOCUMENTED = (
     "token_logps", "linear_token_logps", "divergence", "linear_divergence", "linear", "use_backend", "kl_penalty",
     "value_loss", "shape_rewards", "length_reward", "preference_loss", "unpaired_loss", "ranked_loss", "reward_loss",
     "overlong_penalty", "clip_cov_keep", "kl_cov_extra", "top_entropy_keep", "rollout_keep",
-    "paged_attention", "packed_attention", "sample", "penalty_edits",
+    "paged_attention", "packed_attention", "sample", "linear_sample", "penalty_edits",
 )  # fmt: skip
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import replace
 
 import pytest
 import torch
 
-from rlfast.rollout import flash
+from rlfast.rollout import Engine, SamplingParams, flash
 from tests.attention_cases import Case, laid, solution
+from tests.decoders import decoder, prompts
 from tests.flash_stand_in import CALLS, LIBRARIES
 from tests.numerics import assert_value
 
@@ -81,7 +83,7 @@ def test_sinks():
 def test_what_a_library_cannot_do_is_refused():
     first = flash.flash_attn(LIBRARIES["flash-attn"])
     for case, message in (
-        (replace(CHUNK, page_size=16), "pages of a multiple of 256 with flash-attn, got 16"),
+        (replace(CHUNK, page_size=16), "page_size: expected a multiple of 256 with flash-attn, got 16"),
         (replace(CHUNK, value_width=8), "v_cache: expected a width of 16 like q with flash-attn, got 8"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -135,3 +137,40 @@ def test_why_not_says_why(monkeypatch):
     flash.why_not.cache_clear()
     with pytest.raises(ValueError, match="name: expected one of"):
         flash.why_not("xformers")
+
+
+@pytest.fixture
+def installed(monkeypatch):
+    """The stand-ins, where the engine looks for the libraries."""
+    monkeypatch.setattr(flash, "why_not", lambda name: None)
+    found = {flash.MODULES[name]: library for name, library in LIBRARIES.items()}
+    imported = importlib.import_module
+    monkeypatch.setattr(importlib, "import_module", lambda name, *more: found.get(name) or imported(name, *more))
+
+
+@pytest.mark.parametrize("name", flash.NAMES)
+def test_an_engine_attends_by_a_library(name, installed, calls):
+    """Pages fit it by themselves; the tokens are near ours, and the bits promised to nobody."""
+    model, given = decoder("llama", torch.bfloat16), prompts(3)
+    params = SamplingParams(temperature=0.0, max_tokens=6, ignore_eos=True)
+    one = Engine(model, kv_budget=1 << 22, use_attention=name)
+    assert one.page_size == (256 if name == "flash-attn" else 16) and not one.bitwise
+    wanted = Engine(model, kv_budget=1 << 22).generate(given, params)
+    for got, ours in zip(one.generate(given, params), wanted, strict=True):
+        torch.testing.assert_close(got.logp_raw[:1], ours.logp_raw[:1], rtol=0.05, atol=0.05)
+    assert calls
+
+
+def test_an_engine_says_what_a_library_cannot_do(installed):
+    """When it is made, not in its first step."""
+    half = decoder("llama", torch.bfloat16)
+    for model, options, kind, said in (
+        (half, {"page_size": 16}, ValueError, "page_size: expected a multiple of 256 with flash-attn, got 16"),
+        (decoder("llama"), {}, TypeError, "q: expected float16 or bfloat16 with flash-attn, got torch.float32"),
+        (decoder("gpt_oss", torch.bfloat16), {}, ValueError, "sinks: expected None with flash-attn, which has none"),
+    ):
+        with pytest.raises(kind, match=said):
+            Engine(model, kv_budget=1 << 24, use_attention="flash-attn", **options)
+    wide = [layer._replace(widths=(512, 512)) for layer in Engine(half, kv_budget=1 << 22).decoder.layers]
+    with pytest.raises(ValueError, match="q: expected heads of at most 256 with flash-attn, got 512"):
+        flash.attention("flash-attn", wide, 256)

@@ -361,7 +361,7 @@ class Wrapped(torch.Tensor):
 
 @pytest.mark.parametrize("why", ("subclass", "device"))
 def test_the_original_runs_where_rlfast_cannot_and_says_so_once(patched, caplog, why):
-    patching._say_once.cache_clear()
+    patching.say_once.cache_clear()
     logits, index = torch.randn(3, VOCAB), torch.randint(VOCAB, (3,))
     if why == "subclass":
         logits = logits.as_subclass(Wrapped)
@@ -376,7 +376,7 @@ def test_the_original_runs_where_rlfast_cannot_and_says_so_once(patched, caplog,
 
 
 def test_zero3_keeps_the_original_head(patched, caplog, monkeypatch):
-    patching._say_once.cache_clear()
+    patching.say_once.cache_clear()
     hidden, weight, targets = torch.randn(3, 8), torch.randn(VOCAB, 8), torch.randint(VOCAB, (3,))
     expected = patched_original(hidden, weight, targets)
     monkeypatch.setattr("transformers.integrations.deepspeed.is_deepspeed_zero3_enabled", lambda: True)

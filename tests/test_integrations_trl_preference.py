@@ -337,7 +337,7 @@ REASONS = {
 
 @pytest.mark.parametrize("why", REASONS)
 def test_trls_own_loss_stands_where_rlfast_cannot_and_says_so_once(why, monkeypatch, caplog):
-    patching._say_once.cache_clear()
+    patching.say_once.cache_clear()
     method, options, words = REASONS[why]
     wanted = method(torch.float32, **options)
     monkeypatch.delitem(trl_preference.DPO_ROWS, "hinge")

@@ -93,17 +93,17 @@ def test_sinks_are_trained():
     assert sinks and all(g is not None and g.any() for g in sinks)
 
 
-def grpo(tmp_path, **options):
+def grpo(tmp_path, model=None, **options):
     """A GRPOTrainer on a tiny model, and what its first steps saw: (log-probs, mask, the rollouts')."""
     from datasets import Dataset
 
     rows = [{"prompt": [{"role": "user", "content": p}]} for p in PROMPTS]
     args = trl.GRPOConfig(
         str(tmp_path), num_generations=2, max_completion_length=8, per_device_train_batch_size=4, max_steps=2,
-        use_cpu=True, bf16=False, report_to=[], save_strategy="no", disable_tqdm=True, logging_steps=1, seed=1,
-        **options,
+        use_cpu=True, report_to=[], save_strategy="no", disable_tqdm=True, logging_steps=1, seed=1,
+        **{"bf16": False} | options,
     )  # fmt: skip
-    model = tiny("Llama", hidden_size=64, intermediate_size=96, head_dim=32)
+    model = tiny("Llama", hidden_size=64, intermediate_size=128, head_dim=32) if model is None else model
     trainer = trl.GRPOTrainer(
         model, rewards, args, train_dataset=Dataset.from_list(rows), processing_class=word_tokenizer()
     )
@@ -118,7 +118,7 @@ def grpo(tmp_path, **options):
 
     def computed(model, inputs):
         out = loss(model, inputs)
-        seen.append((last[0], inputs["completion_mask"].bool(), inputs["sampling_per_token_logps"]))
+        seen.append((last[0], inputs["completion_mask"].bool(), inputs.get("sampling_per_token_logps")))
         return out
 
     trainer._get_per_token_logps_and_entropies, trainer._compute_loss = logged, computed
@@ -126,13 +126,19 @@ def grpo(tmp_path, **options):
 
 
 @pytest.mark.parametrize("checkpointing", (False, True))
-def test_the_first_ratio_of_a_grpo_step_is_one(tmp_path, checkpointing):
-    """torch.equal(logp, rollout_logp) on every token of a completion, at every step: each is the first on its batch."""
+@pytest.mark.parametrize("bf16", (False, True), ids=("float32", "autocast"))
+def test_the_first_ratio_of_a_grpo_step_is_one(tmp_path, checkpointing, bf16):
+    """torch.equal(logp, rollout_logp) on every token of a completion, at every step: each is the first on its batch.
+
+    TRL's default is bf16: autocast around the forward of a float32 model.
+    """
     with rlfast.patch("trl", rollouts=True, bitwise=True) as patch:
-        trainer, seen = grpo(tmp_path, gradient_checkpointing=checkpointing)
+        trainer, seen = grpo(tmp_path, gradient_checkpointing=checkpointing, bf16=bf16)
         trainer.train()
         assert "trl.trainer.grpo_trainer.GRPOTrainer._generate_single_turn" in patch.replaced
-        assert isinstance(trl_rollout.engine_of(trainer), Engine)
+        engine = trl_rollout.engine_of(trainer)
+        assert isinstance(engine, Engine) and engine.bitwise
+        assert engine.decoder.dtype == (torch.bfloat16 if bf16 else torch.float32)
     assert len(seen) == 2
     for logp, mask, rollout_logp in seen:
         assert mask.any() and torch.equal(logp[mask], rollout_logp[mask])
@@ -173,6 +179,44 @@ def test_a_rollout_func_groups_equal_prompts(tmp_path, monkeypatch):
     found = trainer.rollout_func(given, trainer)
     assert found["prompt_ids"][0] == found["prompt_ids"][1] != found["prompt_ids"][2]
     assert [len(x) for x in found["completion_ids"]] == [len(x) for x in found["logprobs"]]
+
+
+def test_options_of_generate_are_the_engines(tmp_path):
+    """``generation_kwargs`` over the trainer's own; what the engine has no word for is refused in a rollout_func."""
+    more = {"temperature": 0.2, "max_new_tokens": 3, "top_k": 5, "min_new_tokens": 2, "num_beams": 1}
+    trainer, _ = grpo(tmp_path, generation_kwargs=more)
+    params = trl_rollout.params_of(trainer)
+    assert (params.temperature, params.max_tokens, params.top_k, params.min_tokens) == (0.2, 3, 5, 2)
+    found = ours.rollout()([[{"role": "user", "content": "no"}]] * 2, trainer)
+    assert all(len(tokens) <= 3 for tokens in found["completion_ids"])
+    trainer.generation_kwargs["do_sample"] = False
+    assert trl_rollout.params_of(trainer).temperature == 0.0
+    trainer.generation_kwargs["typical_p"] = 0.9
+    with pytest.raises(ValueError, match=r"generation_kwargs: expected options among .*, got typical_p"):
+        ours.rollout()([[{"role": "user", "content": "no"}]], trainer)
+
+
+def test_no_two_samples_of_a_prompt_are_one():
+    """Also where its neighbours come in several groups: a sample's seed counts all before it."""
+    engine = Engine(decoder("llama"), kv_budget=1 << 22)
+    params = SamplingParams(max_tokens=8, ignore_eos=True)
+    a, b = prompts(2, seed=3)
+    tokens, _ = trl_rollout.generated(engine, [a, a, b, a, a, a], params)
+    assert len({tuple(x) for i, x in enumerate(tokens) if i != 2}) == 5
+
+
+def test_a_model_that_the_engine_does_not_reach_is_trls(tmp_path, caplog):
+    """TRL's own generation has batches; bitwise=True says that it is not."""
+    from tests.test_rollout_families import Lora
+
+    model = tiny("Llama")
+    model.lm_head.__class__ = Lora
+    with rlfast.patch("trl", rollouts=True, bitwise=True):
+        trainer, _ = grpo(tmp_path, model)
+        _, logps = trainer._generate_single_turn([[3, 4], [3, 4]], None, {}, 2)
+        assert logps is None and "runs as it is: the head of" in caplog.text
+        trainer.train()
+    assert "bitwise=True: training has not the bits of the rollouts: the head of" in caplog.text
 
 
 def test_what_the_engine_cannot_do_is_trls(tmp_path, caplog):

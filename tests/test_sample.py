@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import rlfast
-from rlfast import backends
+from rlfast import backends, sampling
 from rlfast.fallback import sample as fallback
 from rlfast.kernels.formulas.noise import gumbel
 from rlfast.kernels.lang import torch_version
@@ -15,7 +15,7 @@ from rlfast.reference import sample as oracle
 from rlfast.verify.sampling import floor, nucleus, ragged
 from tests.cases import DTYPES, few
 from tests.numerics import assert_same_bits, assert_value
-from tests.sample_cases import P_VALUE, chi_squared, given, hold, hold_raw, problem, run
+from tests.sample_cases import P_VALUE, chi_squared, given, hold, hold_raw, moved, problem, run
 
 OP = "sample"
 KERNELS = ("torch", "cpu", "triton")
@@ -613,3 +613,77 @@ def test_cut_at_every_rank(backend, device):
         with backends.use_isa(isa):
             out = run(x.expand(vocab, -1), backend, device, top_k=k, seeds=1, positions=k)
         assert_value(isa, out.kept, q, own)
+
+
+def head_of(rows: int, vocab: int, dtype, seed: int = 0):
+    """(hidden, weight, bias) whose logits are those of a trained model in size."""
+    draw = torch.Generator().manual_seed(seed)
+    shapes = (rows, 24), (vocab, 24), (vocab,)
+    return tuple(torch.randn(*shape, generator=draw).to(dtype) for shape in shapes)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("transform", ({}, {"softcap": 3.0}, {"softcap": 5.0, "logit_scale": 0.7}), ids=str)
+@pytest.mark.backends(*KERNELS)
+def test_from_hidden_states(backend, device, dtype, transform):
+    """The bits of the two calls, in several tiles of rows, with every option by row."""
+    rows, vocab = few(150, 70), 1030
+    hidden, weight, bias = (x.to(device) for x in head_of(rows, vocab, DTYPES[dtype]))
+    with rlfast.use_backend(backend):
+        tiles = [rlfast.linear(part, weight, bias, wide=True) for part in hidden.split(sampling.ROWS)]
+        logits = torch.cat(tiles) * transform.get("logit_scale", 1.0)
+        cap = transform.get("softcap")
+        logits = cap * torch.tanh(logits / cap) if cap else logits
+        _, options, edits, allowed = problem(rows, vocab)
+        more = {name: moved(x, device) for name, x in given(options, edits, allowed).items()}
+        found = rlfast.linear_sample(hidden, weight, bias, **transform, **more)
+        wanted = rlfast.sample(logits, **more)
+        ends, *rest = (x.to(device) for x in ragged(edits))
+
+        def made(z, rows_):
+            assert torch.equal(z, logits[rows_])
+            return ends[rows_.start : rows_.start + z.shape[0] + 1], *rest
+
+        again = rlfast.linear_sample(hidden, weight, bias, **transform, **more | {"edits": made})
+        none = rlfast.linear_sample(hidden, weight, bias, **transform, **more | {"edits": lambda z, _: None})
+        plain = rlfast.sample(logits, **more | {"edits": None})
+    for name in rlfast.Sampled._fields:
+        for got, truth in ((found, wanted), (again, wanted), (none, plain)):
+            assert_same_bits(name, getattr(got, name), getattr(truth, name))
+
+
+@pytest.mark.backends("cpu")
+def test_from_hidden_states_under_autocast(backend, device):
+    """Cast as ``linear`` is; no row, no gradient."""
+    hidden, weight, bias = head_of(5, 40, torch.float32)
+    weight.requires_grad_()
+    narrow = (x.detach().bfloat16() for x in (hidden, weight, bias))
+    wanted = rlfast.linear_sample(*narrow, seeds=1, positions=2)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = rlfast.linear_sample(hidden, weight, bias, seeds=1, positions=2)
+    for name in rlfast.Sampled._fields:
+        assert_same_bits(name, getattr(found, name), getattr(wanted, name))
+    assert not found.logp.requires_grad
+    assert rlfast.linear_sample(hidden[:0], weight, seeds=1, positions=2).tokens.shape == (0,)
+
+
+def test_a_bad_head_is_named():
+    hidden, weight = torch.zeros(3, 8), torch.zeros(20, 8)
+    fine = {"hidden": hidden, "weight": weight, "seeds": 1, "positions": 1}
+    for change, kind, words in (
+        ({"hidden": torch.zeros(2, 3, 8)}, ValueError, "hidden: expected shape [M, D], got (2, 3, 8)"),
+        ({"hidden": [1.0]}, TypeError, "hidden: expected"),
+        ({"weight": torch.zeros(20, 7)}, ValueError, "weight: expected shape (V, 8) to match hidden"),
+        ({"weight": weight.double()}, TypeError, "weight: expected dtype torch.float32 like hidden"),
+        ({"bias": torch.zeros(19)}, ValueError, "bias: expected shape (20,)"),
+        ({"softcap": 0.0}, ValueError, "softcap: expected"),
+        ({"logit_scale": float("inf")}, ValueError, "logit_scale: expected"),
+        ({"seeds": torch.zeros(4, dtype=torch.int64)}, ValueError, "seeds: expected shape (3,)"),
+        ({"top_p": 1.5}, ValueError, "top_p: expected"),
+        ({"edits": 3}, TypeError, "edits: expected rlfast.Edits"),
+        ({"edits": lambda z, rows: 3}, TypeError, "edits: expected rlfast.Edits"),
+        ({"allowed": torch.ones(3, 19, dtype=torch.bool)}, ValueError, "allowed: expected bool of shape (3, 20)"),
+    ):
+        with pytest.raises(kind) as caught:
+            rlfast.linear_sample(**fine | change)
+        assert words in str(caught.value), str(caught.value)

@@ -85,7 +85,10 @@ RUNS = {
     "sampling": (("tests/test_sample.py", "-k", "penalties or named"), {}),
     "trl": (("tests/test_integrations_trl.py", "tests/test_integrations_trl_preference.py"), {}),
     "rollout": (
-        (*(f"tests/test_rollout{part}.py" for part in ("_pages", "", "_faults", "_training")), "-x"),
+        (
+            *(f"tests/test_rollout{x}.py" for x in ("_pages", "", "_faults", "_training", "_families", "_parallel")),
+            "-x",
+        ),
         {},
     ),
     "preference": (("tests/test_preference.py", "tests/test_reward_losses.py", "tests/test_weights.py"), {}),

@@ -28,9 +28,12 @@ def patch(trainer: str, *, untested: bool = False, rollouts: bool = False, bitwi
         trainer: "trl".
         untested: go on with a version of the trainer that rlfast was not tested with. Each function is still replaced
             only if its signature is the one that is known; the others are left alone, and a warning says why.
-        rollouts: the trainer generates by ``rlfast.rollout.Engine``, on the weights that it trains.
+        rollouts: the trainer generates by ``rlfast.rollout.Engine``, on the weights and in the precision that it
+            trains. Where the engine lacks an option or does not reach the model, it generates by itself, with a
+            warning.
         bitwise: and its training steps run in ``Engine.training_mode``: the log-probs of the first pass over a batch
-            are those of its rollouts, to the bit, where the engine's ``bitwise`` is true.
+            are those of its rollouts, to the bit, where the engine's ``bitwise`` is true and the temperature is 1; else
+            near them, with a warning if it is not.
 
     Returns:
         Patch: a context manager that undoes the patch at its end, and a function that undoes it when called.

@@ -130,11 +130,12 @@ def or_original(ours, original, why_not):
 
 def runs_as_it_is(original, reason: str) -> None:
     """Log, once, why an original is not replaced."""
-    _say_once(f"{original.__module__}.{original.__qualname__} runs as it is: {reason}")
+    say_once(f"{original.__module__}.{original.__qualname__} runs as it is: {reason}")
 
 
 @functools.cache
-def _say_once(message: str) -> None:
+def say_once(message: str) -> None:
+    """A warning that is new."""
     logger.warning(message)
 
 

@@ -13,29 +13,40 @@ import contextlib
 import functools
 import importlib
 import weakref
-from itertools import groupby
+from dataclasses import replace
+from itertools import accumulate, groupby
 
 import torch
 
-from rlfast.integrations.patching import Swap, runs_as_it_is, takes
+from rlfast import validate
+from rlfast.integrations.patching import Swap, runs_as_it_is, say_once, takes
 from rlfast.rollout import Engine, SamplingParams
 
 GENERATION = ("self", "prompt_ids", "images", "multimodal_fields", "num_generations", "has_tool_images")
 STEP = ("self", "model", "inputs", "num_items_in_batch")
 _engines: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # trainer → its engine
-# options of generate() that the engine has by other names or does not need
-_KNOWN = {
-    "max_new_tokens", "do_sample", "pad_token_id", "bos_token_id", "eos_token_id", "temperature", "top_p", "top_k",
-    "min_p", "repetition_penalty", "cache_implementation",
-}  # fmt: skip
+# Options of generate(): what they are to the engine, and what they are if they are None.
+_OPTIONS = {
+    "temperature": ("temperature", float, 1.0),
+    "top_p": ("top_p", float, 1.0),
+    "top_k": ("top_k", int, 0),
+    "min_p": ("min_p", float, 0.0),
+    "repetition_penalty": ("repetition_penalty", float, 1.0),
+    "max_new_tokens": ("max_tokens", int, 1 << 20),  # the context ends it
+    "min_new_tokens": ("min_tokens", int, 0),
+}
+_UNUSED = {"do_sample", "eos_token_id", "pad_token_id", "bos_token_id", "cache_implementation"}  # or read elsewhere
+_NEUTRAL = {"num_beams": 1, "num_return_sequences": 1, "use_cache": True}  # values under which there is nothing to do
 
 
 def engine_of(trainer) -> Engine:
-    """The engine on a trainer's model, made when it is first needed."""
+    """The engine on a trainer's model, in the precision that it trains in, made when it is first needed."""
     found = _engines.get(trainer)
     if found is None:
-        model = trainer.accelerator.unwrap_model(trainer.model)
-        found = _engines[trainer] = Engine(model, _tokenizer(trainer), eos_token_ids=trainer.eos_token_ids)
+        model, eos = trainer.accelerator.unwrap_model(trainer.model), _options(trainer).get("eos_token_id")
+        with trainer.accelerator.autocast():
+            found = Engine(model, _tokenizer(trainer), eos_token_ids=[eos] if isinstance(eos, int) else eos)
+        _engines[trainer] = found
     return found
 
 
@@ -43,21 +54,52 @@ def _tokenizer(trainer):
     return getattr(trainer.processing_class, "tokenizer", trainer.processing_class)
 
 
+def _options(trainer) -> dict:
+    """Those of generate() that the trainer generates with, ``GRPOConfig(generation_kwargs=…)`` among them.
+
+    A trainer that asked for another backend has none but those of its config.
+    """
+    own = {
+        "temperature": trainer.temperature, "top_p": trainer.top_p, "top_k": trainer.top_k, "min_p": trainer.min_p,
+        "repetition_penalty": trainer.repetition_penalty, "max_new_tokens": trainer.max_completion_length,
+        "eos_token_id": trainer.eos_token_ids,
+    }  # fmt: skip
+    return own | getattr(trainer, "generation_kwargs", trainer.args.generation_kwargs or {})
+
+
+def _strange(options: dict) -> list[str]:
+    """Those that the engine has no word for."""
+    known = {*_OPTIONS, *_UNUSED}
+    return sorted(k for k, x in options.items() if k not in known and x is not None and x != _NEUTRAL.get(k))
+
+
 def params_of(trainer) -> SamplingParams:
-    """How the trainer samples; the seed comes from torch's generator, which the trainer has seeded."""
-    return SamplingParams(
-        temperature=float(trainer.temperature), top_p=float(trainer.top_p or 1.0), top_k=int(trainer.top_k or 0),
-        min_p=float(trainer.min_p or 0.0), repetition_penalty=float(trainer.repetition_penalty),
-        max_tokens=int(trainer.max_completion_length), seed=int(torch.randint(1 << 62, ()).item()),
-    )  # fmt: skip
+    """How the trainer samples; the seed comes from torch's generator, which the trainer has seeded.
+
+    Raises:
+        ValueError: ``generation_kwargs`` has an option that the engine has not.
+    """
+    options = _options(trainer)
+    if _strange(options):
+        validate.fail(
+            "generation_kwargs", f"options among {(*_OPTIONS, *sorted(_UNUSED))}", ", ".join(_strange(options))
+        )
+    words = {
+        name: none if options.get(theirs) is None else kind(options[theirs])
+        for theirs, (name, kind, none) in _OPTIONS.items()
+    }
+    if not options.get("do_sample", True):
+        words["temperature"] = 0.0
+    return SamplingParams(**words, seed=int(torch.randint(1 << 62, ()).item()))
 
 
 def generated(engine, prompts: list[list[int]], params: SamplingParams) -> tuple[list, list]:
     """(tokens, log-probs) of one response to each prompt, equal neighbours as samples of one request."""
     groups = [(prompt, len(list(same))) for prompt, same in groupby(prompts, key=tuple)]
+    before = accumulate((count for _, count in groups), initial=0)  # a prompt that comes again goes on counting
     each = [
-        SamplingParams(**{**vars(params), "n": count, "seed": (params.seed + number) % (1 << 62)})
-        for number, (_, count) in enumerate(groups)
+        replace(params, n=count, seed=(params.seed + first) % (1 << 62))
+        for (_, count), first in zip(groups, before, strict=False)
     ]
     rollouts = engine.generate([list(prompt) for prompt, _ in groups], each)
     return [r.tokens for r in rollouts], [logp_of(r, params).tolist() for r in rollouts]
@@ -84,7 +126,7 @@ def rollout(engine: Engine | None = None, **options):
 
     def rollout_func(prompts, trainer):
         one = engine_of(trainer) if engine is None else engine
-        params = SamplingParams(**{**vars(params_of(trainer)), **options})
+        params = replace(params_of(trainer), **options)
         ids, *_ = trainer._tokenize_prompts(prompts)  # TRL's chat template and its options
         tokens, logps = generated(one, ids, params)
         return {"prompt_ids": ids, "completion_ids": tokens, "logprobs": logps}
@@ -98,8 +140,11 @@ def _unsupported(trainer, images, multimodal_fields) -> str | None:
         return "another generation backend was asked for"
     if images or multimodal_fields:
         return "prompts have images"
-    others = set(trainer.generation_kwargs) - _KNOWN
-    return f"rlfast has no {', '.join(sorted(others))}" if others else None
+    strange = _strange(_options(trainer))
+    if strange:
+        return f"rlfast has no {', '.join(strange)}"
+    engine = engine_of(trainer)
+    return None if isinstance(engine, Engine) else engine.reason  # TRL's generate() has batches, that engine has none
 
 
 def _generation(original):
@@ -118,8 +163,11 @@ def _step(original):
     @functools.wraps(original)
     def training_step(self, *args, **kwargs):
         engine = engine_of(self)
-        mode = engine.training_mode() if isinstance(engine, Engine) else contextlib.nullcontext()
-        with mode:
+        paged = isinstance(engine, Engine)
+        if not engine.bitwise:
+            why = engine.decoder.inexact if paged else engine.reason
+            say_once(f"bitwise=True: training has not the bits of the rollouts: {why}")
+        with engine.training_mode() if paged else contextlib.nullcontext():
             return original(self, *args, **kwargs)
 
     return training_step

@@ -2,5 +2,6 @@
 
 from rlfast.rollout.api import Packed, Request, Rollout, RolloutBackend, SamplingParams, Score, pack
 from rlfast.rollout.engine import Engine
+from rlfast.rollout.parallel import RankPool
 
-__all__ = ["Engine", "Packed", "Request", "Rollout", "RolloutBackend", "SamplingParams", "Score", "pack"]
+__all__ = ["Engine", "Packed", "RankPool", "Request", "Rollout", "RolloutBackend", "SamplingParams", "Score", "pack"]

@@ -11,7 +11,8 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 
@@ -24,17 +25,27 @@ ROLLOUT, TRAINING = "rlfast_rollout", "rlfast"
 _active: ContextVar[Packed | Paged | None] = ContextVar("rlfast_rollout_pass", default=None)
 
 
+class Layer(NamedTuple):
+    """What a layer asked for."""
+
+    index: int
+    dtype: torch.dtype
+    widths: tuple[int, int]  # of keys and values
+    window: int
+    sinks: bool
+    bytes_of_token: int  # keys and values of a position
+
+
 @dataclass
 class Packed:
     """Sequences one after the other, each attending to itself."""
 
     cu_seqlens: torch.Tensor  # int32 [S + 1]
-    calls: int = 0
-    bytes_of_token: int = 0  # keys and values of a position, of all layers
+    layers: list[Layer] = field(default_factory=list)
 
     def attend(self, layer: int, q, k, v, options: dict):
-        self.calls += 1
-        self.bytes_of_token += sum(x[0].numel() * x.element_size() for x in (k, v))
+        size, widths = sum(x[0].numel() * x.element_size() for x in (k, v)), (k.shape[-1], v.shape[-1])
+        self.layers.append(Layer(layer, q.dtype, widths, options["window"], options["sinks"] is not None, size))
         return packed_attention(q, k, v, self.cu_seqlens, **options)
 
 
@@ -77,9 +88,22 @@ def _options(scaling, sliding_window, softcap, s_aux, dropout: float) -> dict:
     return {"scale": scaling, "softcap": softcap or 0.0, "window": sliding_window or 0, "sinks": sinks}
 
 
-def _tokens(x):
-    """[1, H, T, D] as [T, H, D]."""
-    return x[0].transpose(0, 1)
+def _tokens(*tensors):
+    """[B, H, T, D] as [B·T, H, D] each, cast by autocast as torch casts what its own attention is given."""
+    kind = tensors[0].device.type
+    if torch.is_autocast_enabled(kind) and tensors[0].dtype != torch.float64:
+        tensors = [x.to(torch.get_autocast_dtype(kind)) for x in tensors]
+    return (x.transpose(1, 2).flatten(0, 1) for x in tensors)
+
+
+def window_of(config, layer: int) -> int:
+    """The window that a config gives a layer; 0: none, or one as wide as the context."""
+    window, kinds = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
+    if not isinstance(window, int) or not getattr(config, "use_sliding_window", True):
+        return 0
+    if window >= (getattr(config, "max_position_embeddings", None) or window + 1):
+        return 0
+    return window if not kinds or kinds[layer] == "sliding_attention" else 0
 
 
 def rollout_attention(
@@ -90,7 +114,7 @@ def rollout_attention(
     how = _active.get()
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     options = _options(scaling, sliding_window, softcap, s_aux, dropout)
-    return how.attend(module.layer_idx, _tokens(query), _tokens(key), _tokens(value), options).unsqueeze(0), None
+    return how.attend(module.layer_idx, *_tokens(query, key, value), options).unsqueeze(0), None
 
 
 def training_attention(
@@ -101,7 +125,11 @@ def training_attention(
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     options = _options(scaling, sliding_window, softcap, s_aux, dropout)
     batch, _, length, _ = query.shape
-    q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))  # [B·T, H, D]
+    unseen = 0 if sliding_window else window_of(module.config, module.layer_idx)
+    if unseen:
+        name = type(module).__name__
+        validate.fail("sliding_window", f"the {unseen} positions that {name} leaves to its mask, which is none", "None")
+    q, k, v = _tokens(query, key, value)
     keep = None if attention_mask is None or attention_mask.all() else attention_mask.reshape(-1).nonzero().squeeze(1)
     ends = _boundaries(attention_mask, cu_seq_lens_q, position_ids, batch, length, query.device)
     if keep is None:

@@ -12,7 +12,7 @@ from rlfast.rollout import attention, flash, responses, sampling, scoring
 from rlfast.rollout.api import MODES, Request, Rollout, Score, checked_prompt, checked_request, choices, ends_of
 from rlfast.rollout.calls import Calls, alone
 from rlfast.rollout.graphs import Graphs, Inputs
-from rlfast.rollout.hf import Decoder, probe
+from rlfast.rollout.hf import probe
 from rlfast.rollout.kv import Caches, PagePool
 from rlfast.rollout.scheduler import Chunk, Sample, Scheduler
 
@@ -28,9 +28,10 @@ class Engine(Calls):
     """Generates with a model that may be in training at the same time.
 
     Args:
-        model: a causal language model of transformers, PEFT's included. It is not changed.
+        model: a causal language model of transformers, PEFT's included. It is not changed. Made under torch.autocast,
+            as a trainer's forward may be, the engine generates and scores under it.
         tokenizer: its tokenizer; None where prompts are ids and no stop is a string.
-        page_size: positions in a page of keys and values.
+        page_size: positions in a page of keys and values; by default 16, or as many as ``use_attention`` wants.
         kv_budget: bytes of keys and values. Samples that find no room wait, or are computed again.
         token_budget: tokens of a forward; longer prompts go in chunks.
         max_batch: sequences of a forward.
@@ -65,10 +66,11 @@ class Engine(Calls):
         return super().__new__(cls)
 
     def __init__(
-        self, model, tokenizer=None, *, page_size: int = PAGE, kv_budget: float = KV_BUDGET,
+        self, model, tokenizer=None, *, page_size: int | None = None, kv_budget: float = KV_BUDGET,
         token_budget: int = TOKEN_BUDGET, max_batch: int = MAX_BATCH, eos_token_ids=None,
         graphs: bool | None = None, use_attention: str | None = None,
     ):  # fmt: skip
+        page_size = flash.PAGES.get(use_attention, PAGE) if page_size is None else page_size
         for name, x in (("page_size", page_size), ("token_budget", token_budget), ("max_batch", max_batch)):
             if not isinstance(x, int) or isinstance(x, bool) or x < 1:
                 validate.fail(name, "an int ≥ 1", repr(x))
@@ -83,7 +85,8 @@ class Engine(Calls):
         on_gpu = self.decoder.device.type == "cuda"
         if graphs and not on_gpu:
             validate.fail("graphs", f"None or False: the model is on {self.decoder.device}", "True")
-        self.attention = None if use_attention is None else flash.attention(use_attention)
+        layers = self.decoder.layers
+        self.attention = None if use_attention is None else flash.attention(use_attention, layers, page_size)
         self.graphs = None
         if on_gpu and graphs is not False:
             self.graphs = Graphs(self.decoder, self.caches, self.attention)
@@ -194,7 +197,7 @@ class Engine(Calls):
 
     def _draw(self, hidden, samples: list[Sample]) -> None:
         """A token for each of some samples from their last hidden states."""
-        found = sampling.draw(self.decoder.head.logits(hidden), samples, self.eos)
+        found = sampling.draw(self.decoder.head, hidden, samples, self.eos)
         for sample, token, *record in zip(samples, *found, strict=True):
             if sample.failed:
                 reason = "error"
@@ -241,8 +244,10 @@ class Engine(Calls):
             self.scheduler.recompute()
 
     def sync_weights(self, named_params, version: int) -> None:
-        """Nothing to copy in this process; ``version`` is that of the tokens to come."""
-        self._watch_weights()
+        """Nothing to copy in this process; ``version`` is that of the tokens to come. What was computed is forgotten in
+        any case: a change by ``.data`` or a raw pointer shows in no counter."""
+        self.weights = self.decoder.weights()
+        self.bump()
         self.version = version
 
     @alone
@@ -320,11 +325,11 @@ class Engine(Calls):
         The backward belongs inside too, for gradient checkpointing runs the forward again there.
 
         Args:
-            model: the model that is trained, if it is not the engine's.
+            model: the model that is trained, if it is not the engine's; a RuntimeError says why it cannot be.
         """
         from rlfast.rollout.training import training_mode
 
-        with training_mode(self.decoder if model is None else Decoder(model)):
+        with training_mode(self.decoder.of(model)):
             yield
 
     def close(self) -> None:

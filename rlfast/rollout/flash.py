@@ -23,7 +23,10 @@ INSTALL = {
 }
 CAPABILITY = {"flash-attn": 80, "flash-attn-4": 90, "flashinfer": 75}
 HALF = (torch.float16, torch.bfloat16)
-PAGE = 256  # flash-attn 2.8 takes pages of a multiple of it
+PAGES = {"flash-attn": 256}  # pages of a multiple of it
+WIDEST = {"flash-attn": 256}  # heads
+SINKS = ("flash-attn-4",)
+TWO_WIDTHS = ("flash-attn-4",)  # of keys and values; flashinfer too, but not in decoding
 WORKSPACE_BYTES = 128 << 20  # what flashinfer recommends
 
 
@@ -53,34 +56,45 @@ def why_not(name: str) -> str | None:
     return None
 
 
-def attention(name: str):
+def attention(name: str, layers=(), page_size: int = 0):
     """A library's attention as a function of (q, k_cache, v_cache, block_table, cu_q, kv_lens, sinks, scale, softcap,
     window, most_new): the arguments of ``rlfast.ops.paged_attention.op``, and the most new tokens that a sequence has,
     if the caller knows that; 1 takes the library's way for decoding.
 
     Args:
         name: "flash-attn", "flash-attn-4" or "flashinfer".
+        layers, page_size: what it will be asked for (``rlfast.rollout.attention.Layer``), with pages of which size.
 
     Raises:
-        ValueError: the name is unknown.
+        ValueError, TypeError: the name is unknown; or the library has not what a layer asks for.
         RuntimeError: the library cannot be used here; the message says why.
     """
     reason = why_not(name)
     if reason is not None:
         raise RuntimeError(f"attention {name!r} is not available: {reason}")
+    for layer in layers:
+        _refuse(name, layer.dtype, layer.sinks, page_size, layer.widths)
     return ADAPTERS[name](importlib.import_module(MODULES[name]))
 
 
-def _refuse(name: str, q, k_cache, v_cache, sinks, *, takes_sinks=False, page=1, one_width=True) -> None:
+def _refuse(name: str, dtype, sinks: bool, page_size: int, widths, one_width: bool = True) -> None:
     """What the library has no word for."""
-    if q.dtype not in HALF:
-        validate.fail("q", f"float16 or bfloat16 with {name}", str(q.dtype), TypeError)
-    if sinks is not None and not takes_sinks:
+    page, (width, of_values) = PAGES.get(name, 1), widths
+    if dtype not in HALF:
+        validate.fail("q", f"float16 or bfloat16 with {name}", str(dtype), TypeError)
+    if sinks and name not in SINKS:
         validate.fail("sinks", f"None with {name}, which has none", "a tensor")
-    if k_cache.shape[1] % page:
-        validate.fail("k_cache", f"pages of a multiple of {page} with {name}", k_cache.shape[1])
-    if one_width and v_cache.shape[-1] != q.shape[-1]:
-        validate.fail("v_cache", f"a width of {q.shape[-1]} like q with {name}", v_cache.shape[-1])
+    if page_size % page:
+        validate.fail("page_size", f"a multiple of {page} with {name}", str(page_size))
+    if width > WIDEST.get(name, width):
+        validate.fail("q", f"heads of at most {WIDEST[name]} with {name}", str(width))
+    if one_width and name not in TWO_WIDTHS and of_values != width:
+        validate.fail("v_cache", f"a width of {width} like q with {name}", str(of_values))
+
+
+def _refuse_call(name: str, q, k_cache, v_cache, sinks, one_width: bool = True) -> None:
+    widths = q.shape[-1], v_cache.shape[-1]
+    _refuse(name, q.dtype, sinks is not None, k_cache.shape[1], widths, one_width)
 
 
 def ends_of(counts: torch.Tensor) -> torch.Tensor:
@@ -97,7 +111,7 @@ def flash_attn(library):
     """flash-attn 2.8: pages of a multiple of 256, one width, no sinks."""
 
     def attend(q, k_cache, v_cache, block_table, cu_q, kv_lens, sinks, scale, softcap, window, most_new=None):
-        _refuse("flash-attn", q, k_cache, v_cache, sinks, page=PAGE)
+        _refuse_call("flash-attn", q, k_cache, v_cache, sinks)
         words = {
             "softmax_scale": scale, "causal": True, "window_size": (window - 1 if window else -1, 0 if window else -1),
             "softcap": softcap, "block_table": block_table,
@@ -116,7 +130,7 @@ def flash_attn_4(library):
     """flash-attn-4: sinks, which it takes in bfloat16."""
 
     def attend(q, k_cache, v_cache, block_table, cu_q, kv_lens, sinks, scale, softcap, window, most_new=None):
-        _refuse("flash-attn-4", q, k_cache, v_cache, sinks, takes_sinks=True, one_width=False)
+        _refuse_call("flash-attn-4", q, k_cache, v_cache, sinks)
         out = library.flash_attn_varlen_func(
             q, k_cache, v_cache, cu_seqlens_q=cu_q, seqused_k=kv_lens, page_table=block_table, softmax_scale=scale,
             causal=True, window_size=(window - 1 if window else None, 0 if window else None), softcap=softcap,
@@ -141,7 +155,7 @@ class Flashinfer:
 
     def __call__(self, q, k_cache, v_cache, block_table, cu_q, kv_lens, sinks, scale, softcap, window, most_new=None):
         decode = decoding(q, kv_lens, most_new)
-        _refuse("flashinfer", q, k_cache, v_cache, sinks, one_width=decode)
+        _refuse_call("flashinfer", q, k_cache, v_cache, sinks, one_width=decode)
         wrapper = self._wrapper(f"Batch{'Decode' if decode else 'Prefill'}WithPagedKVCacheWrapper", q.device)
         tables, widths = (block_table, cu_q, kv_lens), (*k_cache.shape[1:], v_cache.shape[-1])
         seen = (*((x.data_ptr(), x._version, x.shape) for x in tables), q.shape, q.dtype, widths, decode)

@@ -1,4 +1,4 @@
-"""From the logits of some samples' next tokens to the tokens, by the parameters of each."""
+"""From the last hidden states of some samples to their next tokens, by the parameters of each."""
 
 from __future__ import annotations
 
@@ -8,30 +8,32 @@ import math
 import torch
 
 from rlfast.rollout.api import checked_ids
-from rlfast.sampling import Edits, penalty_edits, sample
+from rlfast.sampling import Edits, penalty_edits
 
 logger = logging.getLogger("rlfast.rollout")
 
 OPTIONS = {"temperature": torch.float32, "top_k": torch.int32, "top_p": torch.float32, "min_p": torch.float32}
 
 
-def draw(logits: torch.Tensor, samples: list, eos: frozenset) -> list[list]:
+def draw(head, hidden: torch.Tensor, samples: list, eos: frozenset) -> list[list]:
     """Columns: the tokens drawn, their raw and processed log-probs, the kept masses, the entropies.
 
     Args:
-        logits: [M, V] float32.
+        head: the model's (``rlfast.rollout.hf.Head``).
+        hidden: [M, D].
         samples: M ``Sample``.
         eos: ids that would end a response.
     """
-    device = logits.device
+    device = hidden.device
     options = {
         name: torch.tensor([getattr(s.params, name) for s in samples], dtype=dtype, device=device)
         for name, dtype in OPTIONS.items()
     }
-    found = sample(
-        logits, **options, seeds=torch.tensor([s.key for s in samples], device=device),
-        positions=torch.tensor([s.length for s in samples], device=device), edits=_edits(logits, samples, eos),
-        allowed=_allowed(logits, samples),
+    found = head.sample(
+        hidden, **options, seeds=torch.tensor([s.key for s in samples], device=device),
+        positions=torch.tensor([s.length for s in samples], device=device),
+        edits=lambda logits, rows: _edits(logits, samples[rows], eos),
+        allowed=_allowed(head.module.weight.shape[0], device, samples),
     )  # fmt: skip
     return [x.tolist() for x in found]
 
@@ -76,17 +78,17 @@ def _bias(sample, eos) -> dict[int, float]:
     return params.logit_bias | dict.fromkeys(ends, -math.inf)
 
 
-def _allowed(logits, samples) -> torch.Tensor | None:
+def _allowed(vocab: int, device, samples) -> torch.Tensor | None:
     """Bool [M, V], where a sample may not have every token."""
     wanted = [s.params.allowed_token_ids for s in samples]
     if all(ids is None for ids in wanted):
         return None
-    allowed = torch.ones(logits.shape, dtype=torch.bool)
+    allowed = torch.ones(len(samples), vocab, dtype=torch.bool)
     for row, (sample_, ids) in enumerate(zip(samples, wanted, strict=True)):
         if ids is not None:
             allowed[row] = False
-            allowed[row, _ids(sample_, logits.shape[1]) if callable(ids) else list(ids)] = True
-    return allowed.to(logits.device)
+            allowed[row, _ids(sample_, vocab) if callable(ids) else list(ids)] = True
+    return allowed.to(device)
 
 
 def _ids(sample, vocab: int) -> torch.Tensor:

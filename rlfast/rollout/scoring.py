@@ -9,6 +9,7 @@ import torch
 from rlfast.logps import token_logps
 from rlfast.rollout.api import Score, checked_prompt
 from rlfast.rollout.attention import Packed
+from rlfast.rollout.kv import OutOfPages
 from rlfast.rollout.scheduler import Chunk
 
 LOGIT_ROWS = 64  # rows of logits at once: 12 MB at 49152 columns
@@ -60,7 +61,7 @@ def choose(engine, prompt, candidates) -> torch.Tensor:
     prompt = checked_prompt(prompt, engine.tokenizer, decoder.vocab, decoder.context)
     plain = None if engine.tokenizer is None else lambda text: engine.tokenizer(text, add_special_tokens=False)
     answers = [checked_prompt(c, plain, decoder.vocab, decoder.context - len(prompt)) for c in candidates]
-    table = pool.find(prompt[:-1])
+    table, waiting = pool.find(prompt[:-1]), list(pool.copies)
     tables, chunks = [table], []
     try:
         last = _prefill(engine, table, prompt)
@@ -70,6 +71,9 @@ def choose(engine, prompt, candidates) -> torch.Tensor:
             pool.own(tables[-1], len(prompt))
             chunks.append(Chunk(tables[-1], [*prompt, *answer], len(prompt), len(prompt) + len(answer)))
         hidden, ends = engine.forward(chunks)
+    except OutOfPages:
+        pool.copies = waiting  # a copy that was not made is of pages that are others' from now on
+        raise
     finally:
         for one in reversed(tables):
             pool.release(one)
@@ -90,4 +94,4 @@ def _prefill(engine, table: list[int], prompt) -> torch.Tensor:
         hidden, _ = engine.forward([Chunk(table, list(prompt), computed, stop)])
         computed = stop
     engine.pool.publish(table, prompt)
-    return hidden[-1:]
+    return hidden[-1:].clone()  # a graph's next step is written over it

@@ -57,6 +57,26 @@ PYTHON = [
         ("(mask.long().cumsum(1) «- 1»)", "- 2"),
     ),
     *python(
+        "rollout", "rlfast/rollout/hf.py",
+        ("if any(self._empty) or self._now() != self._ids:", "if False:"),
+        ("        if window and not layer.window:", "        if False:"),
+        ("if «e <= SAME * min(errors)»), (1.0, 0.0))", "True"),
+        ("tried = [(scale, cap) for cap in «caps» for scale in scales]", "(0.0,)"),
+        ("    if not linears.plain(decoder.head.module):", "    if False:"),
+        ("for n in self._activations «if n % unit»", "if False"),
+    ),
+    *python(
+        "rollout", "rlfast/rollout/scoring.py",
+        ("pool.copies = waiting", "pass"),
+        ("return hidden[-1:]«.clone()»", ""),
+    ),
+    *python(
+        "rollout", "rlfast/rollout/parallel.py",
+        ("self.found = []\n        return sorted(", "return sorted("),
+        ("return sorted(«together, key=lambda r: (r.request, r.index)»)", "self.found"),
+        ("self.numbers[number] = DROPPED", "pass"),
+    ),
+    *python(
         "rollout", "rlfast/rollout/linears.py",
         ("        for module in done:\n            module.__dict__.pop(\"forward\", None)\n", "        pass\n"),
     ),
@@ -64,6 +84,7 @@ PYTHON = [
         "rollout", "rlfast/integrations/trl_rollout.py",
         ("return rollout.logp_raw if params.temperature == 1.0 else rollout.logp + rollout.kept.log()",
          "return rollout.logp + rollout.kept.log() + 1e-6"),
-        ("\"seed\": (params.seed «+ number») % (1 << 62)", ""),
+        ("seed=(params.seed «+ first») % (1 << 62)", ""),
+        ("with trainer.accelerator.autocast():", "if True:"),
     ),
 ]  # fmt: skip

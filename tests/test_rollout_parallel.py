@@ -1,0 +1,109 @@
+"""``RankPool``: two processes over gloo give what one engine gives, and a rank that fails says so on both."""
+
+from __future__ import annotations
+
+import pickle
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from rlfast.rollout import Engine, RankPool, Request, RolloutBackend, SamplingParams
+from tests.decoders import decoder, prompts
+from tests.test_rollout import engine, same
+
+PARAMS = SamplingParams(n=2, max_tokens=6, ignore_eos=True, seed=3)
+
+
+def said(call) -> str:
+    """The error of a call."""
+    try:
+        call()
+    except (RuntimeError, ValueError) as error:
+        return str(error)
+    return ""
+
+
+def ranked(rank: int, folder: str) -> None:
+    """What a process does; its answers into a file."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    pool, given, found = RankPool(engine()), prompts(5), {}
+    found["whole"] = pool.generate(given, PARAMS)
+    found["one"] = pool.generate(given[:1], PARAMS)  # nothing is rank 1's
+    found["stream"] = list(pool.stream(given, PARAMS, until=lambda so_far: len(so_far) == 3))
+    found["rest"] = list(pool.stream(None))
+    found["wrong prompt"] = said(lambda: pool.generate([[3], [], [4]], PARAMS))
+    found["other prompts"] = said(lambda: pool.submit([Request((3,), PARAMS)] * (1 + rank)))
+    found["idle"] = pool.step()
+    step = pool.engine.step
+    if rank == 1:
+        pool.engine.step = lambda timeout=None: 1 // 0
+    numbers = pool.submit([Request(tuple(p), PARAMS) for p in given])
+    found["failure"] = said(pool.step)
+    pool.engine.step = step
+    found["after"] = pool.step()
+    assert [r.request for r in found["after"]] == [n for n in numbers for _ in range(2)]
+    numbers = pool.submit([Request(tuple(p), PARAMS) for p in given])
+    pool.cancel(numbers[1])
+    found["cancelled"] = [(r.request, r.finish_reason) for r in pool.step()]
+    pool.pause()
+    found["paused"] = said(lambda: pool.generate(given, PARAMS)), pool.step()
+    pool.resume()
+    pool.step()
+    with torch.no_grad():
+        for p, new in zip(pool.engine.decoder.model.parameters(), decoder("llama", seed=1).parameters(), strict=True):
+            p.copy_(new)
+    pool.sync_weights(None, 5)
+    found["new"] = pool.generate(given, PARAMS)
+    found["held"], found["bitwise"] = pool.engine.pool.held, pool.bitwise
+    pool.close()
+    with open(f"{folder}/{rank}", "wb") as file:
+        pickle.dump(found, file)
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory) -> list[dict]:
+    """Of both ranks."""
+    folder = tmp_path_factory.mktemp("ranks")
+    mp.spawn(ranked, (str(folder),), nprocs=2)
+    return [pickle.loads((folder / str(rank)).read_bytes()) for rank in range(2)]
+
+
+def test_ranks_give_what_one_engine_gives(answers):
+    """On every rank, in the order of the prompts, whose number they need not divide; before and after new weights."""
+    given, changed = prompts(5), Engine(decoder("llama", seed=1), kv_budget=1 << 22)
+    whole, new = engine().generate(given, PARAMS), changed.generate(given, PARAMS)
+    for found in answers:
+        same(found["whole"], whole)
+        assert [(r.request, r.index) for r in found["whole"]] == [(i, k) for i in range(5) for k in range(2)]
+        same(found["one"], whole[:2])
+        same([*found["stream"], *found["rest"]], whole)
+        assert len(found["stream"]) == 3
+        same(found["after"], whole)
+        same(found["new"], new)
+        assert set(found["new"][0].versions.tolist()) == {5}
+        assert found["held"] == 0 and found["bitwise"]
+
+
+def test_a_rank_that_fails_says_so_on_every_rank(answers):
+    """And nothing is lost by it: the next step has it all."""
+    for found in answers:
+        assert (
+            found["wrong prompt"]
+            == "rank 1: ValueError: prompts: expected at least one token each, got an empty prompt"
+        )
+        assert found["other prompts"] == "requests: expected the same on every rank, got [1, 2] of them"
+        assert found["idle"] == []
+        assert found["failure"] == "rank 1: ZeroDivisionError: integer division or modulo by zero"
+        assert [reason for _, reason in found["cancelled"]].count("abort") == 2
+        assert "the engine is paused" in found["paused"][0] and found["paused"][1] == []
+
+
+def test_without_a_process_group():
+    with pytest.raises(RuntimeError, match=r"RankPool: torch\.distributed is not initialised"):
+        RankPool(engine())
+    for name in ("submit", "step", "pause", "resume", "sync_weights"):
+        assert callable(getattr(RankPool, name)) and hasattr(RolloutBackend, name)
