@@ -10,6 +10,7 @@ rows only the mean length is known: they are long where it is more than a segmen
 on the padding either.
 """
 
+import ctypes
 from typing import NamedTuple
 
 import torch
@@ -52,7 +53,10 @@ BUSY = 528  # programs that fill an H100 (132 SMs × 4); with fewer rows than th
 FEW = 1024  # a power of two that is more
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
 
-SCALARS = ("steps", "gamma", "lam", "critic_lam", "kl_coef", "clip_rho", "clip_c", "clip_pg", "segments", "rows")
+SCALARS = (
+    "steps", "gamma", "gamma_low", "lam", "lam_low", "critic_lam", "critic_low", "kl_coef", "clip_rho", "clip_c",
+    "clip_pg", "segments", "rows",
+)  # fmt: skip
 
 
 @jit
@@ -99,7 +103,7 @@ def write_before(x, advantages, returns, begin, length, anchor, start, KIND: tl.
 @jit(do_not_specialize=SCALARS, do_not_specialize_on_alignment=["advantages", "returns"])
 def scan_rows(
     x, advantages, returns, maps, moments,
-    steps, gamma, lam, critic_lam, kl_coef, clip_rho, clip_c, clip_pg, segments, rows,
+    steps, gamma, gamma_low, lam, lam_low, critic_lam, critic_low, kl_coef, clip_rho, clip_c, clip_pg, segments, rows,
     KIND: tl.constexpr, BLOCK: tl.constexpr, SEGMENT: tl.constexpr, FEW: tl.constexpr,
 ):  # fmt: skip
     """A row, or one segment of it where ``maps`` [places, 4] are given: G = P·carry + Q for one or two λ.
@@ -162,8 +166,8 @@ def scan_rows(
         value, v = values_of(x, begin, length, j, at, valid, anchor, high, ahead, KIND)
         ahead = last(v, BLOCK)
         r = rewards_of(x, row, at, j, first, valid, kl_coef)
-        g = rate(x.gammas, gamma, row, at, inside, KIND.gamma_by_token)
-        g_lam = g * rate(x.lams, lam, row, at, inside, KIND.lam_by_token)
+        g = rate(x.gammas, gamma, gamma_low, row, at, inside, KIND.gamma_by_token)
+        g_lam = g * rate(x.lams, lam, lam_low, row, at, inside, KIND.lam_by_token)
         v, goes_on = at_ends(x, at, j, first, inside, valid, v)
         takes_part = inside if KIND.zero else valid
         delta = (r + g * v) - value
@@ -194,7 +198,7 @@ def scan_rows(
             out = state - value
         back = state
         if KIND.decoupled:
-            g_lam2 = g * rate(x.critic_lams, critic_lam, row, at, inside, KIND.critic_by_token)
+            g_lam2 = g * rate(x.critic_lams, critic_lam, critic_low, row, at, inside, KIND.critic_by_token)
             a = tl.where(takes_part, tl.where(goes_on, g_lam2, 0.0), 1.0)
             b = tl.where(takes_part, tl.where(goes_on, r + (g - g_lam2) * v, r + g * v), 0.0)
             a, b = tl.associative_scan((a, b), 0, compose)
@@ -249,6 +253,11 @@ def _by_token(rates, x: Inputs, rows: int) -> bool:
     return rates is not None and (rates.dim() > 1 or not (x.cu_seqlens is None or rates.shape[0] == rows))
 
 
+def _low(x: float) -> float:
+    """What is left of a number that a kernel gets, which is in float32."""
+    return x - ctypes.c_float(x).value
+
+
 def _rows(x: Inputs) -> int:
     return x.tokens.shape[0] if x.cu_seqlens is None else x.cu_seqlens.shape[0] - 1
 
@@ -263,8 +272,9 @@ def _launch(x: Inputs, o: Options, out, segments: int, programs: int, maps, mome
     advantages = out[0] if o.has(ADVANTAGES) else None
     returns = out[-1] if o.has(RETURNS) else None
     scan_rows[(programs,)](
-        Tokens(*map(_dense, x)), advantages, returns, maps, moments, steps, o.gamma, o.lam, o.critic_lam, o.kl_coef,
-        o.clip_rho, o.clip_c, o.clip_pg, segments, rows, KIND=kind, BLOCK=BLOCK, SEGMENT=SEGMENT, FEW=FEW, **OPTIONS,
+        Tokens(*map(_dense, x)), advantages, returns, maps, moments, steps, o.gamma, _low(o.gamma), o.lam, _low(o.lam),
+        o.critic_lam, _low(o.critic_lam), o.kl_coef, o.clip_rho, o.clip_c, o.clip_pg, segments, rows, KIND=kind,
+        BLOCK=BLOCK, SEGMENT=SEGMENT, FEW=FEW, **OPTIONS,
     )  # fmt: skip
 
 

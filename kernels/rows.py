@@ -62,10 +62,10 @@ def token_of(begin, length, j, REVERSE: tl.constexpr):
 
 
 @jit
-def rate(pointer, one, row, at, inside, BY_TOKEN: tl.constexpr):
-    """γ or λ of these tokens."""
+def rate(pointer, one, low, row, at, inside, BY_TOKEN: tl.constexpr):
+    """γ or λ of these tokens; a number for all comes as two of float32."""
     if pointer is None:
-        found = tl.cast(one, tl.float64)
+        found = tl.cast(one, tl.float64) + tl.cast(low, tl.float64)
     elif BY_TOKEN:
         found = wide(pointer, at, inside)
     else:

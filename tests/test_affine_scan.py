@@ -292,6 +292,18 @@ def segment_call(case: str, rows: int, steps: int) -> Call:
     return Call(name, call.inputs | ({"rewards": draw((rows,), seed=4)} if case == "zero" else {}), call.options)
 
 
+@pytest.mark.backends("torch", *KERNELS)
+def test_rates_are_not_rounded(backend, device):
+    """A reward far away arrives as (γλ)ᵏ; float32 rates would be 2e-4 off after 8192 tokens."""
+    steps, gamma, lam = few(8192, 2000), 0.9999, 0.99999
+    rewards = torch.zeros(2, steps).index_fill(1, torch.tensor(steps - 1), 1.0)
+    call = Call("gae", {"rewards": rewards, "values": torch.zeros(2, steps)}, {"gamma": gamma, "lam": lam})
+    both = Call("gae", call.inputs, {"gamma": lam, "lam": 1.0, "critic_lam": gamma})
+    truth = (gamma * lam) ** torch.arange(steps - 1, -1, -1, dtype=torch.float64).expand(2, steps)
+    for got in (outputs_on(call, backend, device)[0], outputs_on(both, backend, device)[1]):
+        torch.testing.assert_close(got.double(), truth, rtol=2e-7, atol=0)
+
+
 @pytest.mark.parametrize("case", SEGMENT_CASES)
 @pytest.mark.backends("cpu", "cuda", "triton")
 def test_segments_of_a_long_row_do_not_change_bits(backend, device, case, threads):

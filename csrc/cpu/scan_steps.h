@@ -70,12 +70,13 @@ inline D ratio_of(D log_ratio) {
   return mul(sum, (D)(((I)biased + 1023) << 52));
 }
 
-enum class Kind { gae, vtrace, bare };
+enum class Kind { gae, vtrace, bare, forward };
 
 // Sixteen tokens of what is usual, in few instructions:
 //   gae      G = r + γ(1 − λ)·V' + γλ·G', the advantage G − V
 //   vtrace   G = V + ρ·δ + γλc·(G' − V'), the advantage ρ'·(δ + γλ(G' − V')), δ = r + γV' − V
 //   bare     G = r + a·G'
+//   forward  gae from the start of a row to its end, as its derivative goes
 template <Kind kKind, bool kMasked>
 void plain_steps(const ScanIn& in, const Inputs& x, const Rates& rates, State* s, Tile* advantages, Tile* returns) {
   D v[kParts], g[kParts], gamma[kParts], now[kParts], later[kParts];
@@ -86,7 +87,7 @@ void plain_steps(const ScanIn& in, const Inputs& x, const Rates& rates, State* s
   }
   const D clip_rho = set1_double(in.clip_rho), clip_c = set1_double(in.clip_c), clip_pg = set1_double(in.clip_pg);
   for (int i = 0; i < kSteps; ++i) {
-    const int t = in.reverse ? kSteps - 1 - i : i;
+    const int t = kKind == Kind::forward || (kKind == Kind::bare && !in.reverse) ? i : kSteps - 1 - i;
 #pragma GCC unroll 2
     for (int h = 0; h < kParts; ++h) {
       const D r = part(x.rewards.x[t], h);
@@ -128,6 +129,7 @@ constexpr Stepper kSteppers[][2] = {
     {plain_steps<Kind::gae, false>, plain_steps<Kind::gae, true>},
     {plain_steps<Kind::vtrace, false>, plain_steps<Kind::vtrace, true>},
     {plain_steps<Kind::bare, false>, plain_steps<Kind::bare, true>},
+    {plain_steps<Kind::forward, false>, plain_steps<Kind::forward, true>},
 };
 
 // The same with everything that may be asked for: resets, rewards of a whole row, KL in the reward, rates by token, two λ,
@@ -395,7 +397,10 @@ private:
     if (general) {
       general_steps();
     } else {
-      const Kind kind = in_.coefficients.data ? Kind::bare : in_.vtrace ? Kind::vtrace : Kind::gae;
+      const Kind kind = in_.coefficients.data ? Kind::bare
+                        : in_.vtrace          ? Kind::vtrace
+                        : in_.reverse         ? Kind::gae
+                                              : Kind::forward;
       kSteppers[static_cast<int>(kind)][!full](in_, x_, rates_, &s_, &advantages_, &returns_);
     }
     if (pass_ == Pass::maps) return;

@@ -18,13 +18,14 @@ std::vector<ScanShape> scan_shapes() {
       all.push_back(s);
     }
   for (int mask : {0, 3})
-    for (int option = 0; option < 9; ++option) {
+    for (int option = 0; option < 10; ++option) {
       ScanShape s;
       s.name = "option " + std::to_string(option), s.mask = mask, s.rows = 9, s.steps = 70;
       s.dtype = option % 2 ? DType::f16 : DType::f32;
       s.ends = option == 0 || option == 1, s.vtrace = option == 1, s.by_row = option == 2, s.by_token = option == 3;
-      s.row_rewards = option == 4 || option == 5, s.kl = option == 5, s.bootstrap = option == 6, s.zero = option >= 6;
+      s.row_rewards = option == 4 || option == 5, s.kl = option == 5, s.bootstrap = option == 6;
       s.decoupled = option == 7 || option == 5, s.packed = option == 8 || option == 3;
+      s.forward = option == 9, s.zero = option >= 6 && option < 9;
       all.push_back(s);
     }
   ScanShape s;
