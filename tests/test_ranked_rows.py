@@ -12,13 +12,12 @@ from torch.autograd import forward_ad
 import rlfast
 from rlfast.ops.oracle_ranked import words
 from rlfast.reference.ranked_loss import ranked_loss as reference
-from tests.cases import few
 from tests.numerics import assert_gradient, assert_same_bits, assert_value, assert_zero
 from tests.preference_cases import drawn, packed, summed
 from tests.ranked_cases import settings_of
 
 OP = "ranked_loss"
-CANDIDATES, LENGTH = few(60, 12), 9
+CANDIDATES, LENGTH = 60, 9
 ENDS = [0, *(start + end for start in range(0, CANDIDATES, 12) for end in (3, 3, 4, 9, 12))]
 # Where the candidates of each group begin and end, and how a call says so.
 GROUPS = {"size": (list(range(0, CANDIDATES + 1, 4)), 4), "boundaries": (ENDS, torch.tensor(ENDS))}
