@@ -14,11 +14,11 @@ def test_a_page_is_copied_before_it_is_written_by_one_of_two():
     pool, table = PagePool(8, 4), []
     pool.reserve(table, 6)
     other = pool.fork(table)
-    assert other == table and pool.held == 2 and pool.shared(table, 5)
+    assert other == table and pool.held == 2 and pool.count[table[1]] == 2
     pool.own(other, 5)
     assert other[0] == table[0] and other[1] != table[1] and pool.copies == [(table[1], other[1])]
     pool.own(table, 5)  # alone by now
-    assert len(pool.copies) == 1 and pool.held == 3 and not pool.shared(table, 5)
+    assert len(pool.copies) == 1 and pool.held == 3 and pool.count[table[1]] == 1
     pool.release(other), pool.release(table)
     assert pool.held == 0 and pool.free == 8 and table == other == []
 

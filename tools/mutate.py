@@ -84,7 +84,13 @@ RUNS = {
     "sampling": (("tests/test_sample.py", "-k", "penalties or named"), {}),
     "trl": (("tests/test_integrations_trl.py", "tests/test_integrations_trl_preference.py"), {}),
     "rollout": (
-        (*(f"tests/test_rollout{kind}.py" for kind in ("_pages", "", "_training", "_families", "_parallel")), "-x"),
+        (
+            *(
+                f"tests/test_rollout{kind}.py"
+                for kind in ("_pages", "", "_faults", "_training", "_families", "_parallel")
+            ),
+            "-x",
+        ),
         {},
     ),
     "preference": (("tests/test_preference.py", "tests/test_reward_losses.py", "tests/test_weights.py"), {}),

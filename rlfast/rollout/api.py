@@ -14,14 +14,14 @@ from rlfast.validate import Limit
 
 MODES = ("keep", "recompute", "abort")
 _RANGES = {
-    "temperature": Limit("a float ≥ 0 (0 is greedy)", 0.0, 1e30),
+    "temperature": Limit("a float ≥ 0 (0 is greedy)", 0.0, validate.MOST),
     "top_p": Limit("a float in (0, 1]", 1e-30, 1.0),
     "min_p": Limit("a float in [0, 1]", 0.0, 1.0),
     "repetition_penalty": Limit("a float > 0", validate.LEAST, validate.MOST),
     "presence_penalty": Limit("a finite float", -validate.FLOAT32_MAX, validate.FLOAT32_MAX),
     "frequency_penalty": Limit("a finite float", -validate.FLOAT32_MAX, validate.FLOAT32_MAX),
 }
-_COUNTS = {"top_k": 0, "max_tokens": 1, "min_tokens": 0, "n": 1}
+_COUNTS = {"top_k": (0, 2**31 - 1), "max_tokens": (1,), "min_tokens": (0,), "n": (1,)}
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class SamplingParams:
         top_k: so many of the most probable tokens stay; 0 is off.
         min_p: tokens stay whose probability is at least this share of the largest; 0 is off.
         max_tokens: a response has at most so many.
-        min_tokens: neither a stop nor the end of sequence is among its first so many.
+        min_tokens: neither a stop id nor the end of sequence is among its first so many, and no stop string ends there.
         n: samples of each prompt; its prefill is shared.
         seed: of the first sample; sample i has seed + i. The tokens of a sample depend on its prompt, parameters and
             seed alone, not on what it is batched with.
@@ -46,6 +46,7 @@ class SamplingParams:
         frequency_penalty: subtracted for each time that a token is in the response.
         logit_bias: {id: what is added to its logit}.
         allowed_token_ids: ids; or a function of the response's tokens that gives the ids allowed next. None is all.
+            A function that raises, or gives what are no ids, ends its response, and no other.
         priority: where memory or the token budget is short, larger ones come first.
 
     Raises:
@@ -73,18 +74,25 @@ class SamplingParams:
     def __post_init__(self):
         for name, limit in _RANGES.items():
             validate.number(name, getattr(self, name), limit)
-        for name, least in _COUNTS.items():
-            _integer(name, getattr(self, name), least)
-        _integer("seed", self.seed, -(2**63)), _integer("priority", self.priority, -(2**31))
+        if 0.0 < self.temperature < validate.LEAST:
+            validate.fail("temperature", f"0 (greedy) or a float ≥ {validate.LEAST}", repr(self.temperature))
+        for name, limits in _COUNTS.items():
+            _integer(name, getattr(self, name), *limits)
+        _integer("seed", self.seed, -(2**63), 2**63 - self.n), _integer("priority", self.priority, -(2**31))
         object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else self.stop)
         if not isinstance(self.stop, (tuple, list)) or not all(isinstance(s, str) and s for s in self.stop):
             validate.fail("stop", "strings that are not empty", repr(self.stop), TypeError)
         if not isinstance(self.stop_token_ids, (tuple, list)):
             validate.fail("stop_token_ids", "a tuple of ids", repr(self.stop_token_ids), TypeError)
+        if not isinstance(self.logit_bias, dict):
+            validate.fail("logit_bias", "a dict of ids and numbers", repr(self.logit_bias), TypeError)
         for token in (*self.stop_token_ids, *self.logit_bias):
             _integer("stop_token_ids, logit_bias", token, 0)
         for value in self.logit_bias.values():
             validate.finite("logit_bias", value)
+        if self.allowed_token_ids is not None and not callable(self.allowed_token_ids):
+            allowed = checked_ids("allowed_token_ids", self.allowed_token_ids, 1 << 62)
+            object.__setattr__(self, "allowed_token_ids", tuple(allowed.tolist()))
         validate.flag("ignore_eos", self.ignore_eos)
         if self.min_tokens > self.max_tokens:
             validate.fail("min_tokens", f"at most max_tokens, {self.max_tokens}", str(self.min_tokens))
@@ -99,11 +107,11 @@ class SamplingParams:
         return replace(self, n=1, seed=self.seed + index)
 
 
-def _integer(name: str, x, least: int) -> None:
+def _integer(name: str, x, least: int, most: int = 2**63 - 1) -> None:
     if isinstance(x, bool) or not isinstance(x, int):
         validate.fail(name, "an int", repr(x), TypeError)
-    if not least <= x < 2**63:
-        validate.fail(name, f"an int ≥ {least}", repr(x))
+    if not least <= x <= most:
+        validate.fail(name, f"an int ≥ {least}" if x < least else f"an int ≤ {most}", repr(x))
 
 
 @dataclass(frozen=True)
@@ -123,8 +131,9 @@ class Rollout(NamedTuple):
     kept: float32 [n]. The tempered distribution's mass that the truncation kept.
     entropy: float32 [n]. Of the model's own distribution.
     versions: int64 [n]. The policy version that each token was drawn from.
-    finish_reason: "stop", "length", "abort", "no token" where none has a probability (NaN, or nothing is allowed), or
-        "paused" of one that a caller took unfinished.
+    finish_reason: "stop", "length", "abort", "no token" where none has a probability (NaN, or nothing is allowed),
+        "error" where the caller's ``allowed_token_ids`` failed (the log says how), or "paused" of one that a caller
+        took unfinished.
     """
 
     request: int
@@ -203,3 +212,55 @@ def checked_prompt(prompt, tokenizer, vocab: int, most: float = math.inf) -> tup
     if len(prompt) > most:
         validate.fail("prompts", f"at most {most} tokens (the model's context)", str(len(prompt)))
     return tuple(prompt)
+
+
+def checked_request(request: Request, tokenizer, vocab: int, context: int = 1 << 30, *, here: bool = True) -> Request:
+    """A request with the tokens of its prompt, all of whose ids are the vocabulary's, or an error.
+
+    ``here`` is whether stop strings are looked for in this process.
+    """
+    if not isinstance(request, Request):
+        validate.fail("requests", "Request", repr(request)[:60], TypeError)
+    params = request.params
+    if not isinstance(params, SamplingParams):
+        validate.fail("params", "SamplingParams", repr(params), TypeError)
+    prompt = checked_prompt(request.prompt, tokenizer, vocab, context - 1)
+    if here and params.stop and tokenizer is None:
+        validate.fail("stop", "no strings, since there is no tokenizer", repr(params.stop))
+    checked_ids("stop_token_ids, logit_bias", (*params.stop_token_ids, *params.logit_bias), vocab)
+    if isinstance(params.allowed_token_ids, tuple):
+        checked_ids("allowed_token_ids", params.allowed_token_ids, vocab)
+    return Request(prompt, params)
+
+
+def checked_ids(name: str, ids, vocab: int) -> torch.Tensor:
+    """Token ids, int64 [n], or an error that names them."""
+    try:
+        found = torch.as_tensor(ids if isinstance(ids, torch.Tensor) else list(ids))
+    except (TypeError, ValueError, RuntimeError):
+        found = torch.empty(1)
+    if found.dim() != 1 or (found.numel() and found.dtype not in (torch.int64, torch.int32)):
+        validate.fail(name, "token ids", repr(ids)[:60], TypeError)
+    wrong = found[(found < 0) | (found >= vocab)]
+    if wrong.numel():
+        validate.fail(name, f"ids in [0, {vocab})", str(wrong[0].item()))
+    return found.long()
+
+
+def ends_of(model, given, vocab: int) -> frozenset[int]:
+    """The ids that end a response: those that are given, or the model's, of which some may lie beyond its head."""
+    if given is not None:
+        return frozenset(checked_ids("eos_token_ids", given, vocab).tolist())
+    found = (getattr(model, "generation_config", None) or model.config).eos_token_id
+    found = [] if found is None else [found] if isinstance(found, int) else found
+    return frozenset(token for token in found if token < vocab)
+
+
+def choices(prompts, candidates) -> list[tuple]:
+    """(prompt, its candidates) each, of which there must be some."""
+    if len(prompts) != len(candidates):
+        validate.fail("candidates", f"{len(prompts)} lists, one a prompt", str(len(candidates)))
+    for some in candidates:
+        if not isinstance(some, (list, tuple)) or not some:
+            validate.fail("candidates", "lists of one candidate at least", repr(some))
+    return list(zip(prompts, candidates, strict=True))

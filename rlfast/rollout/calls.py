@@ -1,18 +1,89 @@
-"""What a caller types, on top of ``submit`` and ``step`` of any backend."""
+"""What a caller types, on top of what a backend does: look at a request, start it, work, cancel it."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator, Sequence
+import contextlib
+import functools
+import threading
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 
 from rlfast import validate
 from rlfast.rollout.api import Request, Rollout, SamplingParams
 
+PATIENCE = 0.1  # seconds that one caller waits for a server before it looks at what others have received
+
+
+class RequestError(RuntimeError):
+    """A request has failed; the others go on."""
+
+
+def alone(method):
+    """A method of an open engine, in which one thread is at a time."""
+
+    @functools.wraps(method)
+    def locked(self, *args, **kwargs):
+        with self.lock:
+            self._open()
+            return method(self, *args, **kwargs)
+
+    return locked
+
 
 class Calls:
-    """Whole generations. ``later`` are rollouts that ended while a call waited for others."""
+    """Whole generations, for any number of callers and threads at once.
 
-    later: list[Rollout]
+    A backend has ``_checked(request)``, ``_start(number, request)``, ``_work(timeout)``, ``cancel(number)`` and the
+    numbers that are ``under_way``. What ends it hands over to ``later`` first, and only then it is no longer under way.
+    """
+
+    under_way: Collection[int]
+    tokenizer = None
+
+    def __init__(self):
+        self.later: list[Rollout] = []  # ended, and nobody's yet
+        self.failed: dict[int, RequestError] = {}
+        self.left: dict[int, int] = {}  # what streams have left: request → how many rollouts are missing
+        self.requests = self.version = 0
+        self.paused = self.closed = False
+        self.lock = threading.RLock()  # of the backend's work
+        self.mail = threading.RLock()  # of what has ended; nobody holds it for long
+        self.stepping: asyncio.Future | None = None
+
+    # Requests
+
+    @alone
+    def submit(self, requests: Sequence[Request]) -> list[int]:
+        """Their numbers; none is taken if one of them is wrong."""
+        checked = [self._checked(request) for request in requests]
+        numbers = list(range(self.requests, self.requests + len(checked)))
+        self.requests += len(checked)
+        for number, request in zip(numbers, checked, strict=True):
+            self._start(number, request)
+        return numbers
+
+    def step(self, timeout: float | None = None) -> list[Rollout]:
+        """One step of what is under way: a forward, or a wait for those that generate elsewhere.
+
+        Args:
+            timeout: seconds to wait at most; None is until something has ended.
+
+        Returns:
+            The rollouts that have ended and that no other call has handed out.
+
+        Raises:
+            RequestError: a request has failed; it is forgotten, and the others go on.
+        """
+        self._open()
+        self._work(0 if self.later or self.failed else timeout)
+        with self.mail:
+            for number in self.failed:
+                self.left.pop(number, None)
+                raise self.failed.pop(number)
+            found, self.later = self.later, []
+            for rollout in found:
+                _count(self.left, rollout)
+        return found
 
     def generate(
         self, prompts, params: SamplingParams | Sequence[SamplingParams] | None = None, *, progress: bool = False
@@ -26,15 +97,27 @@ class Calls:
 
         Raises:
             ValueError, TypeError: a prompt or a parameter is wrong; nothing has been generated then.
+            RuntimeError: the engine is paused, or closed.
+            RequestError: a server has failed at one of them; ``stream(None)`` hands out the rollouts of the others.
         """
-        requests = requested(prompts, params)
-        numbers = self.submit(requests)
-        rollouts = self._until_done(dict(zip(numbers, (r.params.n for r in requests), strict=True)))
+        left = self._sent(requested(prompts, params))
+        numbers, found = set(left), []
+        rollouts = self._ended(left)
         if progress:
             from rich.progress import track
 
-            rollouts = track(rollouts, "generating", total=sum(r.params.n for r in requests))
-        return sorted(rollouts, key=lambda r: (r.request, r.index))
+            rollouts = track(rollouts, "generating", total=sum(left.values()))
+        try:
+            for rollout in rollouts:
+                found.append(rollout)
+        except RequestError:
+            self._give_back(found)
+            raise
+        except BaseException:
+            left.clear()
+            self._drop(numbers)
+            raise
+        return sorted(found, key=lambda r: (r.request, r.index))
 
     def stream(
         self, prompts, params=None, *, until: Callable[[list[Rollout]], bool] | None = None
@@ -42,44 +125,157 @@ class Calls:
         """Rollouts as they end.
 
         Args:
-            prompts, params: as in ``generate``; None goes on with what an earlier ``stream`` left.
+            prompts, params: as in ``generate``; None goes on with what streams have left that came to their end: by
+                ``until``, by an error, or because nobody asks them any more.
             until: told all that have ended after each of them; once true, the rest stays where it is.
         """
-        if prompts is not None:
-            requests = requested(prompts, params)
-            for number, request in zip(self.submit(requests), requests, strict=True):
-                self.left[number] = request.params.n
-        found = []
-        for rollout in self._until_done(self.left):
-            found.append(rollout)
-            yield rollout
-            if until is not None and until(found):
-                return
+        yield from self._ended(self._begun(prompts, params), until)
 
     async def astream(self, prompts, params=None, *, until=None):
-        """``stream`` for asyncio: every step runs in a thread."""
-        rollouts = self.stream(prompts, params, until=until)
-        while (rollout := await asyncio.to_thread(next, rollouts, None)) is not None:
-            yield rollout
-
-    def _until_done(self, left: dict[int, int]) -> Iterator[Rollout]:
-        """Rollouts of these requests, number → how many are missing, as they end."""
-        while left:
-            if self.paused:
-                raise RuntimeError("the engine is paused: resume() it, or take what there is by partial()")
-            ended, self.later = [*self.later, *self.step()], []
-            self.later = [r for r in ended if r.request not in left]
-            mine = [r for r in ended if r.request in left]
-            while mine:
-                rollout = mine.pop(0)
-                left[rollout.request] -= 1
-                if not left[rollout.request]:
-                    del left[rollout.request]
-                try:
+        """``stream`` for asyncio: every step runs in a thread, one for all who wait."""
+        left = await asyncio.to_thread(self._begun, prompts, params)
+        with contextlib.closing(self._each(left, until)) as each:
+            for rollout in each:
+                if rollout is None:
+                    await self._stepped()
+                else:
                     yield rollout
-                except GeneratorExit:
-                    self.later += mine
-                    raise
+
+    def tokens(self, prompt, params: SamplingParams | None = None) -> Iterator[tuple[int, str]]:
+        """The tokens of one response as they come: (id, the text that it adds). It is cancelled if nobody asks on."""
+        params = params or SamplingParams()
+        if params.n != 1:
+            validate.fail("n", "1: the tokens are those of one response", str(params.n))
+        left = self._sent([Request(prompt, params)])
+        (number,) = left
+        shown, text, rollout = 0, "", None
+        try:
+            while rollout is None:
+                rollout = self._next(left)
+                tokens = self._so_far(number) if rollout is None else rollout.tokens
+                while shown < len(tokens):
+                    shown += 1
+                    whole = "" if self.tokenizer is None else self.tokenizer.decode(tokens[:shown])
+                    whole = text if whole.endswith("\ufffd") else whole  # a character of several tokens is not whole
+                    yield tokens[shown - 1], whole[len(text) :]
+                    text = whole
+                if rollout is None:
+                    self._work(PATIENCE)
+        finally:
+            self._drop({number})
+
+    # Who waits for what
+
+    def _begun(self, prompts, params) -> dict[int, int]:
+        """Requests, sent, or those that streams have left: number → how many rollouts are missing."""
+        if prompts is not None:
+            return self._sent(requested(prompts, params))
+        with self.mail:
+            left, self.left = self.left, {}
+        return left
+
+    def _sent(self, requests: list[Request]) -> dict[int, int]:
+        self._go_on()
+        return dict(zip(self.submit(requests), (r.params.n for r in requests), strict=True))
+
+    def _ended(self, left: dict[int, int], until=None) -> Iterator[Rollout]:
+        """Rollouts of some requests as they end."""
+        with contextlib.closing(self._each(left, until)) as each:
+            for rollout in each:
+                if rollout is None:
+                    self._work(PATIENCE)
+                else:
+                    yield rollout
+
+    def _each(self, left: dict[int, int], until=None) -> Iterator[Rollout | None]:
+        """Rollouts of some requests, None where a step is due first. What is missing at the end is left."""
+        found = []
+        try:
+            while left:
+                rollout = self._next(left)
+                yield rollout
+                if rollout is not None:
+                    found.append(rollout)
+                    if until is not None and until(found):
+                        return
+        finally:
+            with self.mail:
+                self.left |= left
+
+    def _next(self, left: dict[int, int]) -> Rollout | None:
+        """A rollout of some requests that has ended; None if a step is due first."""
+        rollout = self._take(left)
+        if rollout is None:
+            self._go_on()
+            here = self.under_way
+            if not any(number in here for number in left):
+                rollout = self._take(left)  # what has ended since is there by now
+                if rollout is None:
+                    numbers = sorted(left)
+                    left.clear()
+                    raise RuntimeError(f"requests {numbers} are not under way: step() has handed out their rollouts")
+        return rollout
+
+    def _take(self, left: dict[int, int]) -> Rollout | None:
+        """A rollout of some requests, if one is there."""
+        with self.mail:
+            for number in self.failed.keys() & left.keys():
+                del left[number]
+                raise self.failed.pop(number)
+            for at, rollout in enumerate(self.later):
+                if rollout.request in left:
+                    _count(left, rollout)
+                    return self.later.pop(at)
+        return None
+
+    def _hand_over(self, rollouts: Iterable[Rollout]) -> None:
+        with self.mail:
+            self.later += rollouts
+
+    def _give_back(self, rollouts: list[Rollout]) -> None:
+        """They have been taken in vain: a stream of what is left will hand them out."""
+        with self.mail:
+            self.later[:0] = rollouts
+            for rollout in rollouts:
+                self.left[rollout.request] = self.left.get(rollout.request, 0) + 1
+
+    def _drop(self, numbers: set[int]) -> None:
+        """Cancel what is under way of some requests, and forget what has come of them."""
+        with self.lock:
+            here = () if self.closed else self.under_way
+            for number in [number for number in numbers if number in here]:
+                self.cancel(number)
+        with self.mail:
+            self.later = [r for r in self.later if r.request not in numbers]
+            for number in numbers:
+                self.failed.pop(number, None), self.left.pop(number, None)
+
+    async def _stepped(self) -> None:
+        """Wait for a step: one for all who wait in this event loop."""
+        if self.stepping is None or self.stepping.done() or self.stepping.get_loop() is not asyncio.get_running_loop():
+            self.stepping = asyncio.ensure_future(asyncio.to_thread(self._work, PATIENCE))
+        await asyncio.shield(self.stepping)
+
+    def _so_far(self, number: int) -> Sequence[int]:
+        """The tokens of a request of one sample that is under way, where they can be seen."""
+        return ()
+
+    def _go_on(self) -> None:
+        self._open()
+        if self.paused:
+            raise RuntimeError("the engine is paused: resume() it, or take what there is by partial()")
+
+    def _open(self) -> None:
+        if self.closed:
+            raise RuntimeError("the engine is closed")
+
+
+def _count(left: dict[int, int], rollout: Rollout) -> None:
+    """One of the missing rollouts is there."""
+    if rollout.request in left:
+        left[rollout.request] -= 1
+        if not left[rollout.request]:
+            del left[rollout.request]
 
 
 def requested(prompts, params) -> list[Request]:

@@ -1,29 +1,16 @@
-"""The engine: generation in the trainer's process, on the trainer's weights.
-
-A request's life
-
-    1. ``submit`` checks its prompt and makes n samples; the first will compute the prompt for all of them
-    2. the scheduler admits it when there are pages, those of a known prefix among them
-    3. its prompt is computed in chunks, packed with the tokens of whatever else runs
-    4. the n samples fork: they share its pages, and copy the last one when they write
-    5. every step the head's logits of each sample's last token go through the sampler: token, log-probs, entropy
-    6. a stop id, a stop string, the length or ``cancel`` ends a sample; a sample without pages waits and begins again
-    7. its full pages stay known by what they hold, until others need the room or the weights change
-    8. ``step`` hands it out as a ``Rollout``
-"""
+"""The engine: generation in the trainer's process, on the trainer's weights. docs/rollout.md tells a request's life."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator, Sequence
 
 import torch
 
 from rlfast import validate
 from rlfast.rollout import attention, flash, responses, sampling, scoring
-from rlfast.rollout.api import MODES, Request, Rollout, SamplingParams, Score, checked_prompt
-from rlfast.rollout.calls import Calls
+from rlfast.rollout.api import MODES, Request, Rollout, Score, checked_prompt, checked_request, choices, ends_of
+from rlfast.rollout.calls import Calls, alone
 from rlfast.rollout.graphs import Graphs, Inputs
 from rlfast.rollout.hf import probe
 from rlfast.rollout.kv import Caches, PagePool
@@ -87,7 +74,8 @@ class Engine(Calls):
         for name, x in (("page_size", page_size), ("token_budget", token_budget), ("max_batch", max_batch)):
             if not isinstance(x, int) or isinstance(x, bool) or x < 1:
                 validate.fail(name, "an int ≥ 1", repr(x))
-        self.tokenizer, self.page_size, self.version = tokenizer, page_size, 0
+        super().__init__()
+        self.tokenizer, self.page_size = tokenizer, page_size
         pages = int(validate.positive("kv_budget", kv_budget) // (self.decoder.bytes_of_token * page_size))
         if pages < 1:
             wanted = f"at least {self.decoder.bytes_of_token * page_size} bytes, one page of {page_size} positions"
@@ -103,13 +91,9 @@ class Engine(Calls):
         if on_gpu and graphs is not False:
             self.graphs = Graphs(self.decoder, self.caches, self.attention)
         self.scheduler = Scheduler(self.pool, token_budget, max_batch)
-        self.eos = frozenset(_eos(model) if eos_token_ids is None else eos_token_ids)
-        self.requests = self.forwards = 0
+        self.eos = ends_of(model, eos_token_ids, self.decoder.vocab)
         self.live: dict[int, list[Sample]] = {}
-        self.done: list[Sample] = []  # ended outside of a step
-        self.later: list[Rollout] = []
-        self.left: dict[int, int] = {}
-        self.paused = self.closed = self.stale = False
+        self.forwards, self.stale = 0, False
         self.weights = self.decoder.weights()
 
     @property
@@ -119,41 +103,29 @@ class Engine(Calls):
 
     # Requests
 
-    def submit(self, requests: Sequence[Request]) -> list[int]:
-        """Their numbers; none is taken if one of them is wrong."""
-        self._open()
-        checked = [self._checked(request) for request in requests]
-        numbers = []
-        for request in checked:
-            number, self.requests = self.requests, self.requests + 1
-            params = request.params
-            samples = [Sample(number, i, request.prompt, params.of_sample(i)) for i in range(params.n)]
-            self.live[number] = samples
-            self.scheduler.add(samples)
-            numbers.append(number)
-        return numbers
+    @property
+    def under_way(self):
+        """The numbers of the requests that have not ended."""
+        return self.live
 
     def _checked(self, request: Request) -> Request:
-        if not isinstance(request.params, SamplingParams):
-            validate.fail("params", "SamplingParams", repr(request.params), TypeError)
-        context, vocab = self.decoder.context, self.decoder.vocab
-        prompt = checked_prompt(request.prompt, self.tokenizer, vocab, context - 1)
-        params = request.params
-        if params.stop and self.tokenizer is None:
-            validate.fail("stop", "no strings, since there is no tokenizer", repr(params.stop))
-        bad = next((t for t in (*params.stop_token_ids, *params.logit_bias) if t >= vocab), None)
-        if bad is not None:
-            validate.fail("stop_token_ids, logit_bias", f"ids in [0, {vocab})", str(bad))
-        longest = min(len(prompt) + params.max_tokens, context)
-        if self.pool.pages_for(longest) > self.pool.pages:
+        context = self.decoder.context
+        request = checked_request(request, self.tokenizer, self.decoder.vocab, context)
+        prompt, most = len(request.prompt), request.params.max_tokens
+        if self.pool.pages_for(min(prompt + most, context)) > self.pool.pages:
             room = self.pool.pages * self.page_size
             wanted = f"at most {room} tokens with max_tokens: kv_budget has room for no more"
-            validate.fail("prompts", wanted, f"{len(prompt)} + {params.max_tokens}")
-        return Request(prompt, params)
+            validate.fail("prompts", wanted, f"{prompt} + {most}")
+        return request
 
+    def _start(self, number: int, request: Request) -> None:
+        params = request.params
+        self.live[number] = [Sample(number, i, request.prompt, params.of_sample(i)) for i in range(params.n)]
+        self.scheduler.add(self.live[number])
+
+    @alone
     def cancel(self, number: int) -> None:
         """End a request's samples; the next ``step`` returns them, as far as they came, with "abort"."""
-        self._open()
         if number not in self.live:
             validate.fail("number", "a request under way", repr(number))
         self._abort(self.live[number])
@@ -162,23 +134,20 @@ class Engine(Calls):
         for sample in samples:
             if not sample.finish:
                 self._end(sample, "abort")
-                self.done.append(sample)
 
     # The step
 
-    def step(self, timeout: float | None = None) -> list[Rollout]:
-        """One forward of what is under way. Returns the samples that ended."""
-        self._open()
-        ended, self.done = self.done, []
+    @alone
+    def _work(self, timeout: float | None = None) -> None:
+        """One forward of what is under way."""
         if not self.paused and len(self.scheduler):
             self._watch_weights()
             chunks = self.scheduler.pick()
             if chunks:
-                ended += self._advance(chunks)
-        return [self._rollout(sample) for sample in ended]
+                self._advance(chunks)
 
     @torch.no_grad()
-    def _advance(self, chunks: list[Chunk]) -> list[Sample]:
+    def _advance(self, chunks: list[Chunk]) -> None:
         """A forward, and a token for every sequence whose last token it computed."""
         hidden, ends = self.forward(chunks)
         rows, samples = [], []
@@ -188,15 +157,13 @@ class Engine(Calls):
             if not chunk.completes:
                 continue
             if chunk.stop - chunk.start > 1 or not sample.tokens:
-                self.pool.publish(sample.table, chunk.tokens)
-            group = [sample, *self.scheduler.follow(sample)]
+                self.scheduler.publish(sample)
+            group = [sample] if sample.tokens else [sample, *self.scheduler.follow(sample)]
             rows += [end - 1] * len(group)
             samples += group
-        ended = []
         for start in range(0, len(samples), scoring.LOGIT_ROWS):
             some = slice(start, start + scoring.LOGIT_ROWS)
-            ended += self._draw(hidden[torch.tensor(rows[some], device=hidden.device)], samples[some])
-        return ended
+            self._draw(hidden[torch.tensor(rows[some], device=hidden.device)], samples[some])
 
     def forward(self, chunks: list[Chunk]) -> tuple[torch.Tensor, list[int]]:
         """(hidden states of the chunks' tokens, packed; where each chunk ends)."""
@@ -228,12 +195,13 @@ class Engine(Calls):
                 hidden = self.decoder.forward(given.ids, given.positions, how)
         return hidden, ends[1:].tolist()
 
-    def _draw(self, hidden, samples: list[Sample]) -> list[Sample]:
-        """A token for each of some samples from their last hidden states; those that it ends."""
+    def _draw(self, hidden, samples: list[Sample]) -> None:
+        """A token for each of some samples from their last hidden states."""
         found = sampling.draw(self.decoder.head, hidden, samples, self.eos)
-        ended = []
         for sample, token, *record in zip(samples, *found, strict=True):
-            if token < 0:
+            if sample.failed:
+                reason = "error"
+            elif token < 0:
                 reason = "no token"
                 logger.error("request %d: no token has a probability (NaN, or nothing is allowed)", sample.request)
             else:
@@ -242,16 +210,15 @@ class Engine(Calls):
                 reason = responses.ending(sample, token, self.eos, self.tokenizer, self.decoder.context)
             if reason:
                 self._end(sample, reason)
-                ended.append(sample)
-        return ended
 
     def _end(self, sample: Sample, reason: str) -> None:
         sample.finish = reason
-        if sample in self.scheduler.running and sample.computed:
-            self.pool.publish(sample.table, sample.all_tokens()[: sample.computed])
         self.scheduler.finish(sample)
-        if all(s.finish for s in self.live[sample.request]):
-            del self.live[sample.request]
+        try:
+            self._hand_over([self._rollout(sample)])
+        finally:
+            if all(s.finish for s in self.live[sample.request]):
+                del self.live[sample.request]
 
     def _rollout(self, sample: Sample) -> Rollout:
         return responses.rollout_of(sample, self.tokenizer)
@@ -265,6 +232,7 @@ class Engine(Calls):
             self.weights = weights
             self.bump()
 
+    @alone
     def bump(self) -> None:
         """The policy has changed: a new version, no known prefixes, and what is under way is computed again.
 
@@ -282,6 +250,7 @@ class Engine(Calls):
         self.bump()
         self.version = version
 
+    @alone
     def pause(self, mode: str = "keep") -> None:
         """``step`` does nothing until ``resume``.
 
@@ -290,7 +259,6 @@ class Engine(Calls):
                 "recompute": they are given back, and computed again; "abort": it ends here, and the next ``step``
                 returns it.
         """
-        self._open()
         validate.one_of("mode", mode, MODES)
         self.paused, self.stale = True, mode == "keep"
         if mode == "recompute":
@@ -299,32 +267,24 @@ class Engine(Calls):
             for samples in list(self.live.values()):
                 self._abort(samples)
 
+    @alone
     def resume(self) -> None:
         """Go on."""
-        self._open()
         self._watch_weights()
         self.paused = self.stale = False
 
+    @alone
     def partial(self) -> list[Rollout]:
         """What is under way, as far as it has come, with "paused"."""
         return [self._rollout(s) for samples in self.live.values() for s in samples if not s.finish]
 
-    def tokens(self, prompt, params: SamplingParams | None = None) -> Iterator[tuple[int, str]]:
-        """The tokens of one response as they come: (id, the text that it adds)."""
-        (number,) = self.submit([Request(prompt, params or SamplingParams())])
-        (sample,) = self.live[number]
-        shown, text = 0, ""
-        while not (sample.finish and shown == len(sample.tokens)):
-            self.later += [rollout for rollout in self.step() if rollout.request != number]
-            while shown < len(sample.tokens):
-                shown += 1
-                whole = "" if self.tokenizer is None else self.tokenizer.decode(sample.tokens[:shown])
-                whole = text if whole.endswith("\ufffd") else whole  # a character of several tokens is not there yet
-                yield sample.tokens[shown - 1], whole[len(text) :]
-                text = whole
+    def _so_far(self, number: int) -> list[int]:
+        samples = self.live.get(number)
+        return samples[0].tokens if samples else []
 
     # Given tokens
 
+    @alone
     def score(self, sequences) -> list[Score]:
         """Log-probs and entropies of given sequences, by the routine that rollouts come from.
 
@@ -334,11 +294,11 @@ class Engine(Calls):
         Returns:
             A ``Score`` each, whose bits are those of the rollout that drew the tokens where ``bitwise`` is true.
         """
-        self._open()
         decoder = self.decoder
         checked = [checked_prompt(s, None, decoder.vocab, decoder.context) for s in sequences]
         return scoring.score(decoder, checked, self.scheduler.token_budget)
 
+    @alone
     def choose(self, prompts, candidates) -> list[torch.Tensor]:
         """The log-prob of each candidate after its prompt, which is computed once for all of them.
 
@@ -352,11 +312,9 @@ class Engine(Calls):
         Returns:
             float32 [K] each: Σ log p of the candidate's tokens.
         """
-        self._open()
-        if len(prompts) != len(candidates):
-            validate.fail("candidates", f"{len(prompts)} lists, one a prompt", str(len(candidates)))
+        pairs = choices(prompts, candidates)
         self._watch_weights()
-        return [scoring.choose(self, *pair) for pair in zip(prompts, candidates, strict=True)]
+        return [scoring.choose(self, *pair) for pair in pairs]
 
     # Training
 
@@ -376,23 +334,13 @@ class Engine(Calls):
 
     def close(self) -> None:
         """Give the pages back; what is under way is lost."""
-        self.closed = True
-        self.caches.layers.clear()
-        self.live.clear()
+        with self.lock:
+            self.closed = True
+            self.caches.layers.clear()
+            self.live.clear()
 
     def __enter__(self):
         return self
 
     def __exit__(self, *_):
         self.close()
-
-    def _open(self) -> None:
-        if self.closed:
-            raise RuntimeError("the engine is closed")
-
-
-def _eos(model) -> list[int]:
-    """The model's end-of-sequence ids."""
-    config = getattr(model, "generation_config", None) or model.config
-    found = config.eos_token_id
-    return [] if found is None else list(found) if isinstance(found, (list, tuple)) else [found]

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import transformers
 
 from rlfast import validate
 from rlfast.logps import token_logps
-from rlfast.rollout.api import MODES, Request, Rollout, SamplingParams, Score, checked_prompt
-from rlfast.rollout.calls import Calls
+from rlfast.rollout import responses
+from rlfast.rollout.api import (
+    MODES,
+    Request,
+    Rollout,
+    SamplingParams,
+    Score,
+    checked_prompt,
+    checked_request,
+    choices,
+    ends_of,
+)  # fmt: skip
+from rlfast.rollout.calls import Calls, alone
+from rlfast.rollout.hf import evaluating
+from rlfast.rollout.scheduler import Sample
 
 UNSUPPORTED = ("presence_penalty", "frequency_penalty", "logit_bias", "allowed_token_ids")
 
@@ -25,96 +36,108 @@ class GenerateEngine(Calls):
 
     logp_means, bitwise = "processed", False
 
-    def __init__(self, model, tokenizer=None, *, reason: str = "", eos_token_ids=None, **_):
-        self.model, self.tokenizer, self.reason, self.eos = model, tokenizer, reason, eos_token_ids
+    def __init__(
+        self, model, tokenizer=None, *, reason: str = "", eos_token_ids=None, page_size=None, kv_budget=None,
+        token_budget=None, max_batch=None, graphs=None, use_attention=None,
+    ):  # fmt: skip
+        super().__init__()
+        self.model, self.tokenizer, self.reason = model, tokenizer, reason
         self.vocab = model.get_output_embeddings().weight.shape[0]
-        self.queue: list[tuple[int, int, Request]] = []
-        self.done: list[Rollout] = []
-        self.later: list[Rollout] = []
-        self.left: dict[int, int] = {}
-        self.requests = self.version = 0
-        self.paused = self.closed = False
+        self.context = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or 1 << 30
+        self.eos = ends_of(model, eos_token_ids, self.vocab)
+        self.queue: list[Sample] = []
 
-    def submit(self, requests: Sequence[Request]) -> list[int]:
-        """Their numbers; none is taken if one of them is wrong."""
-        self._open()
-        checked = [Request(checked_prompt(r.prompt, self.tokenizer, self.vocab), r.params) for r in requests]
-        for request in checked:
-            for name in UNSUPPORTED:
-                value = getattr(request.params, name)
-                if value:
-                    validate.fail(name, f"its default: {self.reason}", repr(value))
-        numbers = list(range(self.requests, self.requests + len(checked)))
-        self.requests += len(checked)
-        self.queue += [(i, k, r) for i, r in zip(numbers, checked, strict=True) for k in range(r.params.n)]
-        return numbers
+    @property
+    def under_way(self):
+        """The numbers of the requests that have not ended."""
+        return {sample.request for sample in list(self.queue)}
 
-    def step(self, timeout: float | None = None) -> list[Rollout]:
+    def _checked(self, request: Request) -> Request:
+        request = checked_request(request, self.tokenizer, self.vocab, self.context)
+        for name in UNSUPPORTED:
+            value = getattr(request.params, name)
+            if value != getattr(SamplingParams, name, {}):
+                validate.fail(name, f"its default: {self.reason}", repr(value))
+        return request
+
+    def _start(self, number: int, request: Request) -> None:
+        params = request.params
+        self.queue += [Sample(number, i, request.prompt, params.of_sample(i)) for i in range(params.n)]
+
+    @alone
+    def _work(self, timeout: float | None = None) -> None:
         """One response."""
-        self._open()
-        ended, self.done = self.done, []
-        if self.queue and not self.paused:
-            ended.append(self._respond(*self.queue.pop(0)))
-        return ended
+        if not self.paused and self.queue:
+            sample = self.queue[0]
+            try:
+                self._respond(sample)
+                self._hand_over([responses.rollout_of(sample, self.tokenizer)])
+            finally:
+                self.queue.remove(sample)
 
     @torch.no_grad()
-    def _respond(self, number: int, index: int, request: Request) -> Rollout:
-        params, device = request.params, next(self.model.parameters()).device
-        ids = torch.tensor([request.prompt], device=device)
-        stops = [*params.stop_token_ids, *([] if params.ignore_eos else self._eos())]
+    def _respond(self, sample: Sample) -> None:
+        """The tokens of a sample, all at once."""
+        params, before, device = sample.params, len(sample.prompt), next(self.model.parameters()).device
+        ids = torch.tensor([sample.prompt], device=device)
+        most = min(params.max_tokens, self.context - before)
+        stops = [*params.stop_token_ids, *(() if params.ignore_eos else self.eos)]
         options = {"do_sample": False} if params.temperature == 0 else {
             "do_sample": True, "temperature": params.temperature, "top_k": params.top_k or None,
             "top_p": params.top_p, "min_p": params.min_p or None,
         }  # fmt: skip
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            torch.manual_seed(params.seed + index)
+
+        def stopped(whole, *_, **__):  # transformers' own criterion knows no min_tokens
+            return torch.tensor([responses.stopped(whole[0, before:].tolist(), params, self.tokenizer)], device=device)
+
+        with self._evaluating(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(params.seed)
             out = self.model.generate(
-                ids, attention_mask=torch.ones_like(ids), max_new_tokens=params.max_tokens,
-                min_new_tokens=params.min_tokens or None, eos_token_id=stops or None,
-                repetition_penalty=params.repetition_penalty, stop_strings=list(params.stop) or None,
-                tokenizer=self.tokenizer, return_dict_in_generate=True, output_logits=True, output_scores=True,
-                **options,
+                ids, attention_mask=torch.ones_like(ids), max_new_tokens=most, eos_token_id=stops or None,
+                min_new_tokens=min(params.min_tokens, most) or None, repetition_penalty=params.repetition_penalty,
+                stopping_criteria=transformers.StoppingCriteriaList([stopped] if params.stop else []),
+                return_dict_in_generate=True, output_logits=True, output_scores=True, **options,
             )  # fmt: skip
-        tokens = out.sequences[0, ids.shape[1] :]
-        text = "" if self.tokenizer is None else self.tokenizer.decode(tokens, skip_special_tokens=True)
-        cuts = [at for at in (text.find(stop) for stop in params.stop) if at >= 0]
-        text = text[: min(cuts)] if cuts else text
-        finish = "stop" if cuts or (stops and tokens[-1].item() in stops) else "length"
-        return Rollout(
-            number, index, list(request.prompt), tokens.tolist(), text, *_numbers(out, ids[0], tokens, params),
-            torch.full(tokens.shape, self.version), finish,
-        )  # fmt: skip
+        tokens = out.sequences[0, before:]
+        numbers = (x.tolist() for x in _numbers(out, ids[0], tokens, params))
+        sample.tokens = tokens.tolist()
+        sample.records = list(zip(*numbers, [self.version] * len(sample.tokens), strict=True))
+        sample.finish = responses.ending(sample, sample.tokens[-1], self.eos, self.tokenizer, self.context) or "length"
 
-    def _eos(self) -> list[int]:
-        found = self.model.generation_config.eos_token_id if self.eos is None else self.eos
-        return [] if found is None else [found] if isinstance(found, int) else list(found)
+    def _evaluating(self):
+        """Within it, no module is in training mode: no dropout."""
+        return evaluating(tuple(self.model.modules()))
 
+    @alone
     def cancel(self, number: int) -> None:
         """Forget what has not been generated of a request; the next ``step`` returns it empty, with "abort"."""
-        self._open()
-        dropped = [entry for entry in self.queue if entry[0] == number]
-        if not dropped:
+        if number not in self.under_way:
             validate.fail("number", "a request under way", repr(number))
-        self._drop(dropped)
+        self._abort([sample for sample in self.queue if sample.request == number])
 
-    def _drop(self, entries) -> None:
-        none = torch.empty(0)
-        for number, index, request in entries:
-            self.queue.remove((number, index, request))
-            self.done.append(
-                Rollout(number, index, list(request.prompt), [], "", none, none, none, none, none.long(), "abort")
-            )
+    def _abort(self, samples: list[Sample]) -> None:
+        for sample in samples:
+            sample.finish = "abort"
+            self._hand_over([responses.rollout_of(sample, self.tokenizer)])
+            self.queue.remove(sample)
 
+    @alone
     def pause(self, mode: str = "keep") -> None:
         """``step`` does nothing until ``resume``; "abort" forgets what waits."""
         validate.one_of("mode", mode, MODES)
         self.paused = True
         if mode == "abort":
-            self._drop(list(self.queue))
+            self._abort(list(self.queue))
 
+    @alone
     def resume(self) -> None:
         """Go on."""
         self.paused = False
+
+    @alone
+    def partial(self) -> list[Rollout]:
+        """What waits, with "paused": no token is there before all are."""
+        return [responses.rollout_of(sample, self.tokenizer) for sample in self.queue]
 
     def bump(self) -> None:
         """The policy has changed."""
@@ -124,25 +147,38 @@ class GenerateEngine(Calls):
         """Nothing to copy; ``version`` is that of the tokens to come."""
         self.version = version
 
+    @alone
     @torch.no_grad()
     def score(self, sequences) -> list[Score]:
         """Log-probs and entropies of given sequences, by the model's own logits."""
-        self._open()
         found, device = [], next(self.model.parameters()).device
-        for sequence in sequences:
-            ids = torch.tensor([checked_prompt(sequence, None, self.vocab)], device=device)
-            logits = self.model(input_ids=ids, use_cache=False).logits[0, :-1].float()
+        for sequence in [checked_prompt(s, None, self.vocab, self.context) for s in sequences]:
+            ids = torch.tensor([sequence], device=device)
+            with self._evaluating():
+                logits = self.model(input_ids=ids, use_cache=False).logits[0, :-1].float()
             out = token_logps(logits, ids[0, 1:], outputs=("logp", "entropy"))
             found.append(Score(out.logp.cpu(), out.entropy.cpu()))
         return found
 
+    def choose(self, prompts, candidates) -> list[torch.Tensor]:
+        """As ``Engine.choose``, but each candidate's prompt is computed again."""
+        plain = None if self.tokenizer is None else lambda text: self.tokenizer(text, add_special_tokens=False)
+        found = []
+        for prompt, some in choices(prompts, candidates):
+            prompt = checked_prompt(prompt, self.tokenizer, self.vocab, self.context)
+            answers = [checked_prompt(c, plain, self.vocab, self.context - len(prompt)) for c in some]
+            scores = self.score([(*prompt, *answer) for answer in answers])
+            sums = [s.logp_raw[len(prompt) - 1 :].double().sum().float() for s in scores]
+            found.append(torch.stack(sums))
+        return found
+
+    def training_mode(self, model=None):
+        """There is none: the training forward of such a model has not the bits of its ``generate``."""
+        raise NotImplementedError(f"training_mode: rlfast's attention does not reach this model: {self.reason}")
+
     def close(self) -> None:
         """No call after this one."""
         self.closed = True
-
-    def _open(self) -> None:
-        if self.closed:
-            raise RuntimeError("the engine is closed")
 
 
 def _numbers(out, prompt, tokens, params: SamplingParams) -> tuple:

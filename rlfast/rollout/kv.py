@@ -41,6 +41,7 @@ class PagePool:
         self.key_of: dict[int, tuple] = {}
         self.serial_of: dict[int, int] = {}
         self.serial = ROOT
+        self.era = 0  # how often the weights have changed
         self.copies: list[tuple[int, int]] = []  # (from, to) that the caches have yet to make
 
     @property
@@ -113,11 +114,6 @@ class PagePool:
         elif page in self.key_of:
             self._forget(page)
 
-    def shared(self, table: list[int], position: int) -> bool:
-        """Whether a write to a position would copy its page."""
-        index = position // self.size
-        return index < len(table) and self.count[table[index]] > 1
-
     def publish(self, table: list[int], tokens) -> None:
         """The full pages of a table, found from now on by what they hold."""
         before = ROOT
@@ -148,6 +144,7 @@ class PagePool:
 
     def forget_all(self) -> None:
         """What pages hold is no prefix any more: the weights have changed."""
+        self.era += 1
         self.never.extend(self.idle)
         self.idle.clear()
         for known in (self.by_key, self.key_of, self.serial_of):
@@ -192,8 +189,3 @@ class Caches:
             for cache in caches:
                 source, target = (torch.tensor(x, device=cache.device) for x in zip(*pairs, strict=True))
                 cache.index_copy_(0, target, cache.index_select(0, source))
-
-    @property
-    def bytes_of_page(self) -> int:
-        """Of one page in every layer."""
-        return sum(x[0].numel() * x.element_size() for caches in self.layers.values() for x in caches)

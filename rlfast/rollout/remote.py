@@ -7,25 +7,69 @@ log-prob is of; what it does not report (raw log-probs, kept mass, entropy) is N
 
 from __future__ import annotations
 
+import asyncio
 import concurrent.futures
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from rlfast import validate
-from rlfast.rollout.api import MODES, Request, Rollout, SamplingParams, checked_prompt
-from rlfast.rollout.calls import Calls
+from rlfast.rollout import responses
+from rlfast.rollout.api import MODES, Request, Rollout, checked_request
+from rlfast.rollout.calls import PATIENCE, Calls, RequestError, alone
+from rlfast.rollout.scheduler import Sample
 
 REASONS = {"stop": "stop", "length": "length", "abort": "abort"}
 
 
-class ServerError(RuntimeError):
+class ServerError(RequestError):
     """A server is down, or says something that is no answer."""
 
 
-class Server(Calls):
-    """What both servers share: a request is an HTTP call in a thread of its own.
+class Remote(Calls):
+    """Requests that are generated elsewhere, a call each. ``_start`` puts its handle into ``waiting``,
+    ``_done(handles, timeout)`` says which have ended, ``_rollouts(number, request, handle)`` what one gave.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.waiting: dict[int, tuple] = {}  # number → (handle, request)
+
+    @property
+    def under_way(self):
+        """The numbers of the requests that have not ended."""
+        return self.waiting
+
+    def _work(self, timeout: float | None = None) -> None:
+        """Take what calls that have ended gave; wait for one at least, ``timeout`` seconds at most."""
+        done = set(self._done([handle for handle, _ in list(self.waiting.values())], timeout))
+        with self.lock:
+            for number, (handle, request) in list(self.waiting.items()):
+                if handle in done:
+                    try:
+                        self._hand_over(self._rollouts(number, request, handle))
+                    except ServerError as error:
+                        self.failed[number] = error
+                    finally:
+                        del self.waiting[number]
+
+    @alone
+    def cancel(self, number: int) -> None:
+        """Forget a request; the next ``step`` returns its samples empty, with "abort". A server may go on with it."""
+        if number not in self.waiting:
+            validate.fail("number", "a request under way", repr(number))
+        handle, request = self.waiting[number]
+        samples = (Sample(number, i, request.prompt, request.params, finish="abort") for i in range(request.params.n))
+        self._hand_over([responses.rollout_of(sample, None) for sample in samples])
+        self._forget(handle, request)
+        del self.waiting[number]
+
+
+class Server(Remote):
+    """What both servers share: a request is an HTTP call in a thread of its own. ``_ask(request)`` is its (path, body),
+    ``_answers(found)`` makes (tokens, log-probs, finish reason) of each sample of the answer.
 
     Args:
         url: of the server, such as "http://localhost:8000".
@@ -45,75 +89,43 @@ class Server(Calls):
     ):  # fmt: skip
         import httpx
 
+        super().__init__()
         self.http = httpx.Client(base_url=url.rstrip("/"), timeout=timeout)
         self.tokenizer, self.vocab = tokenizer, vocab
         self.weights_dir = None if weights_dir is None else Path(weights_dir)
         self.pool = concurrent.futures.ThreadPoolExecutor(connections)
-        self.waiting: dict[concurrent.futures.Future, tuple[int, Request]] = {}
-        self.later: list[Rollout] = []
-        self.left: dict[int, int] = {}
-        self.requests = self.version = 0
-        self.paused = False
 
-    # What a server is asked, and how it answers: of each subclass
+    def _checked(self, request: Request) -> Request:
+        request = checked_request(request, self.tokenizer, self.vocab, here=False)
+        if callable(request.params.allowed_token_ids):
+            validate.fail("allowed_token_ids", "ids: a server cannot call a function", "a function")
+        return request
 
-    def _ask(self, request: Request) -> tuple[str, dict]:
-        """(path, JSON body)."""
-        raise NotImplementedError
+    def _start(self, number: int, request: Request) -> None:
+        self.waiting[number] = self.pool.submit(self._post, *self._ask(request)), request
 
-    def _answers(self, found) -> list[tuple[list[int], list[float], str]]:
-        """(tokens, log-probs, finish reason) of each sample."""
-        raise NotImplementedError
+    def _done(self, handles: list, timeout: float | None):
+        return concurrent.futures.wait(handles, timeout, concurrent.futures.FIRST_COMPLETED).done
 
-    def submit(self, requests: Sequence[Request]) -> list[int]:
-        """Their numbers; none is sent if one of them is wrong."""
-        checked = [Request(checked_prompt(r.prompt, self.tokenizer, self.vocab), r.params) for r in requests]
-        for request in checked:
-            if callable(request.params.allowed_token_ids):
-                validate.fail("allowed_token_ids", "ids: a server cannot call a function", "a function")
-        numbers = list(range(self.requests, self.requests + len(checked)))
-        self.requests += len(checked)
-        for number, request in zip(numbers, checked, strict=True):
-            self.waiting[self.pool.submit(self._post, *self._ask(request))] = number, request
-        return numbers
+    def _forget(self, handle, request: Request) -> None:
+        handle.cancel()
 
-    def step(self, timeout: float | None = None) -> list[Rollout]:
-        """Rollouts of the calls that have ended; waits for one at least, ``timeout`` seconds at most.
-
-        Raises:
-            ServerError: a call has failed; it is forgotten, and the others go on.
-        """
-        done, _ = concurrent.futures.wait(self.waiting, timeout, concurrent.futures.FIRST_COMPLETED)
-        found = []
-        for future in done:
-            number, request = self.waiting.pop(future)
-            try:
-                found += self._rollouts(number, request, future.result())
-            except ServerError:
-                self.later += found
-                self.left.pop(number, None)
-                raise
-        return found
-
-    def _rollouts(self, number: int, request: Request, found) -> list[Rollout]:
+    def _rollouts(self, number: int, request: Request, handle) -> list[Rollout]:
+        found, samples = handle.result(), []
         try:
-            answers = self._answers(found)
-            if len(answers) != request.params.n or any(len(t) != len(p) for t, p, _ in answers):
-                raise ValueError(f"{len(answers)} samples for n = {request.params.n}, or log-probs of other tokens")
+            for index, (tokens, logps, reason) in enumerate(self._answers(found)):
+                tokens = [int(t) for t in tokens]
+                records = [(math.nan, float(x), math.nan, math.nan, self.version) for x in logps]
+                if len(records) != len(tokens):
+                    raise ValueError(f"{len(records)} log-probs of {len(tokens)} tokens")
+                finish = REASONS.get(reason, "stop")
+                samples.append(Sample(number, index, request.prompt, request.params, tokens, records, finish=finish))
+            if len(samples) != request.params.n:
+                raise ValueError(f"{len(samples)} samples for n = {request.params.n}")
         except (KeyError, IndexError, TypeError, ValueError) as error:
-            raise ServerError(f"request {number}: {self.http.base_url} gave no rollouts: {error!r}") from error
-        rollouts = []
-        for index, (tokens, logps, reason) in enumerate(answers):
-            none = torch.full((len(tokens),), torch.nan)
-            text = "" if self.tokenizer is None else self.tokenizer.decode(tokens, skip_special_tokens=True)
-            versions = torch.full((len(tokens),), self.version)
-            rollouts.append(
-                Rollout(
-                    number, index, list(request.prompt), list(tokens), text, none, torch.tensor(logps), none, none,
-                    versions, REASONS.get(reason, "stop"),
-                )
-            )  # fmt: skip
-        return rollouts
+            said = f"{error!r} in {str(found)[:200]}"
+            raise ServerError(f"request {number}: {self.http.base_url} gave no rollouts: {said}") from error
+        return [responses.rollout_of(sample, self.tokenizer) for sample in samples]
 
     def _post(self, path: str, body: dict | None = None):
         """The JSON of an answer."""
@@ -126,21 +138,13 @@ class Server(Calls):
         except httpx.HTTPStatusError as error:
             said = error.response.text[:200]
             raise ServerError(f"{self.http.base_url}{path}: {error.response.status_code}: {said}") from error
-        except (httpx.HTTPError, ValueError) as error:
+        except (httpx.HTTPError, ValueError, TypeError, RuntimeError) as error:
             raise ServerError(f"{self.http.base_url}{path}: {error!r}") from error
-
-    def cancel(self, number: int) -> None:
-        """Forget a request that has not been sent yet; one that has goes on, and its answer is dropped."""
-        for future, (other, _) in list(self.waiting.items()):
-            if other == number:
-                future.cancel()
-                del self.waiting[future]
-                self.left.pop(number, None)
-                return
-        validate.fail("number", "a request under way", repr(number))
 
     def close(self) -> None:
         """End the threads and the connections."""
+        self.closed = True
+        self.waiting.clear()
         self.pool.shutdown(wait=False, cancel_futures=True)
         self.http.close()
 
@@ -214,10 +218,13 @@ class SGLangServer(Server):
 
     logp_means = "tempered"
 
+    def _checked(self, request: Request) -> Request:
+        if request.params.allowed_token_ids is not None:
+            validate.fail("allowed_token_ids", "None: SGLang has none", "ids")
+        return super()._checked(request)
+
     def _ask(self, request: Request):
         p = request.params
-        if p.allowed_token_ids is not None:
-            validate.fail("allowed_token_ids", "None: SGLang has none", "ids")
         sampling = {
             "n": p.n, "temperature": p.temperature, "top_p": p.top_p, "top_k": p.top_k or -1, "min_p": p.min_p,
             "max_new_tokens": p.max_tokens, "min_new_tokens": p.min_tokens, "sampling_seed": p.seed,
@@ -257,8 +264,8 @@ class SGLangServer(Server):
         self.version = version
 
 
-class RayPool(Calls):
-    """Engines in Ray workers: requests go to the one with the fewest under way.
+class RayPool(Remote):
+    """Engines in Ray workers: a request goes to the one with the fewest samples under way, and shares its steps.
 
     Args:
         make: a function without arguments that makes an ``Engine``; it runs in the worker.
@@ -271,79 +278,116 @@ class RayPool(Calls):
     def __init__(self, make, workers: int = 1, **options):
         import ray
 
-        self.ray, self.paused = ray, False
+        super().__init__()
+        self.ray = ray
         worker = ray.remote(**options)(_Worker) if options else ray.remote(_Worker)
         self.workers = [worker.remote(make) for _ in range(workers)]
         self.load = [0] * workers
-        self.waiting: dict = {}
-        self.later: list[Rollout] = []
-        self.left: dict[int, int] = {}
-        self.requests = 0
+        self.place: dict = {}  # handle → which worker
+
+    def _every(self, name: str, *args) -> list:
+        """What each worker's engine says to a call."""
+        return self.ray.get([worker.call.remote(name, *args) for worker in self.workers])
 
     @property
     def bitwise(self) -> bool:
         """Whether all of the workers' engines are."""
-        return all(self.ray.get([worker.bitwise.remote() for worker in self.workers]))
+        return all(self._every("bitwise"))
 
     def submit(self, requests: Sequence[Request]) -> list[int]:
-        """Their numbers; a wrong one raises here, from the worker that looked at it."""
-        for request in requests:
-            if not isinstance(request.params, SamplingParams):
-                validate.fail("params", "SamplingParams", repr(request.params), TypeError)
-        numbers = list(range(self.requests, self.requests + len(requests)))
-        self.requests += len(requests)
-        for number, request in zip(numbers, requests, strict=True):
-            place = self.load.index(min(self.load))
-            self.load[place] += request.params.n
-            self.waiting[self.workers[place].generate.remote(number, request)] = place, request.params.n
-        return numbers
+        """Their numbers; a wrong one raises here, by the check of the first worker's engine, and none is taken then."""
+        self._open()
+        try:
+            return super().submit(self.ray.get(self.workers[0].checked.remote(list(requests))))
+        except self.ray.exceptions.RayTaskError as error:
+            raise error.cause from None
 
-    def step(self, timeout: float | None = None) -> list[Rollout]:
-        """Rollouts of the requests that have ended; waits for one at least, ``timeout`` seconds at most."""
-        if not self.waiting:
-            return []
-        done, _ = self.ray.wait(list(self.waiting), timeout=timeout)
-        found = []
-        for reference in done:
-            place, n = self.waiting.pop(reference)
-            self.load[place] -= n
-            found += self.ray.get(reference)
-        return found
+    def _checked(self, request: Request) -> Request:
+        return request  # by the worker
 
+    def _start(self, number: int, request: Request) -> None:
+        place = self.load.index(min(self.load))
+        self.load[place] += request.params.n
+        handle = self.workers[place].generate.remote(number, request)
+        self.place[handle], self.waiting[number] = place, (handle, request)
+
+    def _done(self, handles: list, timeout: float | None):
+        return self.ray.wait(handles, timeout=timeout)[0] if handles else ()
+
+    def _rollouts(self, number: int, request: Request, handle) -> list[Rollout]:
+        self._unload(handle, request)
+        try:
+            return self.ray.get(handle)
+        except self.ray.exceptions.RayError as error:
+            raise ServerError(f"request {number}: its worker failed: {error}") from error
+
+    def _unload(self, handle, request: Request) -> None:
+        self.load[self.place.pop(handle)] -= request.params.n
+
+    def _forget(self, handle, request: Request) -> None:
+        self._unload(handle, request)
+        self.ray.cancel(handle)
+
+    @alone
     def pause(self, mode: str = "keep") -> None:
-        """No new request is begun until ``resume``; those under way end."""
-        validate.one_of("mode", mode, MODES)
+        """Nothing is generated until ``resume``; the modes are those of the workers' engines."""
+        self._every("pause", validate.one_of("mode", mode, MODES))
         self.paused = True
 
+    @alone
     def resume(self) -> None:
         """Go on."""
+        self._every("resume")
         self.paused = False
 
+    @alone
     def sync_weights(self, named_params, version: int) -> None:
         """The parameters into every worker's model."""
         weights = self.ray.put({name: p.detach().cpu() for name, p in named_params})
         self.ray.get([worker.load.remote(weights, version) for worker in self.workers])
+        self.version = version
 
     def close(self) -> None:
         """End the workers."""
+        self.closed = True
+        self.waiting.clear()
         for worker in self.workers:
             self.ray.kill(worker)
 
 
 class _Worker:
-    """An engine in a process of Ray's."""
+    """An engine in a process of Ray's, whose calls run beside each other: their requests share the engine's steps."""
 
     def __init__(self, make):
         self.engine = make()
 
-    def generate(self, number: int, request: Request) -> list[Rollout]:
-        return [r._replace(request=number) for r in self.engine.generate([request.prompt], request.params)]
+    async def call(self, name: str, *args):
+        found = getattr(self.engine, name)
+        return found(*args) if callable(found) else found
 
-    def bitwise(self) -> bool:
-        return self.engine.bitwise
+    async def checked(self, requests: list[Request]) -> list[Request]:
+        return [self.engine._checked(request) for request in requests]
 
-    def load(self, weights: dict, version: int) -> None:
-        with torch.no_grad():
-            for name, p in self.engine.decoder.model.named_parameters():
+    async def generate(self, number: int, request: Request) -> list[Rollout]:
+        engine, found = self.engine, []
+        (own,) = engine.submit([request])
+        left = {own: request.params.n}
+        try:
+            while left:
+                rollout = engine._take(left)
+                if rollout is not None:
+                    found.append(rollout._replace(request=number))
+                elif engine.paused:
+                    await asyncio.sleep(PATIENCE)
+                else:
+                    await engine._stepped()
+        finally:
+            engine._drop({own})  # cancelled, or failed
+        return found
+
+    async def load(self, weights: dict, version: int) -> None:
+        model = self.engine.model if hasattr(self.engine, "model") else self.engine.decoder.model
+        with self.engine.lock, torch.no_grad():
+            for name, p in model.named_parameters():
                 p.copy_(weights[name])
-        self.engine.sync_weights(None, version)
+            self.engine.sync_weights(None, version)

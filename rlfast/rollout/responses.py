@@ -4,35 +4,44 @@ from __future__ import annotations
 
 import torch
 
-from rlfast.rollout.api import Rollout
+from rlfast.rollout.api import Rollout, SamplingParams
 from rlfast.rollout.scheduler import Sample
 
 
 def ending(sample: Sample, token: int, eos: frozenset, tokenizer, context: int) -> str:
     """Why a sample ends with this token, its last; an empty string if it does not."""
     params, n = sample.params, len(sample.tokens)
-    if n >= params.min_tokens:
-        if token in params.stop_token_ids or (token in eos and not params.ignore_eos):
-            return "stop"
-        if params.stop and _stops(sample, tokenizer):
-            return "stop"
+    if token in params.stop_token_ids or (token in eos and not params.ignore_eos):  # not drawn before min_tokens
+        return "stop"
+    if stopped(sample.tokens, params, tokenizer):
+        return "stop"
     return "length" if n >= params.max_tokens or sample.length >= context else ""
 
 
-def _stops(sample: Sample, tokenizer) -> bool:
-    """Whether a stop string is in the text of the last tokens, of which each adds a character or is part of one."""
-    longest = max(map(len, sample.params.stop))
-    text = tokenizer.decode(sample.tokens[-(longest + 8) :])
-    return any(stop in text for stop in sample.params.stop)
+def stopped(tokens: list[int], params: SamplingParams, tokenizer) -> bool:
+    """Whether a stop string is in the text of the last tokens, of which each adds a character or is part of one, and
+    ends after those that ``min_tokens`` protects."""
+    if not params.stop or len(tokens) <= params.min_tokens:
+        return False
+    begin = max(len(tokens) - max(map(len, params.stop)) - 8, 0)
+    text = tokenizer.decode(tokens[begin:])
+    return _cut(text, params.stop, tokenizer.decode(tokens[begin : params.min_tokens])) < len(text)
+
+
+def _cut(text: str, stops, protected: str) -> int:
+    """Where the first stop string begins that ends after the protected text; the text's length if there is none."""
+    places = (text.find(stop, max(len(protected) - len(stop) + 1, 0)) for stop in stops)
+    return min((at for at in places if at >= 0), default=len(text))
 
 
 def rollout_of(sample: Sample, tokenizer) -> Rollout:
     """As far as the sample has come."""
-    text = ""
+    text, params = "", sample.params
     if tokenizer is not None:
         text = tokenizer.decode(sample.tokens, skip_special_tokens=True)
-        cuts = [at for at in (text.find(stop) for stop in sample.params.stop) if at >= 0]
-        text = text[: min(cuts)] if cuts and sample.finish == "stop" else text
+        if sample.finish == "stop":
+            protected = tokenizer.decode(sample.tokens[: params.min_tokens], skip_special_tokens=True)
+            text = text[: _cut(text, params.stop, protected)]
     *numbers, versions = zip(*sample.records, strict=True) if sample.records else ((), (), (), (), ())
     return Rollout(
         sample.request, sample.index, list(sample.prompt), list(sample.tokens), text,

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import math
 
 import torch
 
+from rlfast.rollout.api import checked_ids
 from rlfast.sampling import Edits, penalty_edits
+
+logger = logging.getLogger("rlfast.rollout")
 
 OPTIONS = {"temperature": torch.float32, "top_k": torch.int32, "top_p": torch.float32, "min_p": torch.float32}
 
@@ -68,7 +72,7 @@ def _edits(logits, samples, eos) -> Edits | None:
 def _bias(sample, eos) -> dict[int, float]:
     """{id: what is added to its logit} of a sample's next token."""
     params = sample.params
-    if len(sample.tokens) >= params.min_tokens - 1:
+    if len(sample.tokens) >= params.min_tokens:
         return params.logit_bias
     ends = set(params.stop_token_ids) | (set() if params.ignore_eos else eos)
     return params.logit_bias | dict.fromkeys(ends, -math.inf)
@@ -83,5 +87,15 @@ def _allowed(vocab: int, device, samples) -> torch.Tensor | None:
     for row, (sample_, ids) in enumerate(zip(samples, wanted, strict=True)):
         if ids is not None:
             allowed[row] = False
-            allowed[row, list(ids(list(sample_.tokens)) if callable(ids) else ids)] = True
+            allowed[row, _ids(sample_, vocab) if callable(ids) else list(ids)] = True
     return allowed.to(device)
+
+
+def _ids(sample, vocab: int) -> torch.Tensor:
+    """What the caller's function allows; nothing if it fails, whatever it raises: the others of the batch go on."""
+    try:
+        return checked_ids("allowed_token_ids", sample.params.allowed_token_ids(list(sample.tokens)), vocab)
+    except Exception:
+        logger.exception("request %d: its allowed_token_ids failed", sample.request)
+        sample.failed = True
+        return torch.empty(0, dtype=torch.int64)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import functools
 import hashlib
 from dataclasses import dataclass, field
@@ -23,7 +24,10 @@ class Sample:
     records: list[tuple] = field(default_factory=list)  # (logp_raw, logp, kept, entropy, version) of each token
     table: list[int] = field(default_factory=list)  # its pages
     computed: int = 0  # positions whose keys and values are there
+    era: int = 0  # the pool's when the first of them was computed
+    running: bool = False  # it has pages, and is not among those that wait
     waits_for: Sample | None = None  # the sample of the same prompt that computes its keys and values
+    failed: bool = False  # its caller's function did
     finish: str = ""
 
     @functools.cached_property
@@ -41,23 +45,26 @@ class Sample:
         """The order in which samples are served."""
         return -self.params.priority, self.request, self.index
 
-    def all_tokens(self) -> list[int]:
-        return [*self.prompt, *self.tokens]
+    def __getitem__(self, some: slice) -> list[int]:
+        """Tokens ``start`` to ``stop`` of prompt and response: a decode step asks for one, and copies no other."""
+        start, stop, _ = some.indices(self.length)
+        before = len(self.prompt)
+        return [*self.prompt[start:stop], *self.tokens[max(start - before, 0) : max(stop - before, 0)]]
 
 
 class Chunk(NamedTuple):
     """Tokens ``start`` to ``stop`` of a sequence, for one forward."""
 
     table: list[int]
-    tokens: list[int]
+    tokens: list[int] | Sample  # of the whole sequence
     start: int
     stop: int
     sample: Sample | None = None
 
     @property
     def completes(self) -> bool:
-        """Whether its last token is the sequence's."""
-        return self.stop == len(self.tokens)
+        """Whether its last token is the sample's."""
+        return self.stop == self.sample.length
 
 
 class Scheduler:
@@ -71,7 +78,7 @@ class Scheduler:
 
     def __init__(self, pool: PagePool, token_budget: int, max_batch: int):
         self.pool, self.token_budget, self.max_batch = pool, token_budget, max_batch
-        self.waiting: list[Sample] = []
+        self.waiting: list[Sample] = []  # by rank
         self.running: list[Sample] = []
 
     def __len__(self) -> int:
@@ -81,42 +88,48 @@ class Scheduler:
         """Samples of one prompt: the first computes what all of them share."""
         for sample in samples[1:]:
             sample.waits_for = samples[0]
-        self.waiting.extend(samples)
-        self.waiting.sort(key=lambda s: s.rank)
+        for sample in samples:
+            self._wait(sample)
+
+    def _wait(self, sample: Sample) -> None:
+        bisect.insort(self.waiting, sample, key=lambda s: s.rank)
+
+    def _run(self, sample: Sample) -> None:
+        self.waiting.remove(sample)
+        self.running.append(sample)
+        sample.running = True
 
     def pick(self) -> list[Chunk]:
         """The chunks of the next forward; samples that lose their pages to others wait again."""
         chunks, budget = [], self.token_budget
         self.running.sort(key=lambda s: s.rank)
         for sample in list(self.running):
-            if budget and sample in self.running:
+            if budget and sample.running:  # who gives way for another comes later in this order, and has no chunk yet
                 chunk = self._chunk(sample, budget)
-                chunks = [c for c in chunks if c.sample in self.running]  # some may have been preempted for it
                 if chunk is not None:
                     chunks.append(chunk)
                     budget -= chunk.stop - chunk.start
         for sample in list(self.waiting):
             if not budget or len(self.running) >= self.max_batch:
                 break
-            if sample.waits_for is None and self._admit(sample):
-                chunk = self._chunk(sample, budget)
-                if chunk is None:
+            if sample.waits_for is None:
+                if not self._admit(sample):  # and none is let past it, however small
                     break
+                chunk = self._chunk(sample, budget)
                 chunks.append(chunk)
                 budget -= chunk.stop - chunk.start
         return chunks
 
     def _admit(self, sample: Sample) -> bool:
         """Start a sample if its prompt finds pages without taking another's."""
-        tokens = sample.all_tokens()
-        sample.table = self.pool.find(tokens[:-1])  # the last token is computed in any case: its logits are wanted
+        sample.table = self.pool.find(sample[:-1])  # the last token is computed in any case: its logits are wanted
         sample.computed = len(sample.table) * self.pool.size
-        if self.pool.pages_for(len(tokens)) - len(sample.table) > self.pool.free:
+        if self.pool.pages_for(sample.length) - len(sample.table) > self.pool.free:
             self.pool.release(sample.table)
             sample.computed = 0
             return False
-        self.waiting.remove(sample)
-        self.running.append(sample)
+        sample.era = self.pool.era
+        self._run(sample)
         return True
 
     def _chunk(self, sample: Sample, budget: int) -> Chunk | None:
@@ -128,7 +141,7 @@ class Scheduler:
             try:
                 self.pool.reserve(sample.table, stop)
                 self.pool.own(sample.table, start)
-                return Chunk(sample.table, sample.all_tokens(), start, stop, sample)
+                return Chunk(sample.table, sample, start, stop, sample)
             except OutOfPages:
                 last = max(self.running, key=lambda s: s.rank)
                 self.preempt(last)
@@ -139,8 +152,7 @@ class Scheduler:
         """Take a sample's pages; it waits, and computes its keys and values again."""
         self.running.remove(sample)
         self._drop(sample)
-        self.waiting.append(sample)
-        self.waiting.sort(key=lambda s: s.rank)
+        self._wait(sample)
 
     def recompute(self) -> None:
         """All keys and values are of other weights: everything that runs begins again, from the tokens that it has."""
@@ -149,7 +161,8 @@ class Scheduler:
 
     def finish(self, sample: Sample) -> None:
         """It holds no page and is in no list any more; another one takes its place before those who wait for it."""
-        if sample in self.running:
+        if sample.running:
+            self.publish(sample)
             self.running.remove(sample)
         else:
             self.waiting.remove(sample)
@@ -166,11 +179,16 @@ class Scheduler:
         for sample in followers:
             sample.waits_for = None
         for sample in started:
-            self.waiting.remove(sample)
-            sample.table, sample.computed = self.pool.fork(leader.table), leader.computed
-            self.running.append(sample)
+            sample.table = self.pool.fork(leader.table)
+            sample.computed, sample.era = leader.computed, leader.era
+            self._run(sample)
         return started
+
+    def publish(self, sample: Sample) -> None:
+        """A sample's full pages are found from now on, unless it went on from keys and values of older weights."""
+        if sample.era == self.pool.era:
+            self.pool.publish(sample.table, sample[: sample.computed])
 
     def _drop(self, sample: Sample) -> None:
         self.pool.release(sample.table)
-        sample.computed = 0
+        sample.computed, sample.running = 0, False

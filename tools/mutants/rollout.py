@@ -18,8 +18,16 @@ PYTHON = [
         "rollout", "rlfast/rollout/scheduler.py",
         ("last = «max»(self.running, key=lambda s: s.rank)", "min"),
         ("return «-self.params.priority», self.request", "self.params.priority"),
-        ("tokens = sample.all_tokens()\n        sample.table = self.pool.find(tokens[«:-1»])", ":"),
+        ("sample.table = self.pool.find(sample[«:-1»])", ":"),
+        ("if sample.era == self.pool.era:", "if True:"),
+        ("and none is let past it, however small\n                    «break»", "continue"),
         ("text = \",\".join(map(str, (self.params.seed, «*self.prompt»)))", ""),
+    ),
+    *python(
+        "rollout", "rlfast/rollout/calls.py",
+        ("self.left |= left", "pass"),
+        ("left.clear()\n            «self._drop(numbers)»", "pass"),
+        ("with self.lock:\n            self._open()", "if True:\n            self._open()"),
     ),
     *python(
         "rollout", "rlfast/rollout/engine.py",
@@ -30,12 +38,12 @@ PYTHON = [
     ),
     *python(
         "rollout", "rlfast/rollout/responses.py",
-        ("if n >= params.min_tokens:", "if True:"),
-        ("text[: min(cuts)] if cuts and «sample.finish == \"stop\"» else text", "False"),
+        ("if «sample.finish == \"stop\"»:", "False"),
+        ("len(protected) - len(stop) «+ 1»", ""),
     ),
     *python(
         "rollout", "rlfast/rollout/sampling.py",
-        ("if len(sample.tokens) >= params.min_tokens «- 1»:", "+ 1"),
+        ("if len(sample.tokens) >= params.min_tokens«»:", " - 1"),
         ("positions=torch.tensor([«s.length» for s in samples]", "len(samples)"),
     ),
     *python(
@@ -64,9 +72,9 @@ PYTHON = [
     ),
     *python(
         "rollout", "rlfast/rollout/parallel.py",
-        ("self.found = []\n        return sorted(", "return sorted("),
-        ("return sorted(«together, key=lambda r: (r.request, r.index)»)", "self.found"),
-        ("self.numbers[number] = DROPPED", "pass"),
+        ("self.found = []\n        together", "together"),
+        ("together = sorted(«(r for part in found for r in part)», key", "self.found"),
+        ("if number % self.size == «self.rank»:", "0"),
     ),
     *python(
         "rollout", "rlfast/rollout/linears.py",
