@@ -35,14 +35,13 @@ def ranked(rank: int, folder: str) -> None:
     found["stream"] = list(pool.stream(given, PARAMS, until=lambda so_far: len(so_far) == 3))
     found["rest"] = list(pool.stream(None))
     found["wrong prompt"] = said(lambda: pool.generate([[3], [], [4]], PARAMS))
-    found["other prompts"] = said(lambda: pool.submit([Request((3,), PARAMS)] * (1 + rank)))
     found["idle"] = pool.step()
-    step = pool.engine.step
+    work = pool.engine._work
     if rank == 1:
-        pool.engine.step = lambda timeout=None: 1 // 0
+        pool.engine._work = lambda timeout=None: 1 // 0
     numbers = pool.submit([Request(tuple(p), PARAMS) for p in given])
     found["failure"] = said(pool.step)
-    pool.engine.step = step
+    pool.engine._work = work
     found["after"] = pool.step()
     assert [r.request for r in found["after"]] == [n for n in numbers for _ in range(2)]
     numbers = pool.submit([Request(tuple(p), PARAMS) for p in given])
@@ -58,6 +57,8 @@ def ranked(rank: int, folder: str) -> None:
     pool.sync_weights(None, 5)
     found["new"] = pool.generate(given, PARAMS)
     found["held"], found["bitwise"] = pool.engine.pool.held, pool.bitwise
+    pool.submit([Request((3,), PARAMS)] * (1 + rank))
+    found["other prompts"] = said(pool.step)
     pool.close()
     with open(f"{folder}/{rank}", "wb") as file:
         pickle.dump(found, file)
@@ -91,11 +92,8 @@ def test_ranks_give_what_one_engine_gives(answers):
 def test_a_rank_that_fails_says_so_on_every_rank(answers):
     """And nothing is lost by it: the next step has it all."""
     for found in answers:
-        assert (
-            found["wrong prompt"]
-            == "rank 1: ValueError: prompts: expected at least one token each, got an empty prompt"
-        )
-        assert found["other prompts"] == "requests: expected the same on every rank, got [1, 2] of them"
+        assert found["wrong prompt"] == "prompts: expected at least one token each, got an empty prompt"
+        assert "requests: expected the same on every rank, got [" in found["other prompts"]
         assert found["idle"] == []
         assert found["failure"] == "rank 1: ZeroDivisionError: integer division or modulo by zero"
         assert [reason for _, reason in found["cancelled"]].count("abort") == 2

@@ -125,6 +125,16 @@ def test_ray_workers():
         assert set(found[0].versions.tolist()) == {3}
         with pytest.raises(Exception, match="prompts: expected at least one token each"):
             pool.generate([[]], PARAMS)
+        pool.pause()
+        numbers = pool.submit([Request(tuple(p), PARAMS) for p in given])
+        pool.cancel(numbers[0])
+        assert [r.finish_reason for r in pool.step(timeout=0.5)] == ["abort"] * PARAMS.n
+        pool.resume()
+        ended = []
+        while pool.under_way:
+            ended += pool.step()
+        ended = sorted(ended, key=lambda r: (r.request, r.index))
+        assert [r.tokens for r in ended] == [r.tokens for r in wanted[PARAMS.n :]] and pool.load == [0, 0]
         pool.close()
     finally:
         ray.shutdown()

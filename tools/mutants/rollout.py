@@ -72,9 +72,9 @@ PYTHON = [
     ),
     *python(
         "rollout", "rlfast/rollout/parallel.py",
-        ("self.found = []\n        return sorted(", "return sorted("),
-        ("return sorted(«together, key=lambda r: (r.request, r.index)»)", "self.found"),
-        ("self.numbers[number] = DROPPED", "pass"),
+        ("self.found = []\n        together", "together"),
+        ("together = sorted(«(r for part in found for r in part)», key", "self.found"),
+        ("if number % self.size == «self.rank»:", "0"),
     ),
     *python(
         "rollout", "rlfast/rollout/linears.py",
