@@ -20,7 +20,6 @@ NUMBERS = [x for t in TERMS for x in t.numbers()]
 class _Sums(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logp, side, backend):
-        ctx.set_materialize_grads(False)
         ctx.save_for_backward(side.mask, side.cu_seqlens)
         ctx.shape, ctx.dtype = logp.shape, logp.dtype
         kept = torch.ones(rows_of(side), dtype=torch.bool, device=logp.device)
@@ -33,10 +32,8 @@ class _Sums(torch.autograd.Function):
     @staticmethod
     @first_derivatives_only
     def backward(ctx, by_sum, by_ratio):
-        if by_sum is None and by_ratio is None:
-            return None, None, None
         mask, ends = ctx.saved_tensors
-        d = by_sum if by_ratio is None else by_ratio if by_sum is None else by_sum + by_ratio
+        d = by_sum + by_ratio
         if ends is None:
             d = d.unsqueeze(-1).expand(ctx.shape)
         else:

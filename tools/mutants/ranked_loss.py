@@ -41,7 +41,7 @@ PYTHON = [
     *python(
         "torch", "rlfast/ops/response_sums.py",
         ("d = d if mask is None else torch.where(mask, d, 0.0)", "d = d", "every_row"),
-        ("by_ratio if by_sum is None else «by_sum + by_ratio»", "by_sum", "every_row or every_option"),
+        ("d = by_sum + by_ratio", "d = by_sum", "every_row or every_option"),
         ("return «-out.losses», out.rewards[0]", "out.losses", "every_row or every_option"),
     ),
     *python(
