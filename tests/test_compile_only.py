@@ -55,6 +55,7 @@ def test_no_kernel_spills_and_none_is_missed(tool):
     for only in (
         "bfloat16 scaled wide all outputs",
         "bfloat16 gae all outputs",
+        "bfloat16 gae whitened",
         "bfloat16 baseline 0",
         "bfloat16 ppo_clip k3 unit=1",
         "bfloat16 jsd wide all outputs",
