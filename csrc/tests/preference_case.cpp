@@ -152,7 +152,7 @@ formulas::SingleLoss<Real> evaluated(int which, const float* hyper, const formul
 #undef RLFAST_TRY
 
 // Hyper-parameters within the range of every formula.
-constexpr float kLinkHyper[4] = {0.13f, 0.2f, 0.3f, 0.01f}, kScoreHyper[2] = {0.4f, 0.0f};
+constexpr float kLinkHyper[4] = {0.13f, 0.12f, 0.3f, 0.01f}, kScoreHyper[2] = {0.4f, 0.0f};
 constexpr float kReward = 0.5f, kFactor = 2.0f;
 constexpr int kTotalScore = 1, kHinge = 2;  // whose maximum drops a NaN
 // ℓ itself is of the size of 1 to 100 here, and its gradient below 10.
