@@ -24,11 +24,11 @@ from pathlib import Path
 
 import torch
 
-from bench import arms, gemms, measure
+from bench import arms, gemms, measure, report
 from bench.baselines import rollouts as baselines
 from bench.case import DTYPES
 from bench.rollouts_report import OURS
-from bench.run import RESULTS, stamp
+from bench.run import RESULTS, label, machine, stamp
 from rlfast import rollout
 from rlfast import sampling as head_and_sampler
 from rlfast.rollout import attention, linears, sampling
@@ -267,15 +267,26 @@ def main() -> int:
     parser.add_argument("--json", type=Path, default=RESULTS / "rollouts.json")
     args = parser.parse_args()
     chosen = [s for s in SETTINGS if not args.case or args.case in s.name]
-    result = stamp("cpu", "python -m bench.rollouts") | {"method": METHOD, "rollouts": []}
+    command = "python -m bench.rollouts" + (f" --case {args.case!r}" if args.case else "")
+    result = stamp("cpu", command) | {"method": METHOD, "rollouts": _others(args.json, chosen)}
     started = time.perf_counter()
     for setting in chosen:
         scratch = Path(platformdirs.user_cache_dir("rlfast", appauthor=False))
         found = run_setting(setting, scratch, lambda text, s=setting: _say(started, f"{s.name}: {text}"))
-        result["rollouts"].append(found)
+        result["rollouts"].append(found | {"stamp": report.stamp(result)})
         print(json.dumps({k: found[k] for k in ("ratio", "share", "split_ms", "roofline_ms")}, indent=1))
         args.json.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
     return 0 if chosen else 1
+
+
+def _others(path: Path, chosen: list[Setting]) -> list[dict]:
+    """What an earlier run on such a machine has measured of other workloads; each has its own stamp."""
+    if not path.exists():
+        return []
+    before = json.loads(path.read_text(encoding="utf-8"))
+    names = {setting.name for setting in chosen}
+    same = before["device"] == label(machine("cpu"))
+    return [row for row in before["rollouts"] if same and row["name"] not in names]
 
 
 def _say(started: float, text: str) -> None:

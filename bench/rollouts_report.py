@@ -18,12 +18,13 @@ def figures(result: dict) -> list[str]:
     steps = ["a decode step", "ms", *PARTS, "roofline", "linears and sampler, of the roofline"]
     tables = [[whole, ["---"] * len(whole)], [steps, ["---"] * len(steps)]]
     for row in result["rollouts"]:
+        name = f"{row['name']} ({row['stamp']})"
         split, share = row["split_ms"], row["share"]
         ratios = [f"{row['ratio'][peer]:.2f}" if peer in row["ratio"] else "" for peer in PEERS]
-        tables[0].append([row["name"], f"{row['arms'][OURS]['tokens_s']:.0f}", *ratios, f"{share['roofline']:.0%}"])
+        tables[0].append([name, f"{row['arms'][OURS]['tokens_s']:.0f}", *ratios, f"{share['roofline']:.0%}"])
         parts = [f"{split[part]:.1f}" for part in ("step", *PARTS)]
         least = [f"{row['roofline_ms']['step']:.1f}", f"{share['linears and sampler']:.0%}"]
-        tables[1].append([row["name"], *parts, *least])
+        tables[1].append([name, *parts, *least])
     return [*_lines(tables[0]), "", *_lines(tables[1])]
 
 

@@ -106,8 +106,8 @@ def loss(name: str, *, like: str | None = None, **options) -> Loss:
         -0.987683
     """
     row = LOSSES[validate.one_of("name", name, tuple(LOSSES))]
-    if options.get("kl") is not None:
-        options["kl"] = estimator("kl", options["kl"])
     if like is not None:
+        if options.get("kl") is not None:
+            options["kl"] = estimator("kl", options["kl"])  # by whose name the trainer has its bounds
         options = preset(name, like, options.get("kl", ...)) | options
     return row.with_options(**options) if options else row

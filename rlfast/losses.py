@@ -229,6 +229,8 @@ class Loss:
         known = names | (set(formula.hyper._fields) if formula else set())
         validate.options(options, known, self.name)
         given = {k: v for k, v in options.items() if k in names}
+        if given.get("kl") is not None:
+            given["kl"] = estimator("kl", given["kl"])
         if "kl" in given and given["kl"] != self.kl:  # the bounds are the other estimator's
             given = {k: v for k, v in NO_KL.items() if given["kl"] is None or k.startswith("kl_")} | given
         base = {} if "surrogate" in options else self.hyper

@@ -215,6 +215,8 @@ def test_another_estimator_has_its_own_bounds():
     k2 = grpo.with_options(kl="k2")
     assert (k2.kl_d_max, k2.kl_max, k2.beta) == (float("inf"), float("inf"), 0.1)
     assert k2 == rlfast.loss("grpo", like="verl", beta=0.1, kl="k2")
+    absolute = rlfast.loss("grpo", kl="absolute", kl_max=3.0)
+    assert absolute.with_options(kl="abs").kl_max == 3.0  # another name of the same
     assert grpo.with_options(kl="k3").kl_max == 10.0 and grpo.with_options(kl="k2", kl_max=5.0).kl_max == 5.0
     nemo = rlfast.loss("grpo", like="nemo-rl", kl="k2")
     assert (nemo.kl_d_max, nemo.kl_max) == (20.0, 10.0)
