@@ -135,10 +135,8 @@ def figures(found: list[dict]) -> list[str]:
         lines += rollouts_report.figures(result)
     for result in demos(found):
         trainer, command = _demo(result)
-        lines += [
-            "",
-            f"A whole {trainer} step of `{command}` ({result['machine']['cpu']}, {stamp(result)}): {result['ratio']:.2f}× stock TRL.",
-        ]
+        where = f"{result['machine']['cpu']}, {stamp(result)}"
+        lines += ["", f"A whole {trainer} step of `{command}` ({where}): {result['ratio']:.2f}× stock TRL."]
     return lines[1:] or ["No benchmark has been committed yet: `make bench` writes one."]
 
 
