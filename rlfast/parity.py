@@ -12,6 +12,7 @@ may cancel, it is that of the sum of their absolute values. There is no other to
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -27,6 +28,7 @@ _FORMATS = {  # explicit mantissa bits, exponent of the smallest subnormal
     torch.bfloat16: (7, -133),
     torch.float16: (10, -24),
 }
+_EXPONENT = 0x7FF << 52  # of a float64
 
 
 class Parity(NamedTuple):
@@ -49,10 +51,9 @@ class Parity(NamedTuple):
 def ulp(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """The spacing of ``dtype`` at each |x|, in float64."""
     bits, smallest = _FORMATS[dtype]
-    x = x.double()
-    _, exponent = torch.frexp(x)  # |x| in [2^(exponent − 1), 2^exponent); 0 has no exponent of its own
-    exponent = torch.where(x == 0, smallest, exponent - 1 - bits).clamp(min=smallest)
-    return torch.ldexp(torch.ones_like(x), exponent)
+    x = x.double().abs().clamp(min=2.0 ** (smallest + bits))  # below it the spacing stays what it is there
+    x.view(torch.int64).bitwise_and_(_EXPONENT)
+    return x.mul_(2.0**-bits)
 
 
 def _pieces(*tensors):
@@ -62,8 +63,14 @@ def _pieces(*tensors):
 
 
 def _largest_error(x, truth) -> float:
-    errors = (torch.where(t.isfinite() & x.isfinite(), (x - t).abs(), 0.0).max() for x, t in _pieces(x, truth))
-    return max(float(e) for e in errors)
+    return max(_largest_of(a, b) for a, b in _pieces(x, truth))
+
+
+def _largest_of(x, truth) -> float:
+    largest = float((x - truth).abs_().max())
+    if math.isfinite(largest):
+        return largest
+    return float(torch.where(truth.isfinite() & x.isfinite(), (x - truth).abs(), 0.0).max())
 
 
 def measure(got, truth, yardstick, kind: str = "value", dtype: torch.dtype | None = None, size=None) -> Parity:
@@ -91,12 +98,9 @@ def measure(got, truth, yardstick, kind: str = "value", dtype: torch.dtype | Non
         return Parity(True, 0.0, (), 0.0, 0.0, 0.0)
     own = max(_largest_error(x, truth) for x in yardsticks)
     start, worst, error, largest, found = 0, -1.0, 0.0, 0.0, None
-    for x, t, terms in _pieces(got, truth, truth if size is None else size):
+    for x, t, terms in _pieces(got, truth, truth if size is None else size.nan_to_num(0.0, 0.0, 0.0)):
         excess, errors, allowed = _excess(x, t, FACTORS[kind] * own, dtype, terms)
-        error, largest = (
-            max(error, float(errors.max())),
-            max(largest, float(torch.where(t.isfinite(), t.abs(), 0.0).max())),
-        )
+        error, largest = max(error, float(errors.max())), max(largest, _largest_of(t, torch.zeros(())))
         here = int(excess.argmax())
         if float(excess[here]) > worst:
             worst, found = float(excess[here]), (start + here, *(y[here].item() for y in (x, t, allowed)))
@@ -110,6 +114,12 @@ def measure(got, truth, yardstick, kind: str = "value", dtype: torch.dtype | Non
 
 def _excess(got, truth, bound: float, dtype: torch.dtype, size):
     """(error ÷ allowed, error, allowed) of each element; infinite where a NaN or an infinity is not met."""
+    error, allowed = (got - truth).abs_(), ulp(size, torch.float32).mul_(ULPS).add_(bound)
+    if dtype in (torch.bfloat16, torch.float16):
+        allowed += ulp(truth, dtype)
+    excess = error / allowed
+    if math.isfinite(float(excess.sum())):
+        return excess, error, allowed
     finite = truth.isfinite()
     safe = torch.where(finite, truth, 0.0)
     error = torch.where(finite, (got - safe).abs(), 0.0)

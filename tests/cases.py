@@ -41,6 +41,7 @@ class Problem:
     needs: tuple = ("logits", "hidden", "weight", "bias")  # the inputs that need a gradient
     upstream: str = "random"  # or "ones": what `.sum().backward()` sends, an expanded scalar
     call: dict = field(default_factory=dict)  # inplace_backward, memory_budget: no meaning for the oracle
+    every: int = 1  # the loss reads one row of so many
 
     @property
     def op(self) -> str:
@@ -66,7 +67,11 @@ def cotangents(problem: Problem, values: list) -> list:
     rng = torch.Generator().manual_seed(3)
     if problem.upstream == "ones":
         return [torch.ones((), dtype=torch.float64).expand(x.shape) for x in values]
-    return [torch.randn(x.shape, generator=rng).double() for x in values]
+    random = [torch.randn(x.shape, generator=rng).double() for x in values]
+    for g in random if problem.every > 1 else ():
+        unread = torch.arange(g.shape[0]) % problem.every != 0
+        g[unread] = 0.0
+    return random
 
 
 def oracle(problem: Problem, dtype: torch.dtype, upstream: list | None = None, pad: int = 0) -> tuple[dict, dict]:

@@ -32,7 +32,7 @@ from tests.cases import (
     run,
     yardsticks,
 )
-from tests.numerics import assert_same_bits, assert_value
+from tests.numerics import assert_same_bits, assert_value, assert_zero
 
 MARGINS = (10.0, 16.6, 17.0, 20.0, 40.0)  # from float32's last whole digit of 1 − p to far beyond it
 CERTAIN = torch.tensor([3, 700, 1023, 1499])  # the near-certain token of each of four rows, in both leaves of 1500
@@ -209,23 +209,39 @@ def check_out_of_range(inputs: dict, target: int, backend: str, device: str) -> 
 def check_by_rows(problem: Problem, backend: str, device: str, rows: int = 64, calls=()) -> None:
     """``check`` for sizes whose oracle does not fit: the truth a few rows at a time, the head's gradients summed up.
 
+    Only rows that the loss reads (``Problem.every``) are compared; the gradients of the others are zeros.
     ``calls`` are ways of making the call that have one truth, which takes longer than all of them.
     """
-    truths, own = (_oracle_by_rows(problem, dtype, rows) for dtype in (torch.float64, torch.float32))
+    read = slice(None, None, problem.every)
+    part = replace(problem, inputs=_of_rows(problem.inputs, read), targets=problem.targets[read],
+                   options=_of_rows(problem.options, read))  # fmt: skip
+    upstream = [g[read] for g in cotangents(problem, [torch.empty(problem.targets.shape)] * len(problem.grads))]
+    truths, own = (_oracle_by_rows(part, dtype, upstream, rows) for dtype in (torch.float64, torch.float32))
     for way in calls or (problem.call,):
-        hold(problem, *run(replace(problem, call=way), backend, device), truths, own)
+        out, gradients = run(replace(problem, call=way), backend, device)
+        assert bool(out.logp.isfinite().all()), "logp is not finite"
+        for name in set(gradients) & {"logits", "hidden"}:
+            others = torch.ones(problem.lead, dtype=torch.bool)
+            others[read] = False
+            assert_zero(f"gradient of unread {name}", gradients[name][others.to(device)])
+            gradients[name] = gradients[name][read]
+        out = rlfast.TokenLogps(*(x if x is None else x[read] for x in out))
+        hold(part, out, gradients, truths, own)
 
 
-def _oracle_by_rows(problem: Problem, dtype, rows: int):
+def _of_rows(named: dict, rows: slice) -> dict:
+    """Of hidden states, logits and options the rows; the head as it is."""
+    return {k: x[rows] if isinstance(x, torch.Tensor) and k not in ("weight", "bias") else x for k, x in named.items()}
+
+
+def _oracle_by_rows(problem: Problem, dtype, upstream: list, rows: int):
     (n,) = problem.lead
     values, gradients = {}, {}
-    upstream = cotangents(problem, [torch.empty(problem.targets.shape)] * len(problem.grads))
     for start in range(0, n, rows):
-        part = slice(start, min(start + rows, n))
-        inputs = {k: x[part] if k in ("logits", "hidden") else x for k, x in problem.inputs.items()}
-        options = {k: v[part] if isinstance(v, torch.Tensor) else v for k, v in problem.options.items()}
-        few = Problem(inputs, problem.targets[part], options, problem.outputs, problem.grads, problem.needs)
-        some, some_gradients = oracle(few, dtype, [g[part] for g in upstream])
+        at = slice(start, min(start + rows, n))
+        few = Problem(_of_rows(problem.inputs, at), problem.targets[at], _of_rows(problem.options, at),
+                      problem.outputs, problem.grads, problem.needs)  # fmt: skip
+        some, some_gradients = oracle(few, dtype, [g[at] for g in upstream])
         for name, x in some.items():
             values.setdefault(name, []).append(x)
         for name, g in some_gradients.items():

@@ -304,7 +304,9 @@ FULL = ((512, 576, 49152), (2048, 896, 151936))
 def test_full_size(backend, device, shape, dtype):
     rows, dim, vocab = (2, shape[1], shape[2] // 4 + 1) if interpreted() else shape
     shared.skip_unless_memory(device, 10)
-    problem = Problem(head_of(rows, dim, vocab, DTYPES[dtype]), targets_of(rows, vocab), {}, ALL, DIFFERENTIABLE)
+    problem = Problem(
+        head_of(rows, dim, vocab, DTYPES[dtype]), targets_of(rows, vocab), {}, ALL, DIFFERENTIABLE, every=few(17, 1)
+    )
     calls = [{"memory_budget": budget and 4 * rows * vocab} for budget in (RECOMPUTE, KEEP)]
     shared.check_by_rows(problem, backend, device, rows=128, calls=calls)
 
