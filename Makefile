@@ -33,7 +33,7 @@ test: doctor-test $(VENV)/.dev  ## the tests, on the C++ and torch backends, the
 	TRITON_INTERPRET=1 $(PY) -m pytest tests -q -n auto -m "not slow and not large" --backend triton
 
 test-all: doctor-test $(VENV)/.dev  ## the full product of shapes, options and backends, and the slow tests (< 1 hour)
-	$(PY) -m pytest tests bench -q -n auto --full-product -m "not large"
+	$(PY) -m pytest tests bench -q -n auto --dist loadgroup --full-product -m "not large"
 	$(PY) -m pytest tests -q --full-product -m large
 	TRITON_INTERPRET=1 $(PY) -m pytest tests -q -n auto --full-product --backend triton
 

@@ -17,6 +17,7 @@ from rlfast.ops import token_logps as logits_op
 from tests.adversarial import ROWS
 from tests.cases import (
     DIFFERENTIABLE,
+    DTYPES,
     PRODUCT_AXES,
     Problem,
     call,
@@ -30,6 +31,7 @@ from tests.cases import (
     problem_of,
     product,
     run,
+    solution_of,
     yardsticks,
 )
 from tests.numerics import assert_same_bits, assert_value, assert_zero
@@ -52,15 +54,34 @@ def check_row(op: str, row: str, backend: str, device: str) -> None:
     hold(problem, out, gradients, truth, yardstick)
 
 
+COMBINATIONS = product(PRODUCT_AXES)[:: few(1, 8)]  # every eighth under the interpreter, which is 50 times slower
+
+
+# The backends of one of these go to one worker, which makes its oracles once.
+PRODUCTS = [
+    pytest.param(dtype, vocab, marks=pytest.mark.xdist_group(f"product {dtype} {vocab}"))
+    for dtype in DTYPES
+    for vocab in (1000, 1025)
+]
+
+
+@functools.lru_cache(maxsize=len(COMBINATIONS))
+def solved_of_product(op: str, dtype: str, vocab: int, number: int):
+    """A combination's problem and its solution, for the backends that are tested one after another."""
+    problem = problem_of(op, COMBINATIONS[number] | {"dtype": dtype, "vocab": vocab})
+    return problem, solution_of(problem)
+
+
 def check_product(op: str, backend: str, device: str, dtype: str, vocab: int) -> None:
-    """Every combination of the axes that can interact; every eighth under the interpreter, which is 50 times slower."""
-    combinations, failures = product(PRODUCT_AXES)[:: few(1, 8)], []
-    for combination in combinations:
+    """Every combination of the axes that can interact."""
+    failures = []
+    for number, combination in enumerate(COMBINATIONS):
+        problem, solution = solved_of_product(op, dtype, vocab, number)
         try:
-            check(problem_of(op, combination | {"dtype": dtype, "vocab": vocab}), backend, device)
+            check(problem, backend, device, solution)
         except AssertionError as error:
             failures.append(f"{label(combination)}: {error}")
-    assert not failures, f"{len(failures)} of {len(combinations)} fail:\n" + "\n".join(failures[:10])
+    assert not failures, f"{len(failures)} of {len(COMBINATIONS)} fail:\n" + "\n".join(failures[:10])
 
 
 def hold_relative(logp, at_target, problem: Problem) -> None:

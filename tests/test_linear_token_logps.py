@@ -47,8 +47,7 @@ def test_options_pairwise(backend, device, combination):
 # Not the reference, which is the oracle itself: a third of the time.
 @pytest.mark.backends("torch", *KERNELS)
 @pytest.mark.slow
-@pytest.mark.parametrize("vocab", (1000, 1025))
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("dtype", "vocab"), shared.PRODUCTS)
 def test_options_product(backend, device, dtype, vocab):
     shared.check_product(OP, backend, device, dtype, vocab)
 

@@ -26,6 +26,13 @@ def pytest_lines(target: str) -> list[str]:
     return [line for line in done.stdout.splitlines() if re.search(r"-m pytest\b", line)]
 
 
+def listing(arguments: list[str]) -> list[str]:
+    """The arguments of a pytest command that list what it would run of the ops' own files."""
+    rest = [x for x in arguments if x not in ("tests", "bench", "-q")]  # a second -q would list files only
+    assert "tests" in arguments, arguments
+    return [*(f"tests/test_{op}.py" for op in backends.IMPLEMENTED), *rest, "--collect-only", "-q"]
+
+
 def collected(line: str) -> set[tuple[str, str]]:
     """The (op, backend) pairs that a pytest command of the Makefile would run."""
     words = shlex.split(line)
@@ -34,8 +41,7 @@ def collected(line: str) -> set[tuple[str, str]]:
     arguments = words[words.index("pytest") + 1 :]
     while "-n" in arguments:  # no workers for a listing
         del arguments[arguments.index("-n") : arguments.index("-n") + 2]
-    arguments = [word for word in arguments if word != "-q"]  # a second -q would list files only
-    command = [sys.executable, "-m", "pytest", *arguments, "--collect-only", "-q"]
+    command = [sys.executable, "-m", "pytest", *listing(arguments)]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     pairs = set()
@@ -62,7 +68,7 @@ def test_the_gpu_target_runs_the_kernels_of_a_gpu():
     (line,) = pytest_lines("test-gpu")
     arguments = shlex.split(line.split("-m pytest", 1)[1])
     assert "gpu and (large or not large)" in arguments, line
-    command = [sys.executable, "-m", "pytest", *[x for x in arguments if x != "-q"], "--collect-only", "-q"]
+    command = [sys.executable, "-m", "pytest", *listing(arguments)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     for op, name in PAIRS:
         if name == "cuda":  # Triton's tests are of a GPU only where there is one
