@@ -14,6 +14,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -23,6 +24,8 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
 RECORD = "rlfast/_build_record.py"
+# In the tree, where an editable install finds them again: pip gives it another temporary folder each time.
+OBJECTS = ROOT / "build" / f"objects-{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
 
 COMMON = ("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra")
 COMMON += ("-fno-math-errno", "-fno-trapping-math")
@@ -90,6 +93,12 @@ def find_nvcc() -> str:
     raise NotBuilt("nvcc is not on PATH and CUDA_HOME is not set")
 
 
+def object_of(source: Path, folder: Path, command) -> Path:
+    """Where a source's object goes: another place for another command, but for where this tree lies."""
+    words = " ".join(map(str, command)).replace(str(ROOT), "")
+    return folder / f"{source.stem}-{zlib.crc32(words.encode()):08x}.o"
+
+
 def include_flags() -> list[str]:
     try:
         import pybind11
@@ -109,7 +118,7 @@ class Build(build_ext):
         for extension in self.extensions:
             name = extension.name.rpartition("._")[2]
             try:
-                getattr(self, f"build_{name}")(Path(self.get_ext_fullpath(extension.name)), Path(self.build_temp, name))
+                getattr(self, f"build_{name}")(Path(self.get_ext_fullpath(extension.name)), OBJECTS / name)
                 record[name] = "built"
             except NotBuilt as reason:
                 record[name] = str(reason)
@@ -125,8 +134,8 @@ class Build(build_ext):
         return [self.get_ext_fullpath(extension.name) for extension in self.extensions]
 
     def compile(self, jobs) -> None:
-        """Runs (source, object, command) jobs whose object is older than the source, a header or this file."""
-        newest = max(path.stat().st_mtime for path in (*CSRC.rglob("*.h"), *CSRC.rglob("*.cuh"), Path(__file__)))
+        """Runs (source, object, command) jobs whose object is older than the source or a header."""
+        newest = max(path.stat().st_mtime for path in (*CSRC.rglob("*.h"), *CSRC.rglob("*.cuh")))
         stale = []
         for source, target, command in jobs:
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -149,9 +158,10 @@ class Build(build_ext):
                 if source.stem == "dispatch":
                     continue
                 command = [*compiler, *KERNEL, *openmp, *flags, defined, f"-DRLFAST_ISA_NS={isa}", f"-I{CSRC}"]
-                jobs.append((source, temp / isa / f"{source.stem}.o", command))
+                jobs.append((source, object_of(source, temp / isa, command), command))
         for source in (CSRC / "cpu" / "dispatch.cpp", *sorted(CSRC.glob("bindings_cpu*.cpp"))):
-            jobs.append((source, temp / f"{source.stem}.o", [*compiler, *COMMON, defined, *include_flags()]))
+            command = [*compiler, *COMMON, defined, *include_flags()]
+            jobs.append((source, object_of(source, temp, command), command))
         self.compile(jobs)
         self.link([*compiler, *openmp, *(target for _, target, _ in jobs)], library)
 
@@ -161,9 +171,10 @@ class Build(build_ext):
         if not sources:
             raise NotBuilt("csrc/cuda has no source")
         options = ["-std=c++17", "-O3", "-lineinfo", "-Xcompiler=-fPIC,-fvisibility=hidden", f"-I{CSRC}", *GENCODE]
-        jobs = [(source, temp / f"{source.stem}.o", [nvcc, *options]) for source in sources]
+        jobs = [(source, object_of(source, temp, [nvcc, *options]), [nvcc, *options]) for source in sources]
         for source in sorted(CSRC.glob("bindings_cuda*.cpp")):
-            jobs.append((source, temp / f"{source.stem}.o", [*compiler, *COMMON, *include_flags()]))
+            command = [*compiler, *COMMON, *include_flags()]
+            jobs.append((source, object_of(source, temp, command), command))
         self.compile(jobs)
         self.link([nvcc, "-cudart=static", *(target for _, target, _ in jobs)], library)
 

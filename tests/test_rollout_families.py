@@ -89,18 +89,17 @@ def test_an_engine_made_under_autocast(family):
     """It generates in the narrow dtype whatever is on around its calls, near the model's own numbers there."""
     model = decoder(family)
     with torch.autocast("cpu", torch.bfloat16):
-        one = Engine(model, kv_budget=1 << 22)
+        one, another = (Engine(model, kv_budget=1 << 22) for _ in range(2))
     assert isinstance(one, Engine) and one.decoder.dtype == torch.bfloat16
     rollouts = one.generate(prompts(4), GREEDY)
     assert {x.dtype for pair in one.caches.layers.values() for x in pair} == {torch.bfloat16}
     with torch.autocast("cpu", torch.bfloat16):
-        same(one.generate(prompts(4), GREEDY), rollouts)
+        same(another.generate(prompts(4), GREEDY), rollouts)
     if one.bitwise:
         scores = one.score([[*r.prompt_tokens, *r.tokens] for r in rollouts])
         for rollout, score in zip(rollouts, scores, strict=True):
             assert_same_bits("logp_raw", score.logp_raw[-12:], rollout.logp_raw)
-    wide = engine(family)
-    before = wide.generate(prompts(2), GREEDY)
+    before, wide = engine(family).generate(prompts(2), GREEDY), engine(family)  # a second time prefixes are known
     with torch.autocast("cpu", torch.bfloat16):
         same(wide.generate(prompts(2), GREEDY), before)
 

@@ -46,7 +46,8 @@ def _backward(own, other, targets, mask, transform, other_transform, measure, sa
     with torch.enable_grad():
         leaf = own.detach().requires_grad_()
         options = _options(targets, mask, transform, other_transform, measure)
-        (gradient,) = _pull(oracle(leaf, other.detach(), **options), grads, [leaf])
+        # in float64: where few outcomes are left autograd's float32 terms all but cancel
+        (gradient,) = _pull(oracle(leaf, other.detach(), dtype=torch.float64, **options), grads, [leaf])
     out.copy_(gradient)
 
 
