@@ -8,6 +8,7 @@ from bench.families import (
     attention,
     divergences,
     linear,
+    linear_policy,
     linear_preference,
     log_probs,
     preferences,
@@ -17,8 +18,8 @@ from bench.families import (
 )
 
 FAMILIES = (
-    log_probs, linear, divergences, token_loss, preferences, linear_preference, ranked_loss, advantages, attention,
-    sampling,
+    log_probs, linear, divergences, token_loss, preferences, linear_preference, linear_policy, ranked_loss, advantages,
+    attention, sampling,
 )  # fmt: skip
 CASES: tuple[Case, ...] = tuple(case for family in FAMILIES for case in family.CASES)
 _CLASS = {key: type(case) for case in reversed(CASES) for key in (case.op, case.name)}

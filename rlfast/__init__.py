@@ -39,7 +39,8 @@ from rlfast.kl import kl_penalty  # noqa: E402
 from rlfast.linear import linear  # noqa: E402
 from rlfast.logps import TokenLogps, linear_token_logps, token_logps  # noqa: E402
 from rlfast.loss_table import LOSSES, loss  # noqa: E402
-from rlfast.losses import Loss, LossMetrics, LossOutput  # noqa: E402
+from rlfast.losses import LinearLossOutput, Loss, LossMetrics, LossOutput  # noqa: E402
+from rlfast.plans import LinearPlan, plan  # noqa: E402
 from rlfast.preference import Part, PreferenceLoss, PreferenceOutput  # noqa: E402
 from rlfast.preference_table import PREFERENCES, preference_loss  # noqa: E402
 from rlfast.ranked import RANKED, RankedLoss, RankedOutput, ranked_loss  # noqa: E402
@@ -78,6 +79,8 @@ __all__ = [
     "DynamicBeta",
     "Edits",
     "GroupStatistics",
+    "LinearLossOutput",
+    "LinearPlan",
     "Loss",
     "LossMetrics",
     "LossOutput",
@@ -131,6 +134,7 @@ __all__ = [
     "patch",
     "penalty_edits",
     "per_decision_td",
+    "plan",
     "preference_loss",
     "process_reward_loss",
     "quantile_loss",

@@ -30,7 +30,9 @@ class Given(NamedTuple):
     num_items: object
 
 
-def checked(given: Given, name: str, needs: tuple[str, ...], idle: tuple[str, ...], coefs: tuple) -> Fields:
+def checked(
+    given: Given, name: str, needs: tuple[str, ...], idle: tuple[str, ...], coefs: tuple, first: str = "logp"
+) -> Fields:
     """The op's fields, or an error that names the argument.
 
     Args:
@@ -39,6 +41,7 @@ def checked(given: Given, name: str, needs: tuple[str, ...], idle: tuple[str, ..
         needs: names of the fields that this loss cannot do without.
         idle: names of those that it would not read.
         coefs: (beta, entropy_coef), numbers or 0-dim tensors.
+        first: what the caller knows as the tokens, where that is not ``logp``.
     """
     for field in needs:
         if getattr(given, field) is None:
@@ -50,17 +53,20 @@ def checked(given: Given, name: str, needs: tuple[str, ...], idle: tuple[str, ..
     validate.tensor("logp", logp)
     if logp.dim() not in (1, 2):
         validate.fail("logp", "shape [B, T], or [N] with cu_seqlens", validate.shape(logp))
-    cu_seqlens = boundaries(given.cu_seqlens, logp)
+    cu_seqlens = boundaries(given.cu_seqlens, logp, first)
     adv = given.adv
     if adv is None:
         adv = torch.zeros((), dtype=torch.float32, device=logp.device).expand(logp.shape)
-    weights = _by_sequence("weights", given.weights, logp, cu_seqlens)
+    weights = _by_sequence("weights", given.weights, logp, cu_seqlens, first)
+    old, ref, rollout, extra = (
+        _constant(field, getattr(given, field), logp, first)
+        for field in ("old_logp", "ref_logp", "rollout_logp", "extra")
+    )
+    mask, keep = (_flags(field, getattr(given, field), logp, first) for field in ("mask", "keep"))
     return Fields(
-        in_rows(logp), _constant("old_logp", given.old_logp, logp), _constant("ref_logp", given.ref_logp, logp),
-        _constant("rollout_logp", given.rollout_logp, logp), _by_sequence("adv", adv, logp, cu_seqlens),
-        like_first("entropy", given.entropy, logp), weights if weights is None else weights.contiguous(),
-        _constant("extra", given.extra, logp), _flags("mask", given.mask, logp), _flags("keep", given.keep, logp),
-        cu_seqlens, counted(given.num_items, logp), _coefs(coefs, logp),
+        in_rows(logp), old, ref, rollout, _by_sequence("adv", adv, logp, cu_seqlens, first),
+        like_first("entropy", given.entropy, logp, first), weights if weights is None else weights.contiguous(), extra,
+        mask, keep, cu_seqlens, counted(given.num_items, logp), _coefs(coefs, logp),
     )  # fmt: skip
 
 
@@ -87,8 +93,8 @@ def like_first(name: str, x, logp, other: str = "logp"):
     return in_rows(_float(x, logp))
 
 
-def _constant(name: str, x, logp):
-    return x if x is None else like_first(name, _without_gradient(name, x), logp)
+def _constant(name: str, x, logp, first: str):
+    return x if x is None else like_first(name, _without_gradient(name, x), logp, first)
 
 
 def _without_gradient(name: str, x):
@@ -97,12 +103,12 @@ def _without_gradient(name: str, x):
     return x
 
 
-def _by_sequence(name: str, x, logp, cu_seqlens):
+def _by_sequence(name: str, x, logp, cu_seqlens, first: str):
     """A field of tokens, from one of tokens or of sequences."""
     if x is None:
         return None
     validate.tensor(name, _without_gradient(name, x))
-    validate.same_device(name, x, "logp", logp)
+    validate.same_device(name, x, first, logp)
     x = _float(x, logp)
     if x.shape == logp.shape:
         return x if x.stride(-1) in (0, 1) or x.shape[-1] <= 1 else x.contiguous()
@@ -111,11 +117,11 @@ def _by_sequence(name: str, x, logp, cu_seqlens):
         return x.reshape(rows, 1).expand(logp.shape)
     if cu_seqlens is not None and tuple(x.shape) == (rows,):
         return torch.repeat_interleave(x, cu_seqlens.diff(), output_size=logp.shape[0])
-    validate.fail(name, f"shape {tuple(logp.shape)} like logp, or ({rows},), one a sequence", validate.shape(x))
+    validate.fail(name, f"shape {tuple(logp.shape)} like {first}, or ({rows},), one a sequence", validate.shape(x))
 
 
-def _flags(name: str, x, logp):
-    x = validate.mask_like(x, "logp", logp, name)
+def _flags(name: str, x, logp, first: str):
+    x = validate.mask_like(x, first, logp, name)
     return x if x is None else in_rows(x)
 
 

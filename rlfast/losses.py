@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from rlfast import backends, limits, loss_inputs, validate
+from rlfast import backends, heads, limits, loss_inputs, policy_linear, validate
 from rlfast.corrections import CORRECTIONS, Correction
 from rlfast.kernels.formulas import SURROGATES
 from rlfast.kernels.formulas.kl import KlBounds
@@ -60,6 +60,15 @@ class LossOutput(NamedTuple):
 
     loss: torch.Tensor  # []
     metrics: LossMetrics
+
+
+class LinearLossOutput(NamedTuple):
+    """The loss, with its gradient by hidden states and head, its metrics, and what else was asked for."""
+
+    loss: torch.Tensor  # []
+    metrics: LossMetrics
+    logp: torch.Tensor  # like targets; without gradient, as the next
+    entropy: torch.Tensor | None  # like targets, in nats
 
 
 class Prepared(NamedTuple):
@@ -212,13 +221,15 @@ class Loss:
         given = formula.hyper(**self.hyper)
         hyper = [validate.number(x, y, ranges.get(x, limits.ANY)) for x, y in zip(given._fields, given, strict=True)]
         bounds = list(KlBounds(self._number("kl_d_max"), self._number("kl_max")))
-        needs = tuple(self.needs) + (("ref_logp",) if kl else ()) + (("entropy",) if self._has_bonus() else ())
+        needs = tuple(self.needs) + (("ref_logp",) if kl else ()) + (("entropy",) if self.has_bonus else ())
         needs += ("rollout_logp",) if c.weight or c.gate else ()
         name = getattr(self.surrogate, "name", self.surrogate)
         idle = (() if self.kl else ("ref_logp",)) + (() if "extra" in formula.reads else ("extra",))
         return Prepared(name, kl.removesuffix("+"), plan, settings, hyper, bounds, needs, idle)
 
-    def _has_bonus(self) -> bool:
+    @property
+    def has_bonus(self) -> bool:
+        """Whether it reads entropies."""
         return isinstance(self.entropy_coef, torch.Tensor) or self.entropy_coef != 0.0
 
     def with_options(self, **options) -> Loss:
@@ -266,12 +277,22 @@ class Loss:
                 the message names it. On a GPU, and in compiled code, what num_items and cu_seqlens hold is not looked
                 at.
         """
-        surrogate, kl, plan, settings, hyper, bounds, needs, idle = self.prepared
         given = loss_inputs.Given(
             logp, old_logp, ref_logp, rollout_logp, adv, entropy, weights, extra, mask, keep, cu_seqlens, num_items
         )
-        batch = loss_inputs.checked(given, self.name, needs, idle, (self.beta, self.entropy_coef))
-        if logp.dim() == 1 and cu_seqlens is None and row_wise(plan, settings):
+        batch, settings = self.checked(given, max_len, world_size, accumulation)
+        surrogate, kl, plan, _, hyper, bounds, *_ = self.prepared
+        want = torch.is_grad_enabled()
+        wanted = (want and logp.requires_grad, want and entropy is not None and entropy.requires_grad)
+        out = op.call(*batch, surrogate, kl, plan, settings, hyper, bounds, wanted, backends.requested())
+        return LossOutput(out.loss, LossMetrics(out.metrics))
+
+    def checked(self, given: loss_inputs.Given, max_len, world_size, accumulation, first: str = "logp") -> tuple:
+        """(the op's fields, its settings) of a call, or an error that names the argument."""
+        plan, settings, needs, idle = self.prepared.plan, self.prepared.settings, *self.prepared[-2:]
+        batch = loss_inputs.checked(given, self.name, needs, idle, (self.beta, self.entropy_coef), first)
+        shape, cu_seqlens = given.logp.shape, given.cu_seqlens
+        if len(shape) == 1 and cu_seqlens is None and row_wise(plan, settings):
             validate.fail("cu_seqlens", f"the boundaries of packed sequences: {self.name} is one of sequences", "None")
         if world_size != 1 or accumulation != 1:
             factor = validate.positive("world_size", world_size) / validate.positive("accumulation", accumulation)
@@ -279,9 +300,61 @@ class Loss:
         if plan.reduce == SEQ_SUM_OVER_MAX_LEN:
             if max_len is None and cu_seqlens is not None:
                 validate.fail("max_len", "the length that packed sequences are divided by", "None")
-            length = logp.shape[-1] if max_len is None else max_len
+            length = shape[-1] if max_len is None else max_len
             settings = settings._replace(max_len=validate.positive("max_len", length) if length else 1.0)
-        want = torch.is_grad_enabled()
-        wanted = (want and logp.requires_grad, want and entropy is not None and entropy.requires_grad)
-        out = op.call(*batch, surrogate, kl, plan, settings, hyper, bounds, wanted, backends.requested())
-        return LossOutput(out.loss, LossMetrics(out.metrics))
+        return batch, settings
+
+    def linear(
+        self, hidden, weight, targets, bias=None, *, adv=None, old_logp=None, mask=None, ref_logp=None,
+        rollout_logp=None, weights=None, extra=None, keep=None, cu_seqlens=None, num_items=None, max_len=None,
+        world_size=1, accumulation=1, temperature=1.0, softcap=None, logit_scale=1.0, entropy=False,
+        memory_budget=heads.MEMORY_BUDGET,
+    ) -> LinearLossOutput:  # fmt: skip
+        """The loss of a batch from the last hidden states and the head, without its logits.
+
+            logp_t = log softmax((hidden_t·weightᵀ + bias)·logit_scale, soft-capped, ÷ temperature)[target_t]
+
+        A chunk of the batch at a time: its logits, its log-probs, the loss's coefficients, and, while the logits are
+        still there, ∂hidden, ∂weight and ∂bias: three products with the head, where a backward that comes later has to
+        make the logits again.
+
+        Args:
+            hidden: [B, T, D], or [N, D] packed with ``cu_seqlens``; float32, bfloat16 or float16. The last hidden
+                states, with gradient.
+            weight: [V, D] of hidden's dtype: the head. Frozen if it needs no gradient, which then costs nothing.
+            targets: [B, T] or [N] ids in [0, V); −100 marks a token that is not counted, as ``mask`` does.
+            bias: [V] of hidden's dtype, or None.
+            adv, old_logp, mask, ref_logp, rollout_logp, weights, extra, keep, cu_seqlens, num_items, max_len,
+                world_size, accumulation: as when called, with the shape of targets for that of logp.
+            temperature, softcap, logit_scale: as in ``rlfast.linear_token_logps``.
+            entropy: whether the entropies come back; the loss makes its own for its bonus in any case.
+            memory_budget: bytes of float32 logits that may be there at once. Chunks are as large as it allows, and end
+                where sequences do if the loss is one of sequences. If no sequence fits, or less than 512 rows, the
+                backward makes the logits again: four products.
+
+        Returns:
+            LinearLossOutput(loss, metrics, logp, entropy). The gradients are made with the loss, and kept until its
+            backward: call it under ``torch.no_grad()`` where no backward follows.
+
+        Raises:
+            ValueError, TypeError: as when called, and as in ``rlfast.linear_token_logps``.
+
+        Reference:
+            docs/fused_objective.md.
+
+        Example:
+            >>> hidden, head = torch.randn(2, 5, 16, requires_grad=True), torch.randn(100, 16, requires_grad=True)
+            >>> out = rlfast.loss("dapo").linear(hidden, head, torch.randint(100, (2, 5)), adv=torch.randn(2))
+            >>> out.loss.backward()
+            >>> head.grad.shape
+            torch.Size([100, 16])
+        """
+        head = heads.Head(weight, bias, temperature, softcap, logit_scale, memory_budget)
+        given = {
+            "old_logp": old_logp, "ref_logp": ref_logp, "rollout_logp": rollout_logp, "adv": adv, "weights": weights,
+            "extra": extra, "mask": mask, "keep": keep, "cu_seqlens": cu_seqlens, "num_items": num_items,
+        }  # fmt: skip
+        tokens = policy_linear.checked(self, head, hidden, targets, given, (max_len, world_size, accumulation))
+        wanted = validate.flag("entropy", entropy)
+        out, logp, entropies = policy_linear.run(self, tokens, head.budget(), wanted)
+        return LinearLossOutput(out.loss, LossMetrics(out.metrics), logp, entropies if wanted else None)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from rlfast import backends, limits, preference_inputs, preference_linear, validate
+from rlfast import backends, heads, limits, preference_inputs, preference_linear, validate
 from rlfast.kernels.formulas import PAIRS, SCORES
 from rlfast.losses import LossMetrics
 from rlfast.ops import pair_loss as op
@@ -244,7 +244,7 @@ class PreferenceLoss:
         self, chosen_hidden, rejected_hidden, weight, chosen_targets, rejected_targets, bias=None, *,
         ref_chosen_logps=None, ref_rejected_logps=None, chosen_mask=None, rejected_mask=None, chosen_cu_seqlens=None,
         rejected_cu_seqlens=None, temperature=1.0, softcap=None, logit_scale=1.0,
-        memory_budget=preference_linear.MEMORY_BUDGET, margin=None, extra=None, shared=None, weights=None, nll=None,
+        memory_budget=heads.MEMORY_BUDGET, margin=None, extra=None, shared=None, weights=None, nll=None,
         num_items=None, world_size=1, accumulation=1, per_pair=False,
     ) -> PreferenceOutput:  # fmt: skip
         """The loss of pairs from the last hidden states and the head, without their logits.
@@ -290,13 +290,13 @@ class PreferenceLoss:
                 rejected_hidden, rejected_targets, ref_rejected_logps, rejected_mask, rejected_cu_seqlens
             ),
         )
-        head = preference_linear.Head(weight, bias, temperature, softcap, logit_scale, memory_budget)
+        head = heads.Head(weight, bias, temperature, softcap, logit_scale, memory_budget)
         rest = self._given(margin, extra, shared, weights, num_items)
         return preference_linear.run(self, head, sides, rest, nll, validate.share(world_size, accumulation), per_pair)
 
     def linear_rows(
         self, hidden, weight, targets, bias=None, *, ref_logps=None, mask=None, cu_seqlens=None, temperature=1.0,
-        softcap=None, logit_scale=1.0, memory_budget=preference_linear.MEMORY_BUDGET, margin=None, extra=None,
+        softcap=None, logit_scale=1.0, memory_budget=heads.MEMORY_BUDGET, margin=None, extra=None,
         shared=None, weights=None, nll=None, num_items=None, world_size=1, accumulation=1, per_pair=False,
     ) -> PreferenceOutput:  # fmt: skip
         """``linear`` of one batch of 2B responses, the B chosen ones first, as a concatenated forward leaves them.
@@ -307,7 +307,7 @@ class PreferenceLoss:
             ref_logps: like targets, or sums [2B].
         """
         side = preference_linear.Tokens(hidden, targets, ref_logps, mask, cu_seqlens)
-        head = preference_linear.Head(weight, bias, temperature, softcap, logit_scale, memory_budget)
+        head = heads.Head(weight, bias, temperature, softcap, logit_scale, memory_budget)
         rest = self._given(margin, extra, shared, weights, num_items)
         return preference_linear.run(self, head, (side,), rest, nll, validate.share(world_size, accumulation), per_pair)
 

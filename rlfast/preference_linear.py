@@ -13,28 +13,12 @@ from typing import NamedTuple
 import torch
 
 from rlfast import backends, logps, validate
+from rlfast.heads import Head, log_probs, most_rows, unit_strides
 from rlfast.loss_inputs import boundaries
-from rlfast.ops import linear_token_logps as linear_op
 from rlfast.ops import preference_records as records
 from rlfast.ops.known_gradients import with_gradients
 from rlfast.ops.linear_loss import Rows, chunked
 from rlfast.preference_inputs import Given, Names, PairGiven, fields_of, mean_length
-
-MEMORY_BUDGET = 256 << 20  # bytes of logits at once
-# A chunk reads the weight again and adds to its gradient: with fewer rows that costs more than the GEMM that it saves
-# (chunks of 256 rows are 1.1× slower than making the logits again, of 1280 rows 1.1× faster; 576×49152, two cores).
-FEWEST_ROWS = 512
-
-
-class Head(NamedTuple):
-    """The head's arguments as they came."""
-
-    weight: object
-    bias: object
-    temperature: object
-    softcap: object
-    logit_scale: object
-    memory_budget: object
 
 
 class Tokens(NamedTuple):
@@ -127,7 +111,7 @@ def run(loss, head: Head, sides: tuple, rest: PairGiven, nll, factor: float, per
     if loss.kl:
         wanted = f"log-probs: {loss.name} reads KL(π_ref‖π), which rlfast.linear_divergence gives beside them"
         validate.fail(ROWS.hidden, wanted, "hidden states")
-    budget = validate.at_least("memory_budget", head.memory_budget, 0)
+    budget = head.budget()
     names = (ROWS,) if len(sides) == 1 else SIDES
     weight, bias, checked = checked_sides(head, sides, names)
     joined = join(checked, weight, bias, head)
@@ -138,7 +122,7 @@ def run(loss, head: Head, sides: tuple, rest: PairGiven, nll, factor: float, per
         groups = places and groups_of(places, joined.rows, budget)
     loss_names = tuple(name.of_loss() for name in names)
     if groups is None:
-        logp = log_probs(joined.rows, any(needs), budget)
+        logp, _ = log_probs(joined.rows, any(needs), budget)
         parts = logp.split([side.targets.shape[0] for side in checked])
         given = [side.given(part) for side, part in zip(checked, parts, strict=True)]
         return loss.run(given[0], given[1] if len(given) == 2 else None, rest, nll, factor, per_pair, loss_names)
@@ -197,27 +181,13 @@ def reference_of(name: TokenNames, ref, targets, mask, cu_seqlens):
 
 def join(sides: list[Side], weight, bias, head: Head) -> Joined:
     """All rows, one after the other."""
-    softcap = 0.0 if head.softcap is None else validate.positive("softcap", head.softcap)
-    options = validate.positive("temperature", head.temperature), softcap
-    options += (validate.finite("logit_scale", head.logit_scale),)
+    options = validate.positive("temperature", head.temperature), *head.options()
 
     def all_of(parts):
         return parts[0] if len(parts) == 1 or parts[0] is None else torch.cat(parts)
 
     hidden, targets, ref, mask = (all_of(list(x)) for x in zip(*(side[:4] for side in sides), strict=True))
-    rows = Rows(logps.unit_stride(hidden), logps.unit_stride(weight), bias, targets, mask, None, options)
-    return Joined(rows, ref)
-
-
-def log_probs(rows: Rows, needs_grad: bool, budget: float):
-    """Those of all rows; their backward keeps the logits if the budget allows."""
-    keep = needs_grad and logits_bytes(rows) * rows.hidden.shape[0] <= budget
-    return linear_op.op(*rows[:6], *rows.options, 0, 0, keep, backends.requested())[0]
-
-
-def logits_bytes(rows: Rows) -> int:
-    """Bytes of one row of logits, float32 or float64."""
-    return max(4, rows.hidden.element_size()) * rows.weight.shape[0]
+    return Joined(unit_strides(Rows(hidden, weight, bias, targets, mask, None, options)), ref)
 
 
 def places_of(sides: list[Side]) -> tuple[Place, Place] | None:
@@ -243,8 +213,8 @@ def groups_of(places, rows: Rows, budget: float) -> list[tuple[int, int]] | None
 
     None if all of them do, for then the backward keeps them, or if a single pair's do not, or only those of a few rows.
     """
-    most = int(budget // logits_bytes(rows))
-    if most < FEWEST_ROWS or rows.hidden.shape[0] <= most or len({len(place.ends) for place in places}) != 1:
+    most = most_rows(rows, budget)
+    if not most or rows.hidden.shape[0] <= most or len({len(place.ends) for place in places}) != 1:
         return None
     of_pair = [sum(x) for x in zip(*([b - a for a, b in pairwise(place.ends)] for place in places), strict=True)]
     if max(of_pair, default=0) > most:
@@ -263,17 +233,17 @@ def by_chunks(loss, joined: Joined, places, groups, needs, rest: PairGiven, nll,
     rows, pairs = joined.rows, len(places[0].ends) - 1
     rest = whole_rest(loss, joined, places[0], pairs, rest)
 
-    def coefficients(number: int, logp):
+    def coefficients(number: int, logp, _):
         first, last = groups[number]
         parts = logp.split([at.stop - at.start for at in (place.rows(first, last) for place in places)])
         given = [joined.given(place, first, last, part) for place, part in zip(places, parts, strict=True)]
         margin, extra, weights = (x if x is None else x[first:last] for x in (rest.margin, rest.extra, rest.weights))
         some = PairGiven(margin, extra, rest.shared, weights, rest.num_items)
-        return torch.cat([d.reshape(-1) for d in loss.gradients(*given, some, nll, factor)])
+        return torch.cat([d.reshape(-1) for d in loss.gradients(*given, some, nll, factor)]), None
 
     with torch.no_grad():
         chunks = [tuple(place.rows(*group) for place in places) for group in groups]
-        logp, gradients = chunked(rows, chunks, coefficients, needs, backends.requested())
+        logp, _, gradients = chunked(rows, chunks, coefficients, needs, backends.requested())
     given = [joined.given(place, 0, pairs, logp[place.rows(0, pairs)]) for place in places]
     out = loss.run(*given, rest, nll, factor, per_pair)
     return out._replace(loss=with_gradients(out.loss, rows[:3], gradients))

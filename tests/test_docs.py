@@ -28,6 +28,8 @@ PUBLIC = [
     rlfast.linear,
     rlfast.loss,
     rlfast.Loss,
+    rlfast.Loss.linear,
+    rlfast.plan,
     rlfast.formula,
     rlfast.Correction,
     *ADVANTAGES,

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import rlfast
-from rlfast import preference_linear
+from rlfast import heads
 from rlfast.ops.linear_token_logps import op, op_accumulate
 from rlfast.parity import ORDERS
 from rlfast.reference.linear_token_logps import linear_token_logps as reference
@@ -29,7 +29,7 @@ LOSSES = {
 @pytest.fixture(autouse=True)
 def few_rows_are_enough(monkeypatch):
     """The chunks of the tests are small."""
-    monkeypatch.setattr(preference_linear, "FEWEST_ROWS", 1)
+    monkeypatch.setattr(heads, "FEWEST_ROWS", 1)
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ import torch
 
 from rlfast.fallback.token_logps import compute_dtype
 from rlfast.ops.linear_token_logps import op, op_accumulate
+from rlfast.ops.records import ENTROPY, Outputs, Wanted
 
 
 class Rows(NamedTuple):
@@ -43,38 +44,45 @@ class Rows(NamedTuple):
         return hidden, self.weight, self.bias, targets, mask, temperatures, *self.options
 
 
-def chunked(rows: Rows, chunks: list, coefficients: Callable, needs: tuple, backend: str) -> tuple:
-    """The log-probs of all rows, and the loss's gradients by the head.
+def chunked(
+    rows: Rows, chunks: list, coefficients: Callable, needs: tuple, backend: str, entropy: bool = False
+) -> tuple:
+    """The log-probs of all rows, their entropies if asked for, and the loss's gradients by the head.
 
     Args:
         rows: the head and its rows.
         chunks: of each chunk the slices of rows that it consists of; every row that counts is in one of them.
-        coefficients: of a chunk's number and its log-probs: ∂loss/∂logp.
+        coefficients: of a chunk's number, its log-probs and its entropies: (∂loss/∂logp, ∂loss/∂entropy or None).
         needs: whether hidden, weight and bias need a gradient.
         backend: that was asked for.
+        entropy: whether the entropies are computed; they are None otherwise.
 
     Returns:
-        logp [N] in the compute dtype, 0 in rows of no chunk; the three gradients, None where not needed, those of the
-        weight and the bias in the compute dtype.
+        logp [N] and entropies in the compute dtype, 0 in rows of no chunk; the three gradients, None where not needed,
+        those of the weight and the bias in the compute dtype.
     """
     hidden, acc = rows.hidden, compute_dtype(rows.hidden)
-    logp = hidden.new_zeros(hidden.shape[0], dtype=acc)
+    wanted = Wanted(ENTROPY if entropy else 0, 0)
+    found = [hidden.new_zeros(hidden.shape[0], dtype=acc) if asked else None for asked in (True, entropy)]
     d_hidden = torch.zeros_like(hidden) if needs[0] else None
     sums = [torch.zeros(x.shape, dtype=acc, device=x.device) if need else None
             for x, need in zip(rows[1:3], needs[1:], strict=True)]  # fmt: skip
     for number, chunk in enumerate(chunks):
         head = rows.part(chunk)
-        part, aux, kept = op(*head, 0, 0, True, backend)
-        g = coefficients(number, part)
-        d = op_accumulate(*head, aux, kept, g, *sums, needs[0], backend)
+        *asked, kept = op(*head, *wanted, True, backend)
+        out = Outputs.named(asked, wanted)
+        part = out.logp, out.entropy
+        d = op_accumulate(*head, out.aux, kept, *coefficients(number, *part), *sums, needs[0], backend)
         at = 0
         for place in chunk:
             end = at + place.stop - place.start
-            logp[place] = part[at:end]
+            for whole, some in zip(found, part, strict=True):
+                if whole is not None:
+                    whole[place] = some[at:end]
             if needs[0]:
                 d_hidden[place] = d[at:end]
             at = end
-    return logp, (d_hidden, *sums)
+    return *found, (d_hidden, *sums)
 
 
 def _joined(parts: list) -> torch.Tensor:

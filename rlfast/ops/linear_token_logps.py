@@ -43,7 +43,8 @@ LIB.define(
 # The backward of one chunk of rows, where a loss takes it as soon as the chunk's log-probs are there.
 LIB.define(
     f"linear_token_logps_accumulate({_HEAD}, Tensor targets, Tensor? mask, {OPTIONS}, Tensor aux, Tensor kept,"
-    " Tensor? g_logp, Tensor(a!)? weight_sum, Tensor(b!)? bias_sum, bool need_hidden, str backend) -> Tensor",
+    " Tensor? g_logp, Tensor? g_entropy, Tensor(a!)? weight_sum, Tensor(b!)? bias_sum, bool need_hidden, str backend)"
+    " -> Tensor",
     tags=_TAGS,
 )
 
@@ -97,12 +98,12 @@ def _fake_backward(hidden, weight, bias, *rest):
 
 
 def _accumulate(
-    hidden, weight, bias, targets, mask, temperatures, temperature, softcap, logit_scale, aux, kept, g_logp,
+    hidden, weight, bias, targets, mask, temperatures, temperature, softcap, logit_scale, aux, kept, g_logp, g_entropy,
     weight_sum, bias_sum, need_hidden, backend,
 ):  # fmt: skip
     kernel = backends.implementation(NAME, backends.select(NAME, hidden.device.type, hidden.dtype, backend))
     transform = Transform(temperature if temperatures is None else temperatures, softcap, logit_scale)
-    needs, grads = (need_hidden, weight_sum is not None, bias_sum is not None), (g_logp, None, None)
+    needs, grads = (need_hidden, weight_sum is not None, bias_sum is not None), (g_logp, None, g_entropy)
     sums = weight_sum, bias_sum
     with as_given(hidden):
         return kernel.backward(hidden, weight, bias, targets, mask, transform, aux, grads, needs, kept, sums)[0]

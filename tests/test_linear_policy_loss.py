@@ -1,0 +1,481 @@
+"""``Loss.linear`` on every backend of the head: every loss, its chunks and its other way, its forms, its memory."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, replace
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+import rlfast
+from rlfast import heads
+from rlfast.loss_table import LOSSES
+from rlfast.ops.linear_token_logps import op, op_accumulate
+from rlfast.reference.linear_token_logps import linear_token_logps as reference
+from tests.cases import DTYPES, as_head, few
+from tests.loss_cases import LossCase
+from tests.loss_cases import oracle as loss_oracle
+from tests.numerics import assert_gradient, assert_same_bits, assert_value, assert_zero, by_name
+
+OP = "linear_token_logps"
+VOCAB, DEPTH = 1301, 24
+# Rows of logits at once: none, those of one or two sequences, all.
+BUDGETS = ("recompute", "a sequence", "two sequences", "keep")
+FORMS = ("padded", "packed")
+# One of each kind: of tokens, of means over sequences, of sums over them, of their ratio, of a fixed length.
+KINDS = ("ppo", "grpo", "vespo", "gspo", "dr_grpo", "reinforce")
+BONUS = {"entropy_coef": 0.125}
+
+
+@pytest.fixture(autouse=True)
+def few_rows_are_enough(monkeypatch):
+    """The chunks of the tests are small."""
+    monkeypatch.setattr(heads, "FEWEST_ROWS", 1)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call; the tokens of ``data`` are [B, T]."""
+
+    loss: rlfast.Loss
+    data: dict
+    form: str = "padded"
+    budget: str = "a sequence"
+    rest: dict = field(default_factory=dict)  # num_items, world_size, temperature, …
+    needs: tuple = ("hidden", "weight", "bias")
+    upstream: float = 1.0
+
+    def fields(self) -> dict:
+        """Those that the loss reads."""
+        idle = (*self.loss.prepared.idle, "hidden", "weight", "bias", "targets", "live")
+        return {k: x for k, x in self.data.items() if k not in idle}
+
+    def call(self) -> dict:
+        """What is said beside them."""
+        length = {"max_len": 11} if self.loss.reduce == "seq_sum_over_max_len" else {}
+        return length | self.rest
+
+
+def drawn(rows: int = 0, length: int = 0, dtype: str = "f32", seed: int = 0) -> dict:
+    """Responses of different lengths, with a mask, labels of −100, and NaN where neither counts."""
+    rows, length = rows or few(6, 3), length or few(9, 4)
+    rng = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(rows, length, DEPTH, generator=rng).to(DTYPES[dtype])
+    weight = (torch.randn(VOCAB, DEPTH, generator=rng) * 2 / DEPTH**0.5).to(DTYPES[dtype])
+    bias = torch.randn(VOCAB, generator=rng).to(DTYPES[dtype])
+    targets = torch.randint(VOCAB, (rows, length), generator=rng)
+    mask = torch.arange(length) < torch.randint(1, length + 1, (rows, 1), generator=rng)
+    mask[0, :2], targets[0, 0] = True, -100
+    live = mask & (targets != -100)
+    logp = reference(hidden, weight, targets.clamp(min=0), bias, dtype=torch.float64)["logp"].float()
+    hidden[~live] = torch.nan
+
+    def near(spread: float):
+        return torch.where(live, logp + spread * torch.randn(rows, length, generator=rng), torch.nan)
+
+    return {
+        "hidden": hidden, "weight": weight, "bias": bias, "targets": targets, "mask": mask, "live": live,
+        "adv": torch.randn(rows, generator=rng), "old_logp": near(0.2), "ref_logp": near(0.3),
+        "rollout_logp": near(0.1), "weights": torch.rand(rows, length, generator=rng) + 0.5,
+        "extra": (torch.rand(rows, length, generator=rng) < 0.4).float(),
+        "keep": torch.rand(rows, length, generator=rng) < 0.8,
+    }  # fmt: skip
+
+
+def case_of(name: str = "grpo", dtype: str = "f32", options: dict | None = None, **rest) -> Case:
+    """A row of the table on drawn data."""
+    return Case(rlfast.loss(name, **(options or {})), drawn(dtype=dtype), **rest)
+
+
+def run(case: Case, backend: str, device: str = "cpu", scale: float = 1.0) -> tuple:
+    """(output, {name: gradient})."""
+    data = {k: x if x is None else x.to(device) for k, x in case.data.items()}
+    leaves = {k: data[k].detach().clone().requires_grad_() for k in case.needs if data[k] is not None}
+    rows, length = data["targets"].shape
+    given = {k: data[k] for k in (*case.fields(), "hidden", "targets")} | {"bias": data["bias"]} | leaves
+    if case.form == "packed":
+        given = {
+            k: x.flatten(0, 1) if k not in ("weight", "bias", "adv") and x is not None else x for k, x in given.items()
+        }
+        given["cu_seqlens"] = torch.arange(rows + 1, device=device) * length
+    size = VOCAB * (8 if data["hidden"].dtype == torch.float64 else 4)
+    budget = {"recompute": 0, "a sequence": 1, "two sequences": 2, "keep": 1 << 20}[case.budget] * length * size
+    rest = {k: x.to(device) if isinstance(x, torch.Tensor) else x for k, x in case.call().items()}
+    with rlfast.use_backend(backend):
+        given.setdefault("weight", data["weight"])
+        out = case.loss.linear(**given, **rest, entropy=True, memory_budget=budget)
+        grads = torch.autograd.grad(out.loss * case.upstream, list(leaves.values())) if leaves else ()
+    return out, dict(zip(leaves, grads, strict=True))
+
+
+HEAD_OPTIONS = ("temperature", "softcap", "logit_scale")
+
+
+def oracle(case: Case, dtype: torch.dtype, seed: int = 0) -> tuple[dict, dict]:
+    """(loss, metrics, log-probs, entropies; gradients) by autograd; ``seed`` shuffles the sum over the depth."""
+    data, order = (
+        case.data,
+        torch.randperm(DEPTH, generator=torch.Generator().manual_seed(seed)) if seed else slice(None),
+    )
+    clean = torch.where(data["live"].unsqueeze(-1), data["hidden"], torch.zeros((), dtype=data["hidden"].dtype))
+    head = {"hidden": clean, "weight": data["weight"], "bias": data["bias"]}
+    leaves = {k: x.to(dtype).clone().requires_grad_(k in case.needs) for k, x in head.items() if x is not None}
+    options = {k: x.to(dtype) if isinstance(x, torch.Tensor) else x for k, x in case.rest.items() if k in HEAD_OPTIONS}
+    values = reference(
+        leaves["hidden"][..., order], leaves["weight"][:, order], data["targets"], leaves.get("bias"),
+        mask=data["live"], dtype=dtype, **options,
+    )  # fmt: skip
+    values = {k: values[k] for k in ("logp", "entropy")}
+    fields = case.fields() | {k: x.detach() for k, x in values.items()} | {"mask": data["live"]}
+    fields = {k: x.unsqueeze(1) if x.dim() == 1 else x for k, x in fields.items()}
+    read = ("logp", "entropy") if case.loss.has_bonus else ("logp",)
+    call = {k: x for k, x in case.call().items() if k not in HEAD_OPTIONS}
+    found, by = loss_oracle(LossCase(case.loss, fields, False, call, None, read, case.upstream), dtype)
+    wanted = {k: x for k, x in leaves.items() if x.requires_grad}
+    grads = ()
+    if wanted:
+        grads = torch.autograd.grad([values[k] for k in by], list(wanted.values()), [by[k].to(dtype) for k in by])
+    found |= {k: torch.where(data["live"], x.detach(), 0.0) for k, x in values.items() if k == "logp"}
+    found["entropies"] = torch.where(data["live"], values["entropy"].detach(), 0.0)
+    return found, dict(zip(wanted, grads, strict=True))
+
+
+METRICS = ("tokens", "sequences", "policy_loss", "kl", "entropy", "ratio_mean", "approx_kl_k3")
+
+
+def check(case: Case, backend: str, device: str = "cpu") -> None:
+    """The loss, its metrics, log-probs, entropies, and the gradients."""
+    out, gradients = run(case, backend, device)
+    truth, wanted = oracle(case, torch.float64)
+    own, own_gradients = by_name(lambda seed: oracle(case, torch.float32, seed))
+    live, sizes = case.data["live"], truth["sizes"]
+    assert_value("loss", out.loss.detach().cpu(), truth["loss"], own["loss"], sizes["loss"])
+    for name in METRICS:
+        assert_value(name, out.metrics[name].cpu(), truth[name].double(), own[name], sizes.get(name))
+    for name, got in (("logp", out.logp), ("entropies", out.entropy)):
+        assert not got.requires_grad
+        got = got.cpu().view(live.shape)
+        assert_zero(f"{name} of masked tokens", got[~live])
+        assert_value(name, got, truth[name], own[name])
+    for name, got in gradients.items():
+        assert got.dtype == case.data[name].dtype
+        assert_gradient(f"gradient of {name}", got.cpu().view(wanted[name].shape), wanted[name], own_gradients[name])
+    if "hidden" in gradients:
+        assert_zero("gradient of masked tokens", gradients["hidden"].cpu().view(*live.shape, DEPTH)[~live])
+
+
+@pytest.mark.parametrize("budget", BUDGETS)
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", KINDS)
+def test_every_way(backend, device, name, form, budget):
+    check(case_of(name, form=form, budget=budget), backend, device)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", LOSSES)
+def test_every_loss(backend, device, name, form):
+    check(case_of(name, form=form, budget="two sequences"), backend, device)
+
+
+@pytest.mark.parametrize("budget", BUDGETS)
+@pytest.mark.parametrize("dtype", ("bf16", "f16"))
+def test_narrow_heads(backend, device, dtype, budget):
+    """The sums over chunks are float32, whatever the weight's dtype."""
+    check(case_of(dtype=dtype, budget=budget, options=BONUS), backend, device)
+
+
+@pytest.mark.backends("torch", "reference")
+@pytest.mark.parametrize("budget", BUDGETS[:2])
+def test_float64(backend, device, budget):
+    case = case_of(budget=budget)
+    data = {k: x.double() if x.is_floating_point() else x for k, x in case.data.items()}
+    check(replace(case, data=data), backend, device)
+
+
+@pytest.mark.parametrize("budget", BUDGETS)
+@pytest.mark.parametrize("mean", (False, True), ids=("by tokens", "a mean"))
+@pytest.mark.parametrize("name", KINDS)
+def test_an_entropy_bonus(backend, device, name, mean, budget):
+    """Its weight is the loss's own, or that of a mean over all kept tokens, of which a chunk has some."""
+    check(case_of(name, budget=budget, options=BONUS | {"entropy_mean": mean}), backend, device)
+
+
+CORRECTIONS = {
+    "tis": rlfast.corrections.tis(1.1),
+    "sequence_tis": rlfast.corrections.sequence_tis(1.1),
+    "geometric_mask": rlfast.corrections.geometric_mask(0.97, 1.02),
+    "masked_tokens": rlfast.Correction(gate="token", gate_low=-0.1, gate_high=0.1, masks=True),
+    "masked_sequences": rlfast.Correction(gate="seq_sum", gate_kind="k3", gate_high=0.02, masks=True),
+}
+
+
+@pytest.mark.parametrize("old", (True, False), ids=("old", "on policy"))
+@pytest.mark.parametrize("correction", CORRECTIONS)
+def test_a_correction(backend, device, correction, old):
+    """A gate that masks tokens changes what the loss divides by, which a chunk has to know."""
+    case = case_of("grpo", options={"correction": CORRECTIONS[correction]} | BONUS)
+    data = case.data if old else {k: x for k, x in case.data.items() if k != "old_logp"}
+    check(replace(case, data=data), backend, device)
+
+
+@pytest.mark.parametrize("needs", (("hidden",), ("weight",), ("bias",), ("hidden", "weight")), ids="+".join)
+def test_only_what_is_needed(backend, device, needs):
+    check(case_of(needs=needs), backend, device)
+
+
+@pytest.mark.parametrize("name", ("ppo", "gspo"))
+def test_options_of_the_head(backend, device, name):
+    rest = {"temperature": 0.75, "softcap": 8.0, "logit_scale": 0.5}
+    check(case_of(name, rest=rest, upstream=-1.5), backend, device)
+
+
+def test_a_temperature_a_token(backend, device):
+    warm = torch.rand(drawn()["targets"].shape, generator=torch.Generator().manual_seed(2)) + 0.5
+    check(case_of("ppo", rest={"temperature": warm}), backend, device)
+
+
+@pytest.mark.parametrize("name", ("ppo", "grpo"))
+def test_numbers_of_the_trainer(backend, device, name):
+    check(case_of(name, rest={"num_items": 7.0, "world_size": 4, "accumulation": 2}), backend, device)
+
+
+def test_no_bias(backend, device):
+    case = case_of(needs=("hidden", "weight"))
+    check(replace(case, data=case.data | {"bias": None}), backend, device)
+
+
+@pytest.mark.parametrize("name", ("ppo", "gspo"))
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_logits_of_minus_infinity(backend, device, name, budget):
+    """A whole leading block of them."""
+    case = case_of(name, budget=budget)
+    bias = case.data["bias"].clone()
+    bias[:1100] = -torch.inf
+    data = case.data | {"bias": bias, "targets": case.data["targets"].clamp(min=1100)}
+    data["live"] = data["mask"]
+    data["hidden"] = data["hidden"].nan_to_num()
+    fields = ("old_logp", "ref_logp", "rollout_logp")
+    data |= {k: case.data[k].nan_to_num(nan=-4.0) for k in fields}
+    check(replace(case, data=data, needs=("hidden", "weight")), backend, device)
+
+
+@pytest.mark.parametrize("budget", BUDGETS)
+@pytest.mark.parametrize("form", FORMS)
+def test_chunks_without_a_token(backend, device, form, budget):
+    case = case_of("gspo", form=form, budget=budget)
+    data = case.data | {"mask": case.data["mask"].clone()}
+    data["mask"][1:4] = False
+    data["live"] = data["mask"] & (data["targets"] != -100)
+    check(replace(case, data=data), backend, device)
+
+
+@pytest.mark.parametrize("budget", BUDGETS)
+@pytest.mark.parametrize("shape", ((0, 5), (3, 0), (3, 4)), ids=str)
+def test_nothing_that_counts(backend, device, shape, budget):
+    """No sequence, no token, or only masked ones: a loss of 0, and no gradient."""
+    rows, length = shape
+    data = drawn(few(6, 4), few(9, 4))
+    data = {k: x if k in ("weight", "bias") else x[:rows] for k, x in data.items()}
+    data = {k: x if k in ("weight", "bias", "adv") else x[:, :length] for k, x in data.items()}
+    data["mask"] = torch.zeros_like(data["mask"])
+    out, gradients = run(Case(rlfast.loss("grpo"), data, budget=budget), backend, device)
+    assert out.loss == 0.0
+    for name, g in gradients.items():
+        assert_zero(name, g)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_the_chunks_do_not_change_the_loss(backend, device, name):
+    """The log-probs of a row are the same bits in any chunk, and the loss is of all of them."""
+    outs = [run(case_of(name, budget=budget), backend, device)[0] for budget in BUDGETS]
+    for out in outs[1:]:
+        for field_ in ("logp", "entropy", "loss"):
+            assert_same_bits(field_, getattr(out, field_).detach(), getattr(outs[0], field_).detach())
+        assert_same_bits("metrics", out.metrics["approx_kl_k3"], outs[0].metrics["approx_kl_k3"])
+
+
+@pytest.mark.parametrize("name", ("ppo", "grpo"))
+def test_micro_batches_make_one_batch(backend, device, name):
+    """The sum of their gradients, each with the whole batch's count, is the batch's own."""
+    case = case_of(name)
+    data = {k: x.to(device) for k, x in case.data.items()}
+    counts = {"ppo": data["live"].sum(), "grpo": data["live"].any(1).sum()}
+    half = data["targets"].shape[0] // 2
+    parts = []
+    for at in (slice(None, half), slice(half, None)):
+        part = {k: x if k in ("weight", "bias") else x[at] for k, x in data.items()}
+        parts.append(run(replace(case, data=part, rest={"num_items": counts[name]}), backend, device)[1])
+    _, wanted = oracle(case, torch.float64)
+    _, own = by_name(lambda seed: oracle(case, torch.float32, seed))
+    for k in ("weight", "bias"):
+        assert_gradient(k, (parts[0][k] + parts[1][k]).cpu(), wanted[k], own[k])
+    assert_gradient("hidden", torch.cat([p["hidden"] for p in parts]).cpu(), wanted["hidden"], own["hidden"])
+
+
+def test_a_gradient_scaler(backend, device):
+    """float16 gradients that are too small for float16 before the scaler's factor."""
+    case = replace(case_of("ppo", dtype="f16"), rest={"num_items": 1e7}, upstream=float(1 << 20))
+    check(case, backend, device)
+    _, gradients = run(case, backend, device)
+    assert all((g != 0).any() for g in gradients.values())
+
+
+def test_autocast(backend, device):
+    """A float32 head is cast as ``torch.nn.functional.linear`` casts it, and has float32 gradients."""
+    case = case_of()
+    wide = {k: case.data[k].to(torch.bfloat16).float() for k in ("hidden", "weight", "bias")}
+    narrow = {k: x.to(torch.bfloat16) for k, x in wide.items()}
+    with torch.autocast(device, torch.bfloat16):
+        out, gradients = run(replace(case, data=case.data | wide), backend, device)
+    expected, other = run(replace(case, data=case.data | narrow), backend, device)
+    assert_same_bits("loss", out.loss.detach(), expected.loss.detach())
+    for name, g in gradients.items():
+        assert_same_bits(name, g, other[name].float())
+
+
+@pytest.mark.parametrize("reentrant", (False, True))
+def test_gradient_checkpointing_around_it(backend, device, reentrant):
+    case = case_of()
+    _, expected = run(case, backend, device)
+    data = {k: x.to(device) for k, x in case.data.items()}
+    rest = {k: data[k] for k in case.fields()}
+    hidden, weight = (data[k].clone().requires_grad_() for k in ("hidden", "weight"))
+
+    def loss(hidden, weight):
+        return case.loss.linear(
+            hidden, weight, data["targets"], data["bias"], memory_budget=4 * VOCAB * hidden.shape[1], **rest
+        ).loss
+
+    with rlfast.use_backend(backend):
+        out = checkpoint(loss, hidden, weight, use_reentrant=reentrant)
+        out.backward()
+    for name, leaf in (("hidden", hidden), ("weight", weight)):
+        assert_same_bits(name, leaf.grad, expected[name])
+
+
+def test_a_second_backward_is_right(backend, device):
+    case = case_of()
+    with rlfast.use_backend(backend):
+        data = {k: x.to(device) for k, x in case.data.items()}
+        hidden = data["hidden"].clone().requires_grad_()
+        out = case.loss.linear(
+            hidden, data["weight"], data["targets"], **{k: data[k] for k in case.fields()},
+            memory_budget=4 * VOCAB * hidden.shape[1],
+        )  # fmt: skip
+        once = [torch.autograd.grad(out.loss, hidden, retain_graph=True)[0].clone() for _ in range(2)]
+    assert_same_bits("gradient", *once)
+
+
+@pytest.mark.backends("torch", "cpu")
+def test_no_gradient_of_gradients(backend, device):
+    case = case_of()
+    hidden = case.data["hidden"].clone().requires_grad_()
+    out = case.loss.linear(hidden, case.data["weight"], case.data["targets"],
+                           **{k: case.data[k] for k in case.fields()})  # fmt: skip
+    (g,) = torch.autograd.grad(out.loss, hidden, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        g.sum().backward()
+
+
+def test_without_gradients(backend, device):
+    out, _ = run(case_of(needs=()), backend, device)
+    with_gradients, _ = run(case_of(), backend, device)
+    assert not out.loss.requires_grad
+    assert_same_bits("loss", out.loss, with_gradients.loss.detach())
+
+
+@pytest.mark.unpoisoned
+@pytest.mark.backends("torch", "cpu")
+def test_opcheck(backend, device):
+    """The backward of a chunk, of log-probs and entropies."""
+    data = drawn(2, 3)
+    hidden, targets = data["hidden"].nan_to_num().flatten(0, 1), data["targets"].flatten()
+    head = (hidden, data["weight"], data["bias"], targets, None, None, 1.0, 0.0, 1.0)
+    logp, aux, entropy, kept = op(*head, 1, 0, True, backend)
+    sums = torch.ones(VOCAB, DEPTH), torch.ones(VOCAB)
+    args = (*head, aux.clone(), kept.clone(), torch.ones_like(logp), torch.ones_like(entropy), *sums, True, backend)
+    torch.library.opcheck(op_accumulate, args)
+
+
+@pytest.mark.unpoisoned
+@pytest.mark.backends("torch", "cpu")
+@pytest.mark.parametrize("name", ("ppo", "grpo", "gspo"))
+def test_compiled_whole(backend, device, name):
+    case = case_of(name)
+    data = {k: x.nan_to_num() if x.is_floating_point() else x for k, x in case.data.items()}
+    rest = {k: data[k] for k in case.fields()}
+
+    def loss(hidden, weight):
+        return case.loss.linear(
+            hidden, weight, data["targets"], data["bias"], memory_budget=8 * VOCAB * hidden.shape[1], **rest
+        ).loss
+
+    found = []
+    with rlfast.use_backend(backend):
+        for function in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
+            leaves = data["hidden"].clone().requires_grad_(), data["weight"].clone().requires_grad_()
+            out = function(*leaves)
+            found.append((out.detach(), *torch.autograd.grad(out, leaves)))
+    assert_same_bits("loss", found[1][0], found[0][0])
+    for name_, eager, compiled in zip(("hidden", "weight"), *(x[1:] for x in found), strict=True):
+        assert_value(name_, compiled, eager.double(), eager)
+
+
+def test_a_temperature_of_a_certain_token(backend, device):
+    """Log-probs near 0: what is left of 1 − p reaches the gradient."""
+    logits = torch.zeros(4, 1500)
+    logits[torch.arange(4), 7] = 40.0
+    head = {k: x.to(device) for k, x in as_head(logits).items()}
+    weight = head["weight"].requires_grad_()
+    with rlfast.use_backend(backend):
+        out = rlfast.loss("reinforce").linear(
+            head["hidden"], weight, torch.full((4,), 7, device=device), adv=torch.ones(4, device=device)
+        )
+        out.loss.backward()
+    rest = 1499 * math.exp(-40.0)
+    expected = torch.full((4,), -0.25 * rest, dtype=torch.float64)
+    assert_gradient("gradient", weight.grad[7].cpu(), expected, expected.float())
+
+
+GOOD = {
+    "hidden": torch.zeros(2, 3, 4), "weight": torch.zeros(7, 4), "targets": torch.zeros(2, 3, dtype=torch.int64),
+    "adv": torch.zeros(2), "old_logp": torch.zeros(2, 3), "ref_logp": torch.zeros(2, 3),
+}  # fmt: skip
+BAD = {
+    "hidden": ({"hidden": torch.zeros(4)}, ValueError, "hidden: expected shape [B, T, D], or"),
+    "width": ({"weight": torch.zeros(7, 5)}, ValueError, "weight: expected shape (V, 4) to match hidden"),
+    "targets": ({"targets": torch.zeros(2, 4, dtype=torch.int64)}, ValueError, "targets: expected shape (2, 3)"),
+    "candidates": (
+        {"targets": torch.zeros(2, 3, 2, dtype=torch.int64)}, ValueError,
+        "targets: expected shape (2, 3) like the rows of hidden, got (2, 3, 2)",
+    ),
+    "vocabulary": ({"targets": torch.full((2, 3), 7)}, ValueError, "targets: expected values in [0, 7) or -100"),
+    "old": (
+        {"old_logp": torch.zeros(2, 4)}, ValueError, "old_logp: expected shape (2, 3) like targets, got (2, 4)",
+    ),
+    "adv": ({"adv": torch.zeros(3)}, ValueError, "adv: expected shape (2, 3) like targets, or (2,), one a sequence"),
+    "no adv": ({"adv": None}, ValueError, "adv: expected a tensor: grpo needs it"),
+    "no reference": ({"ref_logp": None}, ValueError, "ref_logp: expected a tensor: grpo needs it"),
+    "mask": ({"mask": torch.ones(2, 4)}, ValueError, "mask: expected shape (2, 3) like targets"),
+    "budget": ({"memory_budget": -1}, ValueError, "memory_budget: expected a float ≥ 0, got -1"),
+    "entropy": ({"entropy": torch.zeros(2, 3)}, TypeError, "entropy: expected True or False"),
+    "temperature": ({"temperature": 0.0}, ValueError, "temperature: expected a finite float > 0"),
+    "softcap": ({"softcap": -1.0}, ValueError, "softcap: expected a finite float > 0"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_arguments(case):
+    change, error, message = BAD[case]
+    given = {k: x.clone().requires_grad_() if k == "weight" else x for k, x in GOOD.items()} | change
+    with pytest.raises(error) as caught:
+        rlfast.loss("grpo").linear(**given)
+    assert message in str(caught.value)
+
+
+def test_packed_tokens_of_a_loss_of_sequences_need_their_ends():
+    given = {k: x.flatten(0, 1) if x.dim() > 1 and k != "weight" else x for k, x in GOOD.items()}
+    with pytest.raises(ValueError, match="cu_seqlens: expected the boundaries of packed sequences: grpo"):
+        rlfast.loss("grpo").linear(**given | {"adv": torch.zeros(6)})
