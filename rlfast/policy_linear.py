@@ -22,6 +22,7 @@ from rlfast.loss_inputs import Given
 from rlfast.ops import token_loss as op
 from rlfast.ops.known_gradients import with_gradients
 from rlfast.ops.linear_loss import Rows, chunked
+from rlfast.ops.linear_token_logps import NAME as HEAD
 from rlfast.ops.loss_records import (
     METRICS,
     SEQ_SUM_OVER_MAX_LEN,
@@ -123,6 +124,8 @@ def chunks_of(loss, tokens: Tokens, budget: float) -> list[tuple[int, int]] | No
     if plan.gate_masks and (fields.old_logp is None or plan.entropy_mean):
         return None  # what the loss divides by depends on the log-probs; or how many entropies count
     n = rows.mask.shape[0]
+    if not n:
+        return None
     live = live_before(rows)
     if live[n] * logits_bytes(rows) <= budget:
         return [(0, n)]
@@ -136,8 +139,8 @@ def chunks_of(loss, tokens: Tokens, budget: float) -> list[tuple[int, int]] | No
 
 def live_before(rows: Rows):
     """How many of the rows before each one, and before the end, are projected: on the CPU those that count."""
-    kernel = backends.select("linear_token_logps", rows.hidden.device.type, rows.hidden.dtype, backends.requested())
-    if kernel == "cpu" and validate.looked_at(rows.mask):
+    hidden, backend = rows.hidden, backends.requested()
+    if validate.looked_at(rows.mask) and backends.select(HEAD, hidden.device.type, hidden.dtype, backend) == "cpu":
         return [0, *rows.mask.cumsum(0).tolist()]
     return range(rows.mask.shape[0] + 1)
 

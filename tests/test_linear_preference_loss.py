@@ -325,7 +325,7 @@ def test_opcheck(backend, device):
     head = (hidden, data["weight"], data["bias"], targets, None, None, 1.0, 0.0, 1.0)
     logp, aux, kept = op(*head, 0, 0, True, backend)
     sums = torch.ones(VOCAB, DEPTH), torch.ones(VOCAB)
-    args = (*head, aux.clone(), kept.clone(), torch.ones_like(logp), *sums, True, backend)
+    args = (*head, aux.clone(), kept.clone(), torch.ones_like(logp), None, *sums, True, backend)
     torch.library.opcheck(op_accumulate, args)
 
 

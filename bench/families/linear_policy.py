@@ -19,6 +19,13 @@ BETA = 0.04
 FIELDS = ("targets", "old_logp", "adv", "mask", "ref_logp")
 
 
+def _away(shape, draw, device: str) -> torch.Tensor:
+    """Log-ratios of which a third is clipped, none so near a bound that logits rounded to bfloat16 cross it."""
+    steps = torch.tensor([-0.4, -0.08, 0.08, 0.1, 0.05, 0.4], device=device)
+    chosen = steps[torch.randint(len(steps), shape, generator=draw, device=device)]
+    return chosen + 0.01 * torch.randn(shape, generator=draw, device=device)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Rows(HeadCase):
     """``sequences`` of ``length`` tokens: log-probs, GRPO with its KL, ∂hidden and, if the head learns, ∂weight.
@@ -59,7 +66,7 @@ class Rows(HeadCase):
         targets = torch.randint(self.vocab, shape, generator=draw, device=device)
         with torch.no_grad():
             logp = rlfast.linear_token_logps(hidden, weight, targets).logp
-        near = [logp + 0.2 * torch.randn(shape, generator=draw, device=device) for _ in range(2)]
+        near = [logp + _away(shape, draw, device) for _ in range(2)]
         mask = torch.zeros(shape, device=device)
         mask[:, : int(self.length * self.live)] = 1.0
         adv = torch.randn(self.sequences, generator=draw, device=device)
