@@ -14,7 +14,7 @@ from rlfast import heads
 from rlfast.loss_table import LOSSES
 from rlfast.ops.linear_token_logps import op, op_accumulate
 from rlfast.reference.linear_token_logps import linear_token_logps as reference
-from tests.cases import DTYPES, KERNELS, as_head, few
+from tests.cases import DTYPES, KERNELS, as_head, few, interpreted
 from tests.loss_cases import LossCase
 from tests.loss_cases import oracle as loss_oracle
 from tests.numerics import assert_gradient, assert_same_bits, assert_value, assert_zero, by_name
@@ -26,6 +26,8 @@ BUDGETS = ("recompute", "a sequence", "some sequences", "keep")
 FORMS = ("padded", "packed")
 # One of each kind: of tokens, of means over sequences, of sums over them, of their ratio, of a fixed length.
 KINDS = ("ppo", "grpo", "vespo", "gspo", "dr_grpo", "reinforce")
+# Nothing of the loss's kind is the head's: what goes through every loss leaves Triton's interpreter out.
+QUICK = ("reference", "torch", "cpu", "cuda", *(() if interpreted() else ("triton",)))
 BONUS = {"entropy_coef": 0.125}
 
 
@@ -191,11 +193,12 @@ def from_log_probs(case: Case, out, backend: str) -> rlfast.LossOutput:
 
 @pytest.mark.parametrize("budget", BUDGETS)
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", KINDS if not interpreted() else ("ppo", "gspo"))
 def test_every_way(backend, device, name, form, budget):
     check(case_of(name, form=form, budget=budget), backend, device)
 
 
+@pytest.mark.backends(*QUICK)
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("name", LOSSES)
 def test_every_loss(backend, device, name, form):
@@ -217,9 +220,10 @@ def test_float64(backend, device, budget):
     check(replace(case, data=data), backend, device)
 
 
+@pytest.mark.backends(*QUICK)
 @pytest.mark.parametrize("budget", BUDGETS)
 @pytest.mark.parametrize("mean", (False, True), ids=("by tokens", "a mean"))
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", ("ppo", "grpo", "gspo"))
 def test_an_entropy_bonus(backend, device, name, mean, budget):
     """Its weight is the loss's own, or that of a mean over all kept tokens, of which a chunk has some."""
     check(case_of(name, budget=budget, options=BONUS | {"entropy_mean": mean}), backend, device)
@@ -228,12 +232,13 @@ def test_an_entropy_bonus(backend, device, name, mean, budget):
 CORRECTIONS = {
     "tis": rlfast.corrections.tis(1.1),
     "sequence_tis": rlfast.corrections.sequence_tis(1.1),
-    "geometric_mask": rlfast.corrections.geometric_mask(0.97, 1.02),
+    "geometric_mask": rlfast.corrections.geometric_mask(0.93, 1.06),
     "masked_tokens": rlfast.Correction(gate="token", gate_low=-0.1, gate_high=0.1, masks=True),
     "masked_sequences": rlfast.Correction(gate="seq_sum", gate_kind="k3", gate_high=0.02, masks=True),
 }
 
 
+@pytest.mark.backends(*QUICK)
 @pytest.mark.parametrize("old", (True, False), ids=("old", "on policy"))
 @pytest.mark.parametrize("correction", CORRECTIONS)
 def test_a_correction(backend, device, correction, old):
@@ -269,6 +274,7 @@ def test_no_bias(backend, device):
     check(replace(case, data=case.data | {"bias": None}), backend, device)
 
 
+@pytest.mark.backends(*QUICK)
 @pytest.mark.parametrize("name", ("ppo", "gspo"))
 @pytest.mark.parametrize("budget", BUDGETS)
 def test_logits_of_minus_infinity(backend, device, name, budget):
@@ -284,6 +290,7 @@ def test_logits_of_minus_infinity(backend, device, name, budget):
     check(replace(case, data=data, needs=("hidden", "weight")), backend, device)
 
 
+@pytest.mark.backends(*QUICK)
 @pytest.mark.parametrize("budget", BUDGETS)
 @pytest.mark.parametrize("form", FORMS)
 def test_chunks_without_a_token(backend, device, form, budget):
@@ -294,6 +301,7 @@ def test_chunks_without_a_token(backend, device, form, budget):
     check(replace(case, data=data), backend, device)
 
 
+@pytest.mark.backends(*QUICK)
 @pytest.mark.parametrize("budget", BUDGETS)
 @pytest.mark.parametrize("shape", ((0, 5), (3, 0), (3, 4)), ids=str)
 def test_nothing_that_counts(backend, device, shape, budget):
@@ -310,7 +318,7 @@ def test_nothing_that_counts(backend, device, shape, budget):
 
 
 @pytest.mark.backends(*KERNELS)  # torch's own products have other bits for other numbers of rows
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", KINDS if not interpreted() else ("gspo",))
 def test_the_chunks_do_not_change_the_loss(backend, device, name):
     """The log-probs of a row are the same bits in any chunk, and the loss is of all of them."""
     outs = [run(case_of(name, budget=budget), backend, device)[0] for budget in BUDGETS]
@@ -369,7 +377,7 @@ def test_gradient_checkpointing_around_it(backend, device, reentrant):
 
     def loss(hidden, weight):
         return case.loss.linear(
-            hidden, weight, data["targets"], data["bias"], memory_budget=4 * VOCAB * hidden.shape[1], **rest
+            hidden, weight, data["targets"], data["bias"], memory_budget=9 * 4 * VOCAB * hidden.shape[1], **rest
         ).loss
 
     with rlfast.use_backend(backend):
