@@ -130,7 +130,7 @@ def figures(found: list[dict]) -> list[str]:
             if above
             else []
         )
-    if result := rollouts_report.latest(found):
+    for result in rollouts_report.measured(found):
         lines += ["", f"{result['device']}; {stamp(result)}; `{result['command']}`:", ""]
         lines += rollouts_report.figures(result)
     for result in demos(found):
@@ -180,8 +180,8 @@ def targets(found: list[dict]) -> list[str]:
             case = f"public call on a tiny input, {name}"
             lines.append(f"| {case} | ≤ {bound:g} µs over the raw kernel | {micros:.1f} | {state} |")
         lines.append("")
-    if result := rollouts_report.latest(found):
-        lines += ["| rollouts | must reach | reached | |", "|---|---|---|---|"]
+    for result in rollouts_report.measured(found):
+        lines += [f"On {result['device']}:", "", "| rollouts | must reach | reached | |", "|---|---|---|---|"]
         for name, text, value, passed in rollouts_report.outcomes(result):
             state = "not measured" if passed is None else "met" if passed else "**missed**"
             lines.append(f"| {name} | {text} | {'' if value is None else f'{value:.3g}'} | {state} |")
@@ -220,9 +220,12 @@ def losses(found: list[dict]) -> list[str]:
             bound = result["overhead"]["targets"][name]
             if micros > bound:
                 lines.append(f"- public call on a tiny input, {name}: wanted ≤ {bound:g} µs, reached {micros:.1f}.")
-    if result := rollouts_report.latest(found):
+    for result in rollouts_report.measured(found):
         missed = [o for o in rollouts_report.outcomes(result) if o[3] is False]
-        lines += [f"- rollouts, {name}: wanted {text}, reached {value:.3g}." for name, text, value, _ in missed]
+        lines += [
+            f"- rollouts, {name}, on {result['device']}: wanted {text}, reached {value:.3g}."
+            for name, text, value, _ in missed
+        ]
     for result in demos(found):
         least = DEMO_RATIO[_demo(result)[0]]
         if result["ratio"] < least:

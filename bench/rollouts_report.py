@@ -7,9 +7,9 @@ PEERS = ("generate", "generate_batch", "llama.cpp", "llama.cpp BF16")
 PARTS = ("linears", "head", "attention", "sampler", "the model's own and Python")
 
 
-def latest(found: list[dict]) -> dict | None:
-    """The last result that has rollouts."""
-    return next((result for result in reversed(found) if result.get("rollouts")), None)
+def measured(found: list[dict]) -> list[dict]:
+    """The results that have rollouts, of each machine its own."""
+    return [result for result in found if result.get("rollouts")]
 
 
 def figures(result: dict) -> list[str]:

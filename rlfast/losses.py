@@ -308,7 +308,7 @@ class Loss:
         self, hidden, weight, targets, bias=None, *, adv=None, old_logp=None, mask=None, ref_logp=None,
         rollout_logp=None, weights=None, extra=None, keep=None, cu_seqlens=None, num_items=None, max_len=None,
         world_size=1, accumulation=1, temperature=1.0, softcap=None, logit_scale=1.0, entropy=False,
-        memory_budget=heads.MEMORY_BUDGET,
+        memory_budget=policy_linear.MEMORY_BUDGET,
     ) -> LinearLossOutput:  # fmt: skip
         """The loss of a batch from the last hidden states and the head, without its logits.
 

@@ -35,6 +35,7 @@ from rlfast.ops.loss_records import (
     row_wise,
 )
 
+MEMORY_BUDGET = 512 << 20  # bytes of logits at once: heads.FEWEST_ROWS of them up to a vocabulary of 262,144
 BY_TOKEN = Fields._fields.index("cu_seqlens")  # the fields before it have one number a token
 SCALE, ENTROPY_SCALE, TOKENS, SEQUENCES = map(METRICS.index, ("scale", "entropy_scale", "tokens", "sequences"))
 
@@ -222,6 +223,8 @@ def part_of(plan: Plan, tokens: Tokens, first: int, last: int) -> Fields:
         at = slice(first // shape[1], last // shape[1])
     elif len(shape) == 2:
         by_token = [x if x is None else x.reshape(-1) for x in by_token]
-    if ends is not None:
-        ends = ends[(ends >= first) & (ends <= last)] - first if by_sequence else None
+    if ends is not None and not by_sequence:
+        ends = None
+    elif ends is not None and last - first < tokens.rows.mask.shape[0]:  # else no look at a device
+        ends = ends[(ends >= first) & (ends <= last)] - first
     return Fields(*(x if x is None else x[at] for x in by_token), ends, *fields[BY_TOKEN + 1 :])

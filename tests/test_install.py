@@ -91,8 +91,8 @@ def installed(request, tmp_path):
     The objects that this tree's own install left, which nothing but the compiler made, are not made again.
     """
     tree, python = copy_of_tree(tmp_path / "clone"), environment(tmp_path / "environment")
-    for folder in (ROOT / "build").glob("objects-*"):
-        shutil.copytree(folder / "cpu", tree / "build" / folder.name / "cpu")
+    for folder in (ROOT / "build").glob("objects-*/cpu"):
+        shutil.copytree(folder, tree / folder.relative_to(ROOT))
     if request.param == "install":
         pip(python, "install", ".", cwd=tree)
     elif request.param == "editable":

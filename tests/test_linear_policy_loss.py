@@ -202,7 +202,7 @@ def test_every_way(backend, device, name, form, budget):
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("name", LOSSES)
 def test_every_loss(backend, device, name, form):
-    check(case_of(name, form=form, budget="some sequences"), backend, device)
+    check(case_of(name, form=form), backend, device)
 
 
 @pytest.mark.parametrize("budget", BUDGETS)
@@ -473,6 +473,26 @@ def test_a_certain_token(backend, device):
     rest = 1499 * math.exp(-40.0)
     expected = torch.full((4,), -0.25 * rest, dtype=torch.float64)
     assert_gradient("gradient", weight.grad[7].cpu(), expected, expected.float())
+
+
+@pytest.mark.unpoisoned
+@pytest.mark.backends("torch", "cpu")
+def test_packed_sequences_compile(backend, device):
+    """Their ends cannot be looked at in a trace: one chunk of all, which needs none of them, or logits made again."""
+    case = case_of("gspo", form="packed")
+    rows, length = case.data["targets"].shape
+    data = {k: case.data[k].flatten(0, 1) for k in ("hidden", "targets", *case.fields()) if k != "adv"}
+    data |= {"adv": case.data["adv"], "cu_seqlens": torch.arange(rows + 1) * length}
+    hidden, weight = data.pop("hidden"), case.data["weight"].clone().requires_grad_()
+
+    def loss(budget):
+        return case.loss.linear(hidden, weight, bias=case.data["bias"], memory_budget=budget, **data).loss
+
+    with rlfast.use_backend(backend):
+        for budget in (0, 1 << 30):
+            compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")(budget)
+            assert_same_bits("loss", compiled.detach(), loss(budget).detach())
+            assert torch.autograd.grad(compiled, weight)[0].any()
 
 
 GOOD = {
