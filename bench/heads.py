@@ -4,12 +4,25 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+import torch
+
 from bench.case import Case
 
 
 def makes_logits_twice(arm: str) -> bool:
     """Whether an arm's backward has a GEMM for the logits too."""
     return arm.startswith(("rlfast recompute", "trl"))
+
+
+def true_gradients(wide: dict, lse, g, columns) -> tuple:
+    """(∂hidden, ∂weight of some of the vocabulary) in float64, a response at a time, from ∂loss/∂logp."""
+    d_weight, d_hidden = 0.0, []
+    for h, t, log_sum, by_logp in zip(wide["hidden"], wide["targets"], lse, g, strict=True):
+        d = -(h @ wide["weight"].T - log_sum[:, None]).exp_()
+        d.scatter_add_(-1, t[:, None], torch.ones_like(t[:, None], dtype=d.dtype)).mul_(by_logp[:, None])
+        d_hidden.append(d @ wide["weight"])
+        d_weight = d_weight + d[:, columns].T @ h
+    return torch.stack(d_hidden), d_weight
 
 
 class HeadCase(Case):

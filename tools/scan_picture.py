@@ -5,23 +5,12 @@ python tools/scan_picture.py
 
 from pathlib import Path
 
+from drawing import DONE, FAINT, INK, NOW, arrow, box, text, write
+
 OUT = Path(__file__).resolve().parent.parent / "docs" / "scan.svg"
 CELL, LEFT, TOP = 20, 150, 64
 LENGTHS = (26, 24, 24, 21, 19, 18, 18, 15)  # tokens of the rows of one vector, longest first
 TILE = 16
-INK, FAINT, DONE, NOW, EDGE = "#222", "#e8e8e8", "#cfe3f5", "#3b82c4", "#ffffff"
-
-
-def text(x, y, words, size=13, anchor="start", fill=INK):
-    return f'<text x="{x}" y="{y}" font-size="{size}" text-anchor="{anchor}" fill="{fill}">{words}</text>'
-
-
-def box(x, y, width, height, fill, edge=EDGE):
-    return f'<rect x="{x}" y="{y}" width="{width}" height="{height}" fill="{fill}" stroke="{edge}"/>'
-
-
-def arrow(x1, y1, x2, y2):
-    return f'<line x1="{x1}" y1="{y1}" x2="{x2}" y2="{y2}" stroke="{INK}" stroke-width="1.5" marker-end="url(#head)"/>'
 
 
 def rows():
@@ -60,13 +49,7 @@ def segments(top):
 def main():
     """Write the picture."""
     second = TOP + len(LENGTHS) * CELL + 96
-    parts = [*rows(), *segments(second)]
-    head = (
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="900" height="{second + 130}" font-family="sans-serif">\n'
-        '<defs><marker id="head" markerWidth="8" markerHeight="8" refX="7" refY="3" orient="auto">'
-        f'<path d="M0,0 L7,3 L0,6 z" fill="{INK}"/></marker></defs>\n<rect width="100%" height="100%" fill="white"/>\n'
-    )
-    OUT.write_text(head + "\n".join(parts) + "\n</svg>\n", encoding="utf-8")
+    write(OUT, [*rows(), *segments(second)], second + 130)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from bench import arms, gemms
 from bench.baselines import linear_policy as baselines
 from bench.case import DTYPES, Target
 from bench.draws import even, generator, normal
-from bench.heads import HeadCase
+from bench.heads import HeadCase, true_gradients
 
 BETA = 0.04
 FIELDS = ("targets", "old_logp", "adv", "mask", "ref_logp")
@@ -144,14 +144,8 @@ class Rows(HeadCase):
             loss = baselines.loss_of(leaf, *(wide[k] for k in FIELDS[1:]))
             (g,) = torch.autograd.grad(loss, leaf)
         columns = torch.cat((even(self.vocab), data["targets"].flatten()[:64].cpu())).unique().to(g.device)
-        d_weight, d_hidden = 0.0, []
-        for i in range(self.sequences):
-            h, t = wide["hidden"][i], wide["targets"][i]
-            d = -(h @ wide["weight"].T - lse[i][:, None]).exp_()
-            d.scatter_add_(-1, t[:, None], torch.ones_like(t[:, None], dtype=d.dtype)).mul_(g[i][:, None])
-            d_hidden.append(d @ wide["weight"])
-            d_weight = d_weight + d[:, columns].T @ h
-        found = {"loss": (None, loss.detach()), "grad_hidden": (None, torch.stack(d_hidden))}
+        d_hidden, d_weight = true_gradients(wide, lse, g, columns)
+        found = {"loss": (None, loss.detach()), "grad_hidden": (None, d_hidden)}
         return found if self.frozen else found | {"grad_weight": (columns, d_weight)}
 
     def flops(self, arm: str) -> int:

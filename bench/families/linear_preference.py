@@ -14,7 +14,7 @@ from bench.baselines import linear_preference as baselines
 from bench.baselines.preferences import BETA
 from bench.case import DTYPES, Target
 from bench.draws import even, generator, normal
-from bench.heads import HeadCase
+from bench.heads import HeadCase, true_gradients
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,14 +126,8 @@ class Rows(HeadCase):
             loss = baselines.LOSS(*leaf.sum(-1).chunk(2), *ref.sum(-1).chunk(2))
             (g,) = torch.autograd.grad(loss, leaf)
         columns = torch.cat((even(self.vocab), data["targets"].flatten()[:64].cpu())).unique().to(g.device)
-        d_weight, d_hidden = 0.0, []
-        for i in range(2 * self.pairs):
-            h, t = wide["hidden"][i], wide["targets"][i]
-            d = -(h @ wide["weight"].T - lse[i][:, None]).exp_()
-            d.scatter_add_(-1, t[:, None], torch.ones_like(t[:, None], dtype=d.dtype)).mul_(g[i][:, None])
-            d_hidden.append(d @ wide["weight"])
-            d_weight = d_weight + d[:, columns].T @ h
-        found = {"loss": (None, loss.detach()), "grad_hidden": (None, torch.stack(d_hidden))}
+        d_hidden, d_weight = true_gradients(wide, lse, g, columns)
+        found = {"loss": (None, loss.detach()), "grad_hidden": (None, d_hidden)}
         return found | {"grad_weight": (columns, d_weight)}
 
     def _row(self, wide: dict, i: int, prefix: str):
