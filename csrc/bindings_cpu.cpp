@@ -83,12 +83,13 @@ void linear_divergence_forward(RLFAST_HEADS_ARGS, RLFAST_PAIR_OUT_ARGS, Address 
 }
 
 void linear_divergence_backward(RLFAST_HEADS_ARGS, RLFAST_PAIR_IN_ARGS, Address kept, Address other_kept,
-                                Address g_hidden, Address g_weight, Address g_bias, const char* isa, int threads) {
+                                Address g_hidden, Address g_weight, Address g_bias, bool add, const char* isa,
+                                int threads) {
   const Kernels& k = kernels_of(isa);
   py::gil_scoped_release release;
   k.linear_divergence_backward(RLFAST_HEADS_RECORDS, RLFAST_PAIR_IN_RECORD(rows), at<const float>(kept),
                                at<const float>(other_kept),
-                               HeadGradients{at<void>(g_hidden), at<void>(g_weight), at<void>(g_bias)}, threads);
+                               HeadGradients{at<void>(g_hidden), at<void>(g_weight), at<void>(g_bias), add}, threads);
 }
 
 void loss(py::handle fields, py::handle sizes, const char* surrogate, const char* estimator, py::handle plan,

@@ -65,18 +65,20 @@ def forward(head: Head, ref_head: Head, targets, mask, transform, ref_transform,
 
 def backward(
     own: Head, other: Head, targets, mask, transform, other_transform, measure: Measure, saved: Saved, grads, needs,
-    kept, other_kept,
+    kept, other_kept, sums,
 ):  # fmt: skip
     """See ``rlfast/ops/linear_divergence.py``."""
     hidden, n, vocab = own.hidden, own.hidden.shape[0], own.weight.shape[0]
-    found = [hidden.new_empty(x.shape if need else (0,)) for x, need in zip(own, needs, strict=True)]
+    returned = [need and (i == 0 or sums is None) for i, need in enumerate(needs)]
+    found = [hidden.new_empty(x.shape if there else (0,)) for x, there in zip(own, returned, strict=True)]
     if n == 0:
         return found[0], found[1].zero_(), found[2].zero_()
     batch = batch_of(hidden, targets, mask, (transform, other_transform), measure, (own.bias, other.bias), n, vocab)
     totals = [
-        torch.zeros(x.shape, dtype=torch.float32, device=x.device) if need else None
-        for x, need in zip(own, needs, strict=True)
+        torch.zeros(x.shape, dtype=torch.float32, device=x.device) if there else None
+        for x, there in zip(own, returned, strict=True)
     ]
+    totals = totals if sums is None else [totals[0], *sums]
     live = hidden if mask is None else torch.where(mask.unsqueeze(-1), hidden, torch.zeros_like(hidden))
     hidden_pieces = pieces(live) if needs[1] else []  # a skipped row may hold NaN, and 0·NaN is NaN
     shape = tile_shape(n, vocab)
@@ -95,7 +97,9 @@ def backward(
             if needs[2]:
                 for t in g:
                     totals[2][columns] += t.sum(0, dtype=torch.float32)
-    return tuple(f if t is None else f.copy_(t) for f, t in zip(found, totals, strict=True))
+    if sums is not None:
+        return totals[0] if needs[0] else found[0], *found[1:]
+    return tuple(f.copy_(t) if there else f for f, t, there in zip(found, totals, returned, strict=True))
 
 
 COMPILE = tuple(case for case in divergence.COMPILE if case.full)
@@ -111,4 +115,4 @@ def launch_to_compile(case: divergence.CompileCase) -> None:
     out, *kept = forward(*heads, targets, mask, *transforms, case.measure, outputs, keep=True)
     saved = divergence.views_of(out.aux, 1, outputs, False)
     needs = (True, True, True)
-    backward(*heads, targets, mask, *transforms, case.measure, saved, grads, needs, *kept)
+    backward(*heads, targets, mask, *transforms, case.measure, saved, grads, needs, *kept, None)

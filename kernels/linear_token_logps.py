@@ -125,7 +125,7 @@ def backward(hidden, weight, bias, targets, mask, transform: Transform, aux, gra
             if own[2]:
                 g_bias[columns] = total_bias
     if needs[0]:
-        g_hidden.copy_(total_hidden)
+        g_hidden = total_hidden if sums is not None else g_hidden.copy_(total_hidden)
     return g_hidden, g_weight, g_bias
 
 

@@ -192,14 +192,8 @@ def linear_divergence(
         torch.Size([])
     """
     hidden, weight, bias = logps.checked_head(hidden, weight, bias)
-    ref_hidden, ref_weight, ref_bias = logps.checked_head(ref_hidden, ref_weight, ref_bias, "ref_")
+    ref_hidden, ref_weight, ref_bias = checked_reference(hidden, weight, ref_hidden, ref_weight, ref_bias)
     lead, vocab = hidden.shape[:-1], weight.shape[0]
-    if ref_hidden.shape[:-1] != lead:
-        validate.fail("ref_hidden", f"shape {(*lead, 'E')} like the rows of hidden", validate.shape(ref_hidden))
-    if ref_weight.shape[0] != vocab:
-        wanted = f"shape ({vocab}, {ref_weight.shape[1]}) for the vocabulary of weight"
-        validate.fail("ref_weight", wanted, validate.shape(ref_weight))
-    _alike("ref_hidden", ref_hidden, "hidden", hidden)
     transform = (temperature, ref_temperature, softcap, ref_softcap, logit_scale, ref_logit_scale)
     call = _checked(("hidden", hidden), vocab, kind, beta, transform, targets, mask, outputs, reduce)
     budget = validate.at_least("memory_budget", memory_budget, 0)
@@ -226,6 +220,19 @@ def linear_divergence(
     keep = needs_grad and 2 * max(4, hidden.element_size()) * n * vocab <= budget
     *asked, _, _ = linear_op.op(*heads, targets, mask, *options, *call.measure, call.bits, keep, backends.requested())
     return _named(asked, call)
+
+
+def checked_reference(hidden, weight, ref_hidden, ref_weight, ref_bias) -> tuple:
+    """The head of a reference beside a checked head, or an error that names the argument."""
+    ref_hidden, ref_weight, ref_bias = logps.checked_head(ref_hidden, ref_weight, ref_bias, "ref_")
+    lead, vocab = hidden.shape[:-1], weight.shape[0]
+    if ref_hidden.shape[:-1] != lead:
+        validate.fail("ref_hidden", f"shape {(*lead, 'E')} like the rows of hidden", validate.shape(ref_hidden))
+    if ref_weight.shape[0] != vocab:
+        wanted = f"shape ({vocab}, {ref_weight.shape[1]}) for the vocabulary of weight"
+        validate.fail("ref_weight", wanted, validate.shape(ref_weight))
+    _alike("ref_hidden", ref_hidden, "hidden", hidden)
+    return ref_hidden, ref_weight, ref_bias
 
 
 def _alike(name: str, x, other_name: str, other) -> None:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
+
 from rlfast import backends, logps, validate
-from rlfast.ops import linear_token_logps as linear_op
-from rlfast.ops.linear_loss import Rows
-from rlfast.ops.records import ENTROPY, Outputs, Wanted
+from rlfast.ops.linear_loss import Numbers, Rows, numbers_of
 
 MEMORY_BUDGET = 256 << 20  # bytes of logits at once
 # A chunk reads the weight again and adds to its gradient: with fewer rows that costs more than the GEMM that it saves
@@ -24,6 +24,7 @@ class Head(NamedTuple):
     softcap: object
     logit_scale: object
     memory_budget: object
+    accumulate_grad: object = False  # whether the weight's gradient is added to its own
 
     def options(self) -> tuple[float, float]:
         """(soft-cap, 0.0 for none; logit scale), checked."""
@@ -34,10 +35,21 @@ class Head(NamedTuple):
         """The memory budget, checked."""
         return validate.at_least("memory_budget", self.memory_budget, 0)
 
+    def accumulated(self) -> torch.Tensor | None:
+        """The weight, if its gradient is added straight to its own."""
+        if not validate.flag("accumulate_grad", self.accumulate_grad) or not torch.is_grad_enabled():
+            return None
+        if torch.compiler.is_compiling():
+            validate.fail("accumulate_grad", "False in compiled code, which changes no parameter", "True")
+        validate.tensor("weight", self.weight)
+        if not (self.weight.is_leaf and self.weight.requires_grad):
+            validate.fail("weight", "a leaf that needs a gradient, with accumulate_grad", validate.shape(self.weight))
+        return self.weight
+
 
 def logits_bytes(rows: Rows) -> int:
-    """Bytes of one row of logits, float32 or float64."""
-    return max(4, rows.hidden.element_size()) * rows.weight.shape[0]
+    """Bytes of one row of logits, float32 or float64, the reference's among them."""
+    return (1 if rows.reference is None else 2) * max(4, rows.hidden.element_size()) * rows.weight.shape[0]
 
 
 def most_rows(rows: Rows, budget: float) -> int:
@@ -47,14 +59,14 @@ def most_rows(rows: Rows, budget: float) -> int:
 
 
 def unit_strides(rows: Rows) -> Rows:
-    """With the depth of hidden states and weight contiguous."""
-    return rows._replace(hidden=logps.unit_stride(rows.hidden), weight=logps.unit_stride(rows.weight))
+    """With the depth of hidden states and weights contiguous."""
+    ref = rows.reference
+    if ref is not None:
+        ref = ref._replace(hidden=logps.unit_stride(ref.hidden), weight=logps.unit_stride(ref.weight))
+    return rows._replace(hidden=logps.unit_stride(rows.hidden), weight=logps.unit_stride(rows.weight), reference=ref)
 
 
-def log_probs(rows: Rows, needs_grad: bool, budget: float, entropy: bool = False) -> tuple:
-    """(log-probs, entropies or None) of all rows; their backward keeps the logits if the budget allows."""
+def numbers(rows: Rows, needs_grad: bool, budget: float, outputs: int = 0) -> Numbers:
+    """Those of all rows, with gradient; their backward keeps the logits if the budget allows."""
     keep = needs_grad and logits_bytes(rows) * rows.hidden.shape[0] <= budget
-    wanted = Wanted(ENTROPY if entropy else 0, 0)
-    asked = linear_op.op(*rows[:6], *rows.options, *wanted, keep, backends.requested())
-    out = Outputs.named(asked[:-1], wanted)
-    return out.logp, out.entropy
+    return numbers_of(rows.widened(), outputs, keep, backends.requested())[0]

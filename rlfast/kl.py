@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from rlfast import validate
+from rlfast.full_kl import FULL
 from rlfast.kernels.formulas import ESTIMATORS
 from rlfast.ops import kl_estimate
 from rlfast.ops.dispatch import first_derivatives_only
@@ -14,11 +15,16 @@ KL_KINDS = (*ESTIMATORS, *(f"{name}+" for name in ESTIMATORS))
 ALIASES = {"abs": "absolute", "abs+": "absolute+"}  # as verl calls it
 
 
-def estimator(argument: str, name) -> str:
+def estimator(argument: str, name, known: tuple[str, ...] = KL_KINDS) -> str:
     """One of ``KL_KINDS``, by its name or another."""
     if name in tuple(ALIASES):
         return ALIASES[name]
-    return validate.one_of(argument, name, KL_KINDS)
+    return validate.one_of(argument, name, known)
+
+
+def of_loss(argument: str, name) -> str:
+    """What a loss may have for its KL."""
+    return estimator(argument, name, (*KL_KINDS, FULL))
 
 
 class _Estimate(torch.autograd.Function):

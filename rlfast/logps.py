@@ -314,11 +314,14 @@ def _in_range(targets, vocab: int, own: str) -> None:
             validate.fail(own, wanted, f"{targets[at].item()} at {at}")
 
 
-def checked_head(hidden, weight, bias, prefix: str = "", hidden_name: str | None = None, sizes: str = "VD"):
+def checked_head(
+    hidden, weight, bias, prefix: str = "", hidden_name: str | None = None, sizes: str = "VD",
+    weight_name: str | None = None,
+):  # fmt: skip
     """A head checked, and cast by autocast; ``prefix`` is that of its arguments' names, ``sizes`` are of its weight."""
     h, w, b = (prefix + name for name in ("hidden", "weight", "bias"))
     columns, depth = sizes
-    h = hidden_name or h
+    h, w = hidden_name or h, weight_name or w
     for name, x in ((h, hidden), (w, weight), *(((b, bias),) if bias is not None else ())):
         validate.tensor(name, x)
     if torch.is_autocast_enabled(hidden.device.type) and hidden.dtype != torch.float64:

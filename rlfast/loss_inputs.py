@@ -28,6 +28,7 @@ class Given(NamedTuple):
     keep: object
     cu_seqlens: object
     num_items: object
+    full_kl: object = None
 
 
 def checked(

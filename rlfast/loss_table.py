@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 
 from rlfast import validate
-from rlfast.kl import estimator
+from rlfast.kl import of_loss
 from rlfast.losses import Loss
 from rlfast.presets import preset
 
@@ -108,6 +108,6 @@ def loss(name: str, *, like: str | None = None, **options) -> Loss:
     row = LOSSES[validate.one_of("name", name, tuple(LOSSES))]
     if like is not None:
         if options.get("kl") is not None:
-            options["kl"] = estimator("kl", options["kl"])  # by whose name the trainer has its bounds
+            options["kl"] = of_loss("kl", options["kl"])  # by whose name the trainer has its bounds
         options = preset(name, like, options.get("kl", ...)) | options
     return row.with_options(**options) if options else row

@@ -8,11 +8,12 @@ from typing import NamedTuple
 
 import torch
 
-from rlfast import backends, heads, limits, loss_inputs, policy_linear, validate
+from rlfast import backends, full_kl, heads, limits, loss_inputs, policy_linear, validate
 from rlfast.corrections import CORRECTIONS, Correction
+from rlfast.full_kl import FULL
 from rlfast.kernels.formulas import SURROGATES
 from rlfast.kernels.formulas.kl import KlBounds
-from rlfast.kl import estimator
+from rlfast.kl import of_loss
 from rlfast.ops import token_loss as op
 from rlfast.ops.loss_records import (
     LEVELS,
@@ -99,7 +100,8 @@ class Loss:
         hyper: its hyper-parameters by name; those not named have the formula's defaults.
         unit: "token", "seq_mean", "seq_sum" or "seq_mean_through": whose log-ratio the surrogate sees.
         reduce: "token_mean", "token_sum", "seq_mean_token_mean", "seq_mean_token_sum" or "seq_sum_over_max_len".
-        kl: "k1", "k2", "k3", "absolute" (or "abs") or None; with a "+", its value with the gradient of k2.
+        kl: "k1", "k2", "k3", "absolute" (or "abs") or None; with a "+", its value with the gradient of k2. Or "full":
+            no estimate but KL(π‖π_ref) over the vocabulary, which the call is given or makes from two heads.
         beta: weight of the KL; a 0-dim tensor stays on its device. At 0 ``ref_logp`` may come, and is not read.
         kl_d_max, kl_max: bounds of |log π_ref − log π| and of the estimate.
         kl_ratio: multiplies the estimate by r, and differentiates through it: None, "unit" or "token"; with "score", by
@@ -169,13 +171,16 @@ class Loss:
         validate.one_of("reduce", self.reduce, REDUCTIONS)
         validate.one_of("kl_ratio", self.kl_ratio, KL_RATIOS)
         if self.kl is not None:
-            object.__setattr__(self, "kl", estimator("kl", self.kl))
-        for option, off in NO_KL.items() if self.kl is None else ():
+            object.__setattr__(self, "kl", of_loss("kl", self.kl))
+        for option, off in NO_KL.items() if self.kl in (None, FULL) else ():
             value = getattr(self, option)
             if option != "kl_ratio":
                 self._number(option)  # its range first
+            if self.kl == FULL and option == "beta":
+                continue
             if isinstance(value, torch.Tensor) or value != off:
-                validate.fail(option, f"{off} without kl", repr(value))
+                without = "without kl" if self.kl is None else f"with kl={FULL!r}"
+                validate.fail(option, f"{off} {without}", repr(value))
         if self.weight_in_ratio and self.unit == "token":
             validate.fail("unit", "the unit of a sequence with weight_in_ratio", repr(self.unit))
         if isinstance(self.correction, str):
@@ -204,8 +209,8 @@ class Loss:
         for low, high in limits.ORDERED:
             validate.ordered(low, self._number(low), high, self._number(high))
         beta, entropy = self._number("beta"), self._number("entropy_coef")
-        has_kl = self.kl is not None and (isinstance(self.beta, torch.Tensor) or self.beta != 0.0)
-        kl = self.kl if has_kl else ""
+        kl = self.kl if self.has_kl and self.kl != FULL else ""
+        beta = 0.0 if self.kl == FULL else beta
         plan = Plan(
             UNITS.index(self.unit), int(self.signed), int(self.mean_adv), int(kl.endswith("+")),
             KL_RATIOS.index(self.kl_ratio), REDUCTIONS.index(self.reduce), int(self.count_empty),
@@ -221,11 +226,24 @@ class Loss:
         given = formula.hyper(**self.hyper)
         hyper = [validate.number(x, y, ranges.get(x, limits.ANY)) for x, y in zip(given._fields, given, strict=True)]
         bounds = list(KlBounds(self._number("kl_d_max"), self._number("kl_max")))
-        needs = tuple(self.needs) + (("ref_logp",) if kl else ()) + (("entropy",) if self.has_bonus else ())
+        needs = tuple(self.needs) + (("ref_logp",) if kl else ()) + (("full_kl",) if self.has_full_kl else ())
+        needs += ("entropy",) if self.has_bonus else ()
         needs += ("rollout_logp",) if c.weight or c.gate else ()
         name = getattr(self.surrogate, "name", self.surrogate)
-        idle = (() if self.kl else ("ref_logp",)) + (() if "extra" in formula.reads else ("extra",))
+        idle = ("full_kl",) if self.kl != FULL else ()
+        idle += ("ref_logp",) if self.kl in (None, FULL) else ()
+        idle += () if "extra" in formula.reads else ("extra",)
         return Prepared(name, kl.removesuffix("+"), plan, settings, hyper, bounds, needs, idle)
+
+    @property
+    def has_kl(self) -> bool:
+        """Whether it has a KL of any weight."""
+        return self.kl is not None and (isinstance(self.beta, torch.Tensor) or self.beta != 0.0)
+
+    @property
+    def has_full_kl(self) -> bool:
+        """Whether it reads exact KLs."""
+        return self.kl == FULL and self.has_kl
 
     @property
     def has_bonus(self) -> bool:
@@ -241,7 +259,7 @@ class Loss:
         validate.options(options, known, self.name)
         given = {k: v for k, v in options.items() if k in names}
         if given.get("kl") is not None:
-            given["kl"] = estimator("kl", given["kl"])
+            given["kl"] = of_loss("kl", given["kl"])
         if "kl" in given and given["kl"] != self.kl:  # the bounds are the other estimator's
             given = {k: v for k, v in NO_KL.items() if given["kl"] is None or k.startswith("kl_")} | given
         base = {} if "surrogate" in options else self.hyper
@@ -250,6 +268,7 @@ class Loss:
     def __call__(
         self, logp, *, adv=None, old_logp=None, mask=None, ref_logp=None, rollout_logp=None, entropy=None, weights=None,
         extra=None, keep=None, cu_seqlens=None, num_items=None, max_len=None, world_size=1, accumulation=1,
+        full_kl=None,
     ) -> LossOutput:  # fmt: skip
         """The loss of a batch, in one launch with its gradient by ``logp`` and ``entropy``.
 
@@ -268,6 +287,8 @@ class Loss:
             num_items: number or 0-dim tensor in place of this batch's own count of tokens (or of sequences) in n.
             max_len: the length of ``seq_sum_over_max_len``; T if None.
             world_size, accumulation: the loss is multiplied by the one and divided by the other.
+            full_kl: like logp. KL(π‖π_ref) of the tokens' distributions, with gradient, for kl="full": the value of
+                ``rlfast.divergence(…, kind="reverse_kl")``.
 
         Returns:
             LossOutput(loss, metrics).
@@ -278,14 +299,31 @@ class Loss:
                 at.
         """
         given = loss_inputs.Given(
-            logp, old_logp, ref_logp, rollout_logp, adv, entropy, weights, extra, mask, keep, cu_seqlens, num_items
-        )
+            logp, old_logp, ref_logp, rollout_logp, adv, entropy, weights, extra, mask, keep, cu_seqlens, num_items,
+            full_kl,
+        )  # fmt: skip
         batch, settings = self.checked(given, max_len, world_size, accumulation)
-        surrogate, kl, plan, _, hyper, bounds, *_ = self.prepared
+        exact = loss_inputs.like_first("full_kl", full_kl, logp) if self.has_full_kl else None
         want = torch.is_grad_enabled()
-        wanted = (want and logp.requires_grad, want and entropy is not None and entropy.requires_grad)
-        out = op.call(*batch, surrogate, kl, plan, settings, hyper, bounds, wanted, backends.requested())
+        needs = tuple(want and x is not None and x.requires_grad for x in (logp, entropy, exact))
+        out = self.launch(batch, settings, exact, needs, backends.requested())[0]
         return LossOutput(out.loss, LossMetrics(out.metrics))
+
+    def launch(self, fields, settings: Settings, exact, needs: tuple, backend: str) -> tuple:
+        """(the loss of checked fields, with its gradient by logp and entropy; the same of the exact KL alone, or None).
+
+        Args:
+            fields, settings: of a call.
+            exact: KL(π‖π_ref) of the tokens, or None.
+            needs: whether logp, entropy and the KL need a gradient.
+            backend: that was asked for.
+        """
+        surrogate, kl, plan, _, hyper, bounds, *_ = self.prepared
+        out = op.call(*fields, surrogate, kl, plan, settings, hyper, bounds, needs[:2], backend)
+        if exact is None:
+            return out, None
+        term = full_kl.term(self.prepared, self._number("beta"), fields, settings, exact, needs[2], backend)
+        return full_kl.added(out, term), term
 
     def checked(self, given: loss_inputs.Given, max_len, world_size, accumulation, first: str = "logp") -> tuple:
         """(the op's fields, its settings) of a call, or an error that names the argument."""
@@ -308,7 +346,8 @@ class Loss:
         self, hidden, weight, targets, bias=None, *, adv=None, old_logp=None, mask=None, ref_logp=None,
         rollout_logp=None, weights=None, extra=None, keep=None, cu_seqlens=None, num_items=None, max_len=None,
         world_size=1, accumulation=1, temperature=1.0, softcap=None, logit_scale=1.0, entropy=False,
-        memory_budget=policy_linear.MEMORY_BUDGET,
+        memory_budget=policy_linear.MEMORY_BUDGET, ref_hidden=None, ref_weight=None, ref_bias=None,
+        lora=None, accumulate_grad=False,
     ) -> LinearLossOutput:  # fmt: skip
         """The loss of a batch from the last hidden states and the head, without its logits.
 
@@ -331,6 +370,15 @@ class Loss:
             memory_budget: bytes of float32 logits that may be there at once. Chunks are as large as it allows, and end
                 where sequences do if the loss is one of sequences. If no sequence fits, or less than 512 rows, the
                 backward makes the logits again: four products.
+            ref_hidden: like hidden, [·, E]: the reference's last hidden states, for kl="full": the KL of a token is
+                KL(π‖π_ref) over the vocabulary, under the same temperature, soft-cap and scale.
+            ref_weight: [V, E] of hidden's dtype: the reference's head.
+            ref_bias: [V] of hidden's dtype, or None.
+            lora: (a [r, D], b [V, r], scale) beside a frozen weight: the logits are hidden·(weight + scale·b·a)ᵀ +
+                bias. The factors get their gradients, and there is none of the weight's size.
+            accumulate_grad: the backward adds weight's gradient, in float32, straight to ``weight.main_grad`` if there
+                is one, as Megatron's parameters have, else to ``weight.grad``; no copy of it in weight's dtype is
+                made. Hooks of the parameter are not called. One backward only, and not in compiled code.
 
         Returns:
             LinearLossOutput(loss, metrics, logp, entropy). The gradients are made with the loss, and kept until its
@@ -349,12 +397,13 @@ class Loss:
             >>> head.grad.shape
             torch.Size([100, 16])
         """
-        head = heads.Head(weight, bias, temperature, softcap, logit_scale, memory_budget)
+        head = heads.Head(weight, bias, temperature, softcap, logit_scale, memory_budget, accumulate_grad)
         given = {
             "old_logp": old_logp, "ref_logp": ref_logp, "rollout_logp": rollout_logp, "adv": adv, "weights": weights,
             "extra": extra, "mask": mask, "keep": keep, "cu_seqlens": cu_seqlens, "num_items": num_items,
         }  # fmt: skip
-        tokens = policy_linear.checked(self, head, hidden, targets, given, (max_len, world_size, accumulation))
+        call, ref = (max_len, world_size, accumulation), (ref_hidden, ref_weight, ref_bias)
+        tokens = policy_linear.checked(self, head, hidden, targets, given, call, ref, lora)
         wanted = validate.flag("entropy", entropy)
-        out, logp, entropies = policy_linear.run(self, tokens, head.budget(), wanted)
-        return LinearLossOutput(out.loss, LossMetrics(out.metrics), logp, entropies if wanted else None)
+        out, found = policy_linear.run(self, tokens, head.budget(), wanted)
+        return LinearLossOutput(out.loss, LossMetrics(out.metrics), found.logp, found.entropy if wanted else None)

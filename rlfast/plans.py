@@ -16,6 +16,7 @@ WAYS = {
     "chunks": "each chunk's gradients are made while its logits are there",
     "keep": "the logits are kept for the backward",
     "again": "the backward makes the logits again, in tiles",
+    "twice": "the logits are made twice, the second time a chunk at a time",
 }
 
 
@@ -25,7 +26,7 @@ class LinearPlan(NamedTuple):
     way: str  # of ``WAYS``
     rows: int  # of logits: the tokens; on the CPU those that count
     chunks: tuple[int, ...]  # rows of each; empty where there are none
-    products: int  # with the head, of 2·rows·D·V FLOP each
+    products: int  # with the head or the reference's, of 2·rows·D·V FLOP each
     flop: int
     logits_bytes: int  # that are there at once; 0 for tiles
     gradient_bytes: int  # kept from the forward to the backward
@@ -67,9 +68,11 @@ def plan(loss: Loss, hidden, weight, targets, bias=None, **given) -> LinearPlan:
     bound.apply_defaults()
     said = bound.arguments
     head = heads.Head(*(said[name] for name in heads.Head._fields))
-    fields = {name: said[name] for name in Given._fields if name not in ("logp", "entropy")}
+    fields = {name: said[name] for name in Given._fields if name not in ("logp", "entropy", "full_kl")}
     call = tuple(said[name] for name in ("max_len", "world_size", "accumulation"))
-    return _plan_of(loss, policy_linear.checked(loss, head, hidden, targets, fields, call), head.budget())
+    ref = tuple(said[name] for name in ("ref_hidden", "ref_weight", "ref_bias"))
+    tokens = policy_linear.checked(loss, head, hidden, targets, fields, call, ref, said["lora"])
+    return _plan_of(loss, tokens, head.budget())
 
 
 def _plan_of(loss: Loss, tokens, budget: float) -> LinearPlan:
@@ -78,15 +81,24 @@ def _plan_of(loss: Loss, tokens, budget: float) -> LinearPlan:
     chunks = policy_linear.chunks_of(loss, tokens, budget) if any(needs) else None
     taken = tuple(live[last] - live[first] for first, last in chunks or ())
     fits = live[-1] * heads.logits_bytes(rows) <= budget
-    way = "forward" if not any(needs) else "chunks" if chunks else "keep" if fits else "again"
-    products = 1 + sum(needs[:2]) + (way == "again")
+    again = "twice" if rows.lora is not None or tokens.into is not None else "keep" if fits else "again"
+    way = "forward" if not any(needs) else "chunks" if chunks else again
+    products, elements = _products(rows, needs, way in ("again", "twice"))
+    most = {"chunks": max(taken, default=0), "keep": live[-1], "twice": policy_linear.second_pass(rows, budget)}
     acc = torch.float64 if rows.hidden.dtype == torch.float64 else torch.float32
-    kept = [
-        rows.hidden.numel() * rows.hidden.element_size(),
-        *(x is not None and x.numel() * acc.itemsize for x in rows[1:3]),
-    ]
+    kept = sum(x.numel() for x, need in zip(rows.leaves(), needs, strict=True) if need) * acc.itemsize
     return LinearPlan(
-        way, live[-1], taken, products, products * 2 * live[-1] * rows.weight.numel(),
-        heads.logits_bytes(rows) * {"chunks": max(taken, default=0), "keep": live[-1]}.get(way, 0),
-        sum(n for n, need in zip(kept, needs, strict=True) if need) if way == "chunks" else 0,
+        way, live[-1], taken, products, 2 * live[-1] * elements,
+        heads.logits_bytes(rows) * min(most.get(way, 0), live[-1]), kept if way in ("chunks", "twice") else 0,
     )  # fmt: skip
+
+
+def _products(rows, needs: list[bool], again: bool) -> tuple[int, int]:
+    """(how many, the elements of weights that a row meets in them)."""
+    weight, factors = rows.weight.numel(), needs[3:] or [False, False]
+    low = 0 if rows.lora is None else rows.lora.b.numel() * rows.lora.pieces()
+    products = 1 + again + (needs[0] or factors[0]) + needs[1]
+    elements = products * (weight + low) + factors[1] * low
+    if rows.reference is None:
+        return products, elements
+    return products + 1 + again, elements + (1 + again) * rows.reference.weight.numel()

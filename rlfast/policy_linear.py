@@ -1,9 +1,9 @@
 """Policy losses straight from hidden states and the head.
 
-What a token's ∂loss/∂logp and ∂loss/∂H depend on is known with the log-probs of its sequence, or, where the loss has no
-more to do with sequences, with its own. So the batch goes in chunks of whole sequences, or of tokens: their logits,
-their log-probs, the loss's coefficients, and, while the logits are still there, ∂hidden, ∂weight and ∂bias. What the
-loss divides by is counted before.
+What a token's ∂loss/∂logp, ∂loss/∂H and ∂loss/∂KL depend on is known with the log-probs of its sequence, or, where the
+loss has no more to do with sequences, with its own. So the batch goes in chunks of whole sequences, or of tokens: their
+logits, their log-probs, entropies and exact KLs, the loss's coefficients, and, while the logits are still there,
+∂hidden, ∂weight and ∂bias. What the loss divides by is counted before.
 
 Where a sequence's logits do not fit the memory budget, or too few rows would, the backward makes the logits again.
 """
@@ -16,16 +16,17 @@ from typing import NamedTuple
 
 import torch
 
-from rlfast import backends, logps, validate
-from rlfast.heads import Head, log_probs, logits_bytes, most_rows, unit_strides
+from rlfast import backends, divergences, heads, logps, validate
+from rlfast.full_kl import FULL
+from rlfast.heads import Head, logits_bytes, most_rows, numbers, unit_strides
 from rlfast.loss_inputs import Given
-from rlfast.ops import token_loss as op
+from rlfast.ops.divergence_records import Head as Reference
 from rlfast.ops.known_gradients import with_gradients
-from rlfast.ops.linear_loss import Rows, chunked
+from rlfast.ops.linear_loss import Numbers, Rows, chunked
 from rlfast.ops.linear_token_logps import NAME as HEAD
+from rlfast.ops.lora import Lora
 from rlfast.ops.loss_records import (
     METRICS,
-    SEQ_SUM_OVER_MAX_LEN,
     TOKEN_MEAN,
     TOKEN_SUM,
     Fields,
@@ -34,8 +35,10 @@ from rlfast.ops.loss_records import (
     Settings,
     row_wise,
 )
+from rlfast.ops.records import ENTROPY
 
 MEMORY_BUDGET = 512 << 20  # bytes of logits at once: heads.FEWEST_ROWS of them up to a vocabulary of 262,144
+WEIGHT = Rows._fields.index("weight")  # among the leaves too
 BY_TOKEN = Fields._fields.index("cu_seqlens")  # the fields before it have one number a token
 SCALE, ENTROPY_SCALE, TOKENS, SEQUENCES = map(METRICS.index, ("scale", "entropy_scale", "tokens", "sequences"))
 
@@ -46,14 +49,14 @@ class Tokens(NamedTuple):
     rows: Rows  # its tokens, one after the other
     fields: Fields  # in the caller's shape; ``logp`` is a place for it, and ``entropy`` where the loss reads it
     settings: Settings
+    into: torch.Tensor | None  # the weight, if its gradient is added straight to its own
 
-    def filled(self, logp, entropy) -> Fields:
-        """The fields with log-probs and entropies [N] in their places."""
-        logp, entropy = (x if x is None else x.view(self.fields.logp.shape) for x in (logp, entropy))
-        return self.fields._replace(logp=logp, entropy=entropy)
+    def shaped(self, found: Numbers) -> Numbers:
+        """Numbers [N] in the caller's shape."""
+        return found.of(lambda x: x.view(self.fields.logp.shape))
 
 
-def checked(loss, head: Head, hidden, targets, given: dict, call: tuple) -> Tokens:
+def checked(loss, head: Head, hidden, targets, given: dict, call: tuple, ref: tuple, lora=None) -> Tokens:
     """The batch, or an error that names the argument.
 
     Args:
@@ -62,6 +65,8 @@ def checked(loss, head: Head, hidden, targets, given: dict, call: tuple) -> Toke
         hidden, targets: of the tokens, as they came.
         given: the fields of ``loss_inputs.Given`` beside logp and entropy, as they came.
         call: (max_len, world_size, accumulation).
+        ref: (ref_hidden, ref_weight, ref_bias) as they came.
+        lora: (a, b, scale) as it came, or None.
     """
     validate.tensor("hidden", hidden)
     if hidden.dim() not in (2, 3):
@@ -77,46 +82,118 @@ def checked(loss, head: Head, hidden, targets, given: dict, call: tuple) -> Toke
     temperatures, temperature = logps.checked_temperature("temperature", lead, head.temperature, source)
     place = torch.zeros(lead, dtype=torch.float64 if hidden.dtype == torch.float64 else torch.float32,
                         device=hidden.device)  # fmt: skip
-    fields, settings = loss.checked(Given(place, entropy=place if loss.has_bonus else None, **given), *call, "targets")
+    made = {"entropy": place if loss.has_bonus else None, "full_kl": place if loss.has_full_kl else None}
+    fields, settings = loss.checked(Given(place, **made, **given), *call, "targets")
     targets, mask, temperatures = (x if x is None else x.reshape(-1) for x in (targets, fields.mask, temperatures))
     rows = Rows(hidden.reshape(targets.shape[0], hidden.shape[-1]), weight, bias, targets, mask.contiguous(),
-                temperatures, (temperature, *head.options()))  # fmt: skip
-    return Tokens(unit_strides(rows), fields, settings)
+                temperatures, (temperature, *head.options()), checked_reference(loss, hidden, weight, *ref),
+                checked_lora(hidden, weight, lora))  # fmt: skip
+    return Tokens(unit_strides(rows), fields, settings, head.accumulated())
+
+
+def checked_reference(loss, hidden, weight, ref_hidden, ref_weight, ref_bias) -> Reference | None:
+    """The reference's head over its hidden states [N, E], if the loss reads one."""
+    given = {"ref_hidden": ref_hidden, "ref_weight": ref_weight, "ref_bias": ref_bias}
+    for name, x in given.items():
+        if x is not None and loss.kl != FULL:
+            validate.fail(name, f"None: {loss.name} reads none", type(x).__name__)
+        if x is None and loss.has_full_kl and name != "ref_bias":
+            validate.fail(name, f"a tensor: {loss.name} needs it", "None")
+    if not loss.has_full_kl:
+        return None
+    for name, x in given.items():
+        if isinstance(x, torch.Tensor) and x.requires_grad:
+            validate.fail(name, "a tensor that needs no gradient", "requires_grad=True")
+    ref_hidden, ref_weight, ref_bias = divergences.checked_reference(hidden, weight, *given.values())
+    return Reference(ref_hidden.reshape(-1, ref_hidden.shape[-1]), ref_weight, ref_bias)
+
+
+def checked_lora(hidden, weight, lora) -> Lora | None:
+    """The low-rank part of a head, or an error that names it."""
+    if lora is None:
+        return None
+    if not isinstance(lora, tuple | list) or len(lora) != 3:
+        validate.fail("lora", "(a, b, scale)", type(lora).__name__, TypeError)
+    a, b, scale = lora
+    if isinstance(a, torch.Tensor) and a.dim() != 2:
+        validate.fail("lora[0]", f"shape (r, {hidden.shape[-1]})", validate.shape(a))
+    (_, a, _), rank = logps.checked_head(hidden, a, None, weight_name="lora[0]", sizes="rD"), len(a)
+    _, b, _ = logps.checked_head(hidden.new_zeros(rank), b, None, hidden_name="lora[0]", weight_name="lora[1]")
+    if b.shape[0] != weight.shape[0]:
+        validate.fail("lora[1]", f"shape ({weight.shape[0]}, {rank}) like the rows of weight", validate.shape(b))
+    if weight.requires_grad:
+        validate.fail("weight", "a tensor that needs no gradient, beside lora", "requires_grad=True")
+    return Lora(a, b, validate.finite("lora[2]", scale))
 
 
 def run(loss, tokens: Tokens, budget: float, entropy: bool) -> tuple:
-    """(the op's output with its gradient, log-probs, entropies or None) of a batch, in its shape."""
-    rows, shape = tokens.rows, tokens.fields.logp.shape
-    needs = needed(rows)
-    entropy, backend = entropy or loss.has_bonus, backends.requested()
+    """(the op's output with its gradient, the tokens' numbers without) of a batch, in its shape."""
+    rows, needs = tokens.rows, needed(tokens.rows)
+    outputs, backend = ENTROPY if entropy or loss.has_bonus else 0, backends.requested()
     chunks = chunks_of(loss, tokens, budget) if any(needs) else None
-    if chunks is None:
-        logp, entropies = log_probs(rows, any(needs), budget, entropy)
-        entropies = entropies if loss.has_bonus or entropies is None else entropies.detach()
-        out = launch(loss, tokens.filled(logp, entropies), tokens.settings, any(needs), backend)
-    else:
-        with torch.no_grad():
-            count = counted(loss, tokens, backend)
-            size = power_of_two(loss, tokens, count)
-            taken = taker(loss, tokens, chunks, count, size, backend)
-            slices = [(slice(*chunk),) for chunk in chunks]
-            logp, entropies, gradients = chunked(rows, slices, taken, needs, backend, entropy)
-            out = launch(loss, tokens.filled(logp, entropies), tokens.settings, False, backend)
-        out = out._replace(loss=with_gradients(out.loss, rows[:3], gradients, size))
-    logp, entropies = (x if x is None else x.detach().view(shape) for x in (logp, entropies))
-    return out, logp, entropies
+    if not any(needs) or (chunks is None and rows.lora is None and tokens.into is None):
+        found = tokens.shaped(numbers(rows, any(needs), budget, outputs))
+        if outputs and not loss.has_bonus:
+            found = found._replace(entropy=found.entropy.detach())
+        out, _ = launch(loss, tokens.fields, tokens.settings, found, any(needs), backend)
+        return out, found.of(torch.Tensor.detach)
+    ways = {None: in_two_passes, 1: in_one}
+    taken = ways.get(chunks and len(chunks), in_chunks)
+    with torch.no_grad():
+        out, found, gradients = taken(loss, tokens, chunks, needs, budget, outputs, backend)
+    into = None if tokens.into is None else {WEIGHT: tokens.into}
+    return out._replace(loss=with_gradients(out.loss, rows.leaves(), gradients, into)), tokens.shaped(found)
+
+
+def in_chunks(loss, tokens: Tokens, chunks, needs, budget, outputs, backend) -> tuple:
+    """(output, numbers, gradients), a chunk after the other."""
+    coefficients = taker(loss, tokens, chunks, counted(loss, tokens, backend), backend)
+    slices = [(slice(*chunk),) for chunk in chunks]
+    found, gradients = chunked(tokens.rows, slices, coefficients, needs, backend, outputs)
+    out, _ = launch(loss, tokens.fields, tokens.settings, tokens.shaped(found), False, backend)
+    return out, found, gradients
+
+
+def in_one(loss, tokens: Tokens, chunks, needs, budget, outputs, backend) -> tuple:
+    """The same of one chunk, whose loss is the loss."""
+    out = None
+
+    def coefficients(_, found: Numbers) -> Numbers:
+        nonlocal out
+        out, kl = launch(loss, tokens.fields, tokens.settings, tokens.shaped(found), True, backend)
+        return gradient_of(loss, out, kl)
+
+    found, gradients = chunked(tokens.rows, [(slice(*chunks[0]),)], coefficients, needs, backend, outputs)
+    return out, found, gradients
+
+
+def in_two_passes(loss, tokens: Tokens, chunks, needs, budget, outputs, backend) -> tuple:
+    """The same of rows that the loss has to see whole, and whose logits do not fit: they are made again."""
+    rows = tokens.rows
+    found = numbers(rows, False, budget, outputs)
+    out, kl = launch(loss, tokens.fields, tokens.settings, tokens.shaped(found), True, backend)
+    by, n = gradient_of(loss, out, kl), rows.mask.shape[0]
+    most = second_pass(rows, budget)
+    slices = [(slice(first, min(first + most, n)),) for first in range(0, n, most)]
+    again = ENTROPY if loss.has_bonus else 0
+    _, gradients = chunked(rows, slices, lambda i, _: by.of(lambda x: x[slices[i][0]]), needs, backend, again)
+    return out, found, gradients
+
+
+def second_pass(rows: Rows, budget: float) -> int:
+    """Rows of a chunk whose logits are made a second time."""
+    return max(heads.FEWEST_ROWS, int(budget // logits_bytes(rows)))
 
 
 def needed(rows: Rows) -> list[bool]:
-    """Whether hidden, weight and bias need a gradient."""
-    return [x is not None and x.requires_grad and torch.is_grad_enabled() for x in rows[:3]]
+    """Whether each of the rows' leaves needs a gradient."""
+    return [x is not None and x.requires_grad and torch.is_grad_enabled() for x in rows.leaves()]
 
 
-def launch(loss, fields: Fields, settings: Settings, needs: bool, backend: str) -> Output:
-    """The loss of given log-probs."""
-    surrogate, kl, plan, _, hyper, bounds, *_ = loss.prepared
-    wanted = (needs, needs and loss.has_bonus)
-    return op.call(*fields, surrogate, kl, plan, settings, hyper, bounds, wanted, backend)
+def launch(loss, fields: Fields, settings: Settings, found: Numbers, needs: bool, backend: str) -> tuple:
+    """What ``loss.launch`` gives of tokens whose numbers are these."""
+    fields = fields._replace(logp=found.logp, entropy=found.entropy)
+    return loss.launch(fields, settings, found.full_kl, (needs, needs and loss.has_bonus, needs), backend)
 
 
 def chunks_of(loss, tokens: Tokens, budget: float) -> list[tuple[int, int]] | None:
@@ -175,21 +252,12 @@ def counted(loss, tokens: Tokens, backend: str):
     if fields.num_items is not None or plan.reduce == TOKEN_SUM:
         return fields.num_items
     place = fields.logp if fields.old_logp is None else fields.old_logp.to(fields.logp.dtype)
-    metrics = launch(loss, fields._replace(logp=place), tokens.settings, False, backend).metrics
+    metrics = launch(loss, fields, tokens.settings, Numbers(place, fields.entropy), False, backend)[0].metrics
     return metrics[TOKENS if plan.reduce == TOKEN_MEAN else SEQUENCES].to(torch.float32)
 
 
-def power_of_two(loss, tokens: Tokens, count):
-    """float32 []: about n, by which float16 gradients are larger until they are scaled; None for other dtypes."""
-    if tokens.rows.hidden.dtype != torch.float16 or count is None:
-        return None
-    n = count * (tokens.settings.max_len if loss.prepared.plan.reduce == SEQ_SUM_OVER_MAX_LEN else 1.0)
-    n = torch.where(n > 0, n, torch.ones_like(n))
-    return n / torch.frexp(n).mantissa
-
-
-def taker(loss, tokens: Tokens, chunks, count, size, backend: str):
-    """The function that gives a chunk's (∂loss/∂logp, ∂loss/∂entropy) · size."""
+def taker(loss, tokens: Tokens, chunks, count, backend: str):
+    """The function that gives a chunk's ∂loss by its numbers."""
     plan, whole = loss.prepared.plan, tokens.fields
     share = None
     if plan.entropy_mean and loss.has_bonus:
@@ -197,21 +265,23 @@ def taker(loss, tokens: Tokens, chunks, count, size, backend: str):
         share = [kept.reshape(-1)[first:last].sum() for first, last in chunks]
         share = torch.stack(share).clamp(min=1) / kept.sum().clamp(min=1)
 
-    def coefficients(number: int, logp, entropy):
+    def coefficients(number: int, found: Numbers) -> Numbers:
         part = part_of(plan, tokens, *chunks[number])
-        shape = part.logp.shape
-        entropy = entropy.view(shape) if loss.has_bonus else None
-        part = part._replace(logp=logp.view(shape), entropy=entropy, num_items=count)
-        out = launch(loss, part, tokens.settings, True, backend)
-        by_logp, by_entropy = out.metrics[SCALE], out.metrics[ENTROPY_SCALE]
-        if share is not None:
-            by_entropy = by_entropy * share[number]
-        if size is not None:
-            by_logp, by_entropy = by_logp * size, by_entropy * size
-        d_entropy = (out.dentropy * by_entropy).reshape(-1) if loss.has_bonus else None
-        return (out.dlogp * by_logp).reshape(-1), d_entropy
+        found = found.of(lambda x: x.view(part.logp.shape))
+        out, kl = launch(loss, part._replace(num_items=count), tokens.settings, found, True, backend)
+        return gradient_of(loss, out, kl, 1.0 if share is None else share[number])
 
     return coefficients
+
+
+def gradient_of(loss, out: Output, kl: Output | None, share=1.0) -> Numbers:
+    """∂loss by the numbers of the rows; ``share`` is that of these rows in the mean of the bonus."""
+    found = Numbers(
+        out.dlogp * out.metrics[SCALE],
+        out.dentropy * (out.metrics[ENTROPY_SCALE] * share) if loss.has_bonus else None,
+        None if kl is None else kl.dentropy * kl.metrics[ENTROPY_SCALE],
+    )
+    return found.of(lambda x: x.reshape(-1))
 
 
 def part_of(plan: Plan, tokens: Tokens, first: int, last: int) -> Fields:

@@ -292,7 +292,8 @@ class PreferenceLoss:
         )
         head = heads.Head(weight, bias, temperature, softcap, logit_scale, memory_budget)
         rest = self._given(margin, extra, shared, weights, num_items)
-        return preference_linear.run(self, head, sides, rest, nll, validate.share(world_size, accumulation), per_pair)
+        factor = validate.share(world_size, accumulation)
+        return preference_linear.run(self, head, sides, rest, nll, factor, per_pair)[0]
 
     def linear_rows(
         self, hidden, weight, targets, bias=None, *, ref_logps=None, mask=None, cu_seqlens=None, temperature=1.0,
@@ -309,7 +310,8 @@ class PreferenceLoss:
         side = preference_linear.Tokens(hidden, targets, ref_logps, mask, cu_seqlens)
         head = heads.Head(weight, bias, temperature, softcap, logit_scale, memory_budget)
         rest = self._given(margin, extra, shared, weights, num_items)
-        return preference_linear.run(self, head, (side,), rest, nll, validate.share(world_size, accumulation), per_pair)
+        factor = validate.share(world_size, accumulation)
+        return preference_linear.run(self, head, (side,), rest, nll, factor, per_pair)[0]
 
     def _given(self, *fields) -> PairGiven:
         """The fields of a call, which the loss has a use for."""

@@ -13,11 +13,11 @@ from typing import NamedTuple
 import torch
 
 from rlfast import backends, logps, validate
-from rlfast.heads import Head, log_probs, most_rows, unit_strides
+from rlfast.heads import Head, most_rows, numbers, unit_strides
 from rlfast.loss_inputs import boundaries
 from rlfast.ops import preference_records as records
 from rlfast.ops.known_gradients import with_gradients
-from rlfast.ops.linear_loss import Rows, chunked
+from rlfast.ops.linear_loss import Numbers, Rows, chunked
 from rlfast.preference_inputs import Given, Names, PairGiven, fields_of, mean_length
 
 
@@ -99,14 +99,15 @@ def given_of(logp, ref, mask, shape, cu_seqlens) -> Given:
     return Given(logp, ref, None, mask, cu_seqlens, None)
 
 
-def run(loss, head: Head, sides: tuple, rest: PairGiven, nll, factor: float, per_pair: bool):
-    """The loss of pairs whose tokens are given as hidden states.
+def run(loss, head: Head, sides: tuple, rest: PairGiven, nll, factor: float, per_pair: bool, outputs: int = 0) -> tuple:
+    """(the loss of pairs whose tokens are given as hidden states, the tokens' numbers).
 
     Args:
         loss: a ``PreferenceLoss``.
         head: the head.
         sides: the ``Tokens`` of both kinds in one; or of the chosen and of the rejected.
         rest, nll, factor, per_pair: as in ``PreferenceLoss.run``.
+        outputs: what is computed beside the log-probs: bits of ``rlfast/ops/records.py``.
     """
     if loss.kl:
         wanted = f"log-probs: {loss.name} reads KL(π_ref‖π), which rlfast.linear_divergence gives beside them"
@@ -122,11 +123,13 @@ def run(loss, head: Head, sides: tuple, rest: PairGiven, nll, factor: float, per
         groups = places and groups_of(places, joined.rows, budget)
     loss_names = tuple(name.of_loss() for name in names)
     if groups is None:
-        logp, _ = log_probs(joined.rows, any(needs), budget)
-        parts = logp.split([side.targets.shape[0] for side in checked])
+        found = numbers(joined.rows, any(needs), budget, outputs)
+        parts = found.logp.split([side.targets.shape[0] for side in checked])
         given = [side.given(part) for side, part in zip(checked, parts, strict=True)]
-        return loss.run(given[0], given[1] if len(given) == 2 else None, rest, nll, factor, per_pair, loss_names)
-    return by_chunks(loss, joined, places, groups, needs, rest, nll, factor, per_pair)
+        out = loss.run(given[0], given[1] if len(given) == 2 else None, rest, nll, factor, per_pair, loss_names)
+    else:
+        out, found = by_chunks(loss, joined, places, groups, needs, rest, nll, factor, per_pair, outputs)
+    return out, found.of(torch.Tensor.detach)
 
 
 def checked_sides(head: Head, sides, names) -> tuple:
@@ -228,25 +231,27 @@ def groups_of(places, rows: Rows, budget: float) -> list[tuple[int, int]] | None
     return [*groups, (first, len(of_pair))]
 
 
-def by_chunks(loss, joined: Joined, places, groups, needs, rest: PairGiven, nll, factor, per_pair):
-    """The loss, and its gradients by the head, of a few pairs at a time."""
+def by_chunks(
+    loss, joined: Joined, places, groups, needs, rest: PairGiven, nll, factor, per_pair, outputs: int
+) -> tuple:
+    """(the loss, the tokens' numbers), and the gradients by the head, of a few pairs at a time."""
     rows, pairs = joined.rows, len(places[0].ends) - 1
     rest = whole_rest(loss, joined, places[0], pairs, rest)
 
-    def coefficients(number: int, logp, _):
+    def coefficients(number: int, part: Numbers):
         first, last = groups[number]
-        parts = logp.split([at.stop - at.start for at in (place.rows(first, last) for place in places)])
+        parts = part.logp.split([at.stop - at.start for at in (place.rows(first, last) for place in places)])
         given = [joined.given(place, first, last, part) for place, part in zip(places, parts, strict=True)]
         margin, extra, weights = (x if x is None else x[first:last] for x in (rest.margin, rest.extra, rest.weights))
         some = PairGiven(margin, extra, rest.shared, weights, rest.num_items)
-        return torch.cat([d.reshape(-1) for d in loss.gradients(*given, some, nll, factor)]), None
+        return Numbers(torch.cat([d.reshape(-1) for d in loss.gradients(*given, some, nll, factor)]))
 
     with torch.no_grad():
         chunks = [tuple(place.rows(*group) for place in places) for group in groups]
-        logp, _, gradients = chunked(rows, chunks, coefficients, needs, backends.requested())
-    given = [joined.given(place, 0, pairs, logp[place.rows(0, pairs)]) for place in places]
+        found, gradients = chunked(rows, chunks, coefficients, needs, backends.requested(), outputs)
+    given = [joined.given(place, 0, pairs, found.logp[place.rows(0, pairs)]) for place in places]
     out = loss.run(*given, rest, nll, factor, per_pair)
-    return out._replace(loss=with_gradients(out.loss, rows[:3], gradients))
+    return out._replace(loss=with_gradients(out.loss, rows[:3], gradients)), found
 
 
 def whole_rest(loss, joined: Joined, chosen: Place, pairs: int, rest: PairGiven) -> PairGiven:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 
 from rlfast import validate
+from rlfast.full_kl import FULL
 
 SEQ_MEAN_TOKEN_MEAN, SEQ_MEAN_TOKEN_SUM = "seq_mean_token_mean", "seq_mean_token_sum"
 CLIP = {"eps_low": 0.2, "eps_high": 0.2}
@@ -172,4 +173,5 @@ def preset(name: str, like: str, kl=...) -> dict:
         validate.fail("name", f"one of {', '.join(rows)} for like={like!r}", repr(name))
     if kl is None:
         return {option: x for option, x in rows[name].items() if option not in ("kl", "kl_ratio", "beta")}
-    return rows[name] | kl_bounds(like, rows[name].get("kl") if kl is ... else kl)
+    ratio = {"kl_ratio": None} if kl == FULL else {}
+    return rows[name] | kl_bounds(like, rows[name].get("kl") if kl is ... else kl) | ratio

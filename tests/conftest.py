@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch._dynamo  # its table of torch's functions is made on import: before any of them is poisoned
 
-from rlfast import backends
+from rlfast import backends, heads
 
 # What a machine may lack. Any other skip is a failure: a test that does not run must not look like one that passed.
 HARDWARE_REASONS = (
@@ -163,6 +163,12 @@ def poisoned_allocations(request, monkeypatch):
         monkeypatch.setattr(torch, name, _poisoned(getattr(torch, name)))
     for name in ("new_empty", "new_empty_strided"):
         monkeypatch.setattr(torch.Tensor, name, _poisoned(getattr(torch.Tensor, name)))
+
+
+@pytest.fixture
+def small_chunks(monkeypatch):
+    """A fused loss takes chunks of any number of rows."""
+    monkeypatch.setattr(heads, "FEWEST_ROWS", 1)
 
 
 @pytest.fixture

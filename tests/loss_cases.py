@@ -202,6 +202,8 @@ def oracle(case: LossCase, dtype: torch.dtype, order: torch.Tensor | None = None
     for name, at in (("beta", "beta"), ("entropy_coef", "entropy_coef")):
         value = getattr(case.objective, name)
         words[at] = value.double().to(dtype) if isinstance(value, torch.Tensor) else words[at]
+    if case.objective.has_full_kl:
+        words |= {"kl": "full", "beta": words["beta"] or case.objective.beta}
     shape = case.fields["logp"].shape
     fields = {k: x.expand(shape) for k, x in case.fields.items()}
     fields = fields if order is None else {k: x[:, order] for k, x in fields.items()}

@@ -8,9 +8,13 @@ import torch
 
 from rlfast.parity import ORDERS, Parity, measure
 
+# The largest error of a few orders is still an accident where one token's gradient is far larger than the others': one
+# in some thousand of the suite's gradients is beyond the largest of four.
+MOST_ORDERS = 16
+
 
 class Orders:
-    """PyTorch's float32 result by ``ORDERS`` orders of its sums, the largest error of which counts.
+    """PyTorch's float32 result by ``MOST_ORDERS`` orders of its sums, the largest error of which counts.
 
     Another order can only widen the bound: beyond the first they are made where a result is not within it.
 
@@ -25,11 +29,9 @@ class Orders:
         """A function of each."""
         return Orders(lambda order: function(self.make(order)))
 
-    def first(self) -> list:
-        return [self.make(0)]
-
-    def all(self) -> list:
-        return [self.make(order) for order in range(ORDERS)]
+    def some(self, count: int) -> list:
+        """By so many orders."""
+        return [self.make(order) for order in range(count)]
 
 
 def by_name(make) -> tuple[dict[str, Orders], ...]:
@@ -55,10 +57,11 @@ def assert_gradient(name: str, got, truth, yardstick) -> Parity:
 
 def _assert(name, got, truth, yardstick, kind, size=None) -> Parity:
     assert got.shape == truth.shape, f"{name}: shape {tuple(got.shape)}, expected {tuple(truth.shape)}"
-    several = isinstance(yardstick, Orders)
-    parity = measure(got, truth, yardstick.first() if several else yardstick, kind, size=size)
-    if several and not parity.ok:
-        parity = measure(got, truth, yardstick.all(), kind, size=size)
+    counts = (1, ORDERS, MOST_ORDERS) if isinstance(yardstick, Orders) else (0,)
+    for count in counts:
+        parity = measure(got, truth, yardstick.some(count) if count else yardstick, kind, size=size)
+        if parity.ok:
+            break
     assert parity.ok, f"{name} {parity}"
     return parity
 

@@ -3,192 +3,37 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
 import rlfast
-from rlfast import heads
 from rlfast.loss_table import LOSSES
 from rlfast.ops.linear_token_logps import op, op_accumulate
-from rlfast.reference.linear_token_logps import linear_token_logps as reference
-from tests.cases import DTYPES, KERNELS, as_head, few, interpreted
-from tests.loss_cases import LossCase
-from tests.loss_cases import oracle as loss_oracle
-from tests.numerics import assert_gradient, assert_same_bits, assert_value, assert_zero, by_name
+from tests.cases import KERNELS, as_head, few, interpreted
+from tests.linear_policy_cases import (
+    BONUS,
+    BUDGETS,
+    DEPTH,
+    FORMS,
+    OF_VOCABULARY,
+    QUICK,
+    VOCAB,
+    Case,
+    case_of,
+    check,
+    drawn,
+    oracle,
+    run,
+)
+from tests.numerics import assert_gradient, assert_same_bits, assert_zero, by_name
 
 OP = "linear_token_logps"
-VOCAB, DEPTH = 1301, 24
-# Rows of logits at once: none, those of one sequence or of some, all.
-BUDGETS = ("recompute", "a sequence", "some sequences", "keep")
-FORMS = ("padded", "packed")
 # One of each kind: of tokens, of means over sequences, of sums over them, of their ratio, of a fixed length.
 KINDS = ("ppo", "grpo", "vespo", "gspo", "dr_grpo", "reinforce")
-# Nothing of the loss's kind is the head's: what goes through every loss leaves Triton's interpreter out.
-QUICK = ("reference", "torch", "cpu", "cuda", *(() if interpreted() else ("triton",)))
-BONUS = {"entropy_coef": 0.125}
-
-
-@pytest.fixture(autouse=True)
-def few_rows_are_enough(monkeypatch):
-    """The chunks of the tests are small."""
-    monkeypatch.setattr(heads, "FEWEST_ROWS", 1)
-
-
-@dataclass(frozen=True)
-class Case:
-    """One call; the tokens of ``data`` are [B, T]."""
-
-    loss: rlfast.Loss
-    data: dict
-    form: str = "padded"
-    budget: str = "some sequences"
-    rest: dict = field(default_factory=dict)  # num_items, world_size, temperature, …
-    needs: tuple = ("hidden", "weight", "bias")
-    upstream: float = 1.0
-
-    def fields(self) -> dict:
-        """Those that the loss reads."""
-        idle = (*self.loss.prepared.idle, "hidden", "weight", "bias", "targets", "live")
-        return {k: x for k, x in self.data.items() if k not in idle}
-
-    def call(self) -> dict:
-        """What is said beside them."""
-        length = {"max_len": 11} if self.loss.reduce == "seq_sum_over_max_len" else {}
-        return length | self.rest
-
-
-def drawn(rows: int = 0, length: int = 0, dtype: str = "f32", seed: int = 2) -> dict:
-    """Responses of different lengths, with a mask, labels of −100, and NaN where neither counts."""
-    rows, length = rows or few(64, 3), length or few(7, 4)
-    rng = torch.Generator().manual_seed(seed)
-    hidden = torch.randn(rows, length, DEPTH, generator=rng).to(DTYPES[dtype])
-    weight = (torch.randn(VOCAB, DEPTH, generator=rng) * 2 / DEPTH**0.5).to(DTYPES[dtype])
-    bias = torch.randn(VOCAB, generator=rng).to(DTYPES[dtype])
-    targets = torch.randint(VOCAB, (rows, length), generator=rng)
-    mask = torch.arange(length) < torch.randint(1, length + 1, (rows, 1), generator=rng)
-    mask[0, :2], targets[0, 0] = True, -100
-    live = mask & (targets != -100)
-    logp = reference(hidden, weight, targets.clamp(min=0), bias, dtype=torch.float64)["logp"].float()
-    hidden[~live] = torch.nan
-
-    def near(spread: float):
-        return torch.where(live, logp + spread * torch.randn(rows, length, generator=rng), torch.nan)
-
-    return {
-        "hidden": hidden, "weight": weight, "bias": bias, "targets": targets, "mask": mask, "live": live,
-        "adv": torch.randn(rows, generator=rng), "old_logp": near(0.2), "ref_logp": near(0.3),
-        "rollout_logp": near(0.1), "weights": torch.rand(rows, length, generator=rng) + 0.5,
-        "extra": (torch.rand(rows, length, generator=rng) < 0.4).float(),
-        "keep": torch.rand(rows, length, generator=rng) < 0.8,
-    }  # fmt: skip
-
-
-def case_of(name: str = "grpo", dtype: str = "f32", options: dict | None = None, **rest) -> Case:
-    """A row of the table on drawn data."""
-    return Case(rlfast.loss(name, **(options or {})), drawn(dtype=dtype), **rest)
-
-
-def run(case: Case, backend: str, device: str = "cpu", scale: float = 1.0) -> tuple:
-    """(output, {name: gradient})."""
-    data = {k: x if x is None else x.to(device) for k, x in case.data.items()}
-    leaves = {k: data[k].detach().clone().requires_grad_() for k in case.needs if data[k] is not None}
-    rows, length = data["targets"].shape
-    given = {k: data[k] for k in (*case.fields(), "hidden", "targets")} | {"bias": data["bias"]} | leaves
-    if case.form == "packed":
-        given = {
-            k: x.flatten(0, 1) if k not in ("weight", "bias", "adv") and x is not None else x for k, x in given.items()
-        }
-        given["cu_seqlens"] = torch.arange(rows + 1, device=device) * length
-    size = VOCAB * (8 if data["hidden"].dtype == torch.float64 else 4)
-    budget = {"recompute": 0, "a sequence": 1, "some sequences": 9, "keep": 1 << 20}[case.budget] * length * size
-    rest = {k: x.to(device) if isinstance(x, torch.Tensor) else x for k, x in case.call().items()}
-    with rlfast.use_backend(backend):
-        given.setdefault("weight", data["weight"])
-        out = case.loss.linear(**given, **rest, entropy=True, memory_budget=budget)
-        grads = torch.autograd.grad(out.loss * case.upstream, list(leaves.values())) if leaves else ()
-    return out, dict(zip(leaves, grads, strict=True))
-
-
-HEAD_OPTIONS = ("temperature", "softcap", "logit_scale")
-
-
-def oracle(case: Case, dtype: torch.dtype, seed: int = 0) -> tuple[dict, dict]:
-    """(loss, metrics, log-probs, entropies; gradients) by autograd.
-
-    With a ``seed`` the sum over the depth is shuffled, and each sequence has products of its own, as a chunk has.
-    """
-    data, order = (
-        case.data,
-        torch.randperm(DEPTH, generator=torch.Generator().manual_seed(seed)) if seed else slice(None),
-    )
-    clean = torch.where(data["live"].unsqueeze(-1), data["hidden"], torch.zeros((), dtype=data["hidden"].dtype))
-    head = {"hidden": clean, "weight": data["weight"], "bias": data["bias"]}
-    leaves = {k: x.to(dtype).clone().requires_grad_(k in case.needs) for k, x in head.items() if x is not None}
-    options = {k: x.to(dtype) if isinstance(x, torch.Tensor) else x for k, x in case.rest.items() if k in HEAD_OPTIONS}
-    weight, bias = leaves["weight"][:, order], leaves.get("bias")
-
-    def log_probs(rows: slice) -> dict:
-        some = {k: x[rows] if isinstance(x, torch.Tensor) else x for k, x in options.items()}
-        return reference(
-            leaves["hidden"][rows][..., order], weight, data["targets"][rows], bias, mask=data["live"][rows],
-            dtype=dtype, **some,
-        )  # fmt: skip
-
-    count = data["targets"].shape[0]
-    parts = [log_probs(slice(i, i + 1)) for i in range(count)] if seed else [log_probs(slice(None))]
-    values = {k: torch.cat([part[k] for part in parts]) for k in ("logp", "entropy")}
-    fields = case.fields() | {k: x.detach() for k, x in values.items()} | {"mask": data["live"]}
-    fields = {k: x.unsqueeze(1) if x.dim() == 1 else x for k, x in fields.items()}
-    read = ("logp", "entropy") if case.loss.has_bonus else ("logp",)
-    call = {k: x for k, x in case.call().items() if k not in HEAD_OPTIONS}
-    found, by = loss_oracle(LossCase(case.loss, fields, False, call, None, read, case.upstream), dtype)
-    wanted = {k: x for k, x in leaves.items() if x.requires_grad}
-    grads = ()
-    if wanted:
-        grads = torch.autograd.grad([values[k] for k in by], list(wanted.values()), [by[k].to(dtype) for k in by])
-    found |= {k: torch.where(data["live"], x.detach(), 0.0) for k, x in values.items() if k == "logp"}
-    # rounding a log-prob moves the loss by its derivative
-    found["size"] = found["sizes"]["loss"] + (by["logp"] * found["logp"]).abs().sum() / abs(case.upstream)
-    found["entropies"] = torch.where(data["live"], values["entropy"].detach(), 0.0)
-    return found, dict(zip(wanted, grads, strict=True))
-
-
-def check(case: Case, backend: str, device: str = "cpu") -> None:
-    """The loss, log-probs, entropies and gradients; the metrics are those of the loss from these log-probs."""
-    out, gradients = run(case, backend, device)
-    truth, wanted = oracle(case, torch.float64)
-    own, own_gradients = by_name(lambda seed: oracle(case, torch.float32, seed))
-    live = case.data["live"]
-    assert_value("loss", out.loss.detach().cpu(), truth["loss"], own["loss"], truth["size"])
-    for name, got in (("logp", out.logp), ("entropies", out.entropy)):
-        assert not got.requires_grad
-        got = got.cpu().view(live.shape)
-        assert_zero(f"{name} of masked tokens", got[~live])
-        assert_value(name, got, truth[name], own[name])
-    again = from_log_probs(case, out, backend)
-    assert_same_bits("loss", out.loss.detach(), again.loss)
-    assert_same_bits("metrics", out.metrics.values, again.metrics.values)
-    for name, got in gradients.items():
-        assert got.dtype == case.data[name].dtype
-        assert_gradient(f"gradient of {name}", got.cpu().view(wanted[name].shape), wanted[name], own_gradients[name])
-    if "hidden" in gradients:
-        assert_zero("gradient of masked tokens", gradients["hidden"].cpu().view(*live.shape, DEPTH)[~live])
-
-
-def from_log_probs(case: Case, out, backend: str) -> rlfast.LossOutput:
-    """The loss called with log-probs."""
-    fields = case.fields() | {"mask": case.data["live"]}
-    call = {k: x for k, x in case.call().items() if k not in HEAD_OPTIONS}
-    if case.form == "packed":
-        rows, length = case.data["targets"].shape
-        fields = {k: x.flatten(0, 1) if k != "adv" else x for k, x in fields.items()}
-        fields["cu_seqlens"] = torch.arange(rows + 1) * length
-    fields = {k: x.to(out.logp.device) for k, x in fields.items()}
-    with rlfast.use_backend(backend):
-        return case.loss(out.logp, entropy=out.entropy, **fields, **call)
+pytestmark = pytest.mark.usefixtures("small_chunks")
 
 
 @pytest.mark.parametrize("budget", BUDGETS)
@@ -308,8 +153,8 @@ def test_nothing_that_counts(backend, device, shape, budget):
     """No sequence, no token, or only masked ones: a loss of 0, and no gradient."""
     rows, length = shape
     data = drawn(few(6, 4), few(9, 4))
-    data = {k: x if k in ("weight", "bias") else x[:rows] for k, x in data.items()}
-    data = {k: x if k in ("weight", "bias", "adv") else x[:, :length] for k, x in data.items()}
+    data = {k: x if k in OF_VOCABULARY else x[:rows] for k, x in data.items()}
+    data = {k: x if k in (*OF_VOCABULARY, "adv") else x[:, :length] for k, x in data.items()}
     data["mask"] = torch.zeros_like(data["mask"])
     out, gradients = run(Case(rlfast.loss("grpo"), data, budget=budget), backend, device)
     assert out.loss == 0.0
@@ -337,7 +182,7 @@ def test_micro_batches_make_one_batch(backend, device, name):
     half = data["targets"].shape[0] // 2
     parts = []
     for at in (slice(None, half), slice(half, None)):
-        part = {k: x if k in ("weight", "bias") else x[at] for k, x in data.items()}
+        part = {k: x if k in OF_VOCABULARY else x[at] for k, x in data.items()}
         parts.append(run(replace(case, data=part, rest={"num_items": counts[name]}), backend, device)[1])
     _, wanted = oracle(case, torch.float64)
     _, own = by_name(lambda seed: oracle(case, torch.float32, seed))

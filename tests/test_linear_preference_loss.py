@@ -8,7 +8,6 @@ import pytest
 import torch
 
 import rlfast
-from rlfast import heads
 from rlfast.ops.linear_token_logps import op, op_accumulate
 from rlfast.parity import ORDERS
 from rlfast.reference.linear_token_logps import linear_token_logps as reference
@@ -26,10 +25,7 @@ LOSSES = {
 }  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def few_rows_are_enough(monkeypatch):
-    """The chunks of the tests are small."""
-    monkeypatch.setattr(heads, "FEWEST_ROWS", 1)
+pytestmark = pytest.mark.usefixtures("small_chunks")
 
 
 @dataclass(frozen=True)

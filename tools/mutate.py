@@ -35,7 +35,11 @@ SWITCH = "RLFAST_MUTANT"
 OPS = ("tests/test_token_logps.py", "tests/test_linear_token_logps.py", "tests/test_token_loss.py")
 # The tests of a mutant whose file is of another family: the first word that its path holds.
 FAMILIES = {
-    "linear_loss": ("tests/test_linear_preference_loss.py",),
+    "ops/linear_loss": ("tests/test_linear_preference_loss.py",),
+    "policy_linear": tuple(f"tests/test_{x}.py" for x in ("linear_policy_loss", "full_kl", "lora_head")),
+    "full_kl": ("tests/test_full_kl.py",),
+    "lora": ("tests/test_lora_head.py",),
+    "known_gradients": ("tests/test_accumulated_grad.py",),
     "rlfast/preference.py": ("tests/test_linear_preference_loss.py", "tests/test_preference.py"),
     "rlfast/preference": ("tests/test_linear_preference_loss.py",),
     "unpaired": ("tests/test_unpaired_loss.py",),
@@ -69,7 +73,8 @@ FAMILIES = {
     **dict.fromkeys(("sampl", "rlfast/noise.h", "formulas/noise"), ("tests/test_sample.py",)),
     **dict.fromkeys(("kernels/rows", "kernels/whiten"), ("tests/test_affine_scan.py",)),
     "attention": ("tests/test_paged_attention.py",),
-    "trl_preference": ("tests/test_integrations_trl_preference.py",),
+    "trl_grpo": ("tests/test_integrations_trl_grpo.py",),
+    "trl_preference": ("tests/test_integrations_trl_preference.py", "tests/test_integrations_trl_dpo.py"),
 }
 SLOW = "not (isa or 2_31 or seventy or 151669 or 50257 or 32003 or 256k or twenty or tile or many_rows"
 SLOW += " or million or hundred_thousand or segments or compiled or opcheck)"

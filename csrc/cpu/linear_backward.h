@@ -28,6 +28,12 @@ void write_row_of(const float* x, int64_t n, bool streaming, T* y) {
 // Columns of the depth that one job of a backward product covers.
 constexpr int64_t kBlockCols = 192;
 
+// Bytes of an element of ∂hidden.
+template <class T>
+int64_t hidden_size(const HeadGradients& out) {
+  return static_cast<int64_t>(out.add ? sizeof(float) : sizeof(T));
+}
+
 // `Source` makes dlogits:
 //   bool again()                        whether the logits are made again, which takes packed weights
 //   void gather(i)                      what that needs of row i
@@ -97,18 +103,25 @@ public:
       stream_fence();
       if (out_.hidden) {
 #pragma omp for schedule(static)
-        for (int64_t i = 0; i < count_; ++i) {
-          write_row_of(d_hidden_.get() + i * depth_, head.depth, false,
-                       static_cast<T*>(out_.hidden) + rows_.at[i] * head.depth);
-        }
+        for (int64_t i = 0; i < count_; ++i) write_hidden(i);
       }
     }
     if (out_.hidden) zero_skipped();
   }
 
 private:
+  void write_hidden(int64_t i) {
+    const int64_t depth = linear_.head().depth, at = rows_.at[i] * depth;
+    const float* row = d_hidden_.get() + i * depth_;
+    if (out_.add) {
+      std::memcpy(static_cast<float*>(out_.hidden) + at, row, depth * sizeof(float));
+    } else {
+      write_row_of(row, depth, false, static_cast<T*>(out_.hidden) + at);
+    }
+  }
+
   void zero_skipped() {
-    const int64_t bytes = linear_.head().depth * static_cast<int64_t>(sizeof(T));
+    const int64_t bytes = linear_.head().depth * hidden_size<T>(out_);
     for (int64_t row = 0, i = 0; row < linear_.head().rows; ++row) {
       if (i < count_ && rows_.at[i] == row) {
         ++i;
@@ -202,7 +215,7 @@ private:
 
 template <class T>
 void zero_gradients(const Head& head, const HeadGradients& out) {
-  if (out.hidden) std::memset(out.hidden, 0, head.rows * head.depth * sizeof(T));
+  if (out.hidden) std::memset(out.hidden, 0, head.rows * head.depth * hidden_size<T>(out));
   if (out.add) return;
   if (out.weight) std::memset(out.weight, 0, head.vocab * head.depth * sizeof(T));
   if (out.bias) std::memset(out.bias, 0, head.vocab * sizeof(T));

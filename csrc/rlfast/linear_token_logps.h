@@ -18,7 +18,7 @@ struct HeadGradients {
   void* hidden;      // [rows, depth]
   void* weight;      // [vocab, depth]
   void* bias;        // [vocab]
-  bool add = false;  // weight and bias are float32 sums, whatever the dtype, and are added to
+  bool add = false;  // all are float32, whatever the dtype, and weight and bias are added to
 };
 
 }  // namespace rlfast

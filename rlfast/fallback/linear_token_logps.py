@@ -69,4 +69,4 @@ def backward(hidden, weight, bias, targets, mask, transform: Transform, aux, gra
             total[1].addmm_(g.T, torch.where(live, hidden[rows].to(dtype), 0.0))
         if needs[2]:
             total[2] += g.sum(0)
-    return tuple(x.to(hidden.dtype) for x in out)
+    return tuple(out) if sums is not None else tuple(x.to(hidden.dtype) for x in out)

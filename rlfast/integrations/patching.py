@@ -134,9 +134,9 @@ def runs_as_it_is(original, reason: str) -> None:
 
 
 @functools.cache
-def say_once(message: str) -> None:
-    """A warning that is new."""
-    logger.warning(message)
+def say_once(message: str, level: int = logging.WARNING) -> None:
+    """A message that is new."""
+    logger.log(level, message)
 
 
 def tensor_unsupported(**tensors) -> str | None:

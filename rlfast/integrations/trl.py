@@ -2,8 +2,8 @@
 
 Every TRL trainer that scores tokens from hidden states (SFT, DPO, KTO, GRPO, RLOO, AsyncGRPO, GMPO) ends in
 ``ChunkedLogProbFunction.apply``; those that hold logits call ``selective_log_softmax`` and its relatives. Outputs are
-float32, as those of TRL's own CUDA kernels are (its CPU path returns the dtype of the logits). The losses of DPO, KTO
-and reward models are in ``trl_preference.py``.
+float32, as those of TRL's own CUDA kernels are (its CPU path returns the dtype of the logits). The loss of GRPO is in
+``trl_grpo.py``, those of DPO, KTO and reward models in ``trl_preference.py``.
 
 ``replacements`` is what ``rlfast.patch("trl")`` puts in place. The functions need no TRL and can be called directly.
 """
@@ -17,7 +17,7 @@ import sys
 
 import torch
 
-from rlfast.integrations import trl_preference, trl_rollout
+from rlfast.integrations import trl_grpo, trl_head, trl_preference, trl_rollout
 from rlfast.integrations.patching import Swap, or_original, reads, takes, tensor_unsupported
 from rlfast.logps import linear_token_logps, token_logps
 from rlfast.rollout import training
@@ -55,17 +55,15 @@ def chunked_logprob(
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
     wanted = tuple(name for name in OPTIONAL_OUTPUTS if name in outputs)
+    head = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype), targets
+    options = {"temperature": temperature, "softcap": final_logit_softcapping, "logit_scale": logit_scale}
+    fusion = trl_head.current(hidden)
     with torch.autocast(device, enabled=False):
+        if fusion is not None:
+            return fusion.head(*head, wanted, **options)
+        hidden, weight, bias, targets = head
         out = linear_token_logps(
-            hidden.to(dtype),
-            weight.to(dtype),
-            targets,
-            None if bias is None else bias.to(dtype),
-            temperature=temperature,
-            softcap=final_logit_softcapping,
-            logit_scale=logit_scale,
-            outputs=("logp", *wanted),
-            batch_invariant=training.active(),
+            hidden, weight, targets, bias, **options, outputs=("logp", *wanted), batch_invariant=training.active()
         )
     floats = (out.logp, out.entropy, out.log_sum_sq_probs, out.mean_logits)
     return (*(x if x is None else x.float() for x in floats), out.is_top1)
@@ -181,7 +179,7 @@ def replacements(untested: bool, rollouts: bool = False, bitwise: bool = False):
         )
     utils = importlib.import_module("trl.trainer.utils")
     fixed, strange = _functions(utils)
-    fixed += trl_preference.swaps(strange)
+    fixed += trl_grpo.swaps(strange) + trl_preference.swaps(strange)
     if rollouts:
         fixed += trl_rollout.swaps(strange, bitwise)
     if strange and not untested:

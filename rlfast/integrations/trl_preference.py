@@ -7,6 +7,11 @@ numbers, is replaced by rlfast's, and with it everything that is differentiated.
     watched        the outputs of the policy and of the reference, in the order of the calls
     replaced_loss  the seam: TRL's method, then ``unsupported`` or the loss
     dpo, kto, reward
+
+DPO's loss can be made by the policy's head, with its log-probs and its gradients in one (``PreferenceLoss.linear``),
+if the reference's log-probs are there by then: the reference is called first, and answers TRL when TRL calls it.
+
+    dpo_fused      that, or why not
 """
 
 from __future__ import annotations
@@ -14,14 +19,20 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import logging
 from collections.abc import Callable
 from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 
-from rlfast.integrations.patching import Swap, reads, runs_as_it_is, takes, tensor_unsupported
+from rlfast import preference_linear
+from rlfast.heads import MEMORY_BUDGET, Head
+from rlfast.integrations.patching import Swap, reads, runs_as_it_is, say_once, takes, tensor_unsupported
+from rlfast.integrations.trl_head import Fusion, fusing
+from rlfast.ops.records import ENTROPY, IS_TOP1, LOG_SUM_SQ_PROBS, MEAN_LOGITS
 from rlfast.preference import Part, PreferenceLoss
+from rlfast.preference_inputs import PairGiven
 from rlfast.preference_table import preference_loss
 from rlfast.reward_losses import reward_loss
 from rlfast.statistics import wpo_weights
@@ -54,6 +65,9 @@ DIVERGENCES = {
 }
 KTO_ROWS = {"kto": "kto", "apo_zero_unpaired": "apo_zero"}
 MOST_PARTS = 6  # of one PreferenceLoss
+# What TRL's head is asked for beside log-probs, in its order.
+OUTPUTS = {"entropy": ENTROPY, "log_sum_sq_probs": LOG_SUM_SQ_PROBS, "mean_logits": MEAN_LOGITS, "is_top1": IS_TOP1}
+NOT_OF_THE_MODEL = ("completion_mask", "ref_chosen_logps", "ref_rejected_logps")  # of a batch
 
 
 class Seen(NamedTuple):
@@ -83,18 +97,24 @@ def watched(trainer, model):
             hook.remove()
 
 
-def replaced_loss(original, ours: Callable, unsupported: Callable):
-    """A trainer's loss method whose loss is ``ours(trainer, seen, inputs)``, unless ``unsupported`` has a reason."""
+def replaced_loss(original, ours: Callable, unsupported: Callable, fused: Callable):
+    """A trainer's loss method whose loss is ``ours(trainer, seen, inputs)``, unless ``unsupported`` has a reason.
+
+    Within ``fused(trainer, inputs)`` the head may make the loss.
+    """
 
     @functools.wraps(original)
     def compute_loss(self, model, inputs, return_outputs=False, *args, **kwargs):
-        with watched(self, model) as seen:
+        with watched(self, model) as seen, fused(self, inputs) as fusion:
             theirs = original(self, model, inputs, return_outputs, *args, **kwargs)
         reason = unsupported(self, seen)
         if reason is not None:
             runs_as_it_is(original, reason)
             return theirs
-        loss = ours(self, seen, inputs)
+        if fusion is not None and fusion.loss is not None:
+            loss = _with_router(self, fusion.loss, _scored(seen.policy)[0])
+        else:
+            loss = ours(self, seen, inputs)
         return (loss, theirs[1]) if return_outputs else loss
 
     return compute_loss
@@ -222,6 +242,83 @@ def _sums(logps, counted=None, tail: float | None = None):
     return logps.sum(1, dtype=torch.float64).float()
 
 
+class DpoFusion(Fusion):
+    """The loss of a batch whose first half are the chosen responses."""
+
+    def __init__(self, trainer, inputs, objective: PreferenceLoss, ref):
+        super().__init__(inputs["completion_mask"][:, 1:] != 0)
+        self.objective, self.ref = objective, self.packed(ref)
+
+    def head(self, hidden, weight, bias, targets, outputs, **options) -> tuple:
+        """See ``Fusion.head``."""
+        head = Head(weight, bias, *(options[k] for k in ("temperature", "softcap", "logit_scale")), MEMORY_BUDGET)
+        tokens = preference_linear.Tokens(hidden, targets, self.ref, None, self.cu_seqlens)
+        bits = sum(OUTPUTS[name] for name in outputs)
+        nothing = PairGiven(None, None, None, None, None)
+        out, found = preference_linear.run(self.objective, head, (tokens,), nothing, None, 1.0, False, bits)
+        self.loss = out.loss
+        return found.logp, found.entropy, found.log_sum_sq_probs, found.mean_logits, found.is_top1
+
+
+def dpo_not_fused(trainer) -> str | None:
+    """Why the loss is not made from hidden states."""
+    options = DpoOptions.of(trainer)
+    if trainer.use_weighting:
+        return "use_weighting weighs pairs by their log-probs"
+    objectives, likelihood = dpo_objectives(options)
+    if likelihood is not None:
+        return "the likelihood of the chosen responses is TRL's own"
+    if len(objectives) > 1 or objectives[0].sort:
+        return "it sorts the whole batch"
+    if _divides(objectives[0]):
+        return "it divides by lengths that count a first token"
+    if trainer.precompute_ref_logps and options.tail is not None:
+        return "the reference's sums have ld_alpha in them"
+    if trainer.ref_model is None and not trainer.precompute_ref_logps:
+        return "the model is its own reference"
+    return None
+
+
+@contextlib.contextmanager
+def dpo_fused(trainer, inputs):
+    """Within it, the policy's head makes the loss; the fusion, or None where TRL's call gives the log-probs."""
+    known = not any(x not in DPO_ROWS and x != "sft" for x in trainer.loss_types)
+    known = known and trainer.f_divergence_type in DIVERGENCES
+    if not (known and trainer.model.training and torch.is_grad_enabled()):
+        yield None
+        return
+    reason = dpo_not_fused(trainer)
+    if reason is not None:
+        say_once(f"the gradients of TRL's DPO are not made with its log-probs: {reason}", logging.INFO)
+        yield None
+        return
+    reference = trainer.ref_model
+    if trainer.precompute_ref_logps:
+        ref = torch.cat((inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]))
+    else:
+        answer = _answer(trainer, inputs)
+        ref, trainer.ref_model = _tokens(answer, inputs["completion_mask"]), lambda **_: answer
+    try:
+        with fusing(DpoFusion(trainer, inputs, dpo_objectives(DpoOptions.of(trainer))[0][0], ref)) as fusion:
+            yield fusion
+    finally:
+        trainer.ref_model = reference
+
+
+def _answer(trainer, inputs):
+    """What the reference says of a batch, as TRL asks it."""
+    given = {k: x for k, x in inputs.items() if k not in NOT_OF_THE_MODEL} | {"use_cache": False}
+    labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
+    with torch.no_grad():
+        return trainer.ref_model(**given, labels=labels, fused_lm_head=True)
+
+
+@contextlib.contextmanager
+def not_fused(trainer, inputs):
+    """Within it, the loss is made from log-probs."""
+    yield None
+
+
 def kto_unsupported(trainer, seen: Seen) -> str | None:
     """Why TRL's own loss stands."""
     if trainer.loss_type not in KTO_ROWS:
@@ -272,6 +369,7 @@ class Seam(NamedTuple):
     knows: tuple[str, ...]  # names that TRL's method must read, or its loss is another one than rlfast's
     ours: Callable
     unsupported: Callable
+    fused: Callable = not_fused
 
 
 _FORWARD = ("log_probs", "precompute_ref_logps", "ref_model", "aux_loss_enabled", "router_aux_loss_coef", "beta")
@@ -280,7 +378,7 @@ SEAMS = (
         "dpo_trainer", "DPOTrainer", "_compute_loss", ("self", "model", "inputs", "return_outputs"),
         (*_FORWARD, "loss_types", "loss_weights", "label_smoothing", "f_divergence_type", "f_alpha_divergence_coef",
          "discopop_tau", "ld_alpha", "use_weighting", "log_sum_sq_probs"),
-        dpo, dpo_unsupported,
+        dpo, dpo_unsupported, dpo_fused,
     ),
     Seam(
         "kto_trainer", "KTOTrainer", "_compute_loss", ("self", "model", "inputs", "return_outputs"),
@@ -309,6 +407,6 @@ def swaps(strange: list[str]) -> list[Swap]:
         if missing:
             strange.append(f"{name} does not read {', '.join(missing)}")
             continue
-        ours = replaced_loss(original, seam.ours, seam.unsupported)
+        ours = replaced_loss(original, seam.ours, seam.unsupported, seam.fused)
         found.append(Swap(original, ours, owner=owner, name=seam.method))
     return found

@@ -10,10 +10,11 @@ from rlfast.ops.response_losses import scaled
 
 class _KnownGradients(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, loss, gradients, size, *inputs):
-        ctx.save_for_backward(size, *gradients)
+    def forward(ctx, loss, gradients, into, *inputs):
+        ctx.save_for_backward(*gradients)
         ctx.set_materialize_grads(False)
         ctx.dtypes = [None if x is None else x.dtype for x in inputs]
+        ctx.into = into
         return loss.view_as(loss)
 
     @staticmethod
@@ -21,16 +22,32 @@ class _KnownGradients(torch.autograd.Function):
     def backward(ctx, g):
         if g is None:
             return (None,) * (3 + len(ctx.dtypes))
-        size, *gradients = ctx.saved_tensors
-        by = g if size is None else g / size
-        known = zip(ctx.needs_input_grad[3:], gradients, ctx.dtypes, strict=True)
-        return g, None, None, *(scaled(x, by, dtype) if need else None for need, x, dtype in known)
+        into = ctx.into or {}
+        if None in into.values():
+            raise RuntimeError("accumulate_grad: a first backward has added the gradient and given up its memory")
+        needs, known = list(ctx.needs_input_grad[3:]), list(ctx.saved_tensors)
+        for at, parameter in into.items():
+            accumulate(parameter, known[at], g)
+            needs[at], into[at] = False, None
+        found = zip(needs, known, ctx.dtypes, strict=True)
+        return g, None, None, *(scaled(x, g, dtype) if need else None for need, x, dtype in found)
 
 
-def with_gradients(loss: torch.Tensor, inputs: tuple, gradients: tuple, size: torch.Tensor | None = None):
+def accumulate(parameter, gradient, g) -> None:
+    """Add gradient·g to the parameter's ``main_grad`` if it has one, else to its ``grad``; the gradient is used up."""
+    gradient.mul_(g)
+    total = getattr(parameter, "main_grad", None)
+    total = parameter.grad if total is None else total
+    if total is None:
+        parameter.grad = gradient.to(parameter.dtype)
+    else:
+        total.add_(gradient)
+
+
+def with_gradients(loss: torch.Tensor, inputs: tuple, gradients: tuple, into: dict | None = None):
     """``loss`` [] as a function of ``inputs`` too (None has no gradient); its gradients by them are given.
 
-    They are kept until the backward, which multiplies them by the upstream gradient, and divides by ``size`` [] if they
-    come multiplied by it.
+    They are kept until the backward, which multiplies them by the upstream gradient and rounds them to the dtype of
+    their input. Those that ``into`` has a parameter for, by their place, it adds to that parameter's own instead.
     """
-    return _KnownGradients.apply(loss, gradients, size, *inputs)
+    return _KnownGradients.apply(loss, gradients, into, *inputs)

@@ -4,16 +4,14 @@ A backend module provides
 
     forward(head, ref_head, targets, mask, transform, ref_transform, measure, outputs, keep) -> (Outputs, kept,
     ref_kept)
-    backward(own, other, targets, mask, transform, other_transform, measure, saved, grads, needs, kept, other_kept)
-        -> (g_hidden, g_weight, g_bias)
+    backward(own, other, targets, mask, transform, other_transform, measure, saved, grads, needs, kept, other_kept,
+    sums) -> (g_hidden, g_weight, g_bias)
 
 with heads of one vocabulary V and one dtype: hidden [N, D], weight [V, D], each with its own D, rows of any stride,
-the last
-dimension contiguous, bias [V] or None. ``keep`` asks for the float32 logits of both sides to be kept for the
-backward; the
-backend says how their rows lie, and only reads them. ``needs`` is three bools of the own head; a gradient that is not
-needed
-comes back with no elements and costs nothing. The rest is as in ``divergence``.
+the last dimension contiguous, bias [V] or None. ``keep`` asks for the float32 logits of both sides to be kept for the
+backward; the backend says how their rows lie, and only reads them. ``needs`` is three bools of the own head; a gradient
+that is not needed comes back with no elements and costs nothing. ``sums`` is as in ``linear_token_logps``, of the own
+head. The rest is as in ``divergence``.
 """
 
 from __future__ import annotations
@@ -21,6 +19,7 @@ from __future__ import annotations
 import torch
 
 from rlfast import backends
+from rlfast.fallback.token_logps import compute_dtype
 from rlfast.ops.dispatch import LIB, first_derivatives_only, refuse_forward_mode
 from rlfast.ops.divergence import GRADS, OPTIONS, SAVED, records, sides
 from rlfast.ops.divergence_records import Head, Saved, allocate
@@ -41,8 +40,16 @@ LIB.define(
     tags=_TAGS,
 )
 
+# The student's backward of one chunk of rows, where a loss takes it as soon as the chunk's numbers are there.
+LIB.define(
+    f"linear_divergence_accumulate({_HEADS}, Tensor? targets, Tensor? mask, {OPTIONS}, {SAVED}, {GRADS}, Tensor kept,"
+    " Tensor other_kept, Tensor(a!)? weight_sum, Tensor(b!)? bias_sum, bool need_hidden, str backend) -> Tensor",
+    tags=_TAGS,
+)
+
 op = torch.ops.rlfast.linear_divergence.default
 op_backward = torch.ops.rlfast.linear_divergence_backward.default
+op_accumulate = torch.ops.rlfast.linear_divergence_accumulate.default
 
 
 def _kernel(x, backend):
@@ -67,14 +74,25 @@ def _fake_forward(*args):
 
 
 def _backward(*args):
+    *_, needs, backend = args
+    return _pulled(args, tuple(needs), backend, None)
+
+
+def _accumulate(*args):
+    *sums, need_hidden, backend = args[-4:]
+    found = _pulled(args, (need_hidden, *(x is not None for x in sums)), backend, sums)
+    return found[0].to(compute_dtype(args[0]))  # which it is, unless it has no elements
+
+
+def _pulled(args, needs: tuple, backend: str, sums):
     *heads, targets, mask = args[:8]
-    aux, other_aux, centre, *grads, kept, other_kept, needs, backend = args[18:]
+    aux, other_aux, centre, *grads, kept, other_kept = args[18:27]
     own, other = Head(*heads[:3]), Head(*heads[3:])
     grads = tuple(g if g is None else g.contiguous() for g in grads)
     with as_given(own.hidden):
         return _kernel(own.hidden, backend).backward(
-            own, other, targets, mask, *records(args[8:18]), Saved(aux, other_aux, centre), grads, tuple(needs), kept,
-            other_kept,
+            own, other, targets, mask, *records(args[8:18]), Saved(aux, other_aux, centre), grads, needs, kept,
+            other_kept, sums,
         )  # fmt: skip
 
 
@@ -83,6 +101,10 @@ def _fake_backward(hidden, weight, bias, *rest):
     return tuple(
         hidden.new_empty(x.shape if need else (0,)) for x, need in zip((hidden, weight, bias), needs, strict=True)
     )
+
+
+def _fake_accumulate(hidden, *rest):
+    return hidden.new_empty(hidden.shape if rest[-2] else (0,), dtype=compute_dtype(hidden))
 
 
 class _LinearDivergence(torch.autograd.Function):
@@ -128,6 +150,8 @@ def _with_autograd(*args):
 for _key in ("CPU", "CUDA"):
     LIB.impl("linear_divergence", _forward, _key)
     LIB.impl("linear_divergence_backward", _backward, _key)
+    LIB.impl("linear_divergence_accumulate", _accumulate, _key)
 LIB.impl("linear_divergence", _with_autograd, "Autograd")
 torch.library.register_fake("rlfast::linear_divergence", _fake_forward, lib=LIB)
 torch.library.register_fake("rlfast::linear_divergence_backward", _fake_backward, lib=LIB)
+torch.library.register_fake("rlfast::linear_divergence_accumulate", _fake_accumulate, lib=LIB)

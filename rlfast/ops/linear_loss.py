@@ -9,7 +9,8 @@ together, as a pair. So per chunk of rows
     ∂z = g·(onehot − softmax(z))·…             and from it ∂hidden, ∂weight += ∂zᵀ·hidden, ∂bias += Σ ∂z
 
 which is three GEMMs where a backward that comes later has four, unless it has kept all logits. The sums over chunks
-are float32.
+are float32. Of a loss with an exact KL to a reference, the chunk's logits of both heads are there, and what it has by
+the KL goes into the same ∂z.
 """
 
 from __future__ import annotations
@@ -19,9 +20,12 @@ from typing import NamedTuple
 
 import torch
 
+from rlfast import backends
 from rlfast.fallback.token_logps import compute_dtype
-from rlfast.ops.linear_token_logps import op, op_accumulate
-from rlfast.ops.records import ENTROPY, Outputs, Wanted
+from rlfast.ops import divergence_records as pairs
+from rlfast.ops import linear_divergence, linear_token_logps
+from rlfast.ops.lora import Lora, Sums, widened
+from rlfast.ops.records import Outputs, Row, Wanted
 
 
 class Rows(NamedTuple):
@@ -34,55 +38,131 @@ class Rows(NamedTuple):
     mask: torch.Tensor | None  # [N]
     temperatures: torch.Tensor | None  # [N]
     options: tuple  # temperature, softcap, logit_scale
+    reference: pairs.Head | None = None  # of the same rows, vocabulary and options
+    lora: Lora | None = None  # beside the weight
 
-    def part(self, chunk: tuple[slice, ...]) -> tuple:
-        """The op's first arguments for the rows of a chunk."""
+    def leaves(self) -> tuple:
+        """What may have a gradient."""
+        return self[:3] if self.lora is None else (*self[:3], self.lora.a, self.lora.b)
+
+    def widened(self) -> Rows:
+        """With the low-rank part, if there is one, as columns of hidden states and weight."""
+        if self.lora is None:
+            return self
+        hidden, weight = widened(self.hidden, self.weight, self.mask, self.lora)
+        return self._replace(hidden=hidden, weight=weight, lora=None)
+
+    def part(self, chunk: tuple[slice, ...]) -> Rows:
+        """The rows of a chunk."""
         hidden, targets, mask, temperatures = (
             x if x is None else _joined([x[rows] for rows in chunk])
             for x in (self.hidden, self.targets, self.mask, self.temperatures)
         )
-        return hidden, self.weight, self.bias, targets, mask, temperatures, *self.options
+        ref = self.reference
+        if ref is not None:
+            ref = ref._replace(hidden=_joined([ref.hidden[rows] for rows in chunk]))
+        return self._replace(hidden=hidden, targets=targets, mask=mask, temperatures=temperatures, reference=ref)
+
+
+class Numbers(NamedTuple):
+    """What a loss reads of each row, [N] in the compute dtype; or its gradient by the first three. None: not asked for.
+
+    The others are the metrics of ``rlfast.linear_token_logps``, and have no gradient.
+    """
+
+    logp: torch.Tensor
+    entropy: torch.Tensor | None = None
+    full_kl: torch.Tensor | None = None  # KL(π‖π_ref)
+    log_sum_sq_probs: torch.Tensor | None = None
+    mean_logits: torch.Tensor | None = None
+    is_top1: torch.Tensor | None = None  # bool
+
+    def of(self, function: Callable) -> Numbers:
+        """A function of each that is there."""
+        return Numbers(*(x if x is None else function(x) for x in self))
+
+
+def numbers_of(rows: Rows, outputs: int, keep: bool, backend: str) -> tuple[Numbers, Callable]:
+    """(the numbers, ``pull(by, sums, need_hidden, head)``).
+
+    That function takes the gradient by the numbers, adds to the sums of weight and bias, where they are not None, and
+    gives ∂hidden; of another (hidden, weight, bias) with these logits, if it is given one.
+
+    Args:
+        rows: the head and its rows, widened.
+        outputs: what is computed beside log-probs: bits of ``records.py``; beside a reference, entropies alone.
+        keep: whether the logits are kept, else that function makes them again.
+        backend: that was asked for.
+    """
+    own, ref = rows[:3], rows.reference
+    if ref is None:
+        given, wanted = (rows.targets, rows.mask, rows.temperatures, *rows.options), Wanted(outputs, 0)
+        *asked, kept = linear_token_logps.op(*own, *given, *wanted, keep, backend)
+        out, at = Outputs.named(asked, wanted), Row.of(1, wanted)
+        metrics = (out.aux[i] if i >= 0 else None for i in (at.log_sum_sq_probs, at.mean_logits))
+
+        def pull(by: Numbers, sums, need_hidden: bool, head=own):
+            grads = by.logp, by.entropy
+            return linear_token_logps.op_accumulate(*head, *given, out.aux, kept, *grads, *sums, need_hidden, backend)
+
+        return Numbers(out.logp, out.entropy, None, *metrics, out.is_top1), pull
+
+    both = [x for x in rows.options for _ in range(2)]
+    given = (*ref, rows.targets, rows.mask, rows.temperatures, rows.temperatures, *both, pairs.REVERSE, 0.5)
+    *asked, kept, ref_kept = linear_divergence.op(*own, *given, outputs, keep, backend)
+    out = pairs.Outputs.named(asked, True, outputs)
+
+    def pull_pair(by: Numbers, sums, need_hidden: bool, head=own):
+        saved, grads = pairs.saved_of(out.aux, 1, outputs, False), (by.full_kl, by.logp, None, by.entropy)
+        return linear_divergence.op_accumulate(
+            *head, *given, *saved, *grads, kept, ref_kept, *sums, need_hidden, backend
+        )
+
+    return Numbers(out.logp, out.entropy, out.value), pull_pair
 
 
 def chunked(
-    rows: Rows, chunks: list, coefficients: Callable, needs: tuple, backend: str, entropy: bool = False
-) -> tuple:
-    """The log-probs of all rows, their entropies if asked for, and the loss's gradients by the head.
+    rows: Rows, chunks: list, coefficients: Callable, needs: tuple, backend: str, outputs: int = 0
+) -> tuple[Numbers, tuple]:
+    """The numbers of all rows, and the loss's gradients by the head.
 
     Args:
         rows: the head and its rows.
         chunks: of each chunk the slices of rows that it consists of; every row that counts is in one of them.
-        coefficients: of a chunk's number, its log-probs and its entropies: (∂loss/∂logp, ∂loss/∂entropy or None).
-        needs: whether hidden, weight and bias need a gradient.
+        coefficients: of a chunk's number and its ``Numbers``: the ``Numbers`` of the loss's gradient by them.
+        needs: whether each of ``rows.leaves()`` needs a gradient.
         backend: that was asked for.
-        entropy: whether the entropies are computed; they are None otherwise.
+        outputs: as in ``numbers_of``.
 
     Returns:
-        logp [N] and entropies in the compute dtype, 0 in rows of no chunk; the three gradients, None where not needed,
-        those of the weight and the bias in the compute dtype.
+        The numbers, 0 in rows of no chunk; the gradients in the compute dtype, None where not needed.
     """
-    hidden, acc = rows.hidden, compute_dtype(rows.hidden)
-    wanted = Wanted(ENTROPY if entropy else 0, 0)
-    found = [hidden.new_zeros(hidden.shape[0], dtype=acc) if asked else None for asked in (True, entropy)]
-    d_hidden = torch.zeros_like(hidden) if needs[0] else None
-    sums = [torch.zeros(x.shape, dtype=acc, device=x.device) if need else None
-            for x, need in zip(rows[1:3], needs[1:], strict=True)]  # fmt: skip
+    hidden, acc, found = rows.hidden, compute_dtype(rows.hidden), None
+    d_hidden, *sums = (
+        torch.zeros(x.shape, dtype=acc, device=x.device) if need else None
+        for x, need in zip(rows[:3], needs[:3], strict=True)
+    )
+    factors = None
+    if rows.lora is not None:  # the oracle keeps no logits
+        chosen = backends.select(linear_token_logps.NAME, hidden.device.type, hidden.dtype, backend)
+        factors = Sums(rows.lora, hidden, needs[3:], sums[1], apart=chosen != "reference")
+    wide = rows.widened()
     for number, chunk in enumerate(chunks):
-        head = rows.part(chunk)
-        *asked, kept = op(*head, *wanted, True, backend)
-        out = Outputs.named(asked, wanted)
-        part = out.logp, out.entropy
-        d = op_accumulate(*head, out.aux, kept, *coefficients(number, *part), *sums, needs[0], backend)
+        part = wide.part(chunk)
+        numbers, pull = numbers_of(part, outputs, True, backend)
+        found = found or numbers.of(lambda x: x.new_zeros(hidden.shape[0]))
+        by = coefficients(number, numbers)
+        d = pull(by, sums, needs[0]) if factors is None else factors.add(part, pull, by, needs[0])
         at = 0
         for place in chunk:
             end = at + place.stop - place.start
-            for whole, some in zip(found, part, strict=True):
+            for whole, some in zip(found, numbers, strict=True):
                 if whole is not None:
                     whole[place] = some[at:end]
             if needs[0]:
                 d_hidden[place] = d[at:end]
             at = end
-    return *found, (d_hidden, *sums)
+    return found, (d_hidden, *sums, *(() if factors is None else factors.gradients()))
 
 
 def _joined(parts: list) -> torch.Tensor:

@@ -11,7 +11,8 @@ targets int64 [N] or [N, K]; mask bool [N] or None. ``keep`` asks for the float3
 backward (``kept`` has no elements otherwise); the backend says how its rows lie, and only reads them, so that a
 second backward is right. ``needs`` is three bools; a gradient that is not needed comes back with no elements and costs
 nothing. Gradients accumulate in float32. ``sums``, if it is not None, holds (weight [V, D], bias [V]) in the compute
-dtype, contiguous: what is needed of those gradients is added to them and comes back with no elements.
+dtype, contiguous: what is needed of those gradients is added to them and comes back with no elements, and g_hidden is
+of the compute dtype.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from contextlib import nullcontext
 import torch
 
 from rlfast import backends
+from rlfast.fallback.token_logps import compute_dtype
 from rlfast.ops.dispatch import LIB, first_derivatives_only, refuse_forward_mode
 from rlfast.ops.records import Transform, Wanted, allocate
 from rlfast.ops.token_logps import OPTIONS, differentiable, non_differentiable
@@ -106,11 +108,12 @@ def _accumulate(
     needs, grads = (need_hidden, weight_sum is not None, bias_sum is not None), (g_logp, None, g_entropy)
     sums = weight_sum, bias_sum
     with as_given(hidden):
-        return kernel.backward(hidden, weight, bias, targets, mask, transform, aux, grads, needs, kept, sums)[0]
+        found = kernel.backward(hidden, weight, bias, targets, mask, transform, aux, grads, needs, kept, sums)
+    return found[0].to(compute_dtype(hidden))  # which it is, unless it has no elements
 
 
 def _fake_accumulate(hidden, *rest):
-    return hidden.new_empty(hidden.shape if rest[-2] else (0,))
+    return hidden.new_empty(hidden.shape if rest[-2] else (0,), dtype=compute_dtype(hidden))
 
 
 class _LinearTokenLogps(torch.autograd.Function):

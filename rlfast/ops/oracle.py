@@ -9,7 +9,7 @@ import torch
 from rlfast.ops.oracle_attention import paged_attention  # noqa: F401
 from rlfast.ops.oracle_divergence import divergence, linear_divergence  # noqa: F401
 from rlfast.ops.oracle_group import group_advantage  # noqa: F401
-from rlfast.ops.oracle_linear import linear  # noqa: F401
+from rlfast.ops.oracle_linear import linear, summed  # noqa: F401
 from rlfast.ops.oracle_loss import token_loss  # noqa: F401
 from rlfast.ops.oracle_preference import pair_loss, unpaired_loss  # noqa: F401
 from rlfast.ops.oracle_ranked import ranked_loss  # noqa: F401
@@ -74,12 +74,7 @@ def _linear_backward(hidden, weight, bias, targets, mask, transform, aux, grads,
         values = linear_oracle(leaves[0], leaves[1], targets, leaves[2], **_options(mask, transform))
         pulled = iter(_pull(values, grads, [x for x, need in zip(leaves, needs, strict=True) if need]))
     found = [next(pulled) if need else hidden.new_empty(0) for need in needs]
-    if sums is None:
-        return tuple(found)
-    for total, g, need in zip(sums, found[1:], needs[1:], strict=True):
-        if need:
-            total.add_(g)
-    return found[0].to(hidden.dtype), hidden.new_empty(0), hidden.new_empty(0)
+    return tuple(found) if sums is None else summed(found, needs, sums, hidden)
 
 
 token_logps = SimpleNamespace(forward=_forward, backward=_backward)

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import torch
 
 from rlfast.ops.divergence_records import KINDS, Measure, allocate, candidates_of, student_rows
+from rlfast.ops.oracle_linear import summed
 from rlfast.ops.records import ENTROPY
 from rlfast.reference.divergence import divergence as oracle
 from rlfast.reference.linear_divergence import linear_divergence as linear_oracle
@@ -63,14 +64,16 @@ def _linear_forward(head, ref_head, targets, mask, transform, ref_transform, mea
 
 
 def _linear_backward(
-    own, other, targets, mask, transform, other_transform, measure, saved, grads, needs, kept, other_kept
+    own, other, targets, mask, transform, other_transform, measure, saved, grads, needs, kept, other_kept, sums
 ):
+    wide = own.hidden.dtype if sums is None else saved.aux.dtype
     with torch.enable_grad():
-        leaves = [x if x is None else x.detach().requires_grad_() for x in own]
-        other = [x if x is None else x.detach() for x in other]
+        leaves = [x if x is None else x.detach().to(wide).requires_grad_() for x in own]
+        other = [x if x is None else x.detach().to(wide) for x in other]
         values = _linear(leaves, other, _options(targets, mask, transform, other_transform, measure))
         pulled = iter(_pull(values, grads, [x for x, need in zip(leaves, needs, strict=True) if need]))
-    return tuple(next(pulled) if need else own.hidden.new_empty(0) for need in needs)
+    found = [next(pulled) if need else own.hidden.new_empty(0) for need in needs]
+    return tuple(found) if sums is None else summed(found, needs, sums, own.hidden)
 
 
 divergence = SimpleNamespace(forward=_forward, backward=_backward)

@@ -87,6 +87,7 @@ def token_loss(
     mask=None,
     keep=None,
     num_items=None,
+    full_kl=None,
     *,
     surrogate,
     hyper,
@@ -128,7 +129,9 @@ def token_loss(
         factor = factor * ((adv >= 0) | (moved <= o.off_policy))
     used = (m > 0) & (factor != 0)
     value = torch.where(used, value * factor, torch.zeros_like(value))
-    kl = torch.where(m > 0, _kl(lp, ref, x, ratio, o), torch.zeros_like(lp)) if o.kl else torch.zeros_like(lp)
+    kl = torch.zeros_like(lp)
+    if o.kl:
+        kl = torch.where(m > 0, clean(full_kl) if o.kl == "full" else _kl(lp, ref, x, ratio, o), kl)
     return _reduced(o, m, kept, value, kl, h, num_items, (x, ratio, drift, applied, used, clipped & used))
 
 

@@ -3,6 +3,7 @@
 from mutants import (
     advantages,
     attention,
+    fused,
     integrations,
     linear,
     log_probs,
@@ -22,6 +23,7 @@ _FAMILIES = (
     ranked_loss,
     advantages,
     attention,
+    fused,
     integrations,
     rollout,
     sampling,

@@ -7,9 +7,9 @@ from mutants.mutant import python
 PYTHON = [
     *python(
         "trl", "rlfast/integrations/trl.py",
-        ("softcap=final_logit_softcapping", "softcap=None"),
-        ("logit_scale=logit_scale,", "logit_scale=1.0,"),
-        ("            temperature=temperature,", "            temperature=1.0,"),
+        ("\"softcap\": «final_logit_softcapping»", "None"),
+        ("\"logit_scale\": «logit_scale»}", "1.0"),
+        ("{\"temperature\": «temperature»,", "1.0"),
     ),
     *python(
         "trl", "rlfast/integrations/trl_preference.py",

@@ -154,7 +154,7 @@ PYTHON = [
     ),
     *python(
         "torch", "rlfast/ops/linear_loss.py",
-        ("sums = [torch.zeros(", "sums = [torch.ones(", "every_form"),
+        ("torch.«zeros»(x.shape, dtype=acc, device=x.device) if need", "ones", "every_form or every_way"),
         ("            at = end\n", "            at = at\n", "every_form"),
     ),
     *python(

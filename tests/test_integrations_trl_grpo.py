@@ -1,0 +1,273 @@
+"""GRPOTrainer's loss under ``rlfast.patch("trl")``: TRL's method on a tiny model, with the fused gradient."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import types
+from collections import defaultdict
+
+import pytest
+import torch
+
+import rlfast
+from rlfast.integrations import patching, trl_grpo
+from rlfast.losses import Loss
+
+trl = pytest.importorskip("trl", reason='the trl package is missing: pip install "trl==1.16.*"')
+from trl.trainer import utils  # noqa: E402
+
+from tests.trl_trainers import VOCAB, tiny  # noqa: E402
+
+ROWS, PROMPT, LENGTH = 6, 5, 9
+# A tenth of a percent of a gradient would be a mistake in a formula; float32 in two orders differs by 1e-6 of it.
+CLOSE = 2e-5
+
+
+class OneProcess:
+    """accelerate's Accelerator where there is one process."""
+
+    device, num_processes, sync_gradients, is_main_process = torch.device("cpu"), 1, True, False
+
+    def autocast(self):
+        return contextlib.nullcontext()
+
+    def gather(self, x):
+        return x
+
+    def reduce(self, x, reduction="sum"):
+        return x
+
+    def pad_across_processes(self, x, **_):
+        return x
+
+    gather_for_metrics = gather
+
+
+def trainer_of(cls=None, **settings):
+    """A GRPOTrainer that has what its loss reads, with the defaults of TRL's configuration."""
+    given = {
+        "loss_type": "dapo", "importance_sampling_level": "token", "epsilon_low": 0.2, "epsilon_high": 0.2,
+        "delta": None, "beta": 0.0, "use_bias_correction_kl": False, "off_policy_mask_threshold": None,
+        "top_entropy_quantile": 1.0, "entropy_coef": 0.0, "use_adaptive_entropy": False, "entropy_target": 1.0,
+        "_last_world_entropy": float("inf"), "_entropy_window_stats": None, "max_completion_length": 11,
+        "entropy_coef_delta": 0.0, "entropy_coef_max": 1.0, "entropy_coef_min": 0.0,
+        "current_gradient_accumulation_steps": 2, "steps_per_generation": 4, "use_vllm": False,
+        "vllm_importance_sampling_correction": True, "aux_loss_enabled": False, "router_aux_loss_coef": 0.25,
+        "sapo_temperature_pos": 1.0, "sapo_temperature_neg": 1.05, "vespo_k_pos": 2.0, "vespo_lambda_pos": 3.0,
+        "vespo_k_neg": 3.0, "vespo_lambda_neg": 2.0, "temperature": 0.9, "family": "Qwen2", "cast": False,
+    } | settings  # fmt: skip
+    trainer = object.__new__(cls or trl.GRPOTrainer)
+    model = tiny(given["family"], **settings.get("model", {}))
+    outputs = ("log_probs", "entropy")
+    utils.add_fused_lm_head(
+        model, temperature=given["temperature"], cast_lm_head_to_fp32=given["cast"], outputs=outputs
+    )
+    given["_entropy_bonus_enabled"] = given["entropy_coef"] != 0.0 or given["use_adaptive_entropy"]
+    trainer.__dict__.update(
+        given, args=types.SimpleNamespace(**given), model=model, accelerator=OneProcess(),
+        _metrics=defaultdict(lambda: defaultdict(list)),
+    )  # fmt: skip
+    return trainer
+
+
+def batch(trainer, tools=False, on_policy=False, by_token=False, ratio=None, empty=True, seed=0) -> dict:
+    """Prompts padded on the left and completions of different lengths, one of them cut off before its first token."""
+    draw = torch.Generator().manual_seed(seed)
+    prompts, completions = (torch.randint(2, VOCAB, (ROWS, n), generator=draw) for n in (PROMPT, LENGTH))
+    lengths = torch.randint(1, LENGTH + 1, (ROWS, 1), generator=draw)
+    lengths[2] = 0 if empty else LENGTH
+    mask = (torch.arange(LENGTH) < lengths).long()
+    before = (torch.arange(PROMPT) >= torch.randint(0, PROMPT - 1, (ROWS, 1), generator=draw)).long()
+    inputs = {"prompt_ids": prompts, "prompt_mask": before, "completion_ids": completions, "completion_mask": mask}
+    with torch.no_grad():
+        ids = torch.cat((prompts, completions), 1), torch.cat((before, mask), 1)
+        logp, _, _ = trainer._get_per_token_logps_and_entropies(trainer.model, *ids, LENGTH)
+    near = [logp + s * torch.randn(logp.shape, generator=draw) for s in (0.3, 0.3, 0.1)]
+    inputs |= {
+        "old_per_token_logps": near[0], "ref_per_token_logps": near[1], "sampling_per_token_logps": near[2],
+        "num_items_in_batch": torch.tensor(57.0),
+        "advantages": torch.randn((ROWS, LENGTH) if by_token else (ROWS,), generator=draw),
+    }  # fmt: skip
+    if tools:
+        inputs["tool_mask"] = (torch.rand(ROWS, LENGTH, generator=draw) < 0.7).long()
+    if on_policy:
+        del inputs["old_per_token_logps"]
+    if ratio is not None:
+        inputs["importance_sampling_ratio"] = (
+            torch.rand((ROWS, LENGTH if ratio == "token" else 1), generator=draw) + 0.5
+        )
+    return inputs
+
+
+def taken(settings: dict, data: dict) -> tuple:
+    """(loss, {name: gradient}, metrics) of the method as it is now."""
+    trainer = trainer_of(**settings)
+    trainer.model.train()
+    loss = trainer._compute_loss(trainer.model, batch(trainer, **data))
+    loss.backward()
+    grads = {n: p.grad for n, p in trainer.model.named_parameters() if p.grad is not None}
+    return loss.detach(), grads, trainer._metrics["train"]
+
+
+def count(monkeypatch) -> list:
+    calls = []
+    linear = Loss.linear
+    monkeypatch.setattr(Loss, "linear", lambda self, *a, **k: calls.append(self) or linear(self, *a, **k))
+    return calls
+
+
+def assert_same(monkeypatch, caplog, data: dict | None = None, **settings) -> None:
+    """The number, every parameter's gradient and the metrics."""
+    stock = taken(settings, data or {})
+    calls = count(monkeypatch)
+    with rlfast.patch("trl"), caplog.at_level(logging.WARNING, "rlfast.integrations"):
+        mine = taken(settings, data or {})
+    assert len(calls) == 1 and not caplog.records
+    assert abs(mine[0] - stock[0]) <= 1e-5 * max(1.0, abs(stock[0]))
+    assert mine[1].keys() == stock[1].keys() and mine[1]
+    for name, g in stock[1].items():
+        assert (mine[1][name] - g).abs().max() <= CLOSE * g.abs().max(), name
+    assert mine[2].keys() == stock[2].keys() and mine[2]
+    for name, (x,) in stock[2].items():
+        assert abs(mine[2][name][0] - x) <= 1e-5 * max(1.0, abs(x)), name
+
+
+TYPES = tuple(trl_grpo.TYPES)
+
+
+@pytest.mark.parametrize("data", ({}, {"tools": True}, {"on_policy": True}, {"by_token": True}), ids=str)
+@pytest.mark.parametrize("loss_type", TYPES)
+def test_every_loss_type(loss_type, data, monkeypatch, caplog):
+    wide = {"epsilon_high": 1.2} if loss_type == "cispo" else {}
+    assert_same(monkeypatch, caplog, data, loss_type=loss_type, **wide)
+
+
+@pytest.mark.parametrize("corrected", (False, True))
+@pytest.mark.parametrize("loss_type", TYPES)
+def test_a_kl(loss_type, corrected, monkeypatch, caplog):
+    assert_same(monkeypatch, caplog, loss_type=loss_type, beta=0.1, use_bias_correction_kl=corrected)
+
+
+@pytest.mark.parametrize("loss_type", [t for t in TYPES if t != "vespo"])
+def test_sequences(loss_type, monkeypatch, caplog):
+    settings = {"beta": 0.1, "use_bias_correction_kl": True, "importance_sampling_level": "sequence"}
+    assert_same(monkeypatch, caplog, {"tools": True}, loss_type=loss_type, **settings)
+
+
+@pytest.mark.parametrize("loss_type", ("grpo", "dapo", "dr_grpo", "luspo", "cispo"))
+def test_an_entropy_bonus(loss_type, monkeypatch, caplog):
+    assert_same(monkeypatch, caplog, {"tools": True}, loss_type=loss_type, entropy_coef=0.2)
+
+
+@pytest.mark.parametrize("last", (0.5, 2.0))
+def test_an_adaptive_bonus(last, monkeypatch, caplog):
+    assert_same(monkeypatch, caplog, use_adaptive_entropy=True, entropy_coef=0.2, _last_world_entropy=last)
+
+
+@pytest.mark.parametrize("loss_type", ("grpo", "vespo", "sapo"))
+@pytest.mark.parametrize("by_token", (False, True))
+def test_an_off_policy_mask(loss_type, by_token, monkeypatch, caplog):
+    data = {"by_token": by_token, "tools": True}
+    assert_same(monkeypatch, caplog, data, loss_type=loss_type, off_policy_mask_threshold=0.02)
+
+
+@pytest.mark.parametrize("ratio", ("token", "sequence"))
+def test_the_samplers_ratio(ratio, monkeypatch, caplog):
+    assert_same(monkeypatch, caplog, {"ratio": ratio}, loss_type="grpo", use_vllm=True, beta=0.1)
+
+
+def test_two_sided_clipping(monkeypatch, caplog):
+    assert_same(monkeypatch, caplog, loss_type="grpo", delta=1.1)
+
+
+def test_a_mixture_of_experts(monkeypatch, caplog):
+    """The router's loss is differentiated too."""
+    experts = {"num_local_experts": 4, "num_experts_per_tok": 2}
+    assert_same(monkeypatch, caplog, family="Mixtral", model=experts, aux_loss_enabled=True, loss_type="grpo")
+
+
+@pytest.mark.parametrize("family", ("Gemma2", "Cohere", "Granite"))
+def test_heads_with_options(family, monkeypatch, caplog):
+    options = {
+        "Gemma2": {"final_logit_softcapping": 3.0, "head_dim": 8}, "Cohere": {"logit_scale": 0.25},
+        "Granite": {"logits_scaling": 4.0},
+    }  # fmt: skip
+    assert_same(monkeypatch, caplog, family=family, model=options[family], loss_type="grpo", beta=0.1)
+
+
+def test_a_head_in_float32(monkeypatch, caplog):
+    assert_same(monkeypatch, caplog, cast=True, model={"tie_word_embeddings": False})
+
+
+class OtherForward(trl.GRPOTrainer):
+    """A trainer that calls the model in its own way."""
+
+    def _get_per_token_logps_and_entropies(self, *args, **kwargs):
+        return super()._get_per_token_logps_and_entropies(*args, **kwargs)
+
+
+WHY = {
+    "top_entropy_quantile": ({"top_entropy_quantile": 0.5}, {}, "top_entropy_quantile chooses tokens"),
+    "vespo": ({"loss_type": "vespo", "importance_sampling_level": "sequence"}, {}, "rlfast's vespo weighs the KL"),
+    "a ratio": ({"loss_type": "vespo"}, {"ratio": "token"}, "rlfast's vespo takes log-probs of the sampler"),
+    "a subclass": ({"cls": OtherForward}, {}, "another class calls the model"),
+}
+
+
+@pytest.mark.parametrize("why", WHY)
+def test_trls_own_loss_stands_where_rlfast_cannot_and_says_so_once(why, monkeypatch, caplog):
+    settings, data, words = WHY[why]
+    stock = taken(settings, data)
+    calls = count(monkeypatch)
+    patching.say_once.cache_clear()
+    with rlfast.patch("trl"), caplog.at_level(logging.WARNING, "rlfast.integrations"):
+        mine = taken(settings, data)
+        taken(settings, data)
+    assert not calls
+    assert [words in record.getMessage() for record in caplog.records] == [True]
+    for name, g in stock[1].items():
+        assert (mine[1][name] - g).abs().max() <= CLOSE * g.abs().max(), name
+
+
+@pytest.mark.parametrize("how", ("no grad", "eval"))
+def test_an_evaluation_is_trls(how, monkeypatch, caplog):
+    calls = count(monkeypatch)
+    with rlfast.patch("trl"):
+        trainer = trainer_of(loss_type="grpo")
+        trainer.model.train(how != "eval")
+        with torch.set_grad_enabled(how != "no grad"):
+            loss = trainer._compute_loss(trainer.model, batch(trainer))
+    assert not calls and loss.requires_grad == (how == "eval")
+
+
+def test_only_scored_rows_are_projected(monkeypatch):
+    """Prompts and padding are not."""
+    rows = []
+    linear = Loss.linear
+    monkeypatch.setattr(Loss, "linear", lambda s, h, *a, **k: rows.append(len(h)) or linear(s, h, *a, **k))
+    with rlfast.patch("trl"):
+        trainer = trainer_of(loss_type="grpo")
+        trainer.model.train()
+        inputs = batch(trainer)
+        trainer._compute_loss(trainer.model, inputs)
+    assert rows == [int(inputs["completion_mask"].sum())]
+
+
+def test_undo_restores_the_method():
+    original = trl.GRPOTrainer._compute_loss
+    with rlfast.patch("trl") as patch:
+        assert trl.GRPOTrainer._compute_loss is not original
+        assert any(name.endswith("GRPOTrainer._compute_loss") for name in patch.replaced)
+    assert trl.GRPOTrainer._compute_loss is original
+
+
+def test_a_method_that_changed_is_left_alone(monkeypatch, caplog):
+    def _compute_loss(self, model, inputs):
+        return None
+
+    monkeypatch.setattr(trl.GRPOTrainer, "_compute_loss", _compute_loss)
+    with pytest.raises(RuntimeError, match=r"GRPOTrainer\._compute_loss does not read loss_type"):
+        rlfast.patch("trl")
+    with caplog.at_level(logging.WARNING, "rlfast.integrations"), rlfast.patch("trl", untested=True):
+        assert trl.GRPOTrainer._compute_loss is _compute_loss
