@@ -88,9 +88,9 @@ def drawn(rows: int = 0, length: int = 0, dtype: str = "f32", seed: int = 2) -> 
     }  # fmt: skip
 
 
-def case_of(name: str = "grpo", dtype: str = "f32", options: dict | None = None, **rest) -> Case:
+def case_of(name: str = "grpo", dtype: str = "f32", options: dict | None = None, rows: int = 0, **rest) -> Case:
     """A row of the table on drawn data."""
-    return Case(rlfast.loss(name, **(options or {})), drawn(dtype=dtype), **rest)
+    return Case(rlfast.loss(name, **(options or {})), drawn(rows, dtype=dtype), **rest)
 
 
 def run(case: Case, backend: str, device: str = "cpu", scale: float = 1.0) -> tuple:
