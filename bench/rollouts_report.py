@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 OURS = "rlfast"
-PEERS = ("generate", "generate_batch", "llama.cpp", "llama.cpp BF16")
+PEERS = ("generate", "generate_batch", "llama.cpp")
 PARTS = ("linears", "head", "attention", "sampler", "the model's own and Python")
 
 
