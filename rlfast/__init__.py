@@ -38,8 +38,9 @@ from rlfast.integrations import patch  # noqa: E402
 from rlfast.kl import kl_penalty  # noqa: E402
 from rlfast.linear import linear  # noqa: E402
 from rlfast.logps import TokenLogps, linear_token_logps, token_logps  # noqa: E402
+from rlfast.loss_outputs import LinearLossOutput, LossMetrics, LossOutput  # noqa: E402
 from rlfast.loss_table import LOSSES, loss  # noqa: E402
-from rlfast.losses import LinearLossOutput, Loss, LossMetrics, LossOutput  # noqa: E402
+from rlfast.losses import Loss  # noqa: E402
 from rlfast.plans import LinearPlan, plan  # noqa: E402
 from rlfast.preference import Part, PreferenceLoss, PreferenceOutput  # noqa: E402
 from rlfast.preference_table import PREFERENCES, preference_loss  # noqa: E402

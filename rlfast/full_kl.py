@@ -28,10 +28,10 @@ def term(prepared, beta: float, fields: Fields, settings: Settings, full_kl, nee
         needs_grad: whether its gradient is needed.
         backend: that was asked for.
     """
-    nothing = torch.zeros((), dtype=fields.logp.dtype, device=fields.logp.device).expand(fields.logp.shape)
+    nothing = torch.zeros_like(fields.logp, requires_grad=False, memory_format=torch.contiguous_format)
     coefs = None if fields.coefs is None else fields.coefs.flip(0)
     fields = fields._replace(
-        logp=fields.logp.detach(), entropy=full_kl, weights=nothing.contiguous(), ref_logp=None, keep=None, coefs=coefs
+        logp=fields.logp.detach(), entropy=full_kl, weights=nothing, ref_logp=None, keep=None, coefs=coefs
     )
     plan, settings = prepared.plan._replace(entropy_mean=0), settings._replace(entropy_coef=-beta)
     return op.call(

@@ -135,12 +135,13 @@ def boundaries(cu_seqlens, logp, name: str = "logp", own: str = "cu_seqlens"):
         validate.fail(name, f"shape [N] with {own}", validate.shape(logp))
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
         validate.fail(own, "shape [B + 1]", validate.shape(cu_seqlens))
-    validate.same_device(own, cu_seqlens, name, logp)
+    if cu_seqlens.device.type != "cpu":  # on the host it can be looked at, beside tokens on any device
+        validate.same_device(own, cu_seqlens, name, logp)
     if validate.looked_at(cu_seqlens):
         ends = cu_seqlens.tolist()
         if ends[0] != 0 or ends[-1] != logp.shape[0] or any(b < a for a, b in pairwise(ends)):
             validate.fail(own, f"0 = c[0] <= c[1] <= … <= c[B] = {logp.shape[0]}", str(ends[:8]))
-    return cu_seqlens.long().contiguous()
+    return cu_seqlens.to(logp.device, torch.int64, non_blocking=True).contiguous()
 
 
 def counted(num_items, logp):

@@ -14,10 +14,10 @@ from rlfast.full_kl import FULL
 from rlfast.kernels.formulas import SURROGATES
 from rlfast.kernels.formulas.kl import KlBounds
 from rlfast.kl import of_loss
+from rlfast.loss_outputs import LinearLossOutput, LossMetrics, LossOutput
 from rlfast.ops import token_loss as op
 from rlfast.ops.loss_records import (
     LEVELS,
-    METRICS,
     REDUCTIONS,
     SEQ_SUM_OVER_MAX_LEN,
     UNITS,
@@ -28,48 +28,6 @@ from rlfast.ops.loss_records import (
 
 KL_RATIOS = (None, "unit", "token", "score")
 INFINITE = math.inf
-
-
-class LossMetrics:
-    """What a loss saw of its tokens: one float32 tensor on the device. Only reading a number synchronises.
-
-    ``metrics["clip_low"]`` is a 0-dim tensor, ``metrics.as_dict()`` floats. ``rlfast.ops.loss_records.Metrics`` says
-    what each is, and over what it is a mean.
-    """
-
-    __slots__ = ("names", "values")
-
-    def __init__(self, values: torch.Tensor, names: tuple[str | None, ...] = METRICS):
-        self.values, self.names = values, names  # None: of no meaning in this loss
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        if name not in self.keys():
-            raise KeyError(f"metric: expected one of {', '.join(self.keys())}, got {name!r}")
-        return self.values[self.names.index(name)]
-
-    def keys(self) -> tuple[str, ...]:
-        """The names."""
-        return tuple(name for name in self.names if name)
-
-    def as_dict(self) -> dict[str, float]:
-        """Every metric as a float; one synchronisation."""
-        return {name: x for name, x in zip(self.names, self.values.tolist(), strict=True) if name}
-
-
-class LossOutput(NamedTuple):
-    """The loss, with its gradient, and the metrics of the same launch."""
-
-    loss: torch.Tensor  # []
-    metrics: LossMetrics
-
-
-class LinearLossOutput(NamedTuple):
-    """The loss, with its gradient by hidden states and head, its metrics, and what else was asked for."""
-
-    loss: torch.Tensor  # []
-    metrics: LossMetrics
-    logp: torch.Tensor  # like targets; without gradient, as the next
-    entropy: torch.Tensor | None  # like targets, in nats
 
 
 class Prepared(NamedTuple):
@@ -274,7 +232,7 @@ class Loss:
 
         Args:
             logp: [B, T] padded, or [N] packed with ``cu_seqlens``; float. log π of the tokens, with gradient.
-            adv: [B, T] or [B]; [N] or [B] when packed. Advantages.
+            adv: [B, T] or [B]; [N] or [B] when packed (one a token where both fit). Advantages.
             old_logp: like logp. log π_old; None is the value of logp itself (on-policy).
             mask: like logp, bool or number. 0 takes a token out; what it holds has no effect.
             ref_logp: like logp. log π_ref, for the KL; None where there is none.
@@ -283,7 +241,7 @@ class Loss:
             weights: like logp, or [B]. Multiply the surrogate; no gradient.
             extra: like logp. What the surrogate calls ``extra``; None where it has no use for it.
             keep: like logp, bool. Tokens whose surrogate counts; the others keep their KL and their place in n.
-            cu_seqlens: int [B + 1]. Where packed sequences begin and end.
+            cu_seqlens: int [B + 1]. Where packed sequences begin and end; on logp's device, or on the host.
             num_items: number or 0-dim tensor in place of this batch's own count of tokens (or of sequences) in n.
             max_len: the length of ``seq_sum_over_max_len``; T if None.
             world_size, accumulation: the loss is multiplied by the one and divided by the other.
@@ -368,17 +326,19 @@ class Loss:
             temperature, softcap, logit_scale: as in ``rlfast.linear_token_logps``.
             entropy: whether the entropies come back; the loss makes its own for its bonus in any case.
             memory_budget: bytes of float32 logits that may be there at once. Chunks are as large as it allows, and end
-                where sequences do if the loss is one of sequences. If no sequence fits, or less than 512 rows, the
-                backward makes the logits again: four products.
+                where sequences do if the loss is one of sequences. If a sequence does not fit, or less than 512 rows,
+                the backward makes the logits again: four products.
             ref_hidden: like hidden, [·, E]: the reference's last hidden states, for kl="full": the KL of a token is
                 KL(π‖π_ref) over the vocabulary, under the same temperature, soft-cap and scale.
             ref_weight: [V, E] of hidden's dtype: the reference's head.
             ref_bias: [V] of hidden's dtype, or None.
             lora: (a [r, D], b [V, r], scale) beside a frozen weight: the logits are hidden·(weight + scale·b·a)ᵀ +
-                bias. The factors get their gradients, and there is none of the weight's size.
+                bias. The factors are of hidden's dtype, or float32 beside any. They get their gradients, and there is
+                none of the weight's size.
             accumulate_grad: the backward adds weight's gradient, in float32, straight to ``weight.main_grad`` if there
                 is one, as Megatron's parameters have, else to ``weight.grad``; no copy of it in weight's dtype is
-                made. Hooks of the parameter are not called. One backward only, and not in compiled code.
+                made. Hooks of the parameter are not called. One backward only, by ``backward`` and not by
+                ``torch.autograd.grad``, and not in compiled code.
 
         Returns:
             LinearLossOutput(loss, metrics, logp, entropy). The gradients are made with the loss, and kept until its

@@ -77,7 +77,7 @@ def plan(loss: Loss, hidden, weight, targets, bias=None, **given) -> LinearPlan:
 
 def _plan_of(loss: Loss, tokens, budget: float) -> LinearPlan:
     rows, needs = tokens.rows, policy_linear.needed(tokens.rows)
-    live = policy_linear.live_before(rows)
+    live = policy_linear.live_before(rows) or range(rows.mask.shape[0] + 1)
     chunks = policy_linear.chunks_of(loss, tokens, budget) if any(needs) else None
     taken = tuple(live[last] - live[first] for first, last in chunks or ())
     fits = live[-1] * heads.logits_bytes(rows) <= budget
@@ -96,7 +96,7 @@ def _plan_of(loss: Loss, tokens, budget: float) -> LinearPlan:
 def _products(rows, needs: list[bool], again: bool) -> tuple[int, int]:
     """(how many, the elements of weights that a row meets in them)."""
     weight, factors = rows.weight.numel(), needs[3:] or [False, False]
-    low = 0 if rows.lora is None else rows.lora.b.numel() * rows.lora.pieces()
+    low = 0 if rows.lora is None else rows.lora.b.numel() * len(rows.lora.pairs(rows.hidden.dtype))
     products = 1 + again + (needs[0] or factors[0]) + needs[1]
     elements = products * (weight + low) + factors[1] * low
     if rows.reference is None:

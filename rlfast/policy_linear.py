@@ -11,7 +11,9 @@ Where a sequence's logits do not fit the memory budget, or too few rows would, t
 from __future__ import annotations
 
 import math
+from bisect import bisect_left, bisect_right
 from itertools import pairwise
+from operator import index
 from typing import NamedTuple
 
 import torch
@@ -50,6 +52,7 @@ class Tokens(NamedTuple):
     fields: Fields  # in the caller's shape; ``logp`` is a place for it, and ``entropy`` where the loss reads it
     settings: Settings
     into: torch.Tensor | None  # the weight, if its gradient is added straight to its own
+    ends: list[int] | None  # of packed sequences, where they can be looked at
 
     def shaped(self, found: Numbers) -> Numbers:
         """Numbers [N] in the caller's shape."""
@@ -88,7 +91,9 @@ def checked(loss, head: Head, hidden, targets, given: dict, call: tuple, ref: tu
     rows = Rows(hidden.reshape(targets.shape[0], hidden.shape[-1]), weight, bias, targets, mask.contiguous(),
                 temperatures, (temperature, *head.options()), checked_reference(loss, hidden, weight, *ref),
                 checked_lora(hidden, weight, lora))  # fmt: skip
-    return Tokens(unit_strides(rows), fields, settings, head.accumulated())
+    ends = given["cu_seqlens"]
+    ends = ends.tolist() if ends is not None and validate.looked_at(ends) else None
+    return Tokens(unit_strides(rows), fields, settings, head.accumulated(), ends)
 
 
 def checked_reference(loss, hidden, weight, ref_hidden, ref_weight, ref_bias) -> Reference | None:
@@ -117,6 +122,8 @@ def checked_lora(hidden, weight, lora) -> Lora | None:
     a, b, scale = lora
     if isinstance(a, torch.Tensor) and a.dim() != 2:
         validate.fail("lora[0]", f"shape (r, {hidden.shape[-1]})", validate.shape(a))
+    if all(isinstance(x, torch.Tensor) and x.dtype == torch.float32 for x in (a, b)):
+        hidden = hidden.to(torch.promote_types(hidden.dtype, torch.float32))  # beside any head
     (_, a, _), rank = logps.checked_head(hidden, a, None, weight_name="lora[0]", sizes="rD"), len(a)
     _, b, _ = logps.checked_head(hidden.new_zeros(rank), b, None, hidden_name="lora[0]", weight_name="lora[1]")
     if b.shape[0] != weight.shape[0]:
@@ -201,12 +208,13 @@ def chunks_of(loss, tokens: Tokens, budget: float) -> list[tuple[int, int]] | No
     plan, fields, rows = loss.prepared.plan, tokens.fields, tokens.rows
     if plan.gate_masks and (fields.old_logp is None or plan.entropy_mean):
         return None  # what the loss divides by depends on the log-probs; or how many entropies count
-    n = rows.mask.shape[0]
+    n, live = rows.mask.shape[0], live_before(rows)
     if not n:
         return None
-    live = live_before(rows)
-    if live[n] * logits_bytes(rows) <= budget:
+    if (n if live is None else live[n]) * logits_bytes(rows) <= budget:
         return [(0, n)]
+    n = index(n)  # of a trace with symbolic sizes: the number of chunks is part of the graph
+    live = range(n + 1) if live is None else live
     most, ends = most_rows(rows, budget), ends_of(plan, tokens)
     if not most or ends is None:
         return None
@@ -215,23 +223,23 @@ def chunks_of(loss, tokens: Tokens, budget: float) -> list[tuple[int, int]] | No
     return packed_into(ends, live, most)
 
 
-def live_before(rows: Rows):
-    """How many of the rows before each one, and before the end, are projected: on the CPU those that count."""
+def live_before(rows: Rows) -> list[int] | None:
+    """How many of the rows before each one, and before the end, count, where only those are projected; else None."""
     hidden, backend = rows.hidden, backends.requested()
     if validate.looked_at(rows.mask) and backends.select(HEAD, hidden.device.type, hidden.dtype, backend) == "cpu":
         return [0, *rows.mask.cumsum(0).tolist()]
-    return range(rows.mask.shape[0] + 1)
+    return None
 
 
 def ends_of(plan: Plan, tokens: Tokens):
     """Where chunks may end: at every token, or at the ends of sequences; None if that cannot be looked at."""
-    fields, n = tokens.fields, tokens.rows.mask.shape[0]
+    fields, n = tokens.fields, index(tokens.rows.mask.shape[0])
     if not row_wise(plan, tokens.settings):
         return range(n + 1)
     if fields.cu_seqlens is None:
-        width = fields.logp.shape[1]
+        width = index(fields.logp.shape[1])
         return range(0, n + 1, width) if width else [0]
-    return fields.cu_seqlens.tolist() if validate.looked_at(fields.cu_seqlens) else None
+    return tokens.ends
 
 
 def packed_into(ends, live, most: int) -> list[tuple[int, int]] | None:
@@ -295,6 +303,6 @@ def part_of(plan: Plan, tokens: Tokens, first: int, last: int) -> Fields:
         by_token = [x if x is None else x.reshape(-1) for x in by_token]
     if ends is not None and not by_sequence:
         ends = None
-    elif ends is not None and last - first < tokens.rows.mask.shape[0]:  # else no look at a device
-        ends = ends[(ends >= first) & (ends <= last)] - first
+    elif ends is not None and last - first < tokens.rows.mask.shape[0]:
+        ends = ends[bisect_left(tokens.ends, first) : bisect_right(tokens.ends, last)] - first
     return Fields(*(x if x is None else x[at] for x in by_token), ends, *fields[BY_TOKEN + 1 :])

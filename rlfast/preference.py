@@ -10,7 +10,7 @@ import torch
 
 from rlfast import backends, heads, limits, preference_inputs, preference_linear, validate
 from rlfast.kernels.formulas import PAIRS, SCORES
-from rlfast.losses import LossMetrics
+from rlfast.loss_outputs import LossMetrics
 from rlfast.ops import pair_loss as op
 from rlfast.ops.preference_records import METRICS, REDUCTIONS, Settings, Term
 from rlfast.preference_inputs import PairGiven

@@ -8,6 +8,7 @@ the logits again.
 from __future__ import annotations
 
 from itertools import pairwise
+from operator import index
 from typing import NamedTuple
 
 import torch
@@ -61,6 +62,7 @@ class Side(NamedTuple):
     mask: torch.Tensor
     shape: tuple  # [B, T] of padded responses, [n] of packed ones
     cu_seqlens: torch.Tensor | None
+    ends: list[int] | None  # the same, where it can be looked at
 
     def given(self, logp) -> Given:
         """What the loss takes: tokens in the caller's shape."""
@@ -158,7 +160,10 @@ def checked_side(hidden, vocab: int, given: Tokens, name: TokenNames) -> Side:
     ref = given.ref_logps
     if ref is not None:
         ref = reference_of(name, ref, targets, mask, ends)
-    return Side(hidden.reshape(mask.shape[0], hidden.shape[-1]), targets.reshape(-1), ref, mask, tuple(lead), ends)
+    host = given.cu_seqlens.tolist() if ends is not None and validate.looked_at(given.cu_seqlens) else None
+    return Side(
+        hidden.reshape(mask.shape[0], hidden.shape[-1]), targets.reshape(-1), ref, mask, tuple(lead), ends, host
+    )
 
 
 def reference_of(name: TokenNames, ref, targets, mask, cu_seqlens):
@@ -197,10 +202,10 @@ def places_of(sides: list[Side]) -> tuple[Place, Place] | None:
     """Where chosen and rejected responses lie; None where that would have to be read from a device or in a trace."""
     found, start = [], 0
     for side in sides:
-        if side.cu_seqlens is not None and not validate.looked_at(side.cu_seqlens):
+        if side.cu_seqlens is not None and side.ends is None:
             return None
-        width = side.shape[1] if side.cu_seqlens is None else None
-        ends = side.cu_seqlens.tolist() if width is None else [i * width for i in range(side.shape[0] + 1)]
+        width = index(side.shape[1]) if side.cu_seqlens is None else None
+        ends = side.ends if width is None else [i * width for i in range(index(side.shape[0]) + 1)]
         found.append(Place([start + end for end in ends], width, side.cu_seqlens))
         start += ends[-1]
     if len(found) == 2:
@@ -220,7 +225,7 @@ def groups_of(places, rows: Rows, budget: float) -> list[tuple[int, int]] | None
     if not most or rows.hidden.shape[0] <= most or len({len(place.ends) for place in places}) != 1:
         return None
     of_pair = [sum(x) for x in zip(*([b - a for a, b in pairwise(place.ends)] for place in places), strict=True)]
-    if max(of_pair, default=0) > most:
+    if of_pair and max(of_pair) > most:
         return None
     groups, first, held = [], 0, 0
     for pair, n in enumerate(of_pair):

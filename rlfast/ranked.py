@@ -11,7 +11,7 @@ import torch
 from rlfast import backends, preference_inputs, validate
 from rlfast.kernels.formulas import RANKINGS
 from rlfast.loss_inputs import boundaries, counted, like_first
-from rlfast.losses import LossMetrics
+from rlfast.loss_outputs import LossMetrics
 from rlfast.ops import ranked_loss as op
 from rlfast.ops.preference_records import REDUCTIONS
 from rlfast.ops.ranked_records import METRICS, Groups, Settings

@@ -9,7 +9,7 @@ import torch
 from rlfast import limits, validate
 from rlfast.kernels.formulas import PAIRS
 from rlfast.logps import token_logps
-from rlfast.losses import LossMetrics
+from rlfast.loss_outputs import LossMetrics
 from rlfast.preference import Part, PreferenceLoss, PreferenceOutput
 from rlfast.preference_inputs import Given, Names, PairGiven, asked_for
 

@@ -9,7 +9,7 @@ import torch
 
 from rlfast import backends, preference_inputs, validate
 from rlfast.kernels.formulas import SINGLES
-from rlfast.losses import LossMetrics
+from rlfast.loss_outputs import LossMetrics
 from rlfast.ops import unpaired_loss as op
 from rlfast.ops.preference_records import REDUCTIONS, SINGLE_METRICS, Settings
 from rlfast.preference import REFERENCED, Part, changed, flat, read_by, terms_with_reward

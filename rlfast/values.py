@@ -6,7 +6,8 @@ import torch
 
 from rlfast import limits, validate
 from rlfast.logps import token_logps
-from rlfast.losses import Loss, LossMetrics, LossOutput
+from rlfast.loss_outputs import LossMetrics, LossOutput
+from rlfast.losses import Loss
 from rlfast.ops.loss_records import METRICS, REDUCTIONS
 from rlfast.presets import VALUES
 

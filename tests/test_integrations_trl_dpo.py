@@ -11,7 +11,7 @@ import torch
 
 import rlfast
 from rlfast import preference_linear
-from rlfast.integrations import patching, trl_preference
+from rlfast.integrations import patching, trl_dpo
 
 trl = pytest.importorskip("trl", reason='the trl package is missing: pip install "trl==1.16.*"')
 from trl.trainer import utils  # noqa: E402
@@ -21,7 +21,7 @@ from tests.trl_trainers import VOCAB, tiny  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("small_chunks")
 PAIRS, LENGTH = 5, 13
-FUSED = [t for t in trl_preference.DPO_ROWS if not t.startswith("aot") and t not in ("ipo", "sigmoid_norm")]
+FUSED = [t for t in trl_dpo.DPO_ROWS if not t.startswith("aot") and t not in ("ipo", "sigmoid_norm")]
 WAYS = {"keep": 1 << 20, "pairs": 2 * 2 * LENGTH * VOCAB * 4, "recompute": 0}  # bytes of logits
 
 
@@ -50,13 +50,14 @@ def trainer_of(**settings):
     return trainer
 
 
-def batch(trainer) -> dict:
+def batch(trainer, lengths=None) -> dict:
     """Prompts of one to five tokens, and completions of different lengths, one of them of no token."""
     draw = torch.Generator().manual_seed(3)
     ids = torch.randint(2, VOCAB, (2 * PAIRS, LENGTH), generator=draw)
     start = torch.randint(1, 6, (2 * PAIRS, 1), generator=draw)
     end = start + torch.randint(1, LENGTH - 5, (2 * PAIRS, 1), generator=draw)
     end[PAIRS] = start[PAIRS]
+    end = end if lengths is None else start + torch.tensor(lengths).unsqueeze(1)
     place = torch.arange(LENGTH)
     mask = ((place >= start) & (place < end)).long()
     inputs = {"input_ids": ids, "attention_mask": (place < end).long(), "completion_mask": mask}
@@ -71,10 +72,10 @@ def batch(trainer) -> dict:
     return inputs
 
 
-def taken(**settings) -> tuple:
+def taken(lengths=None, **settings) -> tuple:
     """(loss, {name: gradient}, metrics, calls of the reference) of the method as it is now."""
     trainer = trainer_of(**settings)
-    inputs, calls = batch(trainer), []
+    inputs, calls = batch(trainer, lengths), []
     if trainer.ref_model is not None:
         trainer.ref_model.register_forward_hook(lambda *_: calls.append(1))
     before = trainer.ref_model
@@ -96,7 +97,7 @@ def assert_same(monkeypatch, caplog, budget: int = 1 << 20, fused: bool = True, 
     """The number, every parameter's gradient and the metrics; the reference is called as often."""
     stock = taken(**settings)
     calls = count(monkeypatch)
-    monkeypatch.setattr(trl_preference, "MEMORY_BUDGET", budget)
+    monkeypatch.setattr(trl_dpo, "MEMORY_BUDGET", budget)
     with rlfast.patch("trl"), caplog.at_level(logging.WARNING, "rlfast.integrations"):
         mine = taken(**settings)
     assert len(calls) == fused and not caplog.records
@@ -122,7 +123,13 @@ def test_options(loss_type, options, monkeypatch, caplog):
     assert_same(monkeypatch, caplog, WAYS["pairs"], loss_types=[loss_type], **options)
 
 
-@pytest.mark.parametrize("divergence", trl_preference.DIVERGENCES)
+def test_as_many_tokens_as_responses(monkeypatch, caplog):
+    """Sums of the reference are not taken for tokens."""
+    lengths = (2, 1, 0, 1, 1, 1, 1, 1, 1, 1)
+    assert_same(monkeypatch, caplog, WAYS["pairs"], precompute_ref_logps=True, lengths=lengths)
+
+
+@pytest.mark.parametrize("divergence", trl_dpo.DIVERGENCES)
 def test_divergences(divergence, monkeypatch, caplog):
     assert_same(monkeypatch, caplog, WAYS["pairs"], f_divergence_type=divergence)
 

@@ -71,12 +71,13 @@ def trainer_of(cls=None, **settings):
     return trainer
 
 
-def batch(trainer, tools=False, on_policy=False, by_token=False, ratio=None, empty=True, seed=0) -> dict:
+def batch(trainer, tools=False, on_policy=False, by_token=False, ratio=None, lengths=None, seed=0) -> dict:
     """Prompts padded on the left and completions of different lengths, one of them cut off before its first token."""
     draw = torch.Generator().manual_seed(seed)
     prompts, completions = (torch.randint(2, VOCAB, (ROWS, n), generator=draw) for n in (PROMPT, LENGTH))
-    lengths = torch.randint(1, LENGTH + 1, (ROWS, 1), generator=draw)
-    lengths[2] = 0 if empty else LENGTH
+    drawn = torch.randint(1, LENGTH + 1, (ROWS, 1), generator=draw)
+    drawn[2] = 0
+    lengths = drawn if lengths is None else torch.tensor(lengths).unsqueeze(1)
     mask = (torch.arange(LENGTH) < lengths).long()
     before = (torch.arange(PROMPT) >= torch.randint(0, PROMPT - 1, (ROWS, 1), generator=draw)).long()
     inputs = {"prompt_ids": prompts, "prompt_mask": before, "completion_ids": completions, "completion_mask": mask}
@@ -141,6 +142,40 @@ TYPES = tuple(trl_grpo.TYPES)
 def test_every_loss_type(loss_type, data, monkeypatch, caplog):
     wide = {"epsilon_high": 1.2} if loss_type == "cispo" else {}
     assert_same(monkeypatch, caplog, data, loss_type=loss_type, **wide)
+
+
+@pytest.mark.parametrize("loss_type", ("grpo", "dapo", "dr_grpo"))
+def test_as_many_tokens_as_completions(loss_type, monkeypatch, caplog):
+    """Advantages of completions are not those of tokens."""
+    assert_same(monkeypatch, caplog, {"lengths": (3, 0, 1, 0, 2, 0)}, loss_type=loss_type)
+
+
+@pytest.mark.parametrize("wrapper", ("ddp", "fsdp"))
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="no CUDA device")
+def test_a_wrapped_model(wrapper, monkeypatch, caplog, tmp_path):
+    """DDP looks for unused parameters behind what the model returns; FSDP hangs its hooks there."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
+    from torch.nn.parallel import DistributedDataParallel
+
+    stock = taken({"loss_type": "grpo"}, {})
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        with rlfast.patch("trl"):
+            trainer = trainer_of(loss_type="grpo")
+            trainer.model.train()
+            inputs, inner = batch(trainer), trainer.model
+            if wrapper == "ddp":
+                outer = DistributedDataParallel(inner, find_unused_parameters=True)
+            else:
+                outer = FullyShardedDataParallel(inner, device_id=torch.device("cpu"), use_orig_params=True)
+            calls = count(monkeypatch)
+            trainer._compute_loss(outer, inputs).backward()
+        assert len(calls) == 1
+        norm = torch.stack([p.grad.square().sum() for p in outer.parameters() if p.grad is not None]).sum().sqrt()
+        wanted = torch.stack([g.square().sum() for g in stock[1].values()]).sum().sqrt()
+        assert abs(norm - wanted) <= 1e-4 * wanted
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize("corrected", (False, True))
@@ -212,6 +247,7 @@ WHY = {
     "vespo": ({"loss_type": "vespo", "importance_sampling_level": "sequence"}, {}, "rlfast's vespo weighs the KL"),
     "a ratio": ({"loss_type": "vespo"}, {"ratio": "token"}, "rlfast's vespo takes log-probs of the sampler"),
     "a subclass": ({"cls": OtherForward}, {}, "another class calls the model"),
+    "a number": ({"off_policy_mask_threshold": -1.0}, {}, "off_policy: expected"),
 }
 
 

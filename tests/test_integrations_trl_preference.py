@@ -11,14 +11,14 @@ import pytest
 import torch
 
 import rlfast
-from rlfast.integrations import patching, trl_preference
+from rlfast.integrations import patching, trl_dpo, trl_outputs, trl_preference
 from tests.numerics import assert_gradient, assert_same_bits, assert_value
 
 trl = pytest.importorskip("trl", reason='the trl package is missing: pip install "trl==1.16.*"')
 from tests.trl_trainers import KINDS, assert_same_steps, steps_of, word_tokenizer  # noqa: E402
 
 PAIRS, LENGTH, BATCHES = 6, 24, 4
-UNSORTED = [name for name in trl_preference.DPO_ROWS if not name.startswith("aot")]
+UNSORTED = [name for name in trl_dpo.DPO_ROWS if not name.startswith("aot")]
 COMPARED = ["sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop"]  # by their difference alone
 
 
@@ -106,7 +106,7 @@ def preferences(dtype, seed=0, **settings):
     if trainer.precompute_ref_logps:
         sums = reference.log_probs.sum(1)
         if trainer.ld_alpha is not None:
-            sums = trl_preference._sums(reference.log_probs, mask[:, 1:], trainer.ld_alpha)
+            sums = trl_outputs.sums(reference.log_probs, mask[:, 1:], trainer.ld_alpha)
         inputs["ref_chosen_logps"], inputs["ref_rejected_logps"] = sums.chunk(2)
     loss = trl.DPOTrainer._compute_loss(trainer, trainer.model, inputs, False)
     (gradient,) = torch.autograd.grad(loss, leaf)
@@ -173,7 +173,7 @@ def count_losses(monkeypatch) -> list:
 
 
 @pytest.mark.parametrize("how", ("plain", "ld", "precomputed", "precomputed ld"))
-@pytest.mark.parametrize("loss_type", trl_preference.DPO_ROWS)
+@pytest.mark.parametrize("loss_type", trl_dpo.DPO_ROWS)
 def test_dpo(loss_type, how, monkeypatch, caplog):
     options = {"loss_types": [loss_type], "label_smoothing": 0.1, "discopop_tau": 0.2, "beta": 0.3}
     options |= {"ld_alpha": 0.4} if "ld" in how else {}
@@ -299,10 +299,10 @@ def test_a_model_that_is_its_own_reference():
     _, mask, policy, reference, _ = fields(torch.float32)
     model = Model(policy, reference)
     trainer = trainer_of(model, None)
-    with trl_preference.watched(trainer, model) as seen:
+    with trl_outputs.watched(trainer, model) as seen:
         for _ in range(2):
             model(labels=mask)
-    loss = trl_preference.dpo(trainer, seen, {"completion_mask": mask})
+    loss = trl_dpo.dpo(trainer, seen, {"completion_mask": mask})
     assert_same_bits("loss", loss.detach(), patched(preferences)[0])
     assert not model._forward_hooks
 
@@ -340,11 +340,11 @@ def test_trls_own_loss_stands_where_rlfast_cannot_and_says_so_once(why, monkeypa
     patching.say_once.cache_clear()
     method, options, words = REASONS[why]
     wanted = method(torch.float32, **options)
-    monkeypatch.delitem(trl_preference.DPO_ROWS, "hinge")
-    monkeypatch.delitem(trl_preference.DIVERGENCES, "forward_kl")
+    monkeypatch.delitem(trl_dpo.DPO_ROWS, "hinge")
+    monkeypatch.delitem(trl_dpo.DIVERGENCES, "forward_kl")
     monkeypatch.delitem(trl_preference.KTO_ROWS, "apo_zero_unpaired")
     if why == "subclass":
-        monkeypatch.setattr(trl_preference, "_scored", lambda outputs, scored=trl_preference._scored: [
+        monkeypatch.setattr(trl_outputs, "scored", lambda outputs, scored=trl_outputs.scored: [
             types.SimpleNamespace(log_probs=out.log_probs.as_subclass(Wrapped)) for out in scored(outputs)
         ])  # fmt: skip
     if why == "calls":

@@ -36,6 +36,8 @@ FLOORS = {
     "rlfast.divergences": 3,
     "rlfast.advantages": 3,
     "rlfast.losses": 3,
+    "rlfast.loss_outputs": 3,
+    "rlfast.full_kl": 3,
     "rlfast.heads": 3,
     "rlfast.policy_linear": 3,
     "rlfast.plans": 3,

@@ -303,6 +303,46 @@ def test_compiled_whole(backend, device, name):
     assert_same_bits("loss", losses[1].detach(), losses[0].detach())
 
 
+@pytest.mark.unpoisoned
+@pytest.mark.backends("torch", "cpu")
+@pytest.mark.parametrize("budget", ("chunks", "keep"))
+@pytest.mark.parametrize("name", ("ppo", "grpo"))
+def test_compiled_for_more_than_one_shape(backend, device, name, budget):
+    """The second shape makes sizes symbolic."""
+    loss = rlfast.loss(name, **({"kl": None} if name == "grpo" else {}))
+    weight = torch.randn(301, DEPTH, requires_grad=True)
+    room = {"chunks": 4 * 301 * 12, "keep": 1 << 30}[budget]
+
+    def run(hidden, targets, adv, old):
+        return loss.linear(hidden, weight, targets, adv=adv, old_logp=old, memory_budget=room).loss
+
+    torch._dynamo.reset()
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    with rlfast.use_backend(backend):
+        for rows, length in ((4, 6), (5, 7), (6, 8)):
+            targets = torch.randint(301, (rows, length))
+            given = torch.randn(rows, length, DEPTH), targets, torch.randn(rows), torch.full((rows, length), -6.0)
+            (g,), (expected,) = (torch.autograd.grad(f(*given), weight) for f in (compiled, run))
+            assert (g - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+@pytest.mark.backends("torch", "cpu")
+def test_many_backwards_are_right_or_say_why_not(backend, device):
+    case = case_of()
+    hidden = case.data["hidden"].clone().requires_grad_()
+    with rlfast.use_backend(backend):
+        out = case.loss.linear(
+            hidden, case.data["weight"], case.data["targets"], **{k: case.data[k] for k in case.fields()}
+        )
+    (once,) = torch.autograd.grad(out.loss, hidden, retain_graph=True)
+    kept = once.clone()
+    (twice,) = torch.autograd.grad(out.loss, hidden, retain_graph=True)
+    assert_same_bits("gradient", twice, kept)
+    once.zero_()
+    with pytest.raises(RuntimeError, match="another backward of this loss: the gradients that one has handed out"):
+        torch.autograd.grad(out.loss, hidden)
+
+
 @pytest.mark.backends("torch", *KERNELS)
 def test_a_certain_token(backend, device):
     """Log-probs near 0: what is left of 1 − p reaches the gradient."""

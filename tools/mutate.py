@@ -74,7 +74,11 @@ FAMILIES = {
     **dict.fromkeys(("kernels/rows", "kernels/whiten"), ("tests/test_affine_scan.py",)),
     "attention": ("tests/test_paged_attention.py",),
     "trl_grpo": ("tests/test_integrations_trl_grpo.py",),
-    "trl_preference": ("tests/test_integrations_trl_preference.py", "tests/test_integrations_trl_dpo.py"),
+    "trl_head": ("tests/test_integrations_trl_grpo.py", "tests/test_integrations_trl_dpo.py"),
+    **dict.fromkeys(
+        ("trl_preference", "trl_outputs", "trl_dpo"),
+        ("tests/test_integrations_trl_preference.py", "tests/test_integrations_trl_dpo.py"),
+    ),
 }
 SLOW = "not (isa or 2_31 or seventy or 151669 or 50257 or 32003 or 256k or twenty or tile or many_rows"
 SLOW += " or million or hundred_thousand or segments or compiled or opcheck)"

@@ -3,7 +3,7 @@
 Every TRL trainer that scores tokens from hidden states (SFT, DPO, KTO, GRPO, RLOO, AsyncGRPO, GMPO) ends in
 ``ChunkedLogProbFunction.apply``; those that hold logits call ``selective_log_softmax`` and its relatives. Outputs are
 float32, as those of TRL's own CUDA kernels are (its CPU path returns the dtype of the logits). The loss of GRPO is in
-``trl_grpo.py``, those of DPO, KTO and reward models in ``trl_preference.py``.
+``trl_grpo.py``, those of DPO, KTO and reward models in ``trl_dpo.py`` and ``trl_preference.py``.
 
 ``replacements`` is what ``rlfast.patch("trl")`` puts in place. The functions need no TRL and can be called directly.
 """

@@ -37,7 +37,9 @@ BY_ITEMS = ("cispo", "dapo", "vespo")  # divided by the tokens of an accumulatio
 def unsupported(trainer, model, inputs, forward) -> str | None:
     """Why the loss is not made from hidden states; ``forward`` is TRL's own method that calls the model."""
     if not (trainer.model.training and torch.is_grad_enabled()):
-        return "there is no gradient to make"
+        return "the model is not in training mode"
+    if isinstance(model, torch._dynamo.OptimizedModule):
+        return "the model is compiled, its head with it"
     if trainer.loss_type not in TYPES:
         return f"rlfast has no loss_type {trainer.loss_type!r}"
     if trainer.importance_sampling_level not in ("token", "sequence"):
@@ -52,6 +54,10 @@ def unsupported(trainer, model, inputs, forward) -> str | None:
         return "another class calls the model"
     if training.active():
         return "a bitwise step has the rollout's own head"
+    try:
+        loss_of(trainer)
+    except ValueError as error:
+        return str(error)
     return None
 
 
@@ -108,8 +114,7 @@ class GrpoFusion(Fusion):
         out = loss_of(trainer).linear(
             hidden, weight, targets, bias, cu_seqlens=self.cu_seqlens, entropy=True, **given, **call, **options
         )
-        self.loss = out.loss
-        return out.logp, out.entropy, None, None, None
+        return self.made(out.loss, out.logp), out.entropy, None, None, None
 
 
 def fused_loss(original, forward):
@@ -127,7 +132,7 @@ def fused_loss(original, forward):
         if fusion.loss is None:
             runs_as_it_is(original, "its model has not called the fused head as rlfast knows")
             return theirs
-        return theirs + (fusion.loss - fusion.loss.detach())  # their number, with what the router has, and our gradient
+        return fusion.in_place_of(theirs)
 
     return compute_loss
 

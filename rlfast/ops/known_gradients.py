@@ -25,12 +25,25 @@ class _KnownGradients(torch.autograd.Function):
         into = ctx.into or {}
         if None in into.values():
             raise RuntimeError("accumulate_grad: a first backward has added the gradient and given up its memory")
-        needs, known = list(ctx.needs_input_grad[3:]), list(ctx.saved_tensors)
+        needs, known = list(ctx.needs_input_grad[3:]), list(_saved(ctx))
         for at, parameter in into.items():
             accumulate(parameter, known[at], g)
             needs[at], into[at] = False, None
         found = zip(needs, known, ctx.dtypes, strict=True)
         return g, None, None, *(scaled(x, g, dtype) if need else None for need, x, dtype in found)
+
+
+def _saved(ctx) -> tuple:
+    """The gradients. A backward whose upstream gradient is 1 has handed them out as they are."""
+    try:
+        return ctx.saved_tensors
+    except RuntimeError as error:
+        if "modified by an inplace operation" not in str(error):
+            raise
+        raise RuntimeError(
+            "another backward of this loss: the gradients that one has handed out were changed in place since "
+            "(a third backward into the same leaves does that): compute the loss again"
+        ) from error
 
 
 def accumulate(parameter, gradient, g) -> None:

@@ -7,7 +7,8 @@ So it is a head that is r columns wider, and with ∂z of its logits
     ∂b = ∂zᵀ·u      ∂u = ∂z·b      ∂a = scale·∂uᵀ·hidden      ∂hidden = ∂z·weight + scale·∂u·a
 
 of which none is as large as the weight. Beside bfloat16 or float16 weights u goes in as three such numbers whose sum it
-is: rounded to one, it would lose what the factors have in float32.
+is, and b too if it is float32: rounded to one, they would lose what they have in float32. Then the columns are those of
+u_i beside b_j, without products below 2⁻²⁴.
 """
 
 from __future__ import annotations
@@ -19,6 +20,9 @@ import torch
 from rlfast.fallback.token_logps import compute_dtype
 from rlfast.ops.linear_token_logps import as_given
 
+NARROW = (torch.bfloat16, torch.float16)
+PIECES = 3  # numbers of a narrow dtype that hold one of float32
+
 
 class Lora(NamedTuple):
     """The factors."""
@@ -27,9 +31,20 @@ class Lora(NamedTuple):
     b: torch.Tensor  # [V, r]
     scale: float
 
-    def pieces(self) -> int:
-        """Numbers of the head's dtype that hold one of float32."""
-        return 3 if self.a.dtype in (torch.bfloat16, torch.float16) else 1
+    def pairs(self, dtype: torch.dtype) -> list[tuple[int, int]]:
+        """(piece of u, piece of b) of each r columns beside a head of this dtype."""
+        if dtype not in NARROW:
+            return [(0, 0)]
+        return [(i, j) for i in range(PIECES) for j in range(1 if self.b.dtype in NARROW else PIECES - i)]
+
+
+def pieces_of(x, dtype: torch.dtype) -> list[torch.Tensor]:
+    """Numbers of a dtype whose sum is x."""
+    found = [x.to(dtype)]
+    for _ in range(PIECES - 1 if x.dtype != dtype else 0):
+        x = x - found[-1].to(x.dtype)
+        found.append(x.to(dtype))
+    return found
 
 
 def live_hidden(hidden, mask) -> torch.Tensor:
@@ -41,12 +56,10 @@ def live_hidden(hidden, mask) -> torch.Tensor:
 def widened(hidden, weight, mask, lora: Lora) -> tuple[torch.Tensor, torch.Tensor]:
     """([hidden, u], [weight, b])."""
     with as_given(hidden):
-        rest = lora.scale * (live_hidden(hidden, mask) @ lora.a.to(compute_dtype(hidden)).T)
-    columns = [hidden]
-    for _ in range(lora.pieces()):
-        columns.append(rest.to(hidden.dtype))
-        rest = rest - columns[-1].to(rest.dtype)
-    return torch.cat(columns, -1), torch.cat([weight, *[lora.b] * lora.pieces()], -1)
+        u = lora.scale * (live_hidden(hidden, mask) @ lora.a.to(compute_dtype(hidden)).T)
+    u, b = pieces_of(u, hidden.dtype), pieces_of(lora.b, hidden.dtype)
+    pairs = lora.pairs(hidden.dtype)
+    return torch.cat([hidden, *(u[i] for i, _ in pairs)], -1), torch.cat([weight, *(b[j] for _, j in pairs)], -1)
 
 
 class Sums:
@@ -55,8 +68,8 @@ class Sums:
     def __init__(self, lora: Lora, hidden, needs: tuple[bool, bool], bias, apart: bool):
         """``apart``: the logits that were kept are those of [hidden, u], whatever head they are given back with."""
         self.lora, self.width, self.bias, self.apart = lora, hidden.shape[-1], bias, apart
-        self.low = slice(self.width, None)  # the columns of u and b
-        columns = lora.a.shape[0] * lora.pieces() + (0 if apart else self.width)
+        self.low, self.pairs = slice(self.width, None), lora.pairs(hidden.dtype)  # the columns of u and b
+        columns = lora.a.shape[0] * len(self.pairs) + (0 if apart else self.width)
         shapes = lora.a.shape, (lora.b.shape[0], columns)
         self.a, self.wide_b = (
             torch.zeros(shape, dtype=compute_dtype(hidden), device=hidden.device) if need else None
@@ -73,7 +86,7 @@ class Sums:
             if not need_hidden and self.a is None:
                 return None
             d, a = pull(by, (None, None), True), self.lora.a
-            d_u = self.lora.scale * d[:, self.width : self.width + a.shape[0]]
+            d_u = self.lora.scale * self._of_pieces(d[:, self.low], [i == 0 for i, _ in self.pairs])
             if self.a is not None:
                 self.a.addmm_(d_u.T, live_hidden(rows.hidden[:, : self.width], rows.mask))
             return d[:, : self.width] + d_u @ a.to(d.dtype) if need_hidden else None
@@ -83,5 +96,8 @@ class Sums:
         b = self.wide_b
         if b is None:
             return self.a, None
-        b = b if self.apart else b[:, self.low]
-        return self.a, b.unflatten(1, (self.lora.pieces(), -1)).sum(1)
+        return self.a, self._of_pieces(b if self.apart else b[:, self.low], [j == 0 for _, j in self.pairs])
+
+    def _of_pieces(self, x, chosen: list[bool]):
+        """Σ over the chosen pairs of their r columns: those in which the other factor is there once, piece by piece."""
+        return x.unflatten(1, (len(chosen), -1))[:, chosen].sum(1)

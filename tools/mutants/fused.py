@@ -20,7 +20,7 @@ PYTHON = [
     *python(
         "torch", "rlfast/full_kl.py",
         ("fields.coefs.flip(0)", "fields.coefs", "tensors"),
-        ("weights=«nothing.contiguous()»", "fields.weights", "given or reduction"),
+        ("weights=«nothing»", "fields.weights", "given or reduction"),
         ("ref_logp=None, «keep=None», coefs", "keep=fields.keep", "correction or reduction"),
         ("prepared.plan._replace(entropy_mean=0)", "prepared.plan", "correction"),
         ("metrics[KL] = kl.metrics[ENTROPY]", "metrics[KL] = kl.metrics[LOSS]", "reduction"),
@@ -29,7 +29,7 @@ PYTHON = [
     *python(
         "torch", "rlfast/ops/lora.py",
         ("d_u = «self.lora.scale * »d[", "", "every_way"),
-        ("return «3» if self.a.dtype in", "1", "narrow or pieces"),
+        ("PIECES = «3»", "1", "narrow or pieces"),
         ("live_hidden(rows.hidden[:, : self.width], «rows.mask»)", "None", "every_way"),
         ("d[:, : self.width]« + d_u @ a.to(d.dtype)» if need_hidden", "", "every_way"),
         ("torch.where(mask.unsqueeze(-1), wide, torch.zeros((), dtype=wide.dtype))", "wide", "every_way"),
@@ -52,12 +52,17 @@ PYTHON = [
         ("options[\"delta\"] = args.delta", "pass"),
         ("        options[\"kl_ratio\"] = None\n", "        pass\n"),
         ("0.0 if «quiet» else trainer.entropy_coef", "False"),
-        ("theirs + (fusion.loss - fusion.loss.detach())", "fusion.loss"),
     ),
     *python(
-        "trl", "rlfast/integrations/trl_preference.py",
+        "trl", "rlfast/integrations/trl_head.py",
+        ("return theirs« + (self.loss - self.loss.detach())»", ""),
+        ("return «_Tied.apply(logp, loss)»", "logp"),
+        ("return None, «g.new_zeros(())»", "g.sum()"),
+        ("x.expand(self.scored.shape)[«self.scored»]", "self.scored.flip(0)"),
+    ),
+    *python(
+        "trl", "rlfast/integrations/trl_dpo.py",
         ("if k not in NOT_OF_THE_MODEL}« | {\"use_cache\": False}»", " | {\"attention_mask\": None}"),
-        ("_with_router(self, fusion.loss, _scored(seen.policy)[0])", "fusion.loss"),
         ("bits = sum(OUTPUTS[name] for name in outputs)", "bits = ENTROPY"),
         ("        trainer.ref_model = reference\n", "        pass\n"),
     ),

@@ -13,10 +13,21 @@ PYTHON = [
     ),
     *python(
         "trl", "rlfast/integrations/trl_preference.py",
-        ("lambda _, __, out, to=outputs: «to».append(out)", "outputs"),
         ("return (loss, theirs[1]) if return_outputs else loss", "return loss"),
+        ("float(trainer.desirable_weight), float(trainer.undesirable_weight)", "1.0, 1.0"),
+        ("scored(seen.policy)«[int(bool(trainer.calculate_KL))]»", "[0]"),
+        ("trainer.args.center_rewards_coefficient or 0.0", "0.0"),
+        ("margin=inputs.get(\"margin\")", "margin=None"),
+    ),
+    *python(
+        "trl", "rlfast/integrations/trl_outputs.py",
+        ("lambda _, __, out, to=outputs: «to».append(out)", "outputs"),
         ("trainer.router_aux_loss_coef * out.aux_loss", "out.aux_loss"),
         ("out.log_probs[:, «1 - mask.shape[1]» :]", "1"),
+        ("counted.cumsum(1) «>» shorter[:, None]", ">="),
+    ),
+    *python(
+        "trl", "rlfast/integrations/trl_dpo.py",
         ("(\"exo_pair\", \"robust\", \"aot\", \"aot_unpaired\")", "DPO_ROWS"),
         ("dpo_objectives(options._replace(tail=None))", "dpo_objectives(options)"),
         ("abs(self.alpha - 1) < 1e-6", "False"),
@@ -25,10 +36,5 @@ PYTHON = [
         ("torch.mul(*of.chunk(2))", "of.chunk(2)[0]"),
         ("mask«.sum(1).clamp(min=1)»", "[:, 1:].sum(1)"),
         ("logps.chunk(2)[0].sum() / «counted.chunk(2)[0].sum()»", "len(logps)"),
-        ("counted.cumsum(1) «>» shorter[:, None]", ">="),
-        ("float(trainer.desirable_weight), float(trainer.undesirable_weight)", "1.0, 1.0"),
-        ("_scored(seen.policy)«[int(bool(trainer.calculate_KL))]»", "[0]"),
-        ("trainer.args.center_rewards_coefficient or 0.0", "0.0"),
-        ("margin=inputs.get(\"margin\")", "margin=None"),
     ),
 ]  # fmt: skip
