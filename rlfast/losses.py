@@ -305,7 +305,7 @@ class Loss:
         rollout_logp=None, weights=None, extra=None, keep=None, cu_seqlens=None, num_items=None, max_len=None,
         world_size=1, accumulation=1, temperature=1.0, softcap=None, logit_scale=1.0, entropy=False,
         memory_budget=policy_linear.MEMORY_BUDGET, ref_hidden=None, ref_weight=None, ref_bias=None,
-        lora=None, accumulate_grad=False,
+        lora=None, accumulate_grad=False, sync=False,
     ) -> LinearLossOutput:  # fmt: skip
         """The loss of a batch from the last hidden states and the head, without its logits.
 
@@ -339,6 +339,8 @@ class Loss:
                 is one, as Megatron's parameters have, else to ``weight.grad``; no copy of it in weight's dtype is
                 made. Hooks of the parameter are not called. One backward only, by ``backward`` and not by
                 ``torch.autograd.grad``, and not in compiled code.
+            sync: tokens that are masked go into no product on a GPU either, for which the host waits to learn how many
+                are left, once a chunk. On the CPU they never do.
 
         Returns:
             LinearLossOutput(loss, metrics, logp, entropy). The gradients are made with the loss, and kept until its
@@ -363,7 +365,7 @@ class Loss:
             "extra": extra, "mask": mask, "keep": keep, "cu_seqlens": cu_seqlens, "num_items": num_items,
         }  # fmt: skip
         call, ref = (max_len, world_size, accumulation), (ref_hidden, ref_weight, ref_bias)
-        tokens = policy_linear.checked(self, head, hidden, targets, given, call, ref, lora)
+        tokens = policy_linear.checked(self, head, hidden, targets, given, call, ref, lora, sync)
         wanted = validate.flag("entropy", entropy)
         out, found = policy_linear.run(self, tokens, head.budget(), wanted)
         return LinearLossOutput(out.loss, LossMetrics(out.metrics), found.logp, found.entropy if wanted else None)

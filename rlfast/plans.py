@@ -71,7 +71,7 @@ def plan(loss: Loss, hidden, weight, targets, bias=None, **given) -> LinearPlan:
     fields = {name: said[name] for name in Given._fields if name not in ("logp", "entropy", "full_kl")}
     call = tuple(said[name] for name in ("max_len", "world_size", "accumulation"))
     ref = tuple(said[name] for name in ("ref_hidden", "ref_weight", "ref_bias"))
-    tokens = policy_linear.checked(loss, head, hidden, targets, fields, call, ref, said["lora"])
+    tokens = policy_linear.checked(loss, head, hidden, targets, fields, call, ref, said["lora"], said["sync"])
     return _plan_of(loss, tokens, head.budget())
 
 

@@ -59,7 +59,7 @@ class Tokens(NamedTuple):
         return found.of(lambda x: x.view(self.fields.logp.shape))
 
 
-def checked(loss, head: Head, hidden, targets, given: dict, call: tuple, ref: tuple, lora=None) -> Tokens:
+def checked(loss, head: Head, hidden, targets, given: dict, call: tuple, ref: tuple, lora=None, sync=False) -> Tokens:
     """The batch, or an error that names the argument.
 
     Args:
@@ -70,6 +70,7 @@ def checked(loss, head: Head, hidden, targets, given: dict, call: tuple, ref: tu
         call: (max_len, world_size, accumulation).
         ref: (ref_hidden, ref_weight, ref_bias) as they came.
         lora: (a, b, scale) as it came, or None.
+        sync: as it came.
     """
     validate.tensor("hidden", hidden)
     if hidden.dim() not in (2, 3):
@@ -90,7 +91,7 @@ def checked(loss, head: Head, hidden, targets, given: dict, call: tuple, ref: tu
     targets, mask, temperatures = (x if x is None else x.reshape(-1) for x in (targets, fields.mask, temperatures))
     rows = Rows(hidden.reshape(targets.shape[0], hidden.shape[-1]), weight, bias, targets, mask.contiguous(),
                 temperatures, (temperature, *head.options()), checked_reference(loss, hidden, weight, *ref),
-                checked_lora(hidden, weight, lora))  # fmt: skip
+                checked_lora(hidden, weight, lora), checked_sync(sync) and not compacts(hidden))  # fmt: skip
     ends = given["cu_seqlens"]
     ends = ends.tolist() if ends is not None and validate.looked_at(ends) else None
     return Tokens(unit_strides(rows), fields, settings, head.accumulated(), ends)
@@ -111,6 +112,13 @@ def checked_reference(loss, hidden, weight, ref_hidden, ref_weight, ref_bias) ->
             validate.fail(name, "a tensor that needs no gradient", "requires_grad=True")
     ref_hidden, ref_weight, ref_bias = divergences.checked_reference(hidden, weight, *given.values())
     return Reference(ref_hidden.reshape(-1, ref_hidden.shape[-1]), ref_weight, ref_bias)
+
+
+def checked_sync(sync) -> bool:
+    """Whether rows that are masked may be looked for."""
+    if validate.flag("sync", sync) and torch.compiler.is_compiling():
+        validate.fail("sync", "False in compiled code, which does not look at a mask", "True")
+    return sync
 
 
 def checked_lora(hidden, weight, lora) -> Lora | None:
@@ -225,10 +233,14 @@ def chunks_of(loss, tokens: Tokens, budget: float) -> list[tuple[int, int]] | No
 
 def live_before(rows: Rows) -> list[int] | None:
     """How many of the rows before each one, and before the end, count, where only those are projected; else None."""
-    hidden, backend = rows.hidden, backends.requested()
-    if validate.looked_at(rows.mask) and backends.select(HEAD, hidden.device.type, hidden.dtype, backend) == "cpu":
+    if rows.compact or (validate.looked_at(rows.mask) and compacts(rows.hidden)):
         return [0, *rows.mask.cumsum(0).tolist()]
     return None
+
+
+def compacts(hidden) -> bool:
+    """Whether the head's kernels leave out masked rows by themselves."""
+    return backends.select(HEAD, hidden.device.type, hidden.dtype, backends.requested()) == "cpu"
 
 
 def ends_of(plan: Plan, tokens: Tokens):

@@ -117,7 +117,7 @@ def run(case: Case, backend: str, device: str = "cpu", scale: float = 1.0) -> tu
     return out, dict(zip(leaves, grads, strict=True))
 
 
-HEAD_OPTIONS = ("temperature", "softcap", "logit_scale")
+HEAD_OPTIONS = ("temperature", "softcap", "logit_scale", "sync")
 
 
 def oracle(case: Case, dtype: torch.dtype, seed: int = 0) -> tuple[dict, dict]:
@@ -133,7 +133,8 @@ def oracle(case: Case, dtype: torch.dtype, seed: int = 0) -> tuple[dict, dict]:
     head = {"hidden": clean, "weight": data["weight"], "bias": data["bias"]}
     head |= {k: data[k] for k in FACTORS} if case.lora else {}
     leaves = {k: x.to(dtype).clone().requires_grad_(k in case.needs) for k, x in head.items() if x is not None}
-    options = {k: x.to(dtype) if isinstance(x, torch.Tensor) else x for k, x in case.rest.items() if k in HEAD_OPTIONS}
+    options = {k: x for k, x in case.rest.items() if k in HEAD_OPTIONS and k != "sync"}
+    options = {k: x.to(dtype) if isinstance(x, torch.Tensor) else x for k, x in options.items()}
     weight, bias = leaves["weight"], leaves.get("bias")
     if case.lora:
         weight = weight + case.lora * leaves["lora_b"] @ leaves["lora_a"]
@@ -209,7 +210,7 @@ def from_log_probs(case: Case, out, backend: str) -> rlfast.LossOutput:
             assert not case.lora
             heads = {k: case.data[k].to(out.logp.device) for k in ("hidden", "weight", "bias", *REFERENCE)}
             heads |= {k: heads[k].view(*out.logp.shape, -1) for k in ("hidden", "ref_hidden")}
-            options = {k: x for k, x in case.rest.items() if k in HEAD_OPTIONS}
+            options = {k: x for k, x in case.rest.items() if k in HEAD_OPTIONS and k != "sync"}
             options |= {f"ref_{k}": x for k, x in options.items()}
             pair = rlfast.linear_divergence(**heads, kind="reverse_kl", mask=fields["mask"], **options)
             fields["full_kl"] = pair.value

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 import rlfast
 from rlfast.loss_table import LOSSES
+from rlfast.ops import linear_loss
 from rlfast.ops.linear_token_logps import op, op_accumulate
 from tests.cases import KERNELS, as_head, few, interpreted
 from tests.linear_policy_cases import (
@@ -112,6 +114,29 @@ def test_a_temperature_a_token(backend, device):
 @pytest.mark.parametrize("name", ("ppo", "grpo"))
 def test_numbers_of_the_trainer(backend, device, name):
     check(case_of(name, rest={"num_items": 7.0, "world_size": 4, "accumulation": 2}), backend, device)
+
+
+@pytest.mark.backends(*QUICK)
+@pytest.mark.parametrize("options", ({}, {"kl": "full", "beta": 0.25} | BONUS), ids=("plain", "full"))
+@pytest.mark.parametrize("budget", BUDGETS)
+@pytest.mark.parametrize("lora", (0.0, 0.75))
+def test_masked_rows_in_no_product(backend, device, lora, budget, options, monkeypatch):
+    """With ``sync`` on every backend; the kernels of the CPU leave them out anyway."""
+    rows = []
+    for name in ("linear_token_logps", "linear_divergence"):
+        module = getattr(linear_loss, name)
+        fake = SimpleNamespace(**vars(module))
+        fake.op = lambda hidden, *rest, op=module.op: rows.append(len(hidden)) or op(hidden, *rest)
+        monkeypatch.setattr(linear_loss, name, fake)
+    needs = ("hidden", "bias", "lora_a", "lora_b") if lora else ("hidden", "weight", "bias")
+    case = case_of("grpo", options=options, budget=budget, rest={"sync": True}, lora=lora, needs=needs)
+    if lora and options:
+        run(case, backend, device)
+    else:
+        check(case, backend, device)
+    if backend != "cpu":
+        live = int(case.data["live"].sum())
+        assert sum(rows) in (live, 2 * live)  # a low-rank head makes logits that do not fit twice
 
 
 def test_no_bias(backend, device):

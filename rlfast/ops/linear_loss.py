@@ -40,6 +40,7 @@ class Rows(NamedTuple):
     options: tuple  # temperature, softcap, logit_scale
     reference: pairs.Head | None = None  # of the same rows, vocabulary and options
     lora: Lora | None = None  # beside the weight
+    compact: bool = False  # rows that are masked go into no product; a device is waited for to know which
 
     def leaves(self) -> tuple:
         """What may have a gradient."""
@@ -54,13 +55,21 @@ class Rows(NamedTuple):
 
     def part(self, chunk: tuple[slice, ...]) -> Rows:
         """The rows of a chunk."""
+        return self._of_each(lambda x: _joined([x[rows] for rows in chunk]))
+
+    def counted(self) -> tuple[Rows, torch.Tensor]:
+        """The rows that count, and their numbers."""
+        there = self.mask.nonzero().squeeze(1)
+        return self._of_each(lambda x: x.index_select(0, there))._replace(compact=False), there
+
+    def _of_each(self, function: Callable) -> Rows:
+        """A function of everything that has an entry a row."""
         hidden, targets, mask, temperatures = (
-            x if x is None else _joined([x[rows] for rows in chunk])
-            for x in (self.hidden, self.targets, self.mask, self.temperatures)
+            x if x is None else function(x) for x in (self.hidden, self.targets, self.mask, self.temperatures)
         )
         ref = self.reference
         if ref is not None:
-            ref = ref._replace(hidden=_joined([ref.hidden[rows] for rows in chunk]))
+            ref = ref._replace(hidden=function(ref.hidden))
         return self._replace(hidden=hidden, targets=targets, mask=mask, temperatures=temperatures, reference=ref)
 
 
@@ -94,6 +103,8 @@ def numbers_of(rows: Rows, outputs: int, keep: bool, backend: str) -> tuple[Numb
         keep: whether the logits are kept, else that function makes them again.
         backend: that was asked for.
     """
+    if rows.compact:
+        return _of_counted(rows, outputs, keep, backend)
     own, ref = rows[:3], rows.reference
     if ref is None:
         given, wanted = (rows.targets, rows.mask, rows.temperatures, *rows.options), Wanted(outputs, 0)
@@ -119,6 +130,22 @@ def numbers_of(rows: Rows, outputs: int, keep: bool, backend: str) -> tuple[Numb
         )
 
     return Numbers(out.logp, out.entropy, out.value), pull_pair
+
+
+def _of_counted(rows: Rows, outputs: int, keep: bool, backend: str) -> tuple[Numbers, Callable]:
+    """``numbers_of`` by the rows that count alone; 0 for the others."""
+    some, there = rows.counted()
+    numbers, pull_some = numbers_of(some, outputs, keep, backend)
+
+    def spread(x):
+        return x.new_zeros((rows.mask.shape[0], *x.shape[1:])).index_copy(0, there, x)
+
+    def pull(by: Numbers, sums, need_hidden: bool, head=rows[:3]):
+        head = head[0].index_select(0, there), *head[1:]
+        d = pull_some(by.of(lambda x: x.index_select(0, there)), sums, need_hidden, head)
+        return spread(d) if need_hidden else d
+
+    return numbers.of(spread), pull
 
 
 def chunked(
