@@ -120,7 +120,7 @@ class Rows(HeadCase):
         if arms.has("liger_kernel"):
             fused = importlib.import_module("liger_kernel.chunked_loss").LigerFusedLinearGRPOLoss
             for name, compiled in (("liger", True), ("liger, not compiled", False)):
-                found[name] = self._liger(fused(beta=BETA, loss_type="grpo", compiled=compiled, use_ref_model=False))
+                found[name] = self._liger(fused(beta=BETA, loss_type="grpo", compiled=compiled, use_ref_model=True))
         return self._arms(found, data)
 
     def _liger(self, loss):
