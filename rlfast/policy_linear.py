@@ -164,7 +164,7 @@ def in_chunks(loss, tokens: Tokens, chunks, needs, budget, outputs, backend) -> 
     """(output, numbers, gradients), a chunk after the other."""
     coefficients = taker(loss, tokens, chunks, counted(loss, tokens, backend), backend)
     slices = [(slice(*chunk),) for chunk in chunks]
-    found, gradients = chunked(tokens.rows, slices, coefficients, needs, backend, outputs)
+    found, gradients = chunked(tokens.rows, slices, coefficients, needs, backend, outputs, tokens.into is not None)
     out, _ = launch(loss, tokens.fields, tokens.settings, tokens.shaped(found), False, backend)
     return out, found, gradients
 
@@ -178,7 +178,9 @@ def in_one(loss, tokens: Tokens, chunks, needs, budget, outputs, backend) -> tup
         out, kl = launch(loss, tokens.fields, tokens.settings, tokens.shaped(found), True, backend)
         return gradient_of(loss, out, kl)
 
-    found, gradients = chunked(tokens.rows, [(slice(*chunks[0]),)], coefficients, needs, backend, outputs)
+    found, gradients = chunked(
+        tokens.rows, [(slice(*chunks[0]),)], coefficients, needs, backend, outputs, tokens.into is not None
+    )
     return out, found, gradients
 
 

@@ -95,7 +95,8 @@ def numbers_of(rows: Rows, outputs: int, keep: bool, backend: str) -> tuple[Numb
     """(the numbers, ``pull(by, sums, need_hidden, head)``).
 
     That function takes the gradient by the numbers, adds to the sums of weight and bias, where they are not None, and
-    gives ∂hidden; of another (hidden, weight, bias) with these logits, if it is given one.
+    gives ∂hidden; of another (hidden, weight, bias) with these logits, if it is given one. Without sums it gives all
+    three gradients, of the head's dtype, those that are needed.
 
     Args:
         rows: the head and its rows, widened.
@@ -112,9 +113,11 @@ def numbers_of(rows: Rows, outputs: int, keep: bool, backend: str) -> tuple[Numb
         out, at = Outputs.named(asked, wanted), Row.of(1, wanted)
         metrics = (out.aux[i] if i >= 0 else None for i in (at.log_sum_sq_probs, at.mean_logits))
 
-        def pull(by: Numbers, sums, need_hidden: bool, head=own):
-            grads = by.logp, by.entropy
-            return linear_token_logps.op_accumulate(*head, *given, out.aux, kept, *grads, *sums, need_hidden, backend)
+        def pull(by: Numbers, sums, needs, head=own):
+            saved = (*head, *given, out.aux, kept, by.logp)
+            if sums is None:
+                return linear_token_logps.op_backward(*saved, None, by.entropy, needs, backend)
+            return linear_token_logps.op_accumulate(*saved, by.entropy, *sums, needs, backend)
 
         return Numbers(out.logp, out.entropy, None, *metrics, out.is_top1), pull
 
@@ -123,11 +126,12 @@ def numbers_of(rows: Rows, outputs: int, keep: bool, backend: str) -> tuple[Numb
     *asked, kept, ref_kept = linear_divergence.op(*own, *given, outputs, keep, backend)
     out = pairs.Outputs.named(asked, True, outputs)
 
-    def pull_pair(by: Numbers, sums, need_hidden: bool, head=own):
-        saved, grads = pairs.saved_of(out.aux, 1, outputs, False), (by.full_kl, by.logp, None, by.entropy)
-        return linear_divergence.op_accumulate(
-            *head, *given, *saved, *grads, kept, ref_kept, *sums, need_hidden, backend
-        )
+    def pull_pair(by: Numbers, sums, needs, head=own):
+        grads = by.full_kl, by.logp, None, by.entropy
+        saved = (*head, *given, *pairs.saved_of(out.aux, 1, outputs, False), *grads, kept, ref_kept)
+        if sums is None:
+            return linear_divergence.op_backward(*saved, needs, backend)
+        return linear_divergence.op_accumulate(*saved, *sums, needs, backend)
 
     return Numbers(out.logp, out.entropy, out.value), pull_pair
 
@@ -140,16 +144,19 @@ def _of_counted(rows: Rows, outputs: int, keep: bool, backend: str) -> tuple[Num
     def spread(x):
         return x.new_zeros((rows.mask.shape[0], *x.shape[1:])).index_copy(0, there, x)
 
-    def pull(by: Numbers, sums, need_hidden: bool, head=rows[:3]):
-        head = head[0].index_select(0, there), *head[1:]
-        d = pull_some(by.of(lambda x: x.index_select(0, there)), sums, need_hidden, head)
-        return spread(d) if need_hidden else d
+    def pull(by: Numbers, sums, needs, head=rows[:3]):
+        head, by = (head[0].index_select(0, there), *head[1:]), by.of(lambda x: x.index_select(0, there))
+        if sums is None:
+            d, *rest = pull_some(by, None, needs, head)
+            return spread(d) if needs[0] else d, *rest
+        d = pull_some(by, sums, needs, head)
+        return spread(d) if needs else d
 
     return numbers.of(spread), pull
 
 
 def chunked(
-    rows: Rows, chunks: list, coefficients: Callable, needs: tuple, backend: str, outputs: int = 0
+    rows: Rows, chunks: list, coefficients: Callable, needs: list, backend: str, outputs: int = 0, wide: bool = False
 ) -> tuple[Numbers, tuple]:
     """The numbers of all rows, and the loss's gradients by the head.
 
@@ -160,11 +167,19 @@ def chunked(
         needs: whether each of ``rows.leaves()`` needs a gradient.
         backend: that was asked for.
         outputs: as in ``numbers_of``.
+        wide: whether all gradients are of the compute dtype.
 
     Returns:
-        The numbers, 0 in rows of no chunk; the gradients in the compute dtype, None where not needed.
+        The numbers, 0 in rows of no chunk; the gradients, None where not needed: in the compute dtype, unless there is
+        one chunk, whose are complete.
     """
     hidden, acc, found = rows.hidden, compute_dtype(rows.hidden), None
+    wide = wide or hidden.dtype == torch.float16  # which has not got the range
+    whole = len(chunks) == 1 and chunks[0] == (slice(0, hidden.shape[0]),)
+    if whole and rows.lora is None and (hidden.dtype == acc or not wide):
+        numbers, pull = numbers_of(rows, outputs, True, backend)
+        gradients = pull(coefficients(0, numbers), None, needs)
+        return numbers, tuple(x if need else None for x, need in zip(gradients, needs, strict=True))
     d_hidden, *sums = (
         torch.zeros(x.shape, dtype=acc, device=x.device) if need else None
         for x, need in zip(rows[:3], needs[:3], strict=True)
@@ -173,9 +188,9 @@ def chunked(
     if rows.lora is not None:  # the oracle keeps no logits
         chosen = backends.select(linear_token_logps.NAME, hidden.device.type, hidden.dtype, backend)
         factors = Sums(rows.lora, hidden, needs[3:], sums[1], apart=chosen != "reference")
-    wide = rows.widened()
+    widened_rows = rows.widened()
     for number, chunk in enumerate(chunks):
-        part = wide.part(chunk)
+        part = widened_rows.part(chunk)
         numbers, pull = numbers_of(part, outputs, True, backend)
         found = found or numbers.of(lambda x: x.new_zeros(hidden.shape[0]))
         by = coefficients(number, numbers)
