@@ -12,7 +12,7 @@ PYTHON = [
         ("metrics[TOKENS if plan.reduce == TOKEN_MEAN else SEQUENCES]", "metrics[TOKENS]", "every_way"),
         ("whole.mask if whole.keep is None else «whole.mask & whole.keep»", "whole.mask", "bonus"),
         ("if plan.gate_masks and (fields.old_logp is None or plan.entropy_mean):", "if False:", "correction"),
-        ("ends[(ends >= first) & (ends <= last)]« - first»", "", "every_way"),
+        ("bisect_right(tokens.ends, last)]« - first»", "", "every_way"),
         ("None if kl is None else «kl.dentropy * kl.metrics[ENTROPY_SCALE]»", "kl.dentropy", "every_way"),
         ("given | {\"mask\": live if mask is None else «live & mask»}", "mask", "every_way"),
         ("lambda x: x[«slices[i][0]»]", "slices[0][0]", "every_way"),
@@ -28,7 +28,7 @@ PYTHON = [
     ),
     *python(
         "torch", "rlfast/ops/lora.py",
-        ("d_u = «self.lora.scale * »d[", "", "every_way"),
+        ("d_u = «self.lora.scale * »self._of_pieces", "", "every_way"),
         ("PIECES = «3»", "1", "narrow or pieces"),
         ("live_hidden(rows.hidden[:, : self.width], «rows.mask»)", "None", "every_way"),
         ("d[:, : self.width]« + d_u @ a.to(d.dtype)» if need_hidden", "", "every_way"),
