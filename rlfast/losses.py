@@ -333,8 +333,7 @@ class Loss:
             ref_weight: [V, E] of hidden's dtype: the reference's head.
             ref_bias: [V] of hidden's dtype, or None.
             lora: (a [r, D], b [V, r], scale) beside a frozen weight: the logits are hidden·(weight + scale·b·a)ᵀ +
-                bias. The factors are of hidden's dtype, or float32 beside any. They get their gradients, and there is
-                none of the weight's size.
+                bias. The factors are of hidden's dtype, get their gradients, and there is none of the weight's size.
             accumulate_grad: the backward adds weight's gradient, in float32, straight to ``weight.main_grad`` if there
                 is one, as Megatron's parameters have, else to ``weight.grad``; no copy of it in weight's dtype is
                 made. Hooks of the parameter are not called. One backward only, by ``backward`` and not by

@@ -96,7 +96,7 @@ def _plan_of(loss: Loss, tokens, budget: float) -> LinearPlan:
 def _products(rows, needs: list[bool], again: bool) -> tuple[int, int]:
     """(how many, the elements of weights that a row meets in them)."""
     weight, factors = rows.weight.numel(), needs[3:] or [False, False]
-    low = 0 if rows.lora is None else rows.lora.b.numel() * len(rows.lora.pairs(rows.hidden.dtype))
+    low = 0 if rows.lora is None else rows.lora.b.numel() * rows.lora.pieces()
     products = 1 + again + (needs[0] or factors[0]) + needs[1]
     elements = products * (weight + low) + factors[1] * low
     if rows.reference is None:

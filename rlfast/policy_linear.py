@@ -130,8 +130,6 @@ def checked_lora(hidden, weight, lora) -> Lora | None:
     a, b, scale = lora
     if isinstance(a, torch.Tensor) and a.dim() != 2:
         validate.fail("lora[0]", f"shape (r, {hidden.shape[-1]})", validate.shape(a))
-    if all(isinstance(x, torch.Tensor) and x.dtype == torch.float32 for x in (a, b)):
-        hidden = hidden.to(torch.promote_types(hidden.dtype, torch.float32))  # beside any head
     (_, a, _), rank = logps.checked_head(hidden, a, None, weight_name="lora[0]", sizes="rD"), len(a)
     _, b, _ = logps.checked_head(hidden.new_zeros(rank), b, None, hidden_name="lora[0]", weight_name="lora[1]")
     if b.shape[0] != weight.shape[0]:

@@ -123,32 +123,35 @@ HEAD_OPTIONS = ("temperature", "softcap", "logit_scale", "sync")
 def oracle(case: Case, dtype: torch.dtype, seed: int = 0) -> tuple[dict, dict]:
     """(loss, metrics, log-probs, entropies; gradients) by autograd.
 
-    With a ``seed`` the sum over the depth is shuffled, and each sequence has products of its own, as a chunk has.
+    With a ``seed`` the sum over the depth is shuffled, and each sequence has products of its own, as a chunk has. With
+    an odd one a low-rank part is not in the weight, but a product of its own, as LoRA's layers have it.
     """
-    data, order = (
-        case.data,
-        torch.randperm(DEPTH, generator=torch.Generator().manual_seed(seed)) if seed else slice(None),
-    )
+    data = case.data
     clean = torch.where(data["live"].unsqueeze(-1), data["hidden"], torch.zeros((), dtype=data["hidden"].dtype))
     head = {"hidden": clean, "weight": data["weight"], "bias": data["bias"]}
     head |= {k: data[k] for k in FACTORS} if case.lora else {}
     leaves = {k: x.to(dtype).clone().requires_grad_(k in case.needs) for k, x in head.items() if x is not None}
     options = {k: x for k, x in case.rest.items() if k in HEAD_OPTIONS and k != "sync"}
     options = {k: x.to(dtype) if isinstance(x, torch.Tensor) else x for k, x in options.items()}
-    weight, bias = leaves["weight"], leaves.get("bias")
-    if case.lora:
+    hidden, weight, bias = leaves["hidden"], leaves["weight"], leaves.get("bias")
+    if case.lora and seed % 2:
+        hidden = torch.cat((hidden, case.lora * (hidden @ leaves["lora_a"].T)), -1)
+        weight = torch.cat((weight, leaves["lora_b"]), -1)
+    elif case.lora:
         weight = weight + case.lora * leaves["lora_b"] @ leaves["lora_a"]
-    weight = weight[:, order]
+    if seed:
+        order = torch.randperm(weight.shape[1], generator=torch.Generator().manual_seed(seed))
+        hidden, weight = hidden[..., order], weight[:, order]
 
     def numbers(rows: slice) -> dict:
         some = {k: x[rows] if isinstance(x, torch.Tensor) else x for k, x in options.items()}
-        hidden, targets, live = leaves["hidden"][rows][..., order], data["targets"][rows], data["live"][rows]
-        found = reference(hidden, weight, targets, bias, mask=live, dtype=dtype, **some)
+        own, targets, live = hidden[rows], data["targets"][rows], data["live"][rows]
+        found = reference(own, weight, targets, bias, mask=live, dtype=dtype, **some)
         if case.loss.has_full_kl:
             ref = {k: None if x is None else x.to(dtype) for k, x in case.reference().items()}
             ref["ref_hidden"] = torch.where(live.unsqueeze(-1), ref["ref_hidden"][rows], 0.0)
             both = some | {f"ref_{k}": x for k, x in some.items()}
-            pair = pair_reference(hidden, weight, **ref, bias=bias, mask=live, dtype=dtype, kind="reverse_kl", **both)
+            pair = pair_reference(own, weight, **ref, bias=bias, mask=live, dtype=dtype, kind="reverse_kl", **both)
             found["full_kl"] = pair["value"]
         return found
 

@@ -7,8 +7,7 @@ So it is a head that is r columns wider, and with ∂z of its logits
     ∂b = ∂zᵀ·u      ∂u = ∂z·b      ∂a = scale·∂uᵀ·hidden      ∂hidden = ∂z·weight + scale·∂u·a
 
 of which none is as large as the weight. Beside bfloat16 or float16 weights u goes in as three such numbers whose sum it
-is, and b too if it is float32: rounded to one, they would lose what they have in float32. Then the columns are those of
-u_i beside b_j, without products below 2⁻²⁴.
+is: rounded to one, it would lose what a float32 product has.
 """
 
 from __future__ import annotations
@@ -31,11 +30,9 @@ class Lora(NamedTuple):
     b: torch.Tensor  # [V, r]
     scale: float
 
-    def pairs(self, dtype: torch.dtype) -> list[tuple[int, int]]:
-        """(piece of u, piece of b) of each r columns beside a head of this dtype."""
-        if dtype not in NARROW:
-            return [(0, 0)]
-        return [(i, j) for i in range(PIECES) for j in range(1 if self.b.dtype in NARROW else PIECES - i)]
+    def pieces(self) -> int:
+        """Numbers of the head's dtype that u is given as."""
+        return PIECES if self.a.dtype in NARROW else 1
 
 
 def pieces_of(x, dtype: torch.dtype) -> list[torch.Tensor]:
@@ -57,9 +54,7 @@ def widened(hidden, weight, mask, lora: Lora) -> tuple[torch.Tensor, torch.Tenso
     """([hidden, u], [weight, b])."""
     with as_given(hidden):
         u = lora.scale * (live_hidden(hidden, mask) @ lora.a.to(compute_dtype(hidden)).T)
-    u, b = pieces_of(u, hidden.dtype), pieces_of(lora.b, hidden.dtype)
-    pairs = lora.pairs(hidden.dtype)
-    return torch.cat([hidden, *(u[i] for i, _ in pairs)], -1), torch.cat([weight, *(b[j] for _, j in pairs)], -1)
+    return torch.cat([hidden, *pieces_of(u, hidden.dtype)], -1), torch.cat([weight, *[lora.b] * lora.pieces()], -1)
 
 
 class Sums:
@@ -68,8 +63,8 @@ class Sums:
     def __init__(self, lora: Lora, hidden, needs: tuple[bool, bool], bias, apart: bool):
         """``apart``: the logits that were kept are those of [hidden, u], whatever head they are given back with."""
         self.lora, self.width, self.bias, self.apart = lora, hidden.shape[-1], bias, apart
-        self.low, self.pairs = slice(self.width, None), lora.pairs(hidden.dtype)  # the columns of u and b
-        columns = lora.a.shape[0] * len(self.pairs) + (0 if apart else self.width)
+        self.low = slice(self.width, None)  # the columns of u and b
+        columns = lora.a.shape[0] * lora.pieces() + (0 if apart else self.width)
         shapes = lora.a.shape, (lora.b.shape[0], columns)
         self.a, self.wide_b = (
             torch.zeros(shape, dtype=compute_dtype(hidden), device=hidden.device) if need else None
@@ -86,7 +81,7 @@ class Sums:
             if not need_hidden and self.a is None:
                 return None
             d, a = pull(by, (None, None), True), self.lora.a
-            d_u = self.lora.scale * self._of_pieces(d[:, self.low], [i == 0 for i, _ in self.pairs])
+            d_u = self.lora.scale * d[:, self.width : self.width + a.shape[0]]  # the other pieces have the same
             if self.a is not None:
                 self.a.addmm_(d_u.T, live_hidden(rows.hidden[:, : self.width], rows.mask))
             return d[:, : self.width] + d_u @ a.to(d.dtype) if need_hidden else None
@@ -96,8 +91,5 @@ class Sums:
         b = self.wide_b
         if b is None:
             return self.a, None
-        return self.a, self._of_pieces(b if self.apart else b[:, self.low], [j == 0 for _, j in self.pairs])
-
-    def _of_pieces(self, x, chosen: list[bool]):
-        """Σ over the chosen pairs of their r columns: those in which the other factor is there once, piece by piece."""
-        return x.unflatten(1, (len(chosen), -1))[:, chosen].sum(1)
+        b = b if self.apart else b[:, self.low]
+        return self.a, b.unflatten(1, (self.lora.pieces(), -1)).sum(1)

@@ -28,7 +28,7 @@ PYTHON = [
     ),
     *python(
         "torch", "rlfast/ops/lora.py",
-        ("d_u = «self.lora.scale * »self._of_pieces", "", "every_way"),
+        ("d_u = «self.lora.scale * »d[", "", "every_way"),
         ("PIECES = «3»", "1", "narrow or pieces"),
         ("live_hidden(rows.hidden[:, : self.width], «rows.mask»)", "None", "every_way"),
         ("d[:, : self.width]« + d_u @ a.to(d.dtype)» if need_hidden", "", "every_way"),
