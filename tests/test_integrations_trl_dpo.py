@@ -16,8 +16,7 @@ from rlfast.integrations import patching, trl_dpo
 trl = pytest.importorskip("trl", reason='the trl package is missing: pip install "trl==1.16.*"')
 from trl.trainer import utils  # noqa: E402
 
-from tests.test_integrations_trl_grpo import CLOSE, OneProcess  # noqa: E402
-from tests.trl_trainers import VOCAB, tiny  # noqa: E402
+from tests.trl_trainers import VOCAB, OneProcess, assert_same_loss, tiny  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("small_chunks")
 PAIRS, LENGTH = 5, 13
@@ -102,13 +101,7 @@ def assert_same(monkeypatch, caplog, budget: int = 1 << 20, fused: bool = True, 
         mine = taken(**settings)
     assert len(calls) == fused and not caplog.records
     assert mine[3] == stock[3]
-    assert abs(mine[0] - stock[0]) <= 1e-5 * max(1.0, abs(stock[0]))
-    assert mine[1].keys() == stock[1].keys() and mine[1]
-    for name, g in stock[1].items():
-        assert (mine[1][name] - g).abs().max() <= CLOSE * g.abs().max(), name
-    assert mine[2].keys() == stock[2].keys() and mine[2]
-    for name, (x,) in stock[2].items():
-        assert abs(mine[2][name][0] - x) <= 1e-5 * max(1.0, abs(x)), name
+    assert_same_loss(mine, stock)
 
 
 @pytest.mark.parametrize("way", WAYS)

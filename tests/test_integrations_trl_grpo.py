@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import types
 from collections import defaultdict
@@ -17,31 +16,9 @@ from rlfast.losses import Loss
 trl = pytest.importorskip("trl", reason='the trl package is missing: pip install "trl==1.16.*"')
 from trl.trainer import utils  # noqa: E402
 
-from tests.trl_trainers import VOCAB, tiny  # noqa: E402
+from tests.trl_trainers import CLOSE, VOCAB, OneProcess, assert_same_loss, tiny  # noqa: E402
 
 ROWS, PROMPT, LENGTH = 6, 5, 9
-# A tenth of a percent of a gradient would be a mistake in a formula; float32 in two orders differs by 1e-6 of it.
-CLOSE = 2e-5
-
-
-class OneProcess:
-    """accelerate's Accelerator where there is one process."""
-
-    device, num_processes, sync_gradients, is_main_process = torch.device("cpu"), 1, True, False
-
-    def autocast(self):
-        return contextlib.nullcontext()
-
-    def gather(self, x):
-        return x
-
-    def reduce(self, x, reduction="sum"):
-        return x
-
-    def pad_across_processes(self, x, **_):
-        return x
-
-    gather_for_metrics = gather
 
 
 def trainer_of(cls=None, **settings):
@@ -125,13 +102,7 @@ def assert_same(monkeypatch, caplog, data: dict | None = None, **settings) -> No
     with rlfast.patch("trl"), caplog.at_level(logging.WARNING, "rlfast.integrations"):
         mine = taken(settings, data or {})
     assert len(calls) == 1 and not caplog.records
-    assert abs(mine[0] - stock[0]) <= 1e-5 * max(1.0, abs(stock[0]))
-    assert mine[1].keys() == stock[1].keys() and mine[1]
-    for name, g in stock[1].items():
-        assert (mine[1][name] - g).abs().max() <= CLOSE * g.abs().max(), name
-    assert mine[2].keys() == stock[2].keys() and mine[2]
-    for name, (x,) in stock[2].items():
-        assert abs(mine[2][name][0] - x) <= 1e-5 * max(1.0, abs(x)), name
+    assert_same_loss(mine, stock)
 
 
 TYPES = tuple(trl_grpo.TYPES)

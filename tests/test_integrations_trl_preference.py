@@ -15,7 +15,7 @@ from rlfast.integrations import patching, trl_dpo, trl_outputs, trl_preference
 from tests.numerics import assert_gradient, assert_same_bits, assert_value
 
 trl = pytest.importorskip("trl", reason='the trl package is missing: pip install "trl==1.16.*"')
-from tests.trl_trainers import KINDS, assert_same_steps, steps_of, word_tokenizer  # noqa: E402
+from tests.trl_trainers import KINDS, OneProcess, assert_same_steps, steps_of, word_tokenizer  # noqa: E402
 
 PAIRS, LENGTH, BATCHES = 6, 24, 4
 UNSORTED = [name for name in trl_dpo.DPO_ROWS if not name.startswith("aot")]
@@ -36,17 +36,6 @@ class Model(torch.nn.Module):
         self.calls += 1
         given = self.outputs[(self.calls - 1) % len(self.outputs)]
         return given if labels is not None or "logits" in vars(given) else types.SimpleNamespace(logits="all of them")
-
-
-class OneProcess:
-    """accelerate's Accelerator where there is one process."""
-
-    device = torch.device("cpu")
-
-    def gather(self, x):
-        return x
-
-    gather_for_metrics = gather
 
 
 def trainer_of(model, reference, **settings):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 import transformers
 import trl
@@ -178,3 +180,38 @@ def assert_same_steps(mine: Watch, stock: Watch) -> None:
         assert ours.keys() == theirs.keys()
         for name, x in theirs.items():
             assert abs(ours[name] - x) <= LOSS_TOLERANCE * max(1.0, abs(x)), name
+
+
+# A tenth of a percent of a gradient would be a mistake in a formula; float32 in two orders differs by 1e-6 of it.
+CLOSE = 2e-5
+
+
+class OneProcess:
+    """accelerate's Accelerator where there is one process."""
+
+    device, num_processes, sync_gradients, is_main_process = torch.device("cpu"), 1, True, False
+
+    def autocast(self):
+        return contextlib.nullcontext()
+
+    def gather(self, x):
+        return x
+
+    def reduce(self, x, reduction="sum"):
+        return x
+
+    def pad_across_processes(self, x, **_):
+        return x
+
+    gather_for_metrics = gather
+
+
+def assert_same_loss(mine, stock) -> None:
+    """(loss, {name: gradient}, metrics, …) of two calls: the number, every parameter's gradient and the metrics."""
+    assert abs(mine[0] - stock[0]) <= 1e-5 * max(1.0, abs(stock[0]))
+    assert mine[1].keys() == stock[1].keys() and mine[1]
+    for name, g in stock[1].items():
+        assert (mine[1][name] - g).abs().max() <= CLOSE * g.abs().max(), name
+    assert mine[2].keys() == stock[2].keys() and mine[2]
+    for name, (x,) in stock[2].items():
+        assert abs(mine[2][name][0] - x) <= 1e-5 * max(1.0, abs(x)), name

@@ -54,10 +54,6 @@ def unsupported(trainer, model, inputs, forward) -> str | None:
         return "another class calls the model"
     if training.active():
         return "a bitwise step has the rollout's own head"
-    try:
-        loss_of(trainer)
-    except ValueError as error:
-        return str(error)
     return None
 
 
@@ -92,7 +88,7 @@ class GrpoFusion(Fusion):
 
     def __init__(self, trainer, inputs):
         super().__init__(inputs["completion_mask"].bool())
-        self.trainer, self.inputs = trainer, inputs
+        self.trainer, self.inputs, self.objective = trainer, inputs, loss_of(trainer)
 
     def head(self, hidden, weight, bias, targets, outputs, **options) -> tuple:
         """See ``Fusion.head``; TRL asks for log-probs and entropies."""
@@ -111,7 +107,7 @@ class GrpoFusion(Fusion):
         if trainer.loss_type in BY_ITEMS:
             items = inputs["num_items_in_batch"].clamp(min=1.0) / trainer.accelerator.num_processes
             call["num_items"] = items / trainer.args.steps_per_generation
-        out = loss_of(trainer).linear(
+        out = self.objective.linear(
             hidden, weight, targets, bias, cu_seqlens=self.cu_seqlens, entropy=True, **given, **call, **options
         )
         return self.made(out.loss, out.logp), out.entropy, None, None, None
@@ -122,12 +118,17 @@ def fused_loss(original, forward):
 
     @functools.wraps(original)
     def compute_loss(self, model, inputs):
-        reason = unsupported(self, model, inputs, forward)
-        if reason is not None:
+        reason, fusion = unsupported(self, model, inputs, forward), None
+        if reason is None:
+            try:
+                fusion = GrpoFusion(self, inputs)
+            except ValueError as error:  # a number that TRL takes and ``rlfast.limits`` does not
+                reason = str(error)
+        if fusion is None:
             if torch.is_grad_enabled():
                 runs_as_it_is(original, reason)
             return original(self, model, inputs)
-        with fusing(GrpoFusion(self, inputs)) as fusion:
+        with fusing(fusion):
             theirs = original(self, model, inputs)
         if fusion.loss is None:
             runs_as_it_is(original, "its model has not called the fused head as rlfast knows")
