@@ -113,4 +113,6 @@ $(VENV)/.demo: $(VENV)/.built
 $(VENV)/.dev: $(VENV)/.built
 	@$(PY) tools/requirements.py dev trl triton bench > $(LOGS)/dev.txt
 	@$(STEP) "packages for the tests" $(LOGS)/dev.log $(PIP) -r $(LOGS)/dev.txt -c $(PINS)
+	@# their pins exclude each other's and TRL's; of what they import, the tests have what the arithmetic needs
+	@$(STEP) "verl and OpenRLHF" $(LOGS)/peers.log $(PIP) --no-deps verl openrlhf -c $(PINS)
 	@touch $@

@@ -5,14 +5,29 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import logging
+from typing import NamedTuple
 
 from rlfast import validate
 from rlfast.integrations.patching import Patch
 
 logger = logging.getLogger("rlfast.integrations")
 
-# trainer -> (module that says what to replace, pip requirement)
-TRAINERS = {"trl": ("rlfast.integrations.trl", "trl==1.16.*")}
+
+
+class Trainer(NamedTuple):
+    """A trainer that can be patched."""
+
+    module: str  # its ``replacements(untested, **options)`` says what to replace
+    requirement: str  # for pip
+    options: tuple[str, ...] = ()  # of ``patch``, beside ``untested``
+
+
+TRAINERS = {
+    "trl": Trainer("rlfast.integrations.trl", "trl==1.16.*", ("rollouts", "bitwise")),
+    "verl": Trainer("rlfast.integrations.verl", "verl==0.9.*"),
+    "openrlhf": Trainer("rlfast.integrations.openrlhf", "openrlhf==0.11.*"),
+    "torchrl": Trainer("rlfast.integrations.torchrl", "torchrl==0.14.*"),
+}
 
 _patches: dict[str, Patch] = {}
 _options: dict[str, dict] = {}  # those of the patch in place
@@ -25,13 +40,13 @@ def patch(trainer: str, *, untested: bool = False, rollouts: bool = False, bitwi
     ``with`` block, when it ends, leaves the patch in place for whoever came first; an explicit undo is for all.
 
     Args:
-        trainer: "trl".
+        trainer: "trl", "verl", "openrlhf" or "torchrl".
         untested: go on with a version of the trainer that rlfast was not tested with. Each function is still replaced
             only if its signature is the one that is known; the others are left alone, and a warning says why.
-        rollouts: the trainer generates by ``rlfast.rollout.Engine``, on the weights and in the precision that it
+        rollouts: (TRL) the trainer generates by ``rlfast.rollout.Engine``, on the weights and in the precision that it
             trains. Where the engine lacks an option or does not reach the model, it generates by itself, with a
             warning.
-        bitwise: and its training steps run in ``Engine.training_mode``: the log-probs of the first pass over a batch
+        bitwise: (TRL) and its training steps run in ``Engine.training_mode``: the log-probs of the first pass over a batch
             are those of its rollouts, to the bit, where the engine's ``bitwise`` is true and the temperature is 1; else
             near them, with a warning if it is not.
 
@@ -40,7 +55,7 @@ def patch(trainer: str, *, untested: bool = False, rollouts: bool = False, bitwi
         Printed, or as ``.replaced``, it says what was replaced; ``.active`` says whether it still is.
 
     Raises:
-        ValueError: the trainer is unknown.
+        ValueError: the trainer is unknown, or has no such option.
         ImportError: the trainer is not installed.
         TypeError: an option is not True or False.
         RuntimeError: its version was not tested, or its functions do not look as they should; or it is patched with
@@ -56,16 +71,22 @@ def patch(trainer: str, *, untested: bool = False, rollouts: bool = False, bitwi
         validate.fail("trainer", "a name", repr(trainer), TypeError)
     if trainer not in TRAINERS:
         validate.fail("trainer", f"one of {tuple(TRAINERS)}", repr(trainer))
-    module, requirement = TRAINERS[trainer]
+    known = TRAINERS[trainer]
     if importlib.util.find_spec(trainer) is None:
-        raise ImportError(f'rlfast.patch("{trainer}"): {trainer} is not installed: run `pip install "{requirement}"`')
-    options = {"rollouts": validate.flag("rollouts", rollouts) or validate.flag("bitwise", bitwise), "bitwise": bitwise}
+        raise ImportError(
+            f'rlfast.patch("{trainer}"): {trainer} is not installed: run `pip install "{known.requirement}"`'
+        )
+    asked = {"rollouts": validate.flag("rollouts", rollouts) or validate.flag("bitwise", bitwise), "bitwise": bitwise}
+    for option, value in asked.items():
+        if value and option not in known.options:
+            validate.fail(option, f"False: {trainer} has no such option", repr(value))
+    options = {name: asked[name] for name in known.options}
     current = _patches.get(trainer)
     if current is not None and current.active:
         if any(options.values()) and options != _options[trainer]:
             raise RuntimeError(f'rlfast.patch("{trainer}"): it is patched with other options: undo that first')
         return current.again()
-    current = Patch(trainer, *importlib.import_module(module).replacements(untested, **options))
+    current = Patch(trainer, *importlib.import_module(known.module).replacements(untested, **options))
     _patches[trainer], _options[trainer] = current, options
     logger.info("%r", current)
     return current
