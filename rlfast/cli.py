@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 import rlfast
-from rlfast import backends
+from rlfast import backends, validate
 from rlfast import verify as verification
 from rlfast.rollout import flash
 
@@ -189,28 +189,34 @@ def generate(
             stop=tuple(stop or ()),
         )  # fmt: skip
         tokenizer = transformers.AutoTokenizer.from_pretrained(model)
-        loaded = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=dtype).eval()
+        loaded = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=_dtype(dtype)).eval()
+        if torch.cuda.is_available():
+            loaded = loaded.cuda()
+        if chat:  # as ids: the template has the special tokens, which encoding a string would add again
+            said = [{"role": "user", "content": prompt}]
+            prompt = tokenizer.apply_chat_template(said, add_generation_prompt=True, return_dict=True)["input_ids"]
+        engine = Engine(loaded, tokenizer)
+        if n == 1 and not as_json and hasattr(engine, "tokens"):
+            for _, text in engine.tokens(prompt, params):
+                print(text, end="", flush=True)
+            print()
+            return
+        rollouts = engine.generate([prompt], params)
     except (ValueError, TypeError, OSError) as error:
         print(f"rlfast generate: {error}", file=sys.stderr)
         raise typer.Exit(1) from None
-    if torch.cuda.is_available():
-        loaded = loaded.cuda()
-    if chat:
-        said = [{"role": "user", "content": prompt}]
-        prompt = tokenizer.apply_chat_template(said, add_generation_prompt=True, tokenize=False)
-    engine = Engine(loaded, tokenizer)
-    if n == 1 and not as_json and hasattr(engine, "tokens"):
-        for _, text in engine.tokens(prompt, params):
-            print(text, end="", flush=True)
-        print()
-        return
-    rollouts = engine.generate([prompt], params)
     if as_json:
         print(json.dumps([{**r._asdict(), **{k: x.tolist() for k, x in _tensors(r).items()}} for r in rollouts]))
         return
     for rollout in rollouts:
         print(f"--- {rollout.index}: {len(rollout.tokens)} tokens, {rollout.finish_reason}")
         print(rollout.text)
+
+
+def _dtype(name: str):
+    """ "auto", or torch's dtype of a name."""
+    known = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    return known[validate.one_of("dtype", name, tuple(known))]
 
 
 def _tensors(record) -> dict:

@@ -7,6 +7,8 @@ import http.server
 import json
 import threading
 
+import torch
+
 from rlfast.rollout import Engine, SamplingParams
 from tests.decoders import decoder
 
@@ -37,7 +39,12 @@ class StandIn:
         return 200, {"success": True}
 
     def rollouts(self, prompt, **params):
-        return self.engine.generate([prompt], SamplingParams(**params))
+        found = self.engine.generate([prompt], SamplingParams(**params))
+        if self.broken == "id":
+            found[0].tokens[0] = -5
+        if self.broken == "log-prob":
+            found[0].logp[0] = torch.nan
+        return [found[0]._replace(finish_reason="gibberish"), *found[1:]] if self.broken == "reason" else found
 
     def completions(self, body: dict) -> dict:
         """vLLM's: -1 is no top-k; ``token_ids`` because ``return_token_ids``."""

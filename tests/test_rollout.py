@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 
 import pytest
 import torch
@@ -159,10 +160,28 @@ def test_samples_of_a_prompt_share_its_prefill():
     assert before == [[(len(prompt) - 1) % 4 + 1]]
 
 
+@pytest.mark.parametrize("fused", (False, True))
+def test_an_optimizer_step_is_a_new_policy(fused):
+    """A fused kernel changes parameters without counting it. Pages of the prompt are there to be found."""
+    model = copy.deepcopy(decoder("llama"))
+    one, (prompt,) = Engine(model, kv_budget=1 << 22, page_size=4), prompts(1, seed=1, longest=60)
+    optimizer, other = (torch.optim.AdamW(m.parameters(), lr=0.1, fused=fused) for m in (model, torch.nn.Linear(2, 2)))
+    one.generate([prompt], GREEDY)
+    for p in model.parameters():
+        p.grad = torch.full_like(p, 0.5)
+    other.param_groups[0]["params"][0].grad = torch.ones(2, 2)
+    other.step()
+    assert one.generate([prompt], GREEDY)[0].versions.max() == 0
+    optimizer.step()
+    (again,) = one.generate([prompt], GREEDY)
+    same([again], Engine(copy.deepcopy(model), kv_budget=1 << 22).generate([prompt], GREEDY))
+    assert set(again.versions.tolist()) == {1}
+    (score,) = one.score([[*again.prompt_tokens, *again.tokens]])
+    assert_same_bits("logp", again.logp_raw, score.logp_raw[len(prompt) - 1 :])
+
+
 def test_an_update_in_place_is_a_new_policy():
     """The next generation is a fresh engine's, and says so; what was under way is computed again."""
-    import copy
-
     model = copy.deepcopy(decoder("llama"))
     one, given = Engine(model, kv_budget=1 << 22), prompts(3)
     first = one.generate(given, GREEDY)
@@ -385,7 +404,7 @@ def test_a_request_that_cannot_go_on_harms_no_other(caplog):
 
 
 BAD = {
-    "prompts: expected at least one token each, got an empty prompt": lambda e: e.generate([[]]),
+    "prompts: expected at least one token each, got an empty list": lambda e: e.generate([[]]),
     f"prompts: expected token ids in [0, {VOCAB}), got {VOCAB}": lambda e: e.generate([[3], [VOCAB]]),
     "prompts: expected strings or lists of token ids": lambda e: e.generate([3.5]),
     "prompts: expected a list of strings": lambda e: e.generate("a text"),
@@ -407,6 +426,13 @@ BAD = {
     "number: expected a request under way, got 77": lambda e: e.cancel(77),
     "page_size: expected an int ≥ 1": lambda e: engine(page_size=0),
     "kv_budget: expected at least": lambda e: engine(kv_budget=10.0),
+    "candidates: expected at least one token each": lambda e: e.choose([[3]], [[[]]]),
+    "candidates: expected as many tokens as kv_budget has room for": lambda e: e.choose([[3] * 140], [[[4] * 30]]),
+    "sequences: expected at least one token each": lambda e: e.score([[]]),
+    "sequences: expected at least two tokens each": lambda e: e.score([[3]]),
+    "use_attention: expected one of 'flash-attn'": lambda e: engine(use_attention="xformers"),
+    "graphs: expected True, False or None, got 'no'": lambda e: engine(graphs="no"),
+    "model: expected a causal language model of transformers, got 3": lambda e: Engine(3),
     "candidates: expected 2 lists, one a prompt, got 1": lambda e: e.choose([[3], [4]], [[[5]]]),
 }
 

@@ -17,7 +17,6 @@ import rlfast
 from rlfast import cli
 from rlfast.rollout import Engine, SamplingParams, graphs, linears
 from rlfast.rollout.generate import GenerateEngine
-from rlfast.rollout.kv import OutOfPages
 from tests.decoders import FAMILIES, MOE, TINY, decoder, prompts
 from tests.numerics import assert_same_bits, assert_value
 from tests.test_rollout import GREEDY, SAMPLED, engine, greedy, same
@@ -447,7 +446,7 @@ def test_a_choice_without_room_leaves_nothing_behind():
     """No page held, and no copy to be made into a page that is another's by then."""
     one = engine(page_size=4, kv_budget=8 * 4 * 1024)
     prompt = list(range(5, 18))
-    with pytest.raises(OutOfPages):
+    with pytest.raises(ValueError, match="candidates: expected as many tokens as kv_budget has room for"):
         one.choose([prompt], [[[20]] * 9])
     assert one.pool.copies == [] and one.pool.held == 0
     (found,) = one.choose([prompt], [[[20], [21]]])
@@ -477,6 +476,8 @@ def folder(tmp_path_factory):
 
 def test_rlfast_generate(folder):
     """One response as it comes, several, JSON, a chat, and what is wrong."""
+    from tests.trl_trainers import word_tokenizer
+
     runner = CliRunner()
 
     def said(*arguments: str) -> str:
@@ -489,7 +490,12 @@ def test_rlfast_generate(folder):
     assert all(r["text"] in said("--n", "3", "--seed", "4") for r in found)
     assert said("--seed", "4") == said("--seed", "4") != ""
     (chat,) = json.loads(said("--json", "--chat"))
-    assert len(chat["prompt_tokens"]) > len(found[0]["prompt_tokens"])
-    for arguments in (["generate", str(folder), "no", "--top-p", "0"], ["generate", str(folder / "none"), "no"]):
+    said_of = [{"role": "user", "content": "the cat sat"}]
+    template = word_tokenizer().apply_chat_template(said_of, add_generation_prompt=True, return_dict=True)
+    assert chat["prompt_tokens"] == template["input_ids"]
+    for arguments in (
+        ["generate", str(folder), "no", "--top-p", "0"], ["generate", str(folder / "none"), "no"],
+        ["generate", str(folder), "no", "--dtype", "nonsense"], ["generate", str(folder), "no " * 200],
+    ):  # fmt: skip
         done = runner.invoke(cli.app, arguments)
         assert done.exit_code == 1 and "rlfast generate: " in done.output

@@ -501,6 +501,19 @@ def test_what_the_fallback_has():
             one.generate([[3]], SamplingParams(**{name: value}))
 
 
+def test_the_fallback_sees_new_weights():
+    model = copy.deepcopy(decoder("falcon"))
+    one, versions = Engine(model), []
+    for change in (1.0, 1.07):
+        with torch.no_grad():
+            for p in model.parameters():
+                p.mul_(change)
+        versions += [set(r.versions.tolist()) for r in one.generate([[3, 4]], GREEDY)]
+    assert versions == [{1}, {2}]
+    with pytest.raises(ValueError, match="page_size: expected an int ≥ 1, got 0"):
+        Engine(model, page_size=0)
+
+
 def test_the_fallback_has_no_dropout():
     model = copy.deepcopy(decoder("codegen"))
     for module in model.modules():

@@ -92,7 +92,7 @@ def test_ranks_give_what_one_engine_gives(answers):
 def test_a_rank_that_fails_says_so_on_every_rank(answers):
     """And nothing is lost by it: the next step has it all."""
     for found in answers:
-        assert found["wrong prompt"] == "prompts: expected at least one token each, got an empty prompt"
+        assert found["wrong prompt"] == "prompts: expected at least one token each, got an empty list"
         assert "requests: expected the same on every rank, got [" in found["other prompts"]
         assert found["idle"] == []
         assert found["failure"] == "rank 1: ZeroDivisionError: integer division or modulo by zero"

@@ -60,7 +60,16 @@ def test_what_a_server_is_told(kind, stand_in, tmp_path):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("broken, said", (("status", "503"), ("shape", "gave no rollouts")))
+@pytest.mark.parametrize(
+    "broken, said",
+    (
+        ("status", "503"),
+        ("shape", "gave no rollouts"),
+        ("id", r"a token id -5, expected one in \[0, "),
+        ("log-prob", "a log-prob nan, expected one ≤ 0"),
+        ("reason", "a finish reason 'gibberish', expected one of"),
+    ),
+)
 def test_a_server_that_answers_badly(kind, broken, said):
     """A clear error, and the other requests go on."""
     stand_in = StandIn(engine(), broken)

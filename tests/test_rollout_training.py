@@ -65,6 +65,23 @@ def test_a_training_forward_has_the_bits(dtype, form, checkpointing):
         assert_same_bits("logp", got.detach(), rollout.logp_raw)
 
 
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+def test_the_model_s_own_head_has_the_bits(dtype):
+    """Of ``model(ids).logits``, in float32; outside of the mode they are the model's."""
+    model = copy.deepcopy(decoder("llama", dtype)).train()
+    engine = Engine(model, kv_budget=1 << 22)
+    (rollout,) = engine.generate(prompts(1), SamplingParams(max_tokens=9, ignore_eos=True))
+    ids, found = torch.tensor([[*rollout.prompt_tokens, *rollout.tokens]]), []
+    for context in (engine.training_mode(), torch.enable_grad()):
+        with context:
+            logits = model(input_ids=ids, use_cache=False).logits
+            logp = rlfast.token_logps(logits[0, :-1], ids[0, 1:]).logp[-9:]
+            logp.sum().backward()
+        found.append((logits.dtype, torch.equal(logp.detach(), rollout.logp_raw)))
+    assert found == [(torch.float32, True), (dtype, False)]
+    assert model.lm_head.weight.grad.isfinite().all() and "forward" not in vars(model.lm_head)
+
+
 def test_gradients_are_those_of_the_model():
     """Of float32, near those of the model's own attention and linears."""
     model = copy.deepcopy(decoder("qwen3")).train()
@@ -97,9 +114,10 @@ def grpo(tmp_path, model=None, **options):
     """A GRPOTrainer on a tiny model, and what its first steps saw: (log-probs, mask, the rollouts')."""
     from datasets import Dataset
 
-    rows = [{"prompt": [{"role": "user", "content": p}]} for p in PROMPTS]
+    rows = [{"prompt": [{"role": "user", "content": f"{p} " * 6}]} for p in PROMPTS]  # whole pages of them
     args = trl.GRPOConfig(
         str(tmp_path), num_generations=2, max_completion_length=8, per_device_train_batch_size=4, max_steps=2,
+        learning_rate=1e-2,
         use_cpu=True, report_to=[], save_strategy="no", disable_tqdm=True, logging_steps=1, seed=1,
         **{"bf16": False} | options,
     )  # fmt: skip

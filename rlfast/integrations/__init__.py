@@ -13,7 +13,6 @@ from rlfast.integrations.patching import Patch
 logger = logging.getLogger("rlfast.integrations")
 
 
-
 class Trainer(NamedTuple):
     """A trainer that can be patched."""
 
@@ -46,8 +45,8 @@ def patch(trainer: str, *, untested: bool = False, rollouts: bool = False, bitwi
         rollouts: (TRL) the trainer generates by ``rlfast.rollout.Engine``, on the weights and in the precision that it
             trains. Where the engine lacks an option or does not reach the model, it generates by itself, with a
             warning.
-        bitwise: (TRL) and its training steps run in ``Engine.training_mode``: the log-probs of the first pass over a batch
-            are those of its rollouts, to the bit, where the engine's ``bitwise`` is true and the temperature is 1; else
+        bitwise: (TRL) and its training steps run in ``Engine.training_mode``: the log-probs of the first pass over a
+            batch are those of its rollouts, to the bit, where the engine is ``bitwise`` and the temperature is 1; else
             near them, with a warning if it is not.
 
     Returns:

@@ -194,24 +194,40 @@ class RolloutBackend(Protocol):
     def sync_weights(self, named_params, version: int) -> None: ...
 
 
-def checked_prompt(prompt, tokenizer, vocab: int, most: float = math.inf) -> tuple[int, ...]:
-    """The tokens of a prompt, a string or ids, or an error that names it."""
+def checked_sizes(**sizes) -> None:
+    """Whole numbers above 0, None where nothing is said, or an error that names one."""
+    for name, x in sizes.items():
+        if x is not None and (not isinstance(x, int) or isinstance(x, bool) or x < 1):
+            validate.fail(name, "an int ≥ 1", repr(x))
+
+
+def checked_prompt(prompt, tokenizer, vocab: int, most: float = math.inf, name: str = "prompts") -> tuple[int, ...]:
+    """The tokens of a prompt, a string or ids, or an error that names the argument."""
     if isinstance(prompt, str):
         if tokenizer is None:
-            validate.fail("prompts", "lists of token ids, since there is no tokenizer", repr(prompt))
+            validate.fail(name, "lists of token ids, since there is no tokenizer", repr(prompt))
         prompt = tokenizer(prompt)["input_ids"]
     elif isinstance(prompt, torch.Tensor):
         prompt = prompt.tolist()
     if not isinstance(prompt, (list, tuple)) or not all(isinstance(t, int) and not isinstance(t, bool) for t in prompt):
-        validate.fail("prompts", "strings or lists of token ids", repr(prompt)[:60], TypeError)
+        validate.fail(name, "strings or lists of token ids", repr(prompt)[:60], TypeError)
     if not prompt:
-        validate.fail("prompts", "at least one token each", "an empty prompt")
+        validate.fail(name, "at least one token each", "an empty list")
     bad = next((t for t in prompt if not 0 <= t < vocab), None)
     if bad is not None:
-        validate.fail("prompts", f"token ids in [0, {vocab})", str(bad))
+        validate.fail(name, f"token ids in [0, {vocab})", str(bad))
     if len(prompt) > most:
-        validate.fail("prompts", f"at most {most} tokens (the model's context)", str(len(prompt)))
+        validate.fail(name, f"at most {most} tokens (the model's context)", str(len(prompt)))
     return tuple(prompt)
+
+
+def checked_sequences(sequences, vocab: int, most: int) -> list[tuple[int, ...]]:
+    """The sequences that are scored, of two tokens at least."""
+    found = [checked_prompt(s, None, vocab, most, "sequences") for s in sequences]
+    short = next((s for s in found if len(s) < 2), None)
+    if short is not None:
+        validate.fail("sequences", "at least two tokens each: the first has no log-prob", repr(list(short)))
+    return found
 
 
 def checked_request(request: Request, tokenizer, vocab: int, context: int = 1 << 30, *, here: bool = True) -> Request:

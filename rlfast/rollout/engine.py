@@ -9,7 +9,17 @@ import torch
 
 from rlfast import validate
 from rlfast.rollout import attention, flash, responses, sampling, scoring
-from rlfast.rollout.api import MODES, Request, Rollout, Score, checked_prompt, checked_request, choices, ends_of
+from rlfast.rollout.api import (
+    MODES,
+    Request,
+    Rollout,
+    Score,
+    checked_request,
+    checked_sequences,
+    checked_sizes,
+    choices,
+    ends_of,
+)
 from rlfast.rollout.calls import Calls, alone
 from rlfast.rollout.graphs import Graphs, Inputs
 from rlfast.rollout.hf import probe
@@ -54,6 +64,8 @@ class Engine(Calls):
     def __new__(cls, model=None, *args, **kwargs):
         """An engine of pages; one of ``generate`` for a model that rlfast's attention does not reach."""
         if cls is Engine and model is not None:
+            if not isinstance(model, torch.nn.Module):
+                validate.fail("model", "a causal language model of transformers", repr(model)[:60], TypeError)
             decoder, reason = probe(model)
             if decoder is None:
                 from rlfast.rollout.generate import GenerateEngine
@@ -71,9 +83,7 @@ class Engine(Calls):
         graphs: bool | None = None, use_attention: str | None = None,
     ):  # fmt: skip
         page_size = flash.PAGES.get(use_attention, PAGE) if page_size is None else page_size
-        for name, x in (("page_size", page_size), ("token_budget", token_budget), ("max_batch", max_batch)):
-            if not isinstance(x, int) or isinstance(x, bool) or x < 1:
-                validate.fail(name, "an int ≥ 1", repr(x))
+        checked_sizes(page_size=page_size, token_budget=token_budget, max_batch=max_batch)
         super().__init__()
         self.tokenizer, self.page_size = tokenizer, page_size
         pages = int(validate.positive("kv_budget", kv_budget) // (self.decoder.bytes_of_token * page_size))
@@ -83,6 +93,8 @@ class Engine(Calls):
         self.pool = PagePool(pages, page_size)
         self.caches = Caches(pages + 1, page_size)  # the last one is the padding's of graphs
         on_gpu = self.decoder.device.type == "cuda"
+        if graphs is not None and not isinstance(graphs, bool):
+            validate.fail("graphs", "True, False or None", repr(graphs), TypeError)
         if graphs and not on_gpu:
             validate.fail("graphs", f"None or False: the model is on {self.decoder.device}", "True")
         layers = self.decoder.layers
@@ -294,9 +306,8 @@ class Engine(Calls):
         Returns:
             A ``Score`` each, whose bits are those of the rollout that drew the tokens where ``bitwise`` is true.
         """
-        decoder = self.decoder
-        checked = [checked_prompt(s, None, decoder.vocab, decoder.context) for s in sequences]
-        return scoring.score(decoder, checked, self.scheduler.token_budget)
+        checked = checked_sequences(sequences, self.decoder.vocab, self.decoder.context)
+        return scoring.score(self.decoder, checked, self.scheduler.token_budget)
 
     @alone
     def choose(self, prompts, candidates) -> list[torch.Tensor]:

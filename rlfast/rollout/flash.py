@@ -69,7 +69,7 @@ def attention(name: str, layers=(), page_size: int = 0):
         ValueError, TypeError: the name is unknown; or the library has not what a layer asks for.
         RuntimeError: the library cannot be used here; the message says why.
     """
-    reason = why_not(name)
+    reason = why_not(validate.one_of("use_attention", name, NAMES))
     if reason is not None:
         raise RuntimeError(f"attention {name!r} is not available: {reason}")
     for layer in layers:

@@ -16,12 +16,15 @@ from rlfast.rollout.api import (
     Score,
     checked_prompt,
     checked_request,
+    checked_sequences,
+    checked_sizes,
     choices,
     ends_of,
 )  # fmt: skip
 from rlfast.rollout.calls import Calls, alone
 from rlfast.rollout.hf import evaluating
 from rlfast.rollout.scheduler import Sample
+from rlfast.rollout.weights import Weights
 
 UNSUPPORTED = ("presence_penalty", "frequency_penalty", "logit_bias", "allowed_token_ids")
 
@@ -41,11 +44,14 @@ class GenerateEngine(Calls):
         token_budget=None, max_batch=None, graphs=None, use_attention=None,
     ):  # fmt: skip
         super().__init__()
+        checked_sizes(page_size=page_size, token_budget=token_budget, max_batch=max_batch)
         self.model, self.tokenizer, self.reason = model, tokenizer, reason
         self.vocab = model.get_output_embeddings().weight.shape[0]
         self.context = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or 1 << 30
         self.eos = ends_of(model, eos_token_ids, self.vocab)
         self.queue: list[Sample] = []
+        self.watched = Weights(model.parameters())
+        self.weights = self.watched.now()
 
     @property
     def under_way(self):
@@ -68,6 +74,7 @@ class GenerateEngine(Calls):
     def _work(self, timeout: float | None = None) -> None:
         """One response."""
         if not self.paused and self.queue:
+            self._watch_weights()
             sample = self.queue[0]
             try:
                 self._respond(sample)
@@ -139,20 +146,26 @@ class GenerateEngine(Calls):
         """What waits, with "paused": no token is there before all are."""
         return [responses.rollout_of(sample, self.tokenizer) for sample in self.queue]
 
+    def _watch_weights(self) -> None:
+        weights = self.watched.now()
+        if weights != self.weights:
+            self.weights = weights
+            self.bump()
+
     def bump(self) -> None:
         """The policy has changed."""
         self.version += 1
 
     def sync_weights(self, named_params, version: int) -> None:
         """Nothing to copy; ``version`` is that of the tokens to come."""
-        self.version = version
+        self.weights, self.version = self.watched.now(), version
 
     @alone
     @torch.no_grad()
     def score(self, sequences) -> list[Score]:
         """Log-probs and entropies of given sequences, by the model's own logits."""
         found, device = [], next(self.model.parameters()).device
-        for sequence in [checked_prompt(s, None, self.vocab, self.context) for s in sequences]:
+        for sequence in checked_sequences(sequences, self.vocab, self.context):
             ids = torch.tensor([sequence], device=device)
             with self._evaluating():
                 logits = self.model(input_ids=ids, use_cache=False).logits[0, :-1].float()
@@ -166,7 +179,7 @@ class GenerateEngine(Calls):
         found = []
         for prompt, some in choices(prompts, candidates):
             prompt = checked_prompt(prompt, self.tokenizer, self.vocab, self.context)
-            answers = [checked_prompt(c, plain, self.vocab, self.context - len(prompt)) for c in some]
+            answers = [checked_prompt(c, plain, self.vocab, self.context - len(prompt), "candidates") for c in some]
             scores = self.score([(*prompt, *answer) for answer in answers])
             sums = [s.logp_raw[len(prompt) - 1 :].double().sum().float() for s in scores]
             found.append(torch.stack(sums))

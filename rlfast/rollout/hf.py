@@ -18,6 +18,7 @@ import torch
 from rlfast.linear import head_logits
 from rlfast.logps import transformed
 from rlfast.rollout import attention, linears
+from rlfast.rollout.weights import Weights
 from rlfast.sampling import Sampled, linear_sample
 
 # The probe's sequences are longer than a page and than the windows of tiny models.
@@ -80,6 +81,7 @@ class Decoder:
     def _read(self) -> None:
         """The modules and parameters that there are now."""
         self.modules, self.parameters = tuple(self.model.modules()), tuple(self.model.parameters())
+        self.watched = Weights(self.parameters)
         self.configs = list({id(m.config): m.config for m in self.body.modules() if hasattr(m, "config")}.values())
         nn_linears = (m for m in self.modules if type(m) is torch.nn.Linear and m is not self.head.module)
         self.linears = {m: linears.forward_of(m) for m in nn_linears}
@@ -162,9 +164,9 @@ class Decoder:
         return sum(layer.bytes_of_token for layer in self.layers)
 
     def weights(self) -> int:
-        """Changes whenever a parameter does, in place or by another tensor; a change by ``.data`` no counter sees."""
+        """Changes whenever a parameter does, in place or by another tensor; ``Weights`` says what it does not see."""
         self.refresh()
-        return hash(tuple((p._version, p.data_ptr()) for p in self.parameters))
+        return self.watched.now()
 
     def places(self) -> int:
         """Changes when a parameter lies elsewhere."""
@@ -172,12 +174,18 @@ class Decoder:
 
     @contextlib.contextmanager
     def installed(self, name: str = attention.ROLLOUT):
-        """Within it, the model attends by ``name``, on rlfast's linears; a rollout's in evaluation mode too, and under
-        the autocast that the decoder was made under."""
+        """Within it, the model attends by ``name``, on rlfast's linears. A rollout's is in evaluation mode too, and
+        under the autocast that the decoder was made under; in training the head's own forward gives float32 logits, by
+        the rollouts' routine.
+        """
         self.refresh()
         with contextlib.ExitStack() as stack:
             stack.enter_context(attention.implementation(self.configs, name))
             stack.enter_context(linears.swapped(self.linears))
+            if name == attention.TRAINING:
+                stack.enter_context(
+                    linears.swapped({self.head.module: linears.forward_of(self.head.module, wide=True)})
+                )
             if name == attention.ROLLOUT:
                 stack.enter_context(evaluating(self.modules))
                 stack.enter_context(precision(self.device, self.head.autocast))

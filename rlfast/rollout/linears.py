@@ -32,12 +32,15 @@ def swappable(module: nn.Module) -> bool:
     return type(weight) in (nn.Parameter, torch.Tensor) and weight.is_cpu and weight.dtype in DTYPES
 
 
-def forward_of(module: nn.Linear) -> Callable:
-    """The kernel in a module's place; it reads the weights in place at every call, so that no update is stale."""
+def forward_of(module: nn.Linear, wide: bool = False) -> Callable:
+    """The kernel in a module's place; it reads the weights in place at every call, so that no update is stale.
+
+    ``wide`` is for a head: its logits are float32.
+    """
     parameters = module._parameters
 
     def forward(input):
-        return linear(input, parameters["weight"], parameters["bias"])
+        return linear(input, parameters["weight"], parameters["bias"], wide=wide)
 
     return forward
 

@@ -22,6 +22,7 @@ from rlfast.rollout.calls import PATIENCE, Calls, RequestError, alone
 from rlfast.rollout.scheduler import Sample
 
 REASONS = {"stop": "stop", "length": "length", "abort": "abort"}
+ROUNDED = 1e-2  # a log-prob that a server rounded may be so much above 0
 
 
 class ServerError(RequestError):
@@ -114,11 +115,9 @@ class Server(Remote):
         found, samples = handle.result(), []
         try:
             for index, (tokens, logps, reason) in enumerate(self._answers(found)):
-                tokens = [int(t) for t in tokens]
-                records = [(math.nan, float(x), math.nan, math.nan, self.version) for x in logps]
-                if len(records) != len(tokens):
-                    raise ValueError(f"{len(records)} log-probs of {len(tokens)} tokens")
-                finish = REASONS.get(reason, "stop")
+                tokens, logps = self._checked_answer(tokens, logps, reason)
+                records = [(math.nan, x, math.nan, math.nan, self.version) for x in logps]
+                finish = REASONS[reason]
                 samples.append(Sample(number, index, request.prompt, request.params, tokens, records, finish=finish))
             if len(samples) != request.params.n:
                 raise ValueError(f"{len(samples)} samples for n = {request.params.n}")
@@ -126,6 +125,20 @@ class Server(Remote):
             said = f"{error!r} in {str(found)[:200]}"
             raise ServerError(f"request {number}: {self.http.base_url} gave no rollouts: {said}") from error
         return [responses.rollout_of(sample, self.tokenizer) for sample in samples]
+
+    def _checked_answer(self, tokens, logps, reason) -> tuple[list[int], list[float]]:
+        """Ids and log-probs that can be some, or a ValueError."""
+        tokens, logps = list(tokens), [float(x) for x in logps]
+        if len(logps) != len(tokens):
+            raise ValueError(f"{len(logps)} log-probs of {len(tokens)} tokens")
+        for token, logp in zip(tokens, logps, strict=True):
+            if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < self.vocab:
+                raise ValueError(f"a token id {token!r}, expected one in [0, {self.vocab})")
+            if not logp <= ROUNDED:
+                raise ValueError(f"a log-prob {logp}, expected one ≤ 0")
+        if reason not in REASONS:
+            raise ValueError(f"a finish reason {reason!r}, expected one of {tuple(REASONS)}")
+        return tokens, logps
 
     def _post(self, path: str, body: dict | None = None):
         """The JSON of an answer."""

@@ -6,6 +6,7 @@ from itertools import pairwise
 
 import torch
 
+from rlfast import validate
 from rlfast.logps import token_logps
 from rlfast.rollout.api import Score, checked_prompt
 from rlfast.rollout.attention import Packed
@@ -60,20 +61,51 @@ def choose(engine, prompt, candidates) -> torch.Tensor:
     decoder, pool = engine.decoder, engine.pool
     prompt = checked_prompt(prompt, engine.tokenizer, decoder.vocab, decoder.context)
     plain = None if engine.tokenizer is None else lambda text: engine.tokenizer(text, add_special_tokens=False)
-    answers = [checked_prompt(c, plain, decoder.vocab, decoder.context - len(prompt)) for c in candidates]
+    answers = [checked_prompt(c, plain, decoder.vocab, decoder.context - len(prompt), "candidates") for c in candidates]
+    groups = _within(answers, engine.scheduler.token_budget)
+    _make_room(engine, prompt, groups)
     table, waiting = pool.find(prompt[:-1]), list(pool.copies)
-    tables, chunks = [table], []
     try:
         last = _prefill(engine, table, prompt)
+        found = [_chosen(engine, table, prompt, last, some) for some in groups]
+    except OutOfPages as error:
+        pool.copies = waiting  # a copy that was not made is of pages that are others' from now on
+        validate.fail("candidates", "as many tokens as kv_budget has room for, beside their prompt", str(error))
+    finally:
+        pool.release(table)
+    return torch.cat(found)
+
+
+def _within(answers: list, budget: int) -> list[list]:
+    """The answers, as many at a time as fit the budget of tokens; one at least."""
+    groups, held = [], budget
+    for answer in answers:
+        if held + len(answer) > budget:
+            groups.append([])
+            held = 0
+        groups[-1].append(answer)
+        held += len(answer)
+    return groups
+
+
+def _make_room(engine, prompt, groups: list) -> None:
+    """Where pages are short, what is under way gives its own back, and is computed again later."""
+    pool, before = engine.pool, len(prompt)
+    answers = max(sum(pool.pages_for(before + len(a)) - before // pool.size for a in some) for some in groups)
+    if pool.pages_for(before) + answers > pool.free:
+        engine.scheduler.recompute()
+
+
+def _chosen(engine, table: list[int], prompt, last, answers: list) -> torch.Tensor:
+    """Σ log p of some answers to a prompt whose pages these are, and whose last hidden state this is."""
+    decoder, pool, tables, chunks = engine.decoder, engine.pool, [], []
+    try:
         for answer in answers:
             tables.append(pool.fork(table))
             pool.reserve(tables[-1], len(prompt) + len(answer))
             pool.own(tables[-1], len(prompt))
             chunks.append(Chunk(tables[-1], [*prompt, *answer], len(prompt), len(prompt) + len(answer)))
         hidden, ends = engine.forward(chunks)
-    except OutOfPages:
-        pool.copies = waiting  # a copy that was not made is of pages that are others' from now on
-        raise
     finally:
         for one in reversed(tables):
             pool.release(one)

@@ -1,4 +1,8 @@
-"""The training forward with the bits of the rollouts: the same attention, linears and head, with gradient."""
+"""The training forward with the bits of the rollouts: the same attention, linears and head, with gradient.
+
+``model(ids).logits`` are float32 there, whatever the model is. ``rlfast.token_logps`` of them has the bits, and so has
+``rlfast.linear_token_logps(..., batch_invariant=True)`` of hidden states, which makes no logits.
+"""
 
 from __future__ import annotations
 

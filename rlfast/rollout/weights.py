@@ -1,0 +1,44 @@
+"""Whether the weights are those of a moment ago."""
+
+from __future__ import annotations
+
+import weakref
+
+import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+
+class Weights:
+    """The parameters of a model under training, and a number that changes whenever they do.
+
+    In place a parameter counts its changes, but for optimisers of fused kernels, such as ``AdamW(fused=True)``, which
+    transformers' trainers take by default: torch calls a hook after the step of any of its optimisers. Neither sees a
+    change by ``.data`` or by a raw pointer.
+
+    Args:
+        parameters: that are watched.
+    """
+
+    def __init__(self, parameters):
+        self.parameters, self.steps = tuple(parameters), 0
+        this = weakref.ref(self)
+
+        def stepped(optimizer, *_):
+            weights = this()
+            if weights is not None and weights.shares(optimizer):
+                weights.steps += 1
+
+        weakref.finalize(self, register_optimizer_step_post_hook(stepped).remove)
+
+    def shares(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Whether an optimiser's parameters lie where one of these does, as flattened ones do."""
+        places = {_place(p) for group in optimizer.param_groups for p in group["params"]}
+        return any(_place(p) in places for p in self.parameters)
+
+    def now(self) -> int:
+        """The number."""
+        return hash((self.steps, *((p._version, p.data_ptr()) for p in self.parameters)))
+
+
+def _place(x: torch.Tensor) -> int:
+    return x.untyped_storage().data_ptr()
