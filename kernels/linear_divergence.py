@@ -65,12 +65,12 @@ def forward(head: Head, ref_head: Head, targets, mask, transform, ref_transform,
 
 def backward(
     own: Head, other: Head, targets, mask, transform, other_transform, measure: Measure, saved: Saved, grads, needs,
-    kept, other_kept, sums,
+    kept, other_kept, sums, dtype,
 ):  # fmt: skip
     """See ``rlfast/ops/linear_divergence.py``."""
     hidden, n, vocab = own.hidden, own.hidden.shape[0], own.weight.shape[0]
     returned = [need and (i == 0 or sums is None) for i, need in enumerate(needs)]
-    found = [hidden.new_empty(x.shape if there else (0,)) for x, there in zip(own, returned, strict=True)]
+    found = [hidden.new_empty(x.shape if there else (0,), dtype=dtype) for x, there in zip(own, returned, strict=True)]
     if n == 0:
         return found[0], found[1].zero_(), found[2].zero_()
     batch = batch_of(hidden, targets, mask, (transform, other_transform), measure, (own.bias, other.bias), n, vocab)
@@ -97,9 +97,7 @@ def backward(
             if needs[2]:
                 for t in g:
                     totals[2][columns] += t.sum(0, dtype=torch.float32)
-    if sums is not None:
-        return totals[0] if needs[0] else found[0], *found[1:]
-    return tuple(f.copy_(t) if there else f for f, t, there in zip(found, totals, returned, strict=True))
+    return tuple(t.to(dtype) if there else f for f, t, there in zip(found, totals, returned, strict=True))
 
 
 COMPILE = tuple(case for case in divergence.COMPILE if case.full)
@@ -115,4 +113,4 @@ def launch_to_compile(case: divergence.CompileCase) -> None:
     out, *kept = forward(*heads, targets, mask, *transforms, case.measure, outputs, keep=True)
     saved = divergence.views_of(out.aux, 1, outputs, False)
     needs = (True, True, True)
-    backward(*heads, targets, mask, *transforms, case.measure, saved, grads, needs, *kept, None)
+    backward(*heads, targets, mask, *transforms, case.measure, saved, grads, needs, *kept, None, case.dtype)

@@ -88,12 +88,14 @@ def forward(hidden, weight, bias, targets, mask, transform: Transform, wanted: W
     return out, kept
 
 
-def backward(hidden, weight, bias, targets, mask, transform: Transform, aux, grads, needs, kept, sums):
+def backward(hidden, weight, bias, targets, mask, transform: Transform, aux, grads, needs, kept, sums, dtype):
     """See ``rlfast/ops/linear_token_logps.py``."""
     rows, vocab = hidden.shape[0], weight.shape[0]
     like = (hidden, weight, bias)
     own = [need and (i == 0 or sums is None) for i, need in enumerate(needs)]
-    g_hidden, g_weight, g_bias = (hidden.new_empty(x.shape if n else (0,)) for x, n in zip(like, own, strict=True))
+    g_hidden, g_weight, g_bias = (
+        hidden.new_empty(x.shape if n else (0,), dtype=dtype) for x, n in zip(like, own, strict=True)
+    )
     if rows == 0:
         return g_hidden, g_weight.zero_(), g_bias.zero_()
     tokens, sizes = batch_of(targets, mask, transform, bias, rows, vocab)
@@ -125,7 +127,7 @@ def backward(hidden, weight, bias, targets, mask, transform: Transform, aux, gra
             if own[2]:
                 g_bias[columns] = total_bias
     if needs[0]:
-        g_hidden = total_hidden if sums is not None else g_hidden.copy_(total_hidden)
+        g_hidden = total_hidden.to(dtype)
     return g_hidden, g_weight, g_bias
 
 
@@ -174,4 +176,4 @@ def launch_to_compile(case: token_logps.CompileCase) -> None:
     bias = torch.zeros(case.vocab, dtype=case.dtype) if case.full else None
     out, kept = forward(hidden, weight, bias, targets, mask, transform, wanted, keep=True)
     needs = (True, True, bias is not None)
-    backward(hidden, weight, bias, targets, mask, transform, out.aux, grads, needs, kept, None)
+    backward(hidden, weight, bias, targets, mask, transform, out.aux, grads, needs, kept, None, hidden.dtype)

@@ -8,8 +8,11 @@ import torch
 
 from rlfast import backends, logps, validate
 from rlfast.ops.linear_loss import Numbers, Rows, numbers_of
+from rlfast.ops.linear_token_logps import NAME as HEAD
 
-MEMORY_BUDGET = 256 << 20  # bytes of logits at once
+# Bytes of logits at once where nothing is said: that many, or, up to the second number, those of the rows that a loss
+# has to see together. The second is what ``linear_token_logps`` keeps for its backward.
+MEMORY_BUDGET, LARGEST_BUDGET = 512 << 20, 2 << 30
 # A chunk reads the weight again and adds to its gradient: with fewer rows that costs more than the GEMM that it saves
 # (chunks of 256 rows are 1.1× slower than making the logits again, of 1280 rows 1.1× faster; 576×49152, two cores).
 FEWEST_ROWS = 512
@@ -31,9 +34,9 @@ class Head(NamedTuple):
         softcap = 0.0 if self.softcap is None else validate.positive("softcap", self.softcap)
         return softcap, validate.finite("logit_scale", self.logit_scale)
 
-    def budget(self) -> float:
-        """The memory budget, checked."""
-        return validate.at_least("memory_budget", self.memory_budget, 0)
+    def budget(self) -> float | None:
+        """The memory budget, checked; None where nothing is said."""
+        return None if self.memory_budget is None else validate.at_least("memory_budget", self.memory_budget, 0)
 
     def accumulated(self) -> torch.Tensor | None:
         """The weight, if its gradient is added straight to its own."""
@@ -50,6 +53,25 @@ class Head(NamedTuple):
 def logits_bytes(rows: Rows) -> int:
     """Bytes of one row of logits, float32 or float64, the reference's among them."""
     return (1 if rows.reference is None else 2) * max(4, rows.hidden.element_size()) * rows.weight.shape[0]
+
+
+def room(rows: Rows, budget: float | None, together: int) -> float:
+    """Bytes of logits at once: what was said; else enough for the rows that belong together and for as many as pay."""
+    if budget is not None:
+        return budget
+    return max(MEMORY_BUDGET, min(LARGEST_BUDGET, max(together, FEWEST_ROWS) * logits_bytes(rows)))
+
+
+def live_before(rows: Rows) -> list[int] | None:
+    """How many of the rows before each one, and before the end, count, where only those are projected; else None."""
+    if rows.compact or (validate.looked_at(rows.mask) and compacts(rows.hidden)):
+        return [0, *rows.mask.cumsum(0).tolist()]
+    return None
+
+
+def compacts(hidden) -> bool:
+    """Whether the head's kernels leave out masked rows by themselves."""
+    return backends.select(HEAD, hidden.device.type, hidden.dtype, backends.requested()) == "cpu"
 
 
 def most_rows(rows: Rows, budget: float) -> int:

@@ -304,7 +304,7 @@ class Loss:
         self, hidden, weight, targets, bias=None, *, adv=None, old_logp=None, mask=None, ref_logp=None,
         rollout_logp=None, weights=None, extra=None, keep=None, cu_seqlens=None, num_items=None, max_len=None,
         world_size=1, accumulation=1, temperature=1.0, softcap=None, logit_scale=1.0, entropy=False,
-        memory_budget=policy_linear.MEMORY_BUDGET, ref_hidden=None, ref_weight=None, ref_bias=None,
+        memory_budget=None, ref_hidden=None, ref_weight=None, ref_bias=None,
         lora=None, accumulate_grad=False, sync=False,
     ) -> LinearLossOutput:  # fmt: skip
         """The loss of a batch from the last hidden states and the head, without its logits.
@@ -325,9 +325,10 @@ class Loss:
                 world_size, accumulation: as when called, with the shape of targets for that of logp.
             temperature, softcap, logit_scale: as in ``rlfast.linear_token_logps``.
             entropy: whether the entropies come back; the loss makes its own for its bonus in any case.
-            memory_budget: bytes of float32 logits that may be there at once. Chunks are as large as it allows, and end
-                where sequences do if the loss is one of sequences. If a sequence does not fit, or less than 512 rows,
-                the backward makes the logits again: four products.
+            memory_budget: bytes of float32 logits that may be there at once; by default 512 MiB, or, up to 2 GiB, those
+                of 512 rows or of the longest sequence. Chunks are as large as it allows; of a loss with a unit, weight
+                or gate of sequences they end where sequences do. If a sequence does not fit then, or less than 512
+                rows, the backward makes the logits again: four products.
             ref_hidden: like hidden, [·, E]: the reference's last hidden states, for kl="full": the KL of a token is
                 KL(π‖π_ref) over the vocabulary, under the same temperature, soft-cap and scale.
             ref_weight: [V, E] of hidden's dtype: the reference's head.

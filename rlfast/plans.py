@@ -7,9 +7,10 @@ from typing import NamedTuple
 
 import torch
 
-from rlfast import heads, policy_linear, validate
+from rlfast import heads, policy_linear, preference_linear, validate
 from rlfast.loss_inputs import Given
 from rlfast.losses import Loss
+from rlfast.preference import PreferenceLoss
 
 WAYS = {
     "forward": "no gradient is needed",
@@ -21,7 +22,7 @@ WAYS = {
 
 
 class LinearPlan(NamedTuple):
-    """How ``Loss.linear`` goes about a call."""
+    """How ``linear`` goes about a call."""
 
     way: str  # of ``WAYS``
     rows: int  # of logits: the tokens; on the CPU those that count
@@ -41,12 +42,12 @@ class LinearPlan(NamedTuple):
         )
 
 
-def plan(loss: Loss, hidden, weight, targets, bias=None, **given) -> LinearPlan:
+def plan(loss: Loss | PreferenceLoss, *args, **given) -> LinearPlan:
     """How ``loss.linear`` takes a call: its chunks, FLOP and bytes. Nothing is computed.
 
     Args:
-        loss: a ``Loss``.
-        hidden, weight, targets, bias, given: what ``loss.linear`` gets.
+        loss: a ``Loss`` or a ``PreferenceLoss``.
+        args, given: what ``loss.linear`` gets.
 
     Returns:
         LinearPlan; as text it says what it is.
@@ -62,34 +63,59 @@ def plan(loss: Loss, hidden, weight, targets, bias=None, **given) -> LinearPlan:
         2 products with the head, 3.28e-05 TFLOP
         2.0 MiB of logits at once, 0.1 MiB of gradients kept
     """
-    if not isinstance(loss, Loss):
-        validate.fail("loss", "a rlfast.Loss", type(loss).__name__, TypeError)
-    bound = inspect.signature(loss.linear).bind(hidden, weight, targets, bias, **given)
+    if not isinstance(loss, Loss | PreferenceLoss):
+        validate.fail("loss", "a rlfast.Loss or a rlfast.PreferenceLoss", type(loss).__name__, TypeError)
+    bound = inspect.signature(loss.linear).bind(*args, **given)
     bound.apply_defaults()
     said = bound.arguments
-    head = heads.Head(*(said[name] for name in heads.Head._fields))
+    head = heads.Head(*(said[name] for name in heads.Head._fields if name in said))
+    if isinstance(loss, PreferenceLoss):
+        return _of_pairs(loss, head, said)
     fields = {name: said[name] for name in Given._fields if name not in ("logp", "entropy", "full_kl")}
     call = tuple(said[name] for name in ("max_len", "world_size", "accumulation"))
     ref = tuple(said[name] for name in ("ref_hidden", "ref_weight", "ref_bias"))
+    hidden, targets = said["hidden"], said["targets"]
     tokens = policy_linear.checked(loss, head, hidden, targets, fields, call, ref, said["lora"], said["sync"])
-    return _plan_of(loss, tokens, head.budget())
+    return _of_tokens(loss, tokens, head.budget())
 
 
-def _plan_of(loss: Loss, tokens, budget: float) -> LinearPlan:
-    rows, needs = tokens.rows, policy_linear.needed(tokens.rows)
-    live = policy_linear.live_before(rows) or range(rows.mask.shape[0] + 1)
+def _of_tokens(loss: Loss, tokens, budget: float | None) -> LinearPlan:
+    rows, needs, budget = tokens.rows, policy_linear.needed(tokens.rows), policy_linear.room(loss, tokens, budget)
     chunks = policy_linear.chunks_of(loss, tokens, budget) if any(needs) else None
+    live = _live(rows)
     taken = tuple(live[last] - live[first] for first, last in chunks or ())
-    fits = live[-1] * heads.logits_bytes(rows) <= budget
-    again = "twice" if rows.lora is not None or tokens.into is not None else "keep" if fits else "again"
-    way = "forward" if not any(needs) else "chunks" if chunks else again
+    again = "twice" if rows.lora is not None or tokens.into is not None else "again"
+    return _made(rows, needs, taken, again, budget)
+
+
+def _of_pairs(loss: PreferenceLoss, head: heads.Head, said: dict) -> LinearPlan:
+    sides = (preference_linear.Tokens(*(said[name] for name in names)) for names in preference_linear.SIDES)
+    _, joined, needs, places, groups, budget = preference_linear.prepared(loss, head, tuple(sides))
+    live = _live(joined.rows)
+    taken = tuple(
+        sum(live[at.stop] - live[at.start] for at in (place.rows(*group) for place in places)) for group in groups or ()
+    )
+    return _made(joined.rows, needs, taken, "again", budget)
+
+
+def _live(rows):
+    """How many of the rows before each one are projected."""
+    return heads.live_before(rows) or range(rows.mask.shape[0] + 1)
+
+
+def _made(rows, needs: list[bool], taken: tuple[int, ...], again: str, budget: float) -> LinearPlan:
+    """The plan of chunks of so many rows, or, if there are none, of a backward that comes later."""
+    n = _live(rows)[-1]
+    if not taken and again == "again" and n * heads.logits_bytes(rows) <= budget:
+        again = "keep"
+    way = "forward" if not any(needs) else "chunks" if taken else again
     products, elements = _products(rows, needs, way in ("again", "twice"))
-    most = {"chunks": max(taken, default=0), "keep": live[-1], "twice": policy_linear.second_pass(rows, budget)}
+    most = {"chunks": max(taken, default=0), "keep": n, "twice": policy_linear.second_pass(rows, budget)}
     acc = torch.float64 if rows.hidden.dtype == torch.float64 else torch.float32
     kept = sum(x.numel() for x, need in zip(rows.leaves(), needs, strict=True) if need) * acc.itemsize
     return LinearPlan(
-        way, live[-1], taken, products, 2 * live[-1] * elements,
-        heads.logits_bytes(rows) * min(most.get(way, 0), live[-1]), kept if way in ("chunks", "twice") else 0,
+        way, n, taken, products, 2 * n * elements, heads.logits_bytes(rows) * min(most.get(way, 0), n),
+        kept if way in ("chunks", "twice") else 0,
     )  # fmt: skip
 
 

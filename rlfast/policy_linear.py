@@ -20,26 +20,27 @@ import torch
 
 from rlfast import backends, divergences, heads, logps, validate
 from rlfast.full_kl import FULL
-from rlfast.heads import Head, logits_bytes, most_rows, numbers, unit_strides
+from rlfast.heads import Head, compacts, live_before, logits_bytes, most_rows, numbers, unit_strides
 from rlfast.loss_inputs import Given
 from rlfast.ops.divergence_records import Head as Reference
 from rlfast.ops.known_gradients import with_gradients
 from rlfast.ops.linear_loss import Numbers, Rows, chunked
-from rlfast.ops.linear_token_logps import NAME as HEAD
 from rlfast.ops.lora import Lora
 from rlfast.ops.loss_records import (
     METRICS,
+    SEQ_MEAN_TOKEN_MEAN,
+    SEQ_SUM_OVER_MAX_LEN,
     TOKEN_MEAN,
     TOKEN_SUM,
     Fields,
     Output,
     Plan,
     Settings,
+    reads_sequences,
     row_wise,
 )
 from rlfast.ops.records import ENTROPY
 
-MEMORY_BUDGET = 512 << 20  # bytes of logits at once: heads.FEWEST_ROWS of them up to a vocabulary of 262,144
 WEIGHT = Rows._fields.index("weight")  # among the leaves too
 BY_TOKEN = Fields._fields.index("cu_seqlens")  # the fields before it have one number a token
 SCALE, ENTROPY_SCALE, TOKENS, SEQUENCES = map(METRICS.index, ("scale", "entropy_scale", "tokens", "sequences"))
@@ -139,9 +140,9 @@ def checked_lora(hidden, weight, lora) -> Lora | None:
     return Lora(a, b, validate.finite("lora[2]", scale))
 
 
-def run(loss, tokens: Tokens, budget: float, entropy: bool) -> tuple:
+def run(loss, tokens: Tokens, budget: float | None, entropy: bool) -> tuple:
     """(the op's output with its gradient, the tokens' numbers without) of a batch, in its shape."""
-    rows, needs = tokens.rows, needed(tokens.rows)
+    rows, needs, budget = tokens.rows, needed(tokens.rows), room(loss, tokens, budget)
     outputs, backend = ENTROPY if entropy or loss.has_bonus else 0, backends.requested()
     chunks = chunks_of(loss, tokens, budget) if any(needs) else None
     if not any(needs) or (chunks is None and rows.lora is None and tokens.into is None):
@@ -162,7 +163,7 @@ def in_chunks(loss, tokens: Tokens, chunks, needs, budget, outputs, backend) -> 
     """(output, numbers, gradients), a chunk after the other."""
     coefficients = taker(loss, tokens, chunks, counted(loss, tokens, backend), backend)
     slices = [(slice(*chunk),) for chunk in chunks]
-    found, gradients = chunked(tokens.rows, slices, coefficients, needs, backend, outputs, tokens.into is not None)
+    found, gradients = chunked(tokens.rows, slices, coefficients, needs, backend, outputs)
     out, _ = launch(loss, tokens.fields, tokens.settings, tokens.shaped(found), False, backend)
     return out, found, gradients
 
@@ -176,9 +177,7 @@ def in_one(loss, tokens: Tokens, chunks, needs, budget, outputs, backend) -> tup
         out, kl = launch(loss, tokens.fields, tokens.settings, tokens.shaped(found), True, backend)
         return gradient_of(loss, out, kl)
 
-    found, gradients = chunked(
-        tokens.rows, [(slice(*chunks[0]),)], coefficients, needs, backend, outputs, tokens.into is not None
-    )
+    found, gradients = chunked(tokens.rows, [(slice(*chunks[0]),)], coefficients, needs, backend, outputs)
     return out, found, gradients
 
 
@@ -198,6 +197,14 @@ def in_two_passes(loss, tokens: Tokens, chunks, needs, budget, outputs, backend)
 def second_pass(rows: Rows, budget: float) -> int:
     """Rows of a chunk whose logits are made a second time."""
     return max(heads.FEWEST_ROWS, int(budget // logits_bytes(rows)))
+
+
+def room(loss, tokens: Tokens, budget: float | None) -> float:
+    """Bytes of logits at once."""
+    together = 1
+    if budget is None and whole_sequences(loss.prepared.plan, tokens.settings):
+        together = max([1, *(b - a for a, b in pairwise(ends_of(loss.prepared.plan, tokens) or ()))])
+    return heads.room(tokens.rows, budget, together)
 
 
 def needed(rows: Rows) -> list[bool]:
@@ -231,22 +238,38 @@ def chunks_of(loss, tokens: Tokens, budget: float) -> list[tuple[int, int]] | No
     return packed_into(ends, live, most)
 
 
-def live_before(rows: Rows) -> list[int] | None:
-    """How many of the rows before each one, and before the end, count, where only those are projected; else None."""
-    if rows.compact or (validate.looked_at(rows.mask) and compacts(rows.hidden)):
-        return [0, *rows.mask.cumsum(0).tolist()]
-    return None
+def whole_sequences(plan: Plan, settings: Settings) -> bool:
+    """Whether a chunk has to hold whole sequences. For a mean over sequences alone it has not: see ``apart``."""
+    return reads_sequences(plan, settings) or (row_wise(plan, settings) and bool(plan.gate_masks))
 
 
-def compacts(hidden) -> bool:
-    """Whether the head's kernels leave out masked rows by themselves."""
-    return backends.select(HEAD, hidden.device.type, hidden.dtype, backends.requested()) == "cpu"
+def apart(loss, tokens: Tokens) -> tuple:
+    """(the loss of a chunk, what each token's part of it is multiplied by or None).
+
+    A mean over sequences of means over tokens is a sum over tokens, weighed by 1 ÷ the tokens of the sequence, which
+    the mask says beforehand: chunks may end anywhere.
+    """
+    plan, fields = loss.prepared.plan, tokens.fields
+    if whole_sequences(plan, tokens.settings) or not row_wise(plan, tokens.settings):
+        return loss, None
+    mask, ends = fields.mask, fields.cu_seqlens
+    if plan.reduce == SEQ_SUM_OVER_MAX_LEN:
+        each = torch.full_like(fields.logp, 1.0 / tokens.settings.max_len)
+    elif plan.reduce != SEQ_MEAN_TOKEN_MEAN:
+        each = torch.ones_like(fields.logp)
+    elif ends is None:
+        each = (1.0 / mask.sum(-1, keepdim=True).clamp(min=1)).expand(mask.shape)
+    else:
+        before = torch.nn.functional.pad(mask.cumsum(0), (1, 0))[ends.long()]
+        at = torch.searchsorted(ends, torch.arange(mask.shape[0], device=ends.device), right=True) - 1
+        each = (1.0 / before.diff().clamp(min=1))[at]
+    return loss.with_options(reduce="token_mean"), each.to(fields.logp.dtype).reshape(-1)
 
 
 def ends_of(plan: Plan, tokens: Tokens):
     """Where chunks may end: at every token, or at the ends of sequences; None if that cannot be looked at."""
     fields, n = tokens.fields, index(tokens.rows.mask.shape[0])
-    if not row_wise(plan, tokens.settings):
+    if not whole_sequences(plan, tokens.settings):
         return range(n + 1)
     if fields.cu_seqlens is None:
         width = index(fields.logp.shape[1])
@@ -285,11 +308,17 @@ def taker(loss, tokens: Tokens, chunks, count, backend: str):
         share = [kept.reshape(-1)[first:last].sum() for first, last in chunks]
         share = torch.stack(share).clamp(min=1) / kept.sum().clamp(min=1)
 
+    alone, each = apart(loss, tokens)
+
     def coefficients(number: int, found: Numbers) -> Numbers:
         part = part_of(plan, tokens, *chunks[number])
         found = found.of(lambda x: x.view(part.logp.shape))
-        out, kl = launch(loss, part._replace(num_items=count), tokens.settings, found, True, backend)
-        return gradient_of(loss, out, kl, 1.0 if share is None else share[number])
+        out, kl = launch(alone, part._replace(num_items=count), tokens.settings, found, True, backend)
+        by = gradient_of(loss, out, kl, 1.0 if share is None else share[number])
+        if each is None:
+            return by
+        weighed = by.of(lambda x: x * each[slice(*chunks[number])])
+        return weighed._replace(entropy=by.entropy) if plan.entropy_mean else weighed
 
     return coefficients
 
@@ -307,7 +336,7 @@ def gradient_of(loss, out: Output, kl: Output | None, share=1.0) -> Numbers:
 def part_of(plan: Plan, tokens: Tokens, first: int, last: int) -> Fields:
     """The fields of rows ``first`` to ``last``."""
     fields, shape = tokens.fields, tokens.fields.logp.shape
-    by_sequence, at, ends = row_wise(plan, tokens.settings), slice(first, last), fields.cu_seqlens
+    by_sequence, at, ends = whole_sequences(plan, tokens.settings), slice(first, last), fields.cu_seqlens
     by_token = fields[:BY_TOKEN]
     if len(shape) == 2 and by_sequence:
         at = slice(first // shape[1], last // shape[1])

@@ -244,7 +244,7 @@ class PreferenceLoss:
         self, chosen_hidden, rejected_hidden, weight, chosen_targets, rejected_targets, bias=None, *,
         ref_chosen_logps=None, ref_rejected_logps=None, chosen_mask=None, rejected_mask=None, chosen_cu_seqlens=None,
         rejected_cu_seqlens=None, temperature=1.0, softcap=None, logit_scale=1.0,
-        memory_budget=heads.MEMORY_BUDGET, margin=None, extra=None, shared=None, weights=None, nll=None,
+        memory_budget=None, margin=None, extra=None, shared=None, weights=None, nll=None,
         num_items=None, world_size=1, accumulation=1, per_pair=False,
     ) -> PreferenceOutput:  # fmt: skip
         """The loss of pairs from the last hidden states and the head, without their logits.
@@ -264,7 +264,8 @@ class PreferenceLoss:
             ref_chosen_logps, ref_rejected_logps: log π_ref of the targets, shaped like them; or the sums [B].
             chosen_mask, rejected_mask, chosen_cu_seqlens, rejected_cu_seqlens: as when called with tokens.
             temperature, softcap, logit_scale: as in ``rlfast.linear_token_logps``; the temperature is a number.
-            memory_budget: bytes of float32 logits that may be there at once. If all fit, the backward keeps them; if
+            memory_budget: bytes of float32 logits that may be there at once; by default 512 MiB, or, up to 2 GiB, those
+                of 512 rows or of the longest pair. If all fit, the backward keeps them; if
                 those of some pairs (of 512 rows at least) do, the forward takes the gradients so many pairs at a time:
                 three GEMMs either way. Else, and where the batch has to be sorted (AOT), the backward makes the
                 logits again in tiles: four.
@@ -297,7 +298,7 @@ class PreferenceLoss:
 
     def linear_rows(
         self, hidden, weight, targets, bias=None, *, ref_logps=None, mask=None, cu_seqlens=None, temperature=1.0,
-        softcap=None, logit_scale=1.0, memory_budget=heads.MEMORY_BUDGET, margin=None, extra=None,
+        softcap=None, logit_scale=1.0, memory_budget=None, margin=None, extra=None,
         shared=None, weights=None, nll=None, num_items=None, world_size=1, accumulation=1, per_pair=False,
     ) -> PreferenceOutput:  # fmt: skip
         """``linear`` of one batch of 2B responses, the B chosen ones first, as a concatenated forward leaves them.

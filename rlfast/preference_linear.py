@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 
 from rlfast import backends, logps, validate
-from rlfast.heads import Head, most_rows, numbers, unit_strides
+from rlfast.heads import Head, live_before, most_rows, numbers, room, unit_strides
 from rlfast.loss_inputs import boundaries
 from rlfast.ops import preference_records as records
 from rlfast.ops.known_gradients import with_gradients
@@ -111,27 +111,37 @@ def run(loss, head: Head, sides: tuple, rest: PairGiven, nll, factor: float, per
         rest, nll, factor, per_pair: as in ``PreferenceLoss.run``.
         outputs: what is computed beside the log-probs: bits of ``rlfast/ops/records.py``.
     """
-    if loss.kl:
-        wanted = f"log-probs: {loss.name} reads KL(π_ref‖π), which rlfast.linear_divergence gives beside them"
-        validate.fail(ROWS.hidden, wanted, "hidden states")
-    budget = head.budget()
-    names = (ROWS,) if len(sides) == 1 else SIDES
-    weight, bias, checked = checked_sides(head, sides, names)
-    joined = join(checked, weight, bias, head)
-    needs = [x is not None and x.requires_grad and torch.is_grad_enabled() for x in joined.rows[:3]]
-    groups = None
-    if any(needs) and loss.sort is None and not loss.apart:
-        places = places_of(checked)
-        groups = places and groups_of(places, joined.rows, budget)
-    loss_names = tuple(name.of_loss() for name in names)
+    checked, joined, needs, places, groups, budget = prepared(loss, head, sides)
     if groups is None:
         found = numbers(joined.rows, any(needs), budget, outputs)
         parts = found.logp.split([side.targets.shape[0] for side in checked])
         given = [side.given(part) for side, part in zip(checked, parts, strict=True)]
-        out = loss.run(given[0], given[1] if len(given) == 2 else None, rest, nll, factor, per_pair, loss_names)
+        names = tuple(name.of_loss() for name in names_of(sides))
+        out = loss.run(given[0], given[1] if len(given) == 2 else None, rest, nll, factor, per_pair, names)
     else:
         out, found = by_chunks(loss, joined, places, groups, needs, rest, nll, factor, per_pair, outputs)
     return out, found.of(torch.Tensor.detach)
+
+
+def names_of(sides) -> tuple[TokenNames, ...]:
+    """What the arguments of both kinds in one, or of either, are called."""
+    return (ROWS,) if len(sides) == 1 else SIDES
+
+
+def prepared(loss, head: Head, sides: tuple) -> tuple:
+    """(checked sides, their rows, which gradients are needed, where responses lie, groups of pairs or None, budget)."""
+    if loss.kl:
+        wanted = f"log-probs: {loss.name} reads KL(π_ref‖π), which rlfast.linear_divergence gives beside them"
+        validate.fail(ROWS.hidden, wanted, "hidden states")
+    given = head.budget()
+    weight, bias, checked = checked_sides(head, sides, names_of(sides))
+    joined = join(checked, weight, bias, head)
+    rows, places, groups = joined.rows, None, None
+    needs = [x is not None and x.requires_grad and torch.is_grad_enabled() for x in rows[:3]]
+    if any(needs) and loss.sort is None and not loss.apart:
+        places = places_of(checked)
+        groups = places and groups_of(places, rows, given)
+    return checked, joined, needs, places, groups, room(rows, given, 1)
 
 
 def checked_sides(head: Head, sides, names) -> tuple:
@@ -216,16 +226,20 @@ def places_of(sides: list[Side]) -> tuple[Place, Place] | None:
     return Place(ends[: pairs + 1], width, cut[0]), Place(ends[pairs:], width, cut[1])
 
 
-def groups_of(places, rows: Rows, budget: float) -> list[tuple[int, int]] | None:
+def groups_of(places, rows: Rows, budget: float | None) -> list[tuple[int, int]] | None:
     """Pairs ``first`` to ``last`` whose logits fit the budget together.
 
     None if all of them do, for then the backward keeps them, or if a single pair's do not, or only those of a few rows.
     """
-    most = most_rows(rows, budget)
-    if not most or rows.hidden.shape[0] <= most or len({len(place.ends) for place in places}) != 1:
+    if len({len(place.ends) for place in places}) != 1:
         return None
-    of_pair = [sum(x) for x in zip(*([b - a for a, b in pairwise(place.ends)] for place in places), strict=True)]
-    if of_pair and max(of_pair) > most:
+    live = live_before(rows) or range(index(rows.hidden.shape[0]) + 1)
+    of_pair = [
+        sum(live[b] - live[a] for a, b in ends) for ends in zip(*(pairwise(p.ends) for p in places), strict=True)
+    ]
+    longest = max([1, *of_pair])
+    most = most_rows(rows, room(rows, budget, longest))
+    if not most or live[-1] <= most or longest > most:
         return None
     groups, first, held = [], 0, 0
     for pair, n in enumerate(of_pair):

@@ -15,7 +15,7 @@ from tests.loss_cases import oracle as loss_oracle
 from tests.numerics import assert_gradient, assert_same_bits, assert_value, assert_zero, by_name
 
 VOCAB, DEPTH, RANK = 1301, 24, 5
-# Rows of logits at once: none, those of one sequence or of some, all.
+# Rows of logits at once: none, those of one sequence or of some, all; "part of one" is for few losses.
 BUDGETS = ("recompute", "a sequence", "some sequences", "keep")
 FORMS = ("padded", "packed")
 # Nothing of the loss's kind is the head's: what goes through every loss leaves Triton's interpreter out.
@@ -106,7 +106,8 @@ def run(case: Case, backend: str, device: str = "cpu", scale: float = 1.0) -> tu
         }
         given["cu_seqlens"] = torch.arange(rows + 1, device=device) * length
     size = VOCAB * (8 if data["hidden"].dtype == torch.float64 else 4)
-    budget = {"recompute": 0, "a sequence": 1, "some sequences": 9, "keep": 1 << 20}[case.budget] * length * size
+    budget = {"recompute": 0, "part of one": 0.5, "a sequence": 1, "some sequences": 9, "keep": 1 << 20}[case.budget]
+    budget *= length * size
     rest = {k: x.to(device) if isinstance(x, torch.Tensor) else x for k, x in case.call().items()}
     if case.lora:
         rest["lora"] = (*(given.pop(k) if k in given else data[k] for k in FACTORS), case.lora)

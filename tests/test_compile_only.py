@@ -104,7 +104,8 @@ def test_row_12_no_recompilation_of_the_head(tool, keep):
             transform = Transform(0.5 + length / 150, 0.0, 1.0)
             out, kept = linear_token_logps.forward(hidden, weight, None, targets, None, transform, Wanted(0, 0), keep)
             row, needs = (rows, None, None), (True, True, False)
-            linear_token_logps.backward(hidden, weight, None, targets, None, transform, out.aux, row, needs, kept, None)
+            head, rest = (hidden, weight, None), (needs, kept, None, hidden.dtype)
+            linear_token_logps.backward(*head, targets, None, transform, out.aux, row, *rest)
     assert set(_variants(launched).values()) == {1}
 
 

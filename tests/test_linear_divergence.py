@@ -203,7 +203,7 @@ def samples(backend: str):
         s = 5 if many else 2
         saved = (aux[:s].clone(), aux[s : s + 2].clone(), aux[s + 2 : s + 4].clone())
         grads = (torch.ones(6), *((torch.ones(6, 2), torch.ones(6), torch.ones(6)) if many else (None,) * 3))
-        rest = (*options[:12], *saved, *grads, out[-2], out[-1], [True, keep, True], backend)
+        rest = (*options[:12], *saved, *grads, out[-2], out[-1], [True, keep, True], keep, backend)
         yield linear_op.op_backward, (*(heads[name].clone() for name in order), *rest)
 
 

@@ -55,8 +55,36 @@ def test_every_loss(backend, device, name, form):
 @pytest.mark.parametrize("budget", BUDGETS)
 @pytest.mark.parametrize("dtype", ("bf16", "f16"))
 def test_narrow_heads(backend, device, dtype, budget):
-    """The sums over chunks are float32, whatever the weight's dtype."""
-    check(case_of(dtype=dtype, budget=budget, options=BONUS), backend, device)
+    """The sums over chunks are float32, whatever the weight's dtype, and rounded once: after the upstream gradient."""
+    check(case_of(dtype=dtype, budget=budget, options=BONUS, upstream=-1.5), backend, device)
+
+
+@pytest.mark.backends(*QUICK)
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", ("grpo", "dr_grpo", "sapo", "reinforce"))
+def test_chunks_end_within_sequences(backend, device, name, form):
+    """A loss that reads no more of a sequence than its length; with its own bonus, and one of the mean over tokens."""
+    for mean in (False, True):
+        options = BONUS | {"entropy_mean": mean}
+        if name == "reinforce":
+            options |= {"reduce": "seq_mean_token_sum", "kl": "k3", "beta": 0.1}
+        check(case_of(name, form=form, budget="part of one", options=options), backend, device)
+
+
+@pytest.mark.parametrize("name, way", (("grpo", "chunks"), ("dapo", "chunks"), ("gspo", "again")))
+def test_within_sequences_there_are_three_products(name, way):
+    """Of one sequence whose logits are over any budget; a ratio of the whole sequence cannot be had in parts."""
+    tokens, width = 8192, 131072
+    hidden, weight = torch.zeros(1, 1, 1).expand(1, tokens, 4), torch.zeros(1, 4).expand(width, 4).requires_grad_()
+    given = {"adv": torch.zeros(1), "old_logp": torch.zeros(1, tokens)}
+    loss = rlfast.loss(name, **({"kl": None} if name == "grpo" else {}))
+    plan = rlfast.plan(loss, hidden, weight, torch.zeros(1, tokens, dtype=torch.int64), **given)
+    assert plan.way == way and plan.logits_bytes <= 2 << 30
+    shorter = rlfast.plan(
+        rlfast.loss("gspo"), hidden[:, :2048], weight, torch.zeros(1, 2048, dtype=torch.int64), adv=torch.zeros(1),
+        old_logp=torch.zeros(1, 2048),
+    )  # fmt: skip
+    assert shorter.way == "chunks" and shorter.logits_bytes == 2048 * width * 4
 
 
 @pytest.mark.backends("torch", "reference")

@@ -405,6 +405,21 @@ def test_an_odd_number_of_rows():
         rlfast.preference_loss("dpo").linear_rows(**given, weight=GOOD["weight"], ref_logps=torch.zeros(1, 3))
 
 
+@pytest.mark.parametrize("budget, way, products", ((None, "chunks", 2), (1 << 30, "keep", 2), (1, "again", 3)))
+def test_a_plan(budget, way, products):
+    """By default as many pairs at a time as pay; 512 masked tokens of each response are in no product on the CPU."""
+    hidden, targets = torch.zeros(1, 1, 1).expand(8, 1024, 4), torch.zeros(8, 1024, dtype=torch.int64)
+    weight = torch.zeros(1, 4).expand(40_000, 4).requires_grad_()
+    mask = (torch.arange(1024) < 512).expand(8, 1024)
+    given = {} if budget is None else {"memory_budget": budget * 4 if budget > 1 else 0}
+    plan = rlfast.plan(
+        rlfast.preference_loss("simpo"), hidden, hidden, weight, targets, targets, chosen_mask=mask, rejected_mask=mask,
+        **given,
+    )  # fmt: skip
+    assert (plan.way, plan.products, plan.rows) == (way, products, 8192)
+    assert plan.chunks == ((3072, 3072, 2048) if way == "chunks" else ())
+
+
 def test_a_divergence_beside_it_is_refused():
     with pytest.raises(ValueError, match="hidden: expected log-probs: tdpo1 reads KL"):
         rlfast.preference_loss("tdpo1").linear(**GOOD)

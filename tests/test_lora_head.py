@@ -193,3 +193,23 @@ def test_a_weight_that_learns_beside_it_is_refused():
     head = torch.zeros(2, 3, 4), torch.zeros(7, 4, requires_grad=True), torch.zeros(2, 3, dtype=torch.int64)
     with pytest.raises(ValueError, match="weight: expected a tensor that needs no gradient, beside lora"):
         rlfast.loss("reinforce").linear(*head, adv=torch.zeros(2), lora=(torch.zeros(2, 4), torch.zeros(7, 2), 1.0))
+
+
+@pytest.mark.unpoisoned
+@pytest.mark.backends("torch", "cpu")
+def test_compiled_whole(backend, device):
+    """Without a graph break."""
+    data = {k: x.nan_to_num() if x.is_floating_point() else x for k, x in drawn().items()}
+    loss = rlfast.loss("ppo")
+
+    def run(hidden, a, b):
+        given = {k: data[k] for k in ("adv", "old_logp", "mask")}
+        return loss.linear(hidden, data["weight"], data["targets"], lora=(a, b, 0.5), **given).loss
+
+    leaves = [data[k].clone().requires_grad_() for k in ("hidden", "lora_a", "lora_b")]
+    with rlfast.use_backend(backend):
+        found = [f(*leaves) for f in (run, torch.compile(run, fullgraph=True, backend="aot_eager"))]
+        gradients = [torch.autograd.grad(x, leaves) for x in found]
+    assert_same_bits("loss", found[1].detach(), found[0].detach())
+    for name, one, other in zip(("hidden", "a", "b"), *gradients, strict=True):
+        assert_same_bits(name, other, one)

@@ -28,10 +28,10 @@ void write_row_of(const float* x, int64_t n, bool streaming, T* y) {
 // Columns of the depth that one job of a backward product covers.
 constexpr int64_t kBlockCols = 192;
 
-// Bytes of an element of ∂hidden.
+// Bytes of an element of a gradient.
 template <class T>
-int64_t hidden_size(const HeadGradients& out) {
-  return static_cast<int64_t>(out.add ? sizeof(float) : sizeof(T));
+int64_t element_size(const HeadGradients& out) {
+  return static_cast<int64_t>(out.wide ? sizeof(float) : sizeof(T));
 }
 
 // `Source` makes dlogits:
@@ -113,7 +113,7 @@ private:
   void write_hidden(int64_t i) {
     const int64_t depth = linear_.head().depth, at = rows_.at[i] * depth;
     const float* row = d_hidden_.get() + i * depth_;
-    if (out_.add) {
+    if (out_.wide) {
       std::memcpy(static_cast<float*>(out_.hidden) + at, row, depth * sizeof(float));
     } else {
       write_row_of(row, depth, false, static_cast<T*>(out_.hidden) + at);
@@ -121,7 +121,7 @@ private:
   }
 
   void zero_skipped() {
-    const int64_t bytes = linear_.head().depth * hidden_size<T>(out_);
+    const int64_t bytes = linear_.head().depth * element_size<T>(out_);
     for (int64_t row = 0, i = 0; row < linear_.head().rows; ++row) {
       if (i < count_ && rows_.at[i] == row) {
         ++i;
@@ -171,15 +171,16 @@ private:
     const Panels b{hidden_.get() + d * count_, kTileCols * count_};
     gemm<Float32Words>(rows, std::min(kBlockCols, depth_ - d), count_, {dlogits_.get() + v, 1, kLeafPitch}, b, tile,
                        kBlockCols, false);
-    const bool streaming = linear_.head().vocab * depth * static_cast<int64_t>(sizeof(T)) > kStreamBytes;
+    const bool streaming = linear_.head().vocab * depth * element_size<T>(out_) > kStreamBytes;
     const int64_t at = (leaf * kLeaf + v) * depth + d;
     for (int64_t r = 0; r < rows; ++r) hand_out(tile + r * kBlockCols, cols, streaming, out_.weight, at + r * depth);
   }
 
   // n numbers of a gradient, complete for these rows, from its element `at` on.
   void hand_out(const float* x, int64_t n, bool streaming, void* gradient, int64_t at) const {
-    if (!out_.add) return write_row_of(x, n, streaming, static_cast<T*>(gradient) + at);
+    if (!out_.wide) return write_row_of(x, n, streaming, static_cast<T*>(gradient) + at);
     float* sum = static_cast<float*>(gradient) + at;
+    if (!out_.add) return write_row_of(x, n, streaming, sum);
     for (int64_t i = 0; i < n; ++i) sum[i] += x[i];
   }
 
@@ -215,10 +216,10 @@ private:
 
 template <class T>
 void zero_gradients(const Head& head, const HeadGradients& out) {
-  if (out.hidden) std::memset(out.hidden, 0, head.rows * head.depth * hidden_size<T>(out));
+  if (out.hidden) std::memset(out.hidden, 0, head.rows * head.depth * element_size<T>(out));
   if (out.add) return;
-  if (out.weight) std::memset(out.weight, 0, head.vocab * head.depth * sizeof(T));
-  if (out.bias) std::memset(out.bias, 0, head.vocab * sizeof(T));
+  if (out.weight) std::memset(out.weight, 0, head.vocab * head.depth * element_size<T>(out));
+  if (out.bias) std::memset(out.bias, 0, head.vocab * element_size<T>(out));
 }
 
 }  // namespace RLFAST_ISA_NS

@@ -18,7 +18,8 @@ struct HeadGradients {
   void* hidden;      // [rows, depth]
   void* weight;      // [vocab, depth]
   void* bias;        // [vocab]
-  bool add = false;  // all are float32, whatever the dtype, and weight and bias are added to
+  bool wide = false;  // all are float32, whatever the dtype
+  bool add = false;   // weight and bias, which are float32 then too, are added to
 };
 
 }  // namespace rlfast

@@ -39,15 +39,15 @@ def forward(head: Head, ref_head: Head, targets, mask, transform, ref_transform,
 
 def backward(
     own: Head, other: Head, targets, mask, transform, other_transform, measure: Measure, saved: Saved, grads, needs,
-    kept, other_kept, sums,
+    kept, other_kept, sums, dtype,
 ):  # fmt: skip
     """See ``rlfast/ops/linear_divergence.py``."""
     hidden, weight, _ = own
-    n, vocab, dtype = hidden.shape[0], weight.shape[0], compute_dtype(hidden)
+    n, vocab, acc = hidden.shape[0], weight.shape[0], compute_dtype(hidden)
     ids, counted = ids_of(targets, mask, n, hidden.device)
     live, saved, grads = live_rows(mask, n, hidden.device), flat_saved(saved, n), grads_by_row(grads, n)
     returned = [need and (i == 0 or sums is None) for i, need in enumerate(needs)]
-    out = [hidden.new_zeros(x.shape if there else (0,), dtype=dtype) for x, there in zip(own, returned, strict=True)]
+    out = [hidden.new_zeros(x.shape if there else (0,), dtype=acc) for x, there in zip(own, returned, strict=True)]
     total = out if sums is None else [out[0], *sums]
     for rows in slices(n, vocab):
         x, y = (
@@ -56,10 +56,10 @@ def backward(
         )
         g = own_gradient(x, y, ids, counted, live, (transform, other_transform), measure, saved, rows, grads)
         if needs[0]:
-            total[0][rows] = g @ weight.to(dtype)
+            total[0][rows] = g @ weight.to(acc)
         if needs[1]:
             there = live[rows].unsqueeze(-1)  # a skipped row may hold NaN, and 0·NaN is NaN
-            total[1].addmm_(g.T, torch.where(there, hidden[rows].to(dtype), 0.0))
+            total[1].addmm_(g.T, torch.where(there, hidden[rows].to(acc), 0.0))
         if needs[2]:
             total[2] += g.sum(0)
-    return tuple(out) if sums is not None else tuple(x.to(hidden.dtype) for x in out)
+    return tuple(x.to(dtype) for x in out)

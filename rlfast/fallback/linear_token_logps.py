@@ -49,24 +49,24 @@ def forward(hidden, weight, bias, targets, mask, transform: Transform, wanted: W
     return out, kept
 
 
-def backward(hidden, weight, bias, targets, mask, transform: Transform, aux, grads, needs, kept, sums):
+def backward(hidden, weight, bias, targets, mask, transform: Transform, aux, grads, needs, kept, sums, dtype):
     """See ``rlfast/ops/linear_token_logps.py``."""
     n, vocab = hidden.shape[0], weight.shape[0]
-    dtype = compute_dtype(hidden)
+    acc = compute_dtype(hidden)
     ids, counted = counted_rows(targets, mask, n)
     row = Row.of(ids.shape[1], Wanted(ENTROPY, 0))
     like, grads = (hidden, weight, bias), grads_by_row(grads, n)
     own = [need and (i == 0 or sums is None) for i, need in enumerate(needs)]
-    out = [hidden.new_zeros(x.shape if need else (0,), dtype=dtype) for x, need in zip(like, own, strict=True)]
+    out = [hidden.new_zeros(x.shape if need else (0,), dtype=acc) for x, need in zip(like, own, strict=True)]
     total = out if sums is None else [out[0], *sums]
     for rows in slices(n, vocab):
         logits = kept[rows] if kept.numel() else logits_of(hidden[rows], weight, bias)
         g = logits_gradient(logits, ids[rows], counted[rows], transform, aux, row, rows, grads)
         if needs[0]:
-            total[0][rows] = g @ weight.to(dtype)
+            total[0][rows] = g @ weight.to(acc)
         if needs[1]:
             live = counted[rows].any(-1, keepdim=True)  # a skipped row may hold NaN, and 0·NaN is NaN
-            total[1].addmm_(g.T, torch.where(live, hidden[rows].to(dtype), 0.0))
+            total[1].addmm_(g.T, torch.where(live, hidden[rows].to(acc), 0.0))
         if needs[2]:
             total[2] += g.sum(0)
-    return tuple(out) if sums is not None else tuple(x.to(hidden.dtype) for x in out)
+    return tuple(x.to(dtype) for x in out)

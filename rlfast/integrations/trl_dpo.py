@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 
 from rlfast import preference_linear
-from rlfast.heads import MEMORY_BUDGET, Head
+from rlfast.heads import Head
 from rlfast.integrations.patching import say_once
 from rlfast.integrations.trl_head import Fusion, fusing
 from rlfast.integrations.trl_outputs import Seen, scored, scores_unsupported, sums, tokens, with_router
@@ -51,6 +51,7 @@ DIVERGENCES = {
     "js_divergence": "jensen_shannon",
     "alpha_divergence": "alpha_divergence",
 }
+MEMORY_BUDGET = None  # of the logits: that of ``PreferenceLoss.linear``
 MOST_PARTS = 6  # of one PreferenceLoss
 # What TRL's head is asked for beside log-probs, in its order.
 OUTPUTS = {"entropy": ENTROPY, "log_sum_sq_probs": LOG_SUM_SQ_PROBS, "mean_logits": MEAN_LOGITS, "is_top1": IS_TOP1}

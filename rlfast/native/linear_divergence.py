@@ -44,17 +44,16 @@ def forward(head: Head, ref_head: Head, targets, mask, transform, ref_transform,
 
 def backward(
     own: Head, other: Head, targets, mask, transform, other_transform, measure: Measure, saved: Saved, grads, needs,
-    kept, other_kept, sums,
+    kept, other_kept, sums, dtype,
 ):  # fmt: skip
     """See ``rlfast/ops/linear_divergence.py``."""
     own, other = _dense(own), _dense(other)
-    dtype = own.hidden.dtype if sums is None else torch.float32
     returned = [need and (i == 0 or sums is None) for i, need in enumerate(needs)]
     out = tuple(torch.empty(x.shape if there else (0,), dtype=dtype) for x, there in zip(own, returned, strict=True))
     written = out if sums is None else (out[0], *sums)
     backends.extension("cpu").linear_divergence_backward(
         *_inputs(own, other, targets, mask, transform, other_transform, measure),
-        *map(address, (*saved, *grads, kept, other_kept, *written)), sums is not None, backends.isa(),
-        torch.get_num_threads(),
+        *map(address, (*saved, *grads, kept, other_kept, *written)), dtype == torch.float32, sums is not None,
+        backends.isa(), torch.get_num_threads(),
     )  # fmt: skip
     return out

@@ -42,15 +42,14 @@ def forward(hidden, weight, bias, targets, mask, transform: Transform, wanted: W
     return out, kept
 
 
-def backward(hidden, weight, bias, targets, mask, transform: Transform, aux, grads, needs, kept, sums):
+def backward(hidden, weight, bias, targets, mask, transform: Transform, aux, grads, needs, kept, sums, dtype):
     """See ``rlfast/ops/linear_token_logps.py``."""
     bias = bias if bias is None else bias.contiguous()
     like, own = (hidden, weight, bias), [need and (i == 0 or sums is None) for i, need in enumerate(needs)]
-    dtype = hidden.dtype if sums is None else torch.float32
     out = tuple(torch.empty(x.shape if need else (0,), dtype=dtype) for x, need in zip(like, own, strict=True))
     written = [x.data_ptr() for x in out] if sums is None else [out[0].data_ptr(), *map(address, sums)]
     backends.extension("cpu").linear_token_logps_backward(
         *_inputs(hidden, weight, bias, targets, mask, transform), aux.data_ptr(), *map(address, grads),
-        kept.data_ptr(), *written, sums is not None, backends.isa(), torch.get_num_threads(),
+        kept.data_ptr(), *written, dtype == torch.float32, sums is not None, backends.isa(), torch.get_num_threads(),
     )  # fmt: skip
     return out

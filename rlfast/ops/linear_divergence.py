@@ -23,7 +23,7 @@ from rlfast.fallback.token_logps import compute_dtype
 from rlfast.ops.dispatch import LIB, first_derivatives_only, refuse_forward_mode
 from rlfast.ops.divergence import GRADS, OPTIONS, SAVED, records, sides
 from rlfast.ops.divergence_records import Head, Saved, allocate
-from rlfast.ops.linear_token_logps import as_given
+from rlfast.ops.linear_token_logps import as_given, given_in
 
 NAME = "linear_divergence"
 
@@ -36,7 +36,7 @@ LIB.define(
 )
 LIB.define(
     f"linear_divergence_backward({_HEADS}, Tensor? targets, Tensor? mask, {OPTIONS}, {SAVED}, {GRADS}, Tensor kept,"
-    " Tensor other_kept, bool[3] needs, str backend) -> (Tensor, Tensor, Tensor)",
+    " Tensor other_kept, bool[3] needs, bool wide, str backend) -> (Tensor, Tensor, Tensor)",
     tags=_TAGS,
 )
 
@@ -74,17 +74,16 @@ def _fake_forward(*args):
 
 
 def _backward(*args):
-    *_, needs, backend = args
-    return _pulled(args, tuple(needs), backend, None)
+    *_, needs, wide, backend = args
+    return _pulled(args, tuple(needs), backend, None, given_in(args[0], wide))
 
 
 def _accumulate(*args):
     *sums, need_hidden, backend = args[-4:]
-    found = _pulled(args, (need_hidden, *(x is not None for x in sums)), backend, sums)
-    return found[0].to(compute_dtype(args[0]))  # which it is, unless it has no elements
+    return _pulled(args, (need_hidden, *(x is not None for x in sums)), backend, sums, compute_dtype(args[0]))[0]
 
 
-def _pulled(args, needs: tuple, backend: str, sums):
+def _pulled(args, needs: tuple, backend: str, sums, dtype: torch.dtype):
     *heads, targets, mask = args[:8]
     aux, other_aux, centre, *grads, kept, other_kept = args[18:27]
     own, other = Head(*heads[:3]), Head(*heads[3:])
@@ -92,15 +91,14 @@ def _pulled(args, needs: tuple, backend: str, sums):
     with as_given(own.hidden):
         return _kernel(own.hidden, backend).backward(
             own, other, targets, mask, *records(args[8:18]), Saved(aux, other_aux, centre), grads, needs, kept,
-            other_kept, sums,
+            other_kept, sums, dtype,
         )  # fmt: skip
 
 
 def _fake_backward(hidden, weight, bias, *rest):
-    needs = rest[-2]
-    return tuple(
-        hidden.new_empty(x.shape if need else (0,)) for x, need in zip((hidden, weight, bias), needs, strict=True)
-    )
+    needs, wide, _ = rest[-3:]
+    dtype, like = given_in(hidden, wide), zip((hidden, weight, bias), needs, strict=True)
+    return tuple(hidden.new_empty(x.shape if need else (0,), dtype=dtype) for x, need in like)
 
 
 def _fake_accumulate(hidden, *rest):
@@ -134,7 +132,7 @@ class _LinearDivergence(torch.autograd.Function):
                 found += (None,) * 3
                 continue
             seen, saved, g = side
-            pulled = op_backward(*own, *other, ids, mask, *seen, *saved, *g, mine, others, needs, ctx.backend)
+            pulled = op_backward(*own, *other, ids, mask, *seen, *saved, *g, mine, others, needs, False, ctx.backend)
             found += (x if need else None for x, need in zip(pulled, needs, strict=True))
         return (*found, *(None,) * 15)
 

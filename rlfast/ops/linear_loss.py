@@ -20,7 +20,6 @@ from typing import NamedTuple
 
 import torch
 
-from rlfast import backends
 from rlfast.fallback.token_logps import compute_dtype
 from rlfast.ops import divergence_records as pairs
 from rlfast.ops import linear_divergence, linear_token_logps
@@ -96,7 +95,7 @@ def numbers_of(rows: Rows, outputs: int, keep: bool, backend: str) -> tuple[Numb
 
     That function takes the gradient by the numbers, adds to the sums of weight and bias, where they are not None, and
     gives ∂hidden; of another (hidden, weight, bias) with these logits, if it is given one. Without sums it gives all
-    three gradients, of the head's dtype, those that are needed.
+    three gradients, those that are needed. All are of the compute dtype, since a factor is still to come.
 
     Args:
         rows: the head and its rows, widened.
@@ -116,7 +115,7 @@ def numbers_of(rows: Rows, outputs: int, keep: bool, backend: str) -> tuple[Numb
         def pull(by: Numbers, sums, needs, head=own):
             saved = (*head, *given, out.aux, kept, by.logp)
             if sums is None:
-                return linear_token_logps.op_backward(*saved, None, by.entropy, needs, backend)
+                return linear_token_logps.op_backward(*saved, None, by.entropy, needs, True, backend)
             return linear_token_logps.op_accumulate(*saved, by.entropy, *sums, needs, backend)
 
         return Numbers(out.logp, out.entropy, None, *metrics, out.is_top1), pull
@@ -130,7 +129,7 @@ def numbers_of(rows: Rows, outputs: int, keep: bool, backend: str) -> tuple[Numb
         grads = by.full_kl, by.logp, None, by.entropy
         saved = (*head, *given, *pairs.saved_of(out.aux, 1, outputs, False), *grads, kept, ref_kept)
         if sums is None:
-            return linear_divergence.op_backward(*saved, needs, backend)
+            return linear_divergence.op_backward(*saved, needs, True, backend)
         return linear_divergence.op_accumulate(*saved, *sums, needs, backend)
 
     return Numbers(out.logp, out.entropy, out.value), pull_pair
@@ -156,7 +155,7 @@ def _of_counted(rows: Rows, outputs: int, keep: bool, backend: str) -> tuple[Num
 
 
 def chunked(
-    rows: Rows, chunks: list, coefficients: Callable, needs: list, backend: str, outputs: int = 0, wide: bool = False
+    rows: Rows, chunks: list, coefficients: Callable, needs: list, backend: str, outputs: int = 0
 ) -> tuple[Numbers, tuple]:
     """The numbers of all rows, and the loss's gradients by the head.
 
@@ -167,16 +166,13 @@ def chunked(
         needs: whether each of ``rows.leaves()`` needs a gradient.
         backend: that was asked for.
         outputs: as in ``numbers_of``.
-        wide: whether all gradients are of the compute dtype.
 
     Returns:
-        The numbers, 0 in rows of no chunk; the gradients, None where not needed: in the compute dtype, unless there is
-        one chunk, whose are complete.
+        The numbers, 0 in rows of no chunk; the gradients in the compute dtype, None where not needed.
     """
     hidden, acc, found = rows.hidden, compute_dtype(rows.hidden), None
-    wide = wide or hidden.dtype == torch.float16  # which has not got the range
     whole = len(chunks) == 1 and chunks[0] == (slice(0, hidden.shape[0]),)
-    if whole and rows.lora is None and (hidden.dtype == acc or not wide):
+    if whole and rows.lora is None:
         numbers, pull = numbers_of(rows, outputs, True, backend)
         gradients = pull(coefficients(0, numbers), None, needs)
         return numbers, tuple(x if need else None for x, need in zip(gradients, needs, strict=True))
@@ -185,9 +181,8 @@ def chunked(
         for x, need in zip(rows[:3], needs[:3], strict=True)
     )
     factors = None
-    if rows.lora is not None:  # the oracle keeps no logits
-        chosen = backends.select(linear_token_logps.NAME, hidden.device.type, hidden.dtype, backend)
-        factors = Sums(rows.lora, hidden, needs[3:], sums[1], apart=chosen != "reference")
+    if rows.lora is not None:
+        factors = Sums(rows.lora, hidden, needs[3:], sums[1], apart=backend != "reference")  # which keeps no logits
     widened_rows = rows.widened()
     for number, chunk in enumerate(chunks):
         part = widened_rows.part(chunk)

@@ -3,16 +3,16 @@
 A backend module provides
 
     forward(hidden, weight, bias, targets, mask, transform, wanted, keep) -> (Outputs, kept)
-    backward(hidden, weight, bias, targets, mask, transform, aux, grads, needs, kept, sums)
+    backward(hidden, weight, bias, targets, mask, transform, aux, grads, needs, kept, sums, dtype)
         -> (g_hidden, g_weight, g_bias)
 
 with hidden [N, D] and weight [V, D] of one dtype, rows of any stride, the last dimension contiguous; bias [V] or None;
 targets int64 [N] or [N, K]; mask bool [N] or None. ``keep`` asks for the float32 logits [N, V] to be kept for the
 backward (``kept`` has no elements otherwise); the backend says how its rows lie, and only reads them, so that a
 second backward is right. ``needs`` is three bools; a gradient that is not needed comes back with no elements and costs
-nothing. Gradients accumulate in float32. ``sums``, if it is not None, holds (weight [V, D], bias [V]) in the compute
-dtype, contiguous: what is needed of those gradients is added to them and comes back with no elements, and g_hidden is
-of the compute dtype.
+nothing. Gradients accumulate in float32 and come back in ``dtype``: hidden's or the compute dtype. ``sums``, if it is
+not None, holds (weight [V, D], bias [V]) in the compute dtype, contiguous: what is needed of those gradients is added
+to them and comes back with no elements; ``dtype`` is the compute dtype then.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ LIB.define(
 )
 LIB.define(
     f"linear_token_logps_backward({_HEAD}, Tensor targets, Tensor? mask, {OPTIONS}, Tensor aux, Tensor kept,"
-    " Tensor? g_logp, Tensor? g_lse, Tensor? g_entropy, bool[3] needs, str backend) -> (Tensor, Tensor, Tensor)",
+    " Tensor? g_logp, Tensor? g_lse, Tensor? g_entropy, bool[3] needs, bool wide, str backend)"
+    " -> (Tensor, Tensor, Tensor)",
     tags=_TAGS,
 )
 
@@ -53,6 +54,11 @@ LIB.define(
 op = torch.ops.rlfast.linear_token_logps.default
 op_backward = torch.ops.rlfast.linear_token_logps_backward.default
 op_accumulate = torch.ops.rlfast.linear_token_logps_accumulate.default
+
+
+def given_in(x, wide: bool) -> torch.dtype:
+    """The dtype of gradients: the compute dtype if they are ``wide``, for what is still to be multiplied; else x's."""
+    return compute_dtype(x) if wide else x.dtype
 
 
 def as_given(x):
@@ -83,20 +89,21 @@ def _fake_forward(
 
 def _backward(
     hidden, weight, bias, targets, mask, temperatures, temperature, softcap, logit_scale, aux, kept,
-    g_logp, g_lse, g_entropy, needs, backend,
+    g_logp, g_lse, g_entropy, needs, wide, backend,
 ):  # fmt: skip
     kernel = backends.implementation(NAME, backends.select(NAME, hidden.device.type, hidden.dtype, backend))
     transform = Transform(temperature if temperatures is None else temperatures, softcap, logit_scale)
     grads = tuple(g if g is None else g.contiguous() for g in (g_logp, g_lse, g_entropy))
     with as_given(hidden):
-        return kernel.backward(hidden, weight, bias, targets, mask, transform, aux, grads, tuple(needs), kept, None)
+        return kernel.backward(
+            hidden, weight, bias, targets, mask, transform, aux, grads, tuple(needs), kept, None, given_in(hidden, wide)
+        )
 
 
 def _fake_backward(hidden, weight, bias, *rest):
-    needs = rest[-2]
-    return tuple(
-        hidden.new_empty(x.shape if need else (0,)) for x, need in zip((hidden, weight, bias), needs, strict=True)
-    )
+    needs, wide, _ = rest[-3:]
+    dtype, like = given_in(hidden, wide), zip((hidden, weight, bias), needs, strict=True)
+    return tuple(hidden.new_empty(x.shape if need else (0,), dtype=dtype) for x, need in like)
 
 
 def _accumulate(
@@ -108,8 +115,9 @@ def _accumulate(
     needs, grads = (need_hidden, weight_sum is not None, bias_sum is not None), (g_logp, None, g_entropy)
     sums = weight_sum, bias_sum
     with as_given(hidden):
-        found = kernel.backward(hidden, weight, bias, targets, mask, transform, aux, grads, needs, kept, sums)
-    return found[0].to(compute_dtype(hidden))  # which it is, unless it has no elements
+        return kernel.backward(
+            hidden, weight, bias, targets, mask, transform, aux, grads, needs, kept, sums, compute_dtype(hidden)
+        )[0]
 
 
 def _fake_accumulate(hidden, *rest):
@@ -136,7 +144,8 @@ class _LinearTokenLogps(torch.autograd.Function):
         if all(g is None for g in grads):
             return (None,) * 13
         *head, targets, mask, temperatures, aux, kept = ctx.saved_tensors
-        found = op_backward(*head, targets, mask, temperatures, *ctx.options, aux, kept, *grads, needs, ctx.backend)
+        saved = (*head, targets, mask, temperatures, *ctx.options, aux, kept)
+        found = op_backward(*saved, *grads, needs, False, ctx.backend)
         return (*(g if need else None for g, need in zip(found, needs, strict=True)), *(None,) * 10)
 
 

@@ -120,10 +120,14 @@ class Output(NamedTuple):
 
 def row_wise(plan: Plan, settings: Settings) -> bool:
     """Whether a token's part depends on its sequence: else any split of the tokens will do."""
+    return plan.reduce >= SEQ_MEAN_TOKEN_MEAN or reads_sequences(plan, settings)
+
+
+def reads_sequences(plan: Plan, settings: Settings) -> bool:
+    """Whether it depends on other tokens of its sequence, and not on how many there are alone."""
     return (
         plan.unit != TOKEN
         or bool(plan.mean_adv)
-        or plan.reduce >= SEQ_MEAN_TOKEN_MEAN
         or max(plan.weight, plan.gate) > AT_TOKEN
         or settings.off_policy < float("inf")
     )

@@ -67,14 +67,13 @@ def _linear_forward(hidden, weight, bias, targets, mask, transform, wanted, keep
     return out, hidden.new_empty((hidden.shape[0], weight.shape[0]) if keep else (0,), dtype=out.logp.dtype)
 
 
-def _linear_backward(hidden, weight, bias, targets, mask, transform, aux, grads, needs, kept, sums):
-    wide = hidden.dtype if sums is None else next(x.dtype for x in (*sums, aux) if x is not None)
+def _linear_backward(hidden, weight, bias, targets, mask, transform, aux, grads, needs, kept, sums, dtype):
     with torch.enable_grad():
-        leaves = [x if x is None else x.detach().to(wide).requires_grad_() for x in (hidden, weight, bias)]
+        leaves = [x if x is None else x.detach().to(dtype).requires_grad_() for x in (hidden, weight, bias)]
         values = linear_oracle(leaves[0], leaves[1], targets, leaves[2], **_options(mask, transform))
         pulled = iter(_pull(values, grads, [x for x, need in zip(leaves, needs, strict=True) if need]))
-    found = [next(pulled) if need else hidden.new_empty(0) for need in needs]
-    return tuple(found) if sums is None else summed(found, needs, sums, hidden)
+    found = [next(pulled) if need else hidden.new_empty(0, dtype=dtype) for need in needs]
+    return tuple(found) if sums is None else summed(found, needs, sums)
 
 
 token_logps = SimpleNamespace(forward=_forward, backward=_backward)

@@ -64,16 +64,15 @@ def _linear_forward(head, ref_head, targets, mask, transform, ref_transform, mea
 
 
 def _linear_backward(
-    own, other, targets, mask, transform, other_transform, measure, saved, grads, needs, kept, other_kept, sums
+    own, other, targets, mask, transform, other_transform, measure, saved, grads, needs, kept, other_kept, sums, dtype
 ):
-    wide = own.hidden.dtype if sums is None else saved.aux.dtype
     with torch.enable_grad():
-        leaves = [x if x is None else x.detach().to(wide).requires_grad_() for x in own]
-        other = [x if x is None else x.detach().to(wide) for x in other]
+        leaves = [x if x is None else x.detach().to(dtype).requires_grad_() for x in own]
+        other = [x if x is None else x.detach().to(dtype) for x in other]
         values = _linear(leaves, other, _options(targets, mask, transform, other_transform, measure))
         pulled = iter(_pull(values, grads, [x for x, need in zip(leaves, needs, strict=True) if need]))
-    found = [next(pulled) if need else own.hidden.new_empty(0) for need in needs]
-    return tuple(found) if sums is None else summed(found, needs, sums, own.hidden)
+    found = [next(pulled) if need else own.hidden.new_empty(0, dtype=dtype) for need in needs]
+    return tuple(found) if sums is None else summed(found, needs, sums)
 
 
 divergence = SimpleNamespace(forward=_forward, backward=_backward)

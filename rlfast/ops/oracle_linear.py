@@ -23,12 +23,12 @@ def _backward(x, weight, g, needs):
     return tuple(next(pulled) if need else x.new_empty(0) for need in needs)
 
 
-def summed(found: list, needs: tuple, sums: tuple, hidden) -> tuple:
+def summed(found: list, needs: tuple, sums: tuple) -> tuple:
     """The gradients of a chunk: those of weight and bias are added to the sums."""
     for total, g, need in zip(sums, found[1:], needs[1:], strict=True):
         if need:
             total.add_(g)
-    return found[0], hidden.new_empty(0), hidden.new_empty(0)
+    return found[0], found[0].new_empty(0), found[0].new_empty(0)
 
 
 linear = SimpleNamespace(forward=_forward, backward=_backward)
