@@ -1,0 +1,469 @@
+"""OpenRLHF's functions on rlfast equal OpenRLHF's own, value and gradient; ``rlfast.patch("openrlhf")`` and its undo."""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import itertools
+import logging
+import subprocess
+import sys
+import textwrap
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import rlfast
+from rlfast.integrations import openrlhf as ours
+from rlfast.integrations import patching
+from tests import openrlhf_code
+from tests.numerics import assert_same_bits
+from tools.trainer_code import in_float64
+
+B, T, V = 6, 24, 37
+MASKS = (torch.bool, torch.int64, torch.float32)
+TOLERANCE = {torch.float32: (3e-5, 3e-6), torch.float64: (1e-9, 1e-12)}
+CORRECTIONS = (
+    {},
+    *(
+        {"is_correction_level": level, "is_correction_mode": mode, "is_correction_gating": gating,
+         "is_correction_threshold": threshold}
+        for level, mode, gating, threshold in (
+            ("token", "mask", "ratio", (0.5, 5.0)),
+            ("token", "mask", "ratio", (0.9, 1.2)),
+            ("token", "clip", "ratio", (0.9, 1.2)),
+            ("seq", "mask", "ratio", (0.9, 1.05)),
+            ("token", "mask", "binary_kl", (0.0, 0.01)),
+            ("seq", "mask", "binary_kl", (0.0, 0.02)),
+            ("token", "mask", "tv", (0.0, 0.05)),
+            ("seq", "mask", "tv", (0.0, 0.06)),
+        )
+    ),
+)  # fmt: skip
+GLOBAL = {"dp_size": 2, "batch_num_tokens": 70.0, "global_batch_size": 9.0}
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    return openrlhf_code.load()
+
+
+def gathered(utils, loss, maker) -> SimpleNamespace:
+    """OpenRLHF's names in one place."""
+    names = vars(loss) | vars(utils) | {"RemoteExperienceMaker": maker.RemoteExperienceMaker}
+    return SimpleNamespace(**{name: names[name] for name in ours.__all__ if name != "setup_worker"})
+
+
+@pytest.fixture
+def theirs(loaded):
+    """Its own functions; the entropy without its compiler, which takes longer than all tests."""
+    found = gathered(*loaded)
+    found.compute_entropy = found.compute_entropy._torchdynamo_orig_callable
+    return found
+
+
+@functools.cache
+def drawn():
+    torch.manual_seed(0)
+    logp = torch.randn(B, T).mul(0.5) - 1.5
+    mask = torch.rand(B, T) > 0.3
+    mask[:, :2], mask[2] = False, False  # an empty row, and holes
+    old = logp + 0.4 * torch.randn(B, T)
+    pair = -20.0 + 4.0 * torch.randn(4, B)
+    return {
+        "logits": 2 * torch.randn(B, T, V), "labels": torch.randint(V, (B, T)), "logp": logp, "old": old,
+        "ref": logp + torch.randn(B, T) * torch.tensor([0.3, 3.0, 15.0])[torch.randint(3, (B, T))],
+        "rollout": old + 0.3 * torch.randn(B, T), "adv": torch.randn(B, T), "mask": mask, "score": torch.randn(B),
+        "kl": torch.randn(B, T), "values": torch.randn(B, T), "rewards": torch.randn(B, T), "pair": pair,
+        "margin": torch.rand(B),
+    }  # fmt: skip
+
+
+def fields(dtype, mask=torch.bool) -> SimpleNamespace:
+    """The draws, each a leaf of its own."""
+    made = {name: x.clone().to(dtype) if x.is_floating_point() else x.clone() for name, x in drawn().items()}
+    return SimpleNamespace(**made | {"mask": made["mask"].to(mask)})
+
+
+def by_logits(m, d):
+    return m.log_probs_from_logits(d.logits, d.labels)
+
+
+def warm(m, d):
+    return m.log_probs_from_logits(d.logits * 1.0, d.labels, temperature=0.7)
+
+
+def scored(m, d):
+    return m.compute_reward(d.score, 0.05, d.kl, action_mask=d.mask, reward_clip_range=(-1.0, 1.0))
+
+
+def maker(m, d):
+    return m.RemoteExperienceMaker.get_advantages_and_returns(None, d.values, d.rewards, d.mask, 0.99, 0.95)
+
+
+def returns(m, d):
+    return m.RemoteExperienceMaker.get_cumulative_returns(None, d.rewards, d.mask, 0.97)
+
+
+def dpo(m, d, **options):
+    return m.DPOLoss(0.1, **options)(*d.pair)
+
+
+CASES = {
+    "log_probs_from_logits": (by_logits, "logits"),
+    "log_probs_from_logits, tempered": (warm, "logits"),
+    "compute_entropy": (lambda m, d: m.compute_entropy(d.logits), "logits"),
+    **{
+        f"compute_approx_kl, {kind} {unbiased} {old}": (
+            lambda m, d, kind=kind, unbiased=unbiased, old=old: m.compute_approx_kl(
+                d.logp, d.ref, d.old if old else None, kl_estimator=kind, unbiased_gradient=unbiased
+            ),
+            "logp",
+        )
+        for kind, unbiased, old in itertools.product(("k1", "k2", "k3"), (False, True), (False, True))
+    },
+    "compute_reward": (scored, "kl score"),
+    "compute_reward, no KL": (lambda m, d: m.compute_reward(d.score, -1.0, d.kl, d.mask), "score"),
+    "masked_mean": (lambda m, d: m.masked_mean(d.logp, d.mask), "logp"),
+    "masked_mean, rows": (lambda m, d: m.masked_mean(d.logp[:2], d.mask[:2], dim=-1), "logp"),
+    "masked_mean, no mask": (lambda m, d: m.masked_mean(d.logp, None, dim=1), "logp"),
+    "masked_normalize": (lambda m, d: m.masked_normalize(d.logp, d.mask), "logp"),
+    "masked_normalize, columns": (lambda m, d: m.masked_normalize(d.logp, d.mask, dim=0, eps=1e-3), "logp"),
+    **{
+        f"{name}, {level} {bool(counts)}": (
+            lambda m, d, call=call, level=level, counts=counts: call(m, d, level, counts), leaf,
+        )
+        for (name, (call, leaf)), level, counts in itertools.product(
+            {
+                "aggregate_loss": (lambda m, d, x, n: m.aggregate_loss(d.kl, d.mask, token_level_loss=x, **n), "kl"),
+                "SFTLoss": (lambda m, d, x, n: m.SFTLoss(x)(d.logp, d.mask, **n), "logp"),
+                "ValueLoss": (lambda m, d, x, n: m.ValueLoss(0.2, x)(d.values, d.old, d.rewards, d.mask, **n), "values"),
+                "ValueLoss, free": (
+                    lambda m, d, x, n: m.ValueLoss(None, x)(d.values, d.old, d.rewards, d.mask, **n), "values"),
+            }.items(), (True, False), ({}, GLOBAL),
+        )
+    },
+    "GPTLMLoss": (lambda m, d: m.GPTLMLoss()(d.logits, d.labels.masked_fill(~(d.mask != 0), -100)), "logits"),
+    "PairWiseLoss": (lambda m, d: m.PairWiseLoss()(d.pair[0], d.pair[1]), "pair"),
+    "PairWiseLoss, margin": (lambda m, d: m.PairWiseLoss()(d.pair[0][:, None], d.pair[1][:, None], d.margin[:, None]),
+                             "pair"),
+    "LogExpLoss": (lambda m, d: m.LogExpLoss()(d.pair[0], d.pair[1]), "pair"),
+    "DPOLoss": (dpo, "pair"),
+    "DPOLoss, smoothed": (functools.partial(dpo, label_smoothing=0.2), "pair"),
+    "DPOLoss, ipo": (functools.partial(dpo, ipo=True), "pair"),
+    "get_advantages_and_returns": (maker, ""),
+    "get_advantages_and_returns, no mask": (
+        lambda m, d: m.RemoteExperienceMaker.get_advantages_and_returns(None, d.values, d.rewards, None, 1.0, 1.0), ""),
+    "get_cumulative_returns": (returns, ""),
+}  # fmt: skip
+NAMES = {name.split(",")[0] for name in CASES} - {"get_advantages_and_returns", "get_cumulative_returns"}
+
+
+def outcome(call, leaves: str, m, d) -> dict[str, torch.Tensor]:
+    """What a call returns, and its gradients."""
+    wanted = [getattr(d, name).requires_grad_() for name in leaves.split()]
+    if leaves == "pair":  # the reference's log-probs are constants
+        d.pair = [*d.pair[:2], *d.pair[2:].detach()]
+    out = call(m, d)
+    out = out if isinstance(out, tuple) else (out,)
+    found = {f"output {i}": x.detach() for i, x in enumerate(out) if x is not None}
+    if wanted:
+        pull = torch.linspace(0.5, 1.5, out[0].numel()).to(out[0]).reshape(out[0].shape)
+        (out[0] * pull).sum().backward()
+    return found | {f"d{name}": x.grad for name, x in zip(leaves.split(), wanted, strict=True)}
+
+
+def compare(got: dict, expected: dict, dtype=torch.float32) -> None:
+    """Equal within the rounding of sums."""
+    assert got.keys() == expected.keys()
+    rtol, atol = TOLERANCE[dtype]
+    for name, x in expected.items():
+        torch.testing.assert_close(
+            got[name].to(x), x, rtol=rtol, atol=atol, equal_nan=True, msg=lambda m, name=name: f"{name}: {m}"
+        )
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_equals_openrlhf(theirs, name):
+    call, leaves = CASES[name]
+    for dtype, mask in itertools.product(TOLERANCE, MASKS):
+        with in_float64() if dtype == torch.float64 else torch.enable_grad():
+            got, expected = (outcome(call, leaves, m, fields(dtype, mask)) for m in (ours, theirs))
+        assert all(x.dtype == dtype for x in got.values())
+        compare(got, expected, dtype)
+
+
+def test_every_function_has_a_case():
+    assert {*ours.__all__} - {"PolicyLoss", "RemoteExperienceMaker", "setup_worker"} == NAMES
+
+
+def policy(m, d, options, counts):
+    return m.PolicyLoss(**options)(d.logp, d.old, d.adv, d.mask, rollout_log_probs=d.rollout, **counts)
+
+
+@pytest.mark.parametrize("correction", CORRECTIONS, ids=lambda c: "-".join(map(str, c.values())) or "off")
+@pytest.mark.parametrize("kind", ("ppo", "gspo"))
+def test_policy_loss_equals_openrlhf(theirs, kind, correction):
+    grid = itertools.product((None, 3.0), (True, False), MASKS, ({}, GLOBAL), TOLERANCE)
+    for dual, level, mask, counts, dtype in grid:
+        options = {"policy_loss_type": kind, "dual_clip": dual, "token_level_loss": level} | correction
+        call = functools.partial(policy, options=options, counts=counts)
+        with in_float64() if dtype == torch.float64 else torch.enable_grad():
+            got, expected = (outcome(call, "logp", m, fields(dtype, mask)) for m in (ours, theirs))
+        compare(got, expected, dtype)
+
+
+def test_policy_loss_far_from_the_old_policy(theirs):
+    for kind in ("ppo", "gspo"):
+        drifts = [fields(torch.float64) for _ in range(2)]
+        for d in drifts:
+            d.old = d.logp + 12.0 * d.kl
+        call = functools.partial(policy, options={"policy_loss_type": kind, "dual_clip": 3.0}, counts={})
+        compare(*(outcome(call, "logp", m, d) for m, d in zip((ours, theirs), drifts, strict=True)), torch.float64)
+
+
+class Off:
+    """rlfast's functions with an error of one percent in what they return."""
+
+    def __getattr__(self, name):
+        real = getattr(ours, name)
+        if name == "RemoteExperienceMaker":
+            return SimpleNamespace(**{n: self.wrong(getattr(real, n)) for n in vars(real) if n.startswith("get_")})
+        return lambda *args, **kw: (
+            self.wrong(real(*args, **kw)) if isinstance(real, type) else self.wrong(real)(*args, **kw)
+        )
+
+    @staticmethod
+    def wrong(function):
+        def call(*args, **kwargs):
+            out = function(*args, **kwargs)
+            return tuple(x if x is None else 1.01 * x for x in out) if isinstance(out, tuple) else 1.01 * out
+
+        return call
+
+
+@pytest.mark.parametrize("name", [*CASES, "PolicyLoss"])
+def test_an_error_of_one_percent_is_noticed(theirs, name):
+    call, leaves = CASES.get(name) or (functools.partial(policy, options={}, counts={}), "logp")
+    got, expected = (outcome(call, leaves, m, fields(torch.float32)) for m in (Off(), theirs))
+    with pytest.raises(AssertionError):
+        compare(got, expected)
+    for name in got:  # each alone would be noticed too
+        with pytest.raises(AssertionError):
+            compare({name: got[name]}, {name: expected[name]})
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_nothing_to_average_is_nan_as_in_openrlhf(theirs, mask):
+    for m in (ours, theirs):
+        d = fields(torch.float32, mask)
+        d.mask = torch.zeros_like(d.mask)
+        for out in (
+            m.masked_mean(d.logp, d.mask), m.masked_mean(d.logp, d.mask, dim=-1), m.SFTLoss()(d.logp, d.mask),
+            m.aggregate_loss(d.logp, d.mask, token_level_loss=False), m.ValueLoss()(d.values, d.old, d.adv, d.mask),
+            *m.PolicyLoss()(d.logp, d.old, d.adv, d.mask)[:3],
+        ):  # fmt: skip
+            assert out.isnan().all()
+        assert m.PolicyLoss()(d.logp, d.old, d.adv, d.mask, **GLOBAL)[0] == 0
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16))
+def test_a_large_vocabulary_and_half_precision(theirs, dtype):
+    """A half-precision input is compared with OpenRLHF's function of the same numbers in float32."""
+    torch.manual_seed(1)
+    logits, labels = torch.randn(2, 5, 50257).mul(3).to(dtype), torch.randint(50257, (2, 4))
+
+    def run(m, x):
+        leaf = x.clone().requires_grad_()
+        sliced = leaf[:, :-1]
+        logp, entropy = m.log_probs_from_logits(sliced, labels), m.compute_entropy(sliced)
+        (logp.sum() + entropy.sum()).backward()
+        return logp.detach(), entropy.detach(), leaf.grad
+
+    got, expected = run(ours, logits), run(theirs, logits.float())
+    assert got[0].dtype == got[1].dtype == torch.float32 and got[2].dtype == dtype
+    for x, y in zip(got[:2], expected[:2], strict=True):
+        torch.testing.assert_close(x, y, rtol=2e-5, atol=2e-5)
+    rounding = torch.finfo(dtype).eps
+    torch.testing.assert_close(got[2].float(), expected[2], rtol=max(rounding, 1e-4), atol=1e-6)
+
+
+def test_the_temperature_divides_the_logits_as_in_openrlhf(theirs):
+    d, own = fields(torch.float32), fields(torch.float32)
+    ours.log_probs_from_logits(d.logits, d.labels, temperature=0.6)
+    theirs.log_probs_from_logits(own.logits, own.labels, temperature=0.6)
+    assert_same_bits("logits", d.logits, own.logits)
+
+
+def test_a_policy_loss_that_cannot_be():
+    for options in (
+        {"is_correction_level": "word"}, {"is_correction_mode": "cut"}, {"is_correction_gating": "kl"},
+        {"is_correction_mode": "clip", "is_correction_level": "seq"}, {"policy_loss_type": "dapo"},
+        {"is_correction_gating": "tv", "is_correction_level": "token"},
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=next(iter(options)) if len(options) == 1 else "is_correction_"):
+            ours.PolicyLoss(**options)
+    with pytest.raises(AssertionError, match="dual_clip"):
+        ours.PolicyLoss(dual_clip=0.5)
+    with pytest.raises(ValueError, match="ring_attn_group"):
+        ours.GPTLMLoss(ring_attn_group=object())
+    with pytest.raises(ValueError, match="kl_estimator"):
+        ours.compute_approx_kl(torch.zeros(2), torch.zeros(2), kl_estimator="abs")
+
+
+def bindings() -> dict:
+    """Every global of OpenRLHF's modules, and the attributes of their classes."""
+    found = {}
+    for name, module in list(sys.modules.items()):
+        if name.split(".")[0] == "openrlhf":
+            for key, value in list(vars(module).items()):
+                found[name, key] = value
+                if isinstance(value, type) and value.__module__ == name:
+                    found |= {(name, key, attribute): x for attribute, x in vars(value).items()}
+    return found
+
+
+def changed(before: dict) -> set[str]:
+    after = bindings()
+    return {".".join(key) for key in before if after.get(key) is not before[key]}
+
+
+def test_patch_reaches_every_name_and_undo_restores_it(loaded):
+    before, finders = bindings(), list(sys.meta_path)
+    undo = rlfast.patch("openrlhf")
+    try:
+        names = changed(before)
+        assert names == set(undo.replaced)
+        assert {
+            "openrlhf.models.actor.log_probs_from_logits",
+            "openrlhf.models.actor.compute_entropy",
+            "openrlhf.models.aggregate_loss",
+            "openrlhf.models.loss.masked_mean",
+            f"{openrlhf_code.MAKER}.compute_approx_kl",
+            f"{openrlhf_code.MAKER}.RemoteExperienceMaker.get_advantages_and_returns",
+        } <= names
+        assert {name.rpartition(".")[2] for name in names} >= {*ours.__all__} - {
+            "RemoteExperienceMaker", "setup_worker", *(n for n in ours.__all__ if n.endswith("Loss")),
+        }  # fmt: skip
+        with rlfast.patch("openrlhf") as again:
+            assert changed(before) == names and again.replaced == undo.replaced
+        assert undo.active
+        d = fields(torch.float32)
+        own = ours.PolicyLoss()(d.logp, d.old, d.adv, d.mask)
+        for x, y in zip(loaded[1].PolicyLoss()(d.logp, d.old, d.adv, d.mask), own, strict=True):
+            assert x is y is None or torch.equal(x, y)
+    finally:
+        undo()
+    assert not changed(before) and sys.meta_path == finders
+    assert not undo.active and undo.replaced == ()
+
+
+def test_originals_run_where_rlfast_cannot_and_say_so_once(loaded, caplog):
+    utils, loss, module = loaded
+    d, maker_of = fields(torch.float32), module.RemoteExperienceMaker
+    weights, ring = torch.rand(B, T), loss.GPTLMLoss()
+    calls = {
+        "holds other numbers than 0 and 1": lambda: utils.masked_mean(d.logp, weights),
+        "is broadcast": lambda: utils.masked_normalize(d.logp, d.mask[:1]),
+        "shapes are not one": lambda: loss.aggregate_loss(d.kl, d.mask[:1]),
+        "a global count is 0": lambda: loss.SFTLoss()(d.logp, d.mask, batch_num_tokens=0),
+        "advantages needs a gradient": lambda: loss.PolicyLoss()(d.logp, d.old, d.adv.requires_grad_(), d.mask)[0],
+        "clip_eps is 0": lambda: loss.ValueLoss(0)(d.values, d.old, d.rewards, d.mask),
+        "margin is no constant": lambda: loss.PairWiseLoss()(d.pair[0], d.pair[1], 0.5),
+        "log-probs are of shape": lambda: loss.DPOLoss(0.1)(*d.pair[:, :, None])[0],
+        "beside logits": lambda: utils.log_probs_from_logits(d.logits.double(), d.labels[:, :, None].expand(-1, -1, 1)),
+        "log_probs_base needs": lambda: utils.compute_approx_kl(d.logp, d.ref.requires_grad_()),
+        "not of one shape": lambda: utils.compute_reward(d.score, 0.1, d.kl, d.mask[:, 1:]),
+        "gamma is 1.5": lambda: maker_of.get_cumulative_returns(None, d.rewards, d.mask, 1.5),
+    }
+    ring.ring_attn_group = object()
+    for reason, call in calls.items():
+        patching.say_once.cache_clear()
+        caplog.clear()
+        outcomes = []
+        with caplog.at_level(logging.WARNING, "rlfast.integrations"), rlfast.patch("openrlhf"):
+            for _ in range(2):
+                outcomes.append(attempt(call))
+        assert len(caplog.records) == 1 and reason in caplog.text and "runs as it is" in caplog.text, reason
+        own = attempt(call)
+        assert type(outcomes[0]) is type(own)
+        if isinstance(own, torch.Tensor):
+            assert torch.equal(outcomes[0], own), reason
+    assert "ring attention" in ours.losses.gpt_unsupported(ring, d.logits, d.labels)
+
+
+def attempt(call):
+    """What it returns or raises."""
+    try:
+        return call()
+    except Exception as error:
+        return error
+
+
+def test_versions_and_signatures_that_are_not_known(loaded, monkeypatch, caplog):
+    utils = loaded[0]
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.12.0")
+    with pytest.raises(RuntimeError, match=r"tested with openrlhf 0\.11, found 0\.12\.0.*untested=True"):
+        rlfast.patch("openrlhf")
+    monkeypatch.setattr(utils, "compute_reward", lambda r, kl: r)
+    with caplog.at_level(logging.WARNING, "rlfast.integrations"):
+        with rlfast.patch("openrlhf", untested=True) as patch:
+            assert "openrlhf.models.utils.masked_mean" in patch.replaced
+            assert "openrlhf.models.utils.compute_reward" not in patch.replaced
+    assert "compute_reward takes (r, kl), expected (r, kl_coef" in caplog.text
+    monkeypatch.undo()
+    monkeypatch.setattr(utils, "compute_reward", lambda r, kl: r)
+    with pytest.raises(RuntimeError, match="does not look as it should"):
+        rlfast.patch("openrlhf")
+
+
+BEFORE_THE_IMPORT = """
+import sys
+import rlfast
+assert "openrlhf" not in sys.modules
+from rlfast.integrations import openrlhf
+assert not any(x in sys.modules for x in ("openrlhf.models", "deepspeed", "ray"))  # nor by importing ours
+openrlhf.setup_worker()
+undo = rlfast.patch("openrlhf")
+assert undo.active and not undo.replaced and "awaits" in repr(undo) and "openrlhf.models" not in sys.modules
+from tests import openrlhf_code
+utils, loss, maker = openrlhf_code.load()
+import openrlhf.models
+actor = openrlhf.models.actor
+assert actor.log_probs_from_logits is utils.log_probs_from_logits is maker.compute_reward.__globals__.get(
+    "log_probs_from_logits", utils.log_probs_from_logits)
+held = (utils.log_probs_from_logits, actor.compute_entropy, maker.compute_reward, openrlhf.models.aggregate_loss,
+        loss.PolicyLoss.forward, maker.RemoteExperienceMaker.get_cumulative_returns)
+assert all(x.__globals__["__name__"] == "rlfast.integrations.patching" for x in held)
+undo()
+held = (utils.log_probs_from_logits, maker.compute_reward, openrlhf.models.aggregate_loss, loss.PolicyLoss.forward)
+assert all(x.__globals__["__name__"].startswith("openrlhf") for x in held), held
+assert not any(type(x).__name__ == "AfterImport" for x in sys.meta_path)
+"""
+
+
+def test_patch_before_the_import_and_nothing_by_importing_rlfast():
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(BEFORE_THE_IMPORT)], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_ray_worker_is_patched_by_its_setup_hook():
+    ray = pytest.importorskip("ray")
+    path = [x for x in sys.path if x]
+    environment = {"env_vars": {"PYTHONPATH": ":".join(path)}}
+    hook = {"worker_process_setup_hook": "rlfast.integrations.openrlhf.setup_worker"}
+    ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False, configure_logging=False,
+             runtime_env=environment | hook)  # fmt: skip
+    try:
+
+        @ray.remote
+        def inside():
+            utils, loss, _ = openrlhf_code.load()
+            return [x.__globals__["__name__"] for x in (utils.log_probs_from_logits, loss.PolicyLoss.forward)]
+
+        assert ray.get(inside.remote(), timeout=120) == ["rlfast.integrations.patching"] * 2
+    finally:
+        ray.shutdown()
