@@ -64,7 +64,7 @@ def ppo(module, sequences):
     maker = module.RemoteExperienceMaker  # a method that reads nothing of its object
     adv, returns = maker.get_advantages_and_returns(None, values, rewards, mask, 1.0, 0.95)
     logp, logits = log_probs(actor, sequences)
-    loss, clip_ratio, ppo_kl, *_ = module.PolicyLoss(0.2, 0.28, dual_clip=3.0)(logp, old - 0.1, adv, mask)
+    loss, clip_ratio, ppo_kl, *_ = module.PolicyLoss(0.2, 0.28, dual_clip=3.0)(logp, old - 0.2 * values, adv, mask)
     kl = module.compute_approx_kl(logp, ref, kl_estimator="k3", unbiased_gradient=True)
     entropy = module.compute_entropy(logits)
     value = module.ValueLoss(0.2)(critic(sequences[:, :-1])[..., 0], values, returns, mask)
@@ -97,9 +97,8 @@ def main():
                 torch.manual_seed(0)  # the models' weights
                 found.append(loss(module, sequences))
                 found[-1].backward()
-        print(
-            f"{loss.__name__:13}" + "".join(f"  {who} {x.item():.6f}" for who, x in zip(("rlfast", "OpenRLHF"), found))
-        )
+        values = zip(("rlfast", "OpenRLHF"), found, strict=False)
+        print(f"{loss.__name__:13}" + "".join(f"  {who} {x.item():.6f}" for who, x in values))
         torch.testing.assert_close(found[0], found[-1], rtol=1e-5, atol=1e-6)
 
 

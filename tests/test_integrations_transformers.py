@@ -93,7 +93,7 @@ def test_errors_name_the_argument():
 
 def tiny():
     torch.manual_seed(0)
-    return GPT2LMHeadModel(GPT2Config(vocab_size=V, n_positions=32, n_embd=16, n_layer=1, n_head=2))
+    return GPT2LMHeadModel(GPT2Config(vocab_size=V, n_positions=32, n_embd=16, n_layer=1, n_head=2)).eval()
 
 
 def gradients(model, **inputs):

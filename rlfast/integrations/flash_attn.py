@@ -33,7 +33,7 @@ def cross_entropy_loss(
     Args:
         logits: [N, V] float32, bfloat16 or float16, with gradient. labels: [N] int; ``ignore_index`` marks a row of 0.
         precomputed_lse: None: it is computed.
-        label_smoothing: s; other than 0 it costs one more pass over the logits.
+        label_smoothing: s; other than 0 it costs a float32 copy of the logits.
         lse_square_scale: weight of the z-loss.
         inplace_backward: the gradient is written over the logits.
         process_group: None, or a group of one: the vocabulary is not divided.
@@ -48,14 +48,16 @@ def cross_entropy_loss(
         validate.fail("precomputed_lse", "None: rlfast computes it", type(precomputed_lse).__name__)
     if process_group is not None and torch.distributed.get_world_size(process_group) > 1:
         validate.fail("process_group", "None, or a group of one process", repr(process_group))
+    if label_smoothing:
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # two gradients, rounded once
     targets = targets_of(labels, ignore_index)
     counted = targets != validate.IGNORE_INDEX
     wanted = ("logp", "lse") if label_smoothing or lse_square_scale else ("logp",)
     out = token_logps(logits, targets, logit_scale=logit_scale, outputs=wanted, inplace_backward=inplace_backward)
     losses = -out.logp
     if label_smoothing:
-        mean = logit_scale * logits.mean(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
-        losses = torch.where(counted, torch.lerp(losses, out.lse - mean, label_smoothing), 0.0)
+        uniform = out.lse - logit_scale * logits.mean(-1)
+        losses = torch.where(counted, torch.lerp(losses, uniform, label_smoothing), 0.0)
     if not lse_square_scale:
         return losses, torch.zeros_like(losses)
     z_losses = lse_square_scale * torch.where(counted, out.lse, 0.0).square()
