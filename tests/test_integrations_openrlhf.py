@@ -200,8 +200,9 @@ def outcome(call, leaves: str, m, d) -> dict[str, torch.Tensor]:
 def compare(got: dict, expected: dict, dtype=torch.float32) -> None:
     """Equal within the rounding of sums."""
     assert got.keys() == expected.keys()
-    rtol, atol = TOLERANCE[dtype]
     for name, x in expected.items():
+        # what is counted and logged beside a loss is float32
+        rtol, atol = TOLERANCE[torch.float32 if name[:6] == "output" and name != "output 0" else dtype]
         torch.testing.assert_close(
             got[name].to(x), x, rtol=rtol, atol=atol, equal_nan=True, msg=lambda m, name=name: f"{name}: {m}"
         )
@@ -361,13 +362,10 @@ def test_patch_reaches_every_name_and_undo_restores_it(loaded):
             "openrlhf.models.actor.log_probs_from_logits",
             "openrlhf.models.actor.compute_entropy",
             "openrlhf.models.aggregate_loss",
-            "openrlhf.models.loss.masked_mean",
-            f"{openrlhf_code.MAKER}.compute_approx_kl",
+            f"{openrlhf_code.MAKER}.compute_reward",
             f"{openrlhf_code.MAKER}.RemoteExperienceMaker.get_advantages_and_returns",
         } <= names
-        assert {name.rpartition(".")[2] for name in names} >= {*ours.__all__} - {
-            "RemoteExperienceMaker", "setup_worker", *(n for n in ours.__all__ if n.endswith("Loss")),
-        }  # fmt: skip
+        assert not any(x in name for name in names for x in ("compute_approx_kl", "masked_"))
         with rlfast.patch("openrlhf") as again:
             assert changed(before) == names and again.replaced == undo.replaced
         assert undo.active
@@ -386,8 +384,7 @@ def test_originals_run_where_rlfast_cannot_and_say_so_once(loaded, caplog):
     d, maker_of = fields(torch.float32), module.RemoteExperienceMaker
     weights, ring = torch.rand(B, T), loss.GPTLMLoss()
     calls = {
-        "holds other numbers than 0 and 1": lambda: utils.masked_mean(d.logp, weights),
-        "is broadcast": lambda: utils.masked_normalize(d.logp, d.mask[:1]),
+        "holds other numbers than 0 and 1": lambda: loss.aggregate_loss(d.logp, weights, batch_num_tokens=9),
         "shapes are not one": lambda: loss.aggregate_loss(d.kl, d.mask[:1], batch_num_tokens=9),
         "a global count is 0": lambda: loss.aggregate_loss(d.logp, d.mask, batch_num_tokens=0),
         "advantages needs a gradient": lambda: loss.PolicyLoss()(d.logp, d.old, d.adv.requires_grad_(), d.mask)[0],
@@ -395,7 +392,6 @@ def test_originals_run_where_rlfast_cannot_and_say_so_once(loaded, caplog):
         "margin is no constant": lambda: loss.PairWiseLoss()(d.pair[0], d.pair[1], 0.5),
         "log-probs are of shape": lambda: loss.DPOLoss(0.1)(*d.pair[:, :, None])[0],
         "beside logits": lambda: utils.log_probs_from_logits(d.logits.double(), d.labels[:, :, None].expand(-1, -1, 1)),
-        "log_probs_base needs": lambda: utils.compute_approx_kl(d.logp, d.ref.requires_grad_()),
         "not of one shape": lambda: utils.compute_reward(d.score, 0.1, d.kl, d.mask[:, 1:]),
         "gamma is 1.5": lambda: maker_of.get_cumulative_returns(None, d.rewards, d.mask, 1.5),
     }
@@ -430,7 +426,7 @@ def test_versions_and_signatures_that_are_not_known(loaded, monkeypatch, caplog)
         rlfast.patch("openrlhf")
     monkeypatch.setattr(utils, "compute_reward", lambda r, kl: r)
     with caplog.at_level(logging.WARNING, "rlfast.integrations"), rlfast.patch("openrlhf", untested=True) as patch:
-        assert "openrlhf.models.utils.masked_mean" in patch.replaced
+        assert "openrlhf.models.utils.compute_entropy" in patch.replaced
         assert "openrlhf.models.utils.compute_reward" not in patch.replaced
     assert "compute_reward takes (r, kl), expected (r, kl_coef" in caplog.text
     monkeypatch.undo()

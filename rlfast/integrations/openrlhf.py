@@ -175,29 +175,10 @@ def _logits_unsupported(logits, labels=None, temperature=1.0):
     return reason
 
 
-def _kl_unsupported(log_probs, log_probs_base, log_probs_old=None, kl_estimator="k1", unbiased_gradient=False):
-    given = {"log_probs": log_probs, "log_probs_base": log_probs_base, "log_probs_old": log_probs_old}
-    given = {name: x for name, x in given.items() if x is not None}
-    if len({x.shape for x in given.values()}) > 1:
-        return "shapes differ"
-    if log_probs_base.requires_grad:
-        return "log_probs_base needs a gradient"
-    return tensor_unsupported(**given)
-
-
 def _reward_unsupported(r, kl_coef, kl, action_mask=None, reward_clip_range=None):
     if not isinstance(kl, torch.Tensor) or kl.dim() != 2 or action_mask is None or action_mask.shape != kl.shape:
         return "kl and action_mask are not of one shape [B, T]"
     return tensor_unsupported(r=r, kl=kl, action_mask=action_mask)
-
-
-def _masked_unsupported(tensor, mask, dim=None, eps=1e-8):
-    reason = tensor_unsupported(tensor=tensor, mask=mask)
-    if reason is None and mask is not None and mask.shape != tensor.shape:
-        return f"a mask of shape {tuple(mask.shape)} is broadcast against {tuple(tensor.shape)}"
-    if reason is None and not tensor.is_floating_point():
-        return f"tensor is {tensor.dtype}"
-    return reason or losses.mask_unsupported(mask)
 
 
 def _scan_unsupported(shape, rates: dict, **tensors):
@@ -218,15 +199,13 @@ def _returns_unsupported(self, rewards, action_mask, gamma):
     return _scan_unsupported(rewards.shape, {"gamma": gamma}, rewards=rewards, action_mask=action_mask)
 
 
-# What is replaced, by the module that has it; a dotted name is a method, which is swapped in its class.
+# What is replaced, by the module that has it; a dotted name is a method, which is swapped in its class. Not among them
+# are compute_approx_kl, masked_mean and masked_normalize: a few passes over [B, T], which rlfast's do not make shorter.
 PLACES = {
     "openrlhf.models.utils": {
         "log_probs_from_logits": (log_probs_from_logits, _logits_unsupported),
         "compute_entropy": (compute_entropy, _logits_unsupported),
-        "compute_approx_kl": (compute_approx_kl, _kl_unsupported),
         "compute_reward": (compute_reward, _reward_unsupported),
-        "masked_mean": (masked_mean, _masked_unsupported),
-        "masked_normalize": (masked_normalize, _masked_unsupported),
     },
     "openrlhf.models.loss": {
         "aggregate_loss": (aggregate_loss, losses.aggregate_unsupported),

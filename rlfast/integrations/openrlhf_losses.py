@@ -19,12 +19,9 @@ from rlfast.integrations.transformers import loss_function
 from rlfast.loss_table import loss as policy_loss
 from rlfast.losses import Loss
 from rlfast.preference_table import preference_loss
-from rlfast.reductions import masked_mean
 from rlfast.reward_losses import reward_loss
 from rlfast.selections import rollout_keep
 from rlfast.values import value_loss
-
-_LEVELS = {"token": "token", "seq": "seq_mean"}
 
 
 def _reduce(token_level: bool) -> str:
@@ -122,27 +119,36 @@ def _correction(loss) -> Correction | None:
     return icepop(low, high) if loss.is_correction_level == "token" else geometric_mask(low, high)
 
 
+def _mean(x, mask, rows=False) -> torch.Tensor:
+    """Σ m·x / Σ m of what is logged, over all or of each row [B, 1]; NaN for an empty mask."""
+    dim, keep = ((-1,), True) if rows else (None, False)
+    if mask is None:
+        return x.mean(dim, keep, dtype=torch.promote_types(x.dtype, torch.float32))
+    return torch.where(mask, x, 0).sum(dim, keep) / mask.sum(dim, keep)
+
+
 def _clip_ratio(loss, log_ratio, advantages, mask) -> torch.Tensor:
     """The part of the tokens whose clipped surrogate is the smaller."""
     if loss.policy_loss_type == "gspo":
-        log_ratio = masked_mean(log_ratio, mask, dim=-1, least=1.0)[:, None]
+        log_ratio = _mean(log_ratio, mask, rows=True)
     low = math.log1p(-loss.clip_eps_low) if loss.clip_eps_low < 1 else -math.inf
-    moved = torch.where(advantages > 0, log_ratio > math.log1p(loss.clip_eps_high), log_ratio < low)
-    return masked_mean((moved & (advantages != 0)).float(), mask)
+    above, below = log_ratio > math.log1p(loss.clip_eps_high), log_ratio < low
+    return _mean((above & (advantages > 0)) | (below & (advantages < 0)), mask)
 
 
 def _gated(loss, old, rollout, mask) -> tuple:
     """(keep or None, the part of the units that the gate drops or the clip bounds)."""
     low, high = loss.is_correction_threshold
-    kind, level = loss.is_correction_gating, _LEVELS[loss.is_correction_level]
-    if kind == "ratio":
-        bounds = {"low": math.log(low) if low > 0 else -math.inf, "high": math.log(high)}
-        inside = rollout_keep(old, rollout, mask, kind="k1", level=level, **bounds)
-    else:
-        inside = rollout_keep(old, rollout, mask, kind=kind, level=level, low=low, high=high)
-    # of sequences, one without a token has no statistic, and is dropped
-    dropped = masked_mean((~inside).float(), mask) if level == "token" else (~inside.any(-1)).float().mean()
-    return None if kind == "ratio" else inside, dropped
+    by_row = loss.is_correction_level == "seq"
+    if loss.is_correction_gating == "ratio":
+        drift = old - rollout
+        drift = _mean(drift, mask, rows=True) if by_row else drift
+        inside = (drift >= (math.log(low) if low > 0 else -math.inf)) & (drift <= math.log(high))
+        return None, (~inside).float().mean() if by_row else _mean(~inside, mask)
+    level = "seq_mean" if by_row else "token"
+    keep = rollout_keep(old, rollout, mask, kind=loss.is_correction_gating, level=level, low=low, high=high)
+    # a sequence without a token has no statistic, and is dropped
+    return keep, (~keep.any(-1)).float().mean() if by_row else _mean(~keep, mask)
 
 
 class PolicyLoss(torch.nn.Module):
@@ -169,7 +175,7 @@ class PolicyLoss(torch.nn.Module):
     ) -> None:  # fmt: skip
         super().__init__()
         validate.one_of("policy_loss_type", policy_loss_type, ("ppo", "gspo"))
-        validate.one_of("is_correction_level", is_correction_level, ("off", *_LEVELS))
+        validate.one_of("is_correction_level", is_correction_level, ("off", "token", "seq"))
         validate.one_of("is_correction_mode", is_correction_mode, ("mask", "clip"))
         validate.one_of("is_correction_gating", is_correction_gating, ("ratio", "binary_kl", "tv"))
         assert dual_clip is None or dual_clip > 1.0, f"dual_clip must be > 1.0, got {dual_clip}"
@@ -198,11 +204,12 @@ class PolicyLoss(torch.nn.Module):
             (loss, clip_ratio, ppo_kl, vllm_kl or None, the part that the correction filters or None), each [].
         """
         counts = _counts(self.token_level_loss, dp_size, batch_num_tokens, global_batch_size)
+        mask = action_mask if action_mask is None or action_mask.dtype == torch.bool else action_mask != 0
         correction, old = _correction(self), old_log_probs
         keep = vllm_kl = filtered = None
         if correction is not None:
-            keep, filtered = _gated(self, old_log_probs, rollout_log_probs, action_mask)
-            vllm_kl = masked_mean(rollout_log_probs - old_log_probs, action_mask)
+            keep, filtered = _gated(self, old_log_probs, rollout_log_probs, mask)
+            vllm_kl = _mean(rollout_log_probs - old_log_probs, mask)
         elif self.is_correction_level != "off":
             old = rollout_log_probs  # GSPO's ratio is to the rollout
         objective = _policy(
@@ -210,14 +217,15 @@ class PolicyLoss(torch.nn.Module):
             correction,
         )  # fmt: skip
         out = objective(
-            log_probs, old_logp=old, adv=advantages, mask=action_mask, keep=keep,
+            log_probs, old_logp=old, adv=advantages, mask=mask, keep=keep,
             rollout_logp=None if correction is None else rollout_log_probs, **counts,
         )  # fmt: skip
+        now = log_probs.detach()
         if correction is None and self.dual_clip is None:
             clip_ratio = _or_nan(out.metrics["clip_low"] + out.metrics["clip_high"], out)
         else:  # those of the launch are of what it did, not of PPO's own clip
-            clip_ratio = _clip_ratio(self, (log_probs - old).detach(), advantages, action_mask)
-        ppo_kl = masked_mean((old_log_probs - log_probs).detach(), action_mask)
+            clip_ratio = _clip_ratio(self, now - old, advantages, mask)
+        ppo_kl = _mean(old_log_probs - now, mask)
         return _of_something(out, self.token_level_loss, counts), clip_ratio, ppo_kl, vllm_kl, filtered
 
 
