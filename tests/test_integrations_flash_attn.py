@@ -121,18 +121,3 @@ def test_a_flash_attn_that_is_there_is_left_alone(monkeypatch):
     monkeypatch.setitem(sys.modules, "flash_attn", types.ModuleType("flash_attn"))
     with pytest.raises(RuntimeError, match="flash-attn is installed"):
         flash_attn.install()
-
-
-def test_openrlhf_and_verl_take_their_log_probs_from_it():
-    """What both of them do with it: −losses are the log-probs."""
-    logits, labels = torch.randn(2, 5, V), torch.randint(V, (2, 5))
-    with flash_attn.install():
-        from flash_attn.ops.triton.cross_entropy import cross_entropy_loss
-
-        output = cross_entropy_loss(logits.reshape(-1, V), labels.reshape(-1), inplace_backward=False)
-        assert isinstance(output, tuple)
-    logp = -output[0].view(2, 5)
-    truth, yardstick = (
-        logits.to(d).log_softmax(-1).gather(-1, labels[..., None])[..., 0] for d in (torch.float64, torch.float32)
-    )
-    assert_value("logp", logp, truth, yardstick)

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 import rlfast
+from rlfast.integrations import flash_attn, patching
 from rlfast.integrations import openrlhf as ours
-from rlfast.integrations import patching
 from tests import openrlhf_code
 from tests.numerics import assert_gradient, assert_same_bits, assert_value
 from tools.trainer_code import in_float64
@@ -319,6 +319,18 @@ def test_the_temperature_divides_the_logits_as_in_openrlhf(theirs):
     assert_same_bits("logits", d.logits, own.logits)
 
 
+def test_openrlhf_takes_the_stand_in_for_flash_attn(loaded, monkeypatch):
+    """Its own function, which asks for flash-attn's cross-entropy at each call."""
+    calls, kernel = [], flash_attn.token_logps
+    monkeypatch.setattr(flash_attn, "token_logps", lambda *args, **kw: calls.append(1) or kernel(*args, **kw))
+    d = fields(torch.float32)
+    own = loaded[0].log_probs_from_logits(d.logits, d.labels)
+    with flash_attn.install():
+        got = loaded[0].log_probs_from_logits(d.logits, d.labels)
+    assert len(calls) == 1
+    torch.testing.assert_close(got, own, rtol=1e-5, atol=1e-6)
+
+
 def test_a_policy_loss_that_cannot_be():
     for options in (
         {"is_correction_level": "word"}, {"is_correction_mode": "cut"}, {"is_correction_gating": "kl"},
@@ -463,9 +475,9 @@ def test_a_ray_worker_is_patched_by_its_setup_hook():
 
         @ray.remote
         def inside():
-            utils, loss, _ = openrlhf_code.load()
-            return [x.__globals__["__name__"] for x in (utils.log_probs_from_logits, loss.PolicyLoss.forward)]
+            waits = [x.names for x in sys.meta_path if type(x).__name__ == "AfterImport"]
+            return waits, "deepspeed" in sys.modules or "openrlhf.models" in sys.modules
 
-        assert ray.get(inside.remote(), timeout=120) == ["rlfast.integrations.patching"] * 2
+        assert ray.get(inside.remote(), timeout=300) == ([ours.WATCHED], False)
     finally:
         ray.shutdown()
