@@ -6,10 +6,14 @@ They are there while its modules are imported and not afterwards, so that no oth
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import importlib.machinery
 import sys
 import types
+from types import SimpleNamespace
+
+import torch
 
 STAND_INS = {
     "deepspeed": (),
@@ -21,6 +25,7 @@ STAND_INS = {
     "openrlhf.trainer.ray": (),
     "openrlhf.trainer.ray.launcher": ("RayActorGroup",),
 }
+B, T, V = 6, 24, 37  # of the draws
 MAKER = "openrlhf.trainer.ppo_utils.experience_maker"
 
 
@@ -43,3 +48,26 @@ def load():
     """Its models and its experience maker: (models.utils, models.loss, the experience maker's module)."""
     with stand_ins():
         return tuple(importlib.import_module(name) for name in ("openrlhf.models.utils", "openrlhf.models.loss", MAKER))
+
+
+@functools.cache
+def drawn():
+    torch.manual_seed(0)
+    logp = torch.randn(B, T).mul(0.5) - 1.5
+    mask = torch.rand(B, T) > 0.3
+    mask[:, :2], mask[2] = False, False  # an empty row, and holes
+    old = logp + 0.4 * torch.randn(B, T)
+    pair = -20.0 + 4.0 * torch.randn(4, B)
+    return {
+        "logits": 2 * torch.randn(B, T, V), "labels": torch.randint(V, (B, T)), "logp": logp, "old": old,
+        "ref": logp + torch.randn(B, T) * torch.tensor([0.3, 3.0, 15.0])[torch.randint(3, (B, T))],
+        "rollout": old + 0.3 * torch.randn(B, T), "adv": torch.randn(B, T), "mask": mask, "score": torch.randn(B),
+        "kl": torch.randn(B, T), "values": torch.randn(B, T), "rewards": torch.randn(B, T), "pair": pair,
+        "margin": torch.rand(B),
+    }  # fmt: skip
+
+
+def fields(dtype, mask=torch.bool) -> SimpleNamespace:
+    """The draws, each a leaf of its own."""
+    made = {name: x.clone().to(dtype) if x.is_floating_point() else x.clone() for name, x in drawn().items()}
+    return SimpleNamespace(**made | {"mask": made["mask"].to(mask)})
