@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -90,14 +91,17 @@ def deviation(var: torch.Tensor, eps: float, where: str) -> torch.Tensor:
     return (var.clamp(min=eps) if where == "floor" else var + eps).sqrt()
 
 
-def whitened(x, mask, *, bessel: bool, eps: float, where: str, shift_mean: bool) -> torch.Tensor:
+def whitened(x, mask, *, bessel: bool, eps: float, where: str, shift_mean: bool, dim=None) -> torch.Tensor:
     """``masked_whiten`` of checked arguments."""
-    valid, places = _valid(mask, x), _places(mask)
+    valid = _valid(mask, x)
     kept = torch.where(valid, x, 0.0).double()
-    count = valid.sum()
-    mean = total(kept, places) / count.clamp(min=1)
+    if dim is None:
+        count, summed = valid.sum(), functools.partial(total, places=_places(mask))
+    else:
+        count, summed = valid.sum(dim, keepdim=True), functools.partial(torch.sum, dim=dim, keepdim=True)
+    mean = summed(kept) / count.clamp(min=1)
     centred = torch.where(valid, kept - mean, 0.0)
-    var = total(centred * centred, places) / (count - int(bessel)).clamp(min=1)
+    var = summed(centred * centred) / (count - int(bessel)).clamp(min=1)
     out = centred / deviation(var, eps, where) + (0.0 if shift_mean else mean)
     return torch.where(valid, out, 0.0).to(x.dtype)
 
@@ -135,7 +139,9 @@ def masked_mean(x, mask=None, *, dim=None, eps=None, least=None, like=None) -> t
     return mean_of(x, _valid(mask, x), dim, Mean(eps, least)).to(x.dtype)
 
 
-def masked_whiten(x, mask=None, *, bessel=None, eps=None, where=None, shift_mean=None, like=None) -> torch.Tensor:
+def masked_whiten(
+    x, mask=None, *, dim=None, bessel=None, eps=None, where=None, shift_mean=None, like=None
+) -> torch.Tensor:
     """x with a mean of 0 and a variance of 1 over the valid elements; 0 elsewhere.
 
     (x − mean) ÷ √(var + eps), sums in float64: the same bits for any number of threads.
@@ -143,6 +149,7 @@ def masked_whiten(x, mask=None, *, bessel=None, eps=None, where=None, shift_mean
     Args:
         x: [*] float. What it holds where the mask is 0 has no effect.
         mask: [*] like x, 0 where an element does not count; None: all count.
+        dim: an int or a tuple of them: each slice along it is whitened by itself; None: all elements together.
         bessel: divide the squares by n − 1 (the default) or by n.
         eps: a float ≥ 0; 1e-8 by default.
         where: "inside" the root (the default), "outside" it (√var + eps), or "floor": √max(var, eps).
@@ -162,7 +169,7 @@ def masked_whiten(x, mask=None, *, bessel=None, eps=None, where=None, shift_mean
         tensor([-0.7071,  0.7071,  0.0000])
     """
     mask = _checked(x, mask)
-    return whitened(x, mask, **whitening(like, bessel, eps, where, shift_mean)._asdict())
+    return whitened(x, mask, **whitening(like, bessel, eps, where, shift_mean)._asdict(), dim=dim)
 
 
 def whitening(like=None, bessel=None, eps=None, where=None, shift_mean=None) -> Whiten:

@@ -338,6 +338,22 @@ def test_reductions_are_differentiable():
     x, mask = draw((3, 7)).double().requires_grad_(), mask_of("holes", 3, 7)
     assert torch.autograd.gradcheck(lambda x: rlfast.masked_mean(x, mask), (x,))
     assert torch.autograd.gradcheck(lambda x: rlfast.masked_whiten(x, mask), (x,))
+    assert torch.autograd.gradcheck(lambda x: rlfast.masked_whiten(x, mask, dim=0), (x,))
+
+
+@pytest.mark.parametrize("dim", (0, 1, -1, (0, 1)))
+def test_whitening_along_a_dimension(dim):
+    """Each slice as if it were alone; an empty one is 0."""
+    x, mask = draw((5, 9)).double(), mask_of("holes", 5, 9)
+    mask[3] = False
+    out = rlfast.masked_whiten(x, mask, dim=dim, bessel=False, eps=1e-3)
+    if dim == (0, 1):
+        slices = [(out, x, mask)]
+    else:
+        slices = zip(out.unbind(1 - dim % 2), x.unbind(1 - dim % 2), mask.unbind(1 - dim % 2), strict=True)
+    for got, alone, kept in slices:
+        expected = rlfast.masked_whiten(alone, kept, bessel=False, eps=1e-3)
+        torch.testing.assert_close(got, expected, rtol=1e-13, atol=1e-13)
 
 
 GAE = {"rewards": torch.zeros(2, 3), "values": torch.zeros(2, 3), "gamma": 0.9, "lam": 0.9}
