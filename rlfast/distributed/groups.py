@@ -93,6 +93,14 @@ def summed(x: torch.Tensor, ranks: Ranks, what: str) -> torch.Tensor:
     return _Gathered.apply(x.detach(), ranks, what).sum(0)
 
 
+def gathered_objects(x, ranks: Ranks, what: str) -> list:
+    """Any object of every rank, pickled; the host waits for it."""
+    every = [None] * ranks.size
+    with together(what, ranks):
+        dist.all_gather_object(every, x, group=ranks.group)
+    return every
+
+
 class _Rows(torch.autograd.Function):
     """Rows of every rank, one rank's after the other's."""
 
@@ -118,39 +126,64 @@ def own(ranks: Ranks, counts: list[int]) -> slice:
     return slice(start, start + counts[ranks.rank])
 
 
-def counts_of(name: str, x: torch.Tensor, ranks: Ranks) -> list[int]:
+def _described(x) -> list[int]:
+    """A tensor's dtype and shape, as ints; None is −1."""
+    said = [-1] if x is None else [_DTYPES.index(x.dtype), x.dim(), *x.shape]
+    return said + [0] * (2 + _DIMS - len(said))
+
+
+def _said(one: list[int]) -> str:
+    dtype, dim, *shape = one
+    return "None" if dtype < 0 else f"{tuple(shape[:dim])} {str(_DTYPES[dtype]).removeprefix('torch.')}"
+
+
+def counts_of(named: dict, ranks: Ranks, rows: bool = True) -> list[int]:
     """How many rows each rank has; the host waits for it.
 
+    Args:
+        named: tensors by their names, or None; they have one number of rows.
+        ranks: of the group.
+        rows: whether ranks may have unequally many.
+
     Raises:
-        ValueError: the ranks' dtypes, or shapes beyond the rows, differ; the message names the ranks. On every rank.
+        ValueError: the ranks' dtypes or shapes differ; the message names the argument and the ranks. On every rank.
     """
-    said = [_DTYPES.index(x.dtype), x.dim(), *x.shape]
-    said = torch.tensor(said + [0] * (2 + _DIMS - len(said)), dtype=torch.int64, device=x.device)
-    found = gathered(said, ranks, name).tolist()
-    if len({(dtype, dim, *shape[1:]) for dtype, dim, *shape in found}) > 1:
-        each = [
-            f"{tuple(shape[:dim])} {str(_DTYPES[dtype]).removeprefix('torch.')} on {ranks.name(rank)}"
-            for rank, (dtype, dim, *shape) in enumerate(found)
-        ]
-        validate.fail(name, "one dtype, and one shape beyond the first dimension, on all ranks", ", ".join(each))
-    return [row[2] for row in found]
+    device = next(x.device for x in named.values() if x is not None)
+    said = torch.tensor([_described(x) for x in named.values()], dtype=torch.int64, device=device)
+    every = gathered(said, ranks, ", ".join(named)).tolist()
+    for i, name in enumerate(named):
+        found = [one[i] for one in every]
+        if len({(*one[:2], *one[2 + rows :]) for one in found}) > 1:
+            wanted = "one dtype, and one shape" + (" beyond the rows" if rows else "") + ", on all ranks"
+            each = ", ".join(f"{_said(one)} on {ranks.name(rank)}" for rank, one in enumerate(found))
+            validate.fail(name, wanted, each)
+    return [next(x[2] for x in one if x[0] >= 0) for one in every]
 
 
-def gathered_rows(name: str, x: torch.Tensor, ranks: Ranks) -> tuple[torch.Tensor, slice]:
-    """(x of every rank along the first dimension, where its own stand); differentiable, as many rows as a rank has."""
-    counts = counts_of(name, x, ranks)
-    return _Rows.apply(x, ranks, counts, name), own(ranks, counts)
+def gathered_batch(named: dict, ranks: Ranks) -> tuple[dict, slice]:
+    """Every tensor of all ranks along its first dimension, and where this rank's rows stand; differentiable.
+
+    Args:
+        named: tensors by their names, or None; a rank's have as many rows as the first, ranks may have unequally many.
+        ranks: of the group.
+
+    Raises:
+        ValueError: as in ``counts_of``.
+    """
+    first = next(iter(named))
+    for name, x in named.items():
+        if x is not None and (x.dim() == 0 or x.shape[0] != named[first].shape[0]):
+            validate.fail(name, f"{named[first].shape[0]} rows like {first}", validate.shape(x))
+    counts = counts_of(named, ranks)
+    whole = {name: x if x is None else _Rows.apply(x, ranks, counts, name) for name, x in named.items()}
+    return whole, own(ranks, counts)
 
 
-def alike(name: str, x: torch.Tensor, ranks: Ranks) -> None:
+def alike(named: dict, ranks: Ranks) -> None:
     """One shape on every rank, where values may be looked at: elsewhere the host would have to wait for it.
 
     Raises:
-        ValueError: it is not so; the message names the ranks. On every rank.
+        ValueError: it is not so; the message names the argument and the ranks. On every rank.
     """
-    if not validate.looked_at(x):
-        return
-    counts = counts_of(name, x, ranks)
-    if len({*counts}) > 1:
-        each = [f"{n} on {ranks.name(rank)}" for rank, n in enumerate(counts)]
-        validate.fail(name, "as many rows on all ranks", ", ".join(each))
+    if validate.looked_at(next(x for x in named.values() if x is not None)):
+        counts_of(named, ranks, rows=False)
