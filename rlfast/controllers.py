@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from rlfast import limits, validate
-from rlfast.distributed.groups import Ranks, ranks_of, summed
+from rlfast.distributed.ranks import Ranks, ranks_of, summed
 from rlfast.reductions import together
 
 

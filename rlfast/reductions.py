@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 from rlfast import validate
-from rlfast.distributed.groups import Ranks, gathered, ranks_of
+from rlfast.distributed.ranks import Ranks, gathered, ranks_of
 
 CHUNK = 4096  # elements that one thread adds up, then as many of these sums
 WHERE = ("inside", "outside", "floor")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from rlfast import limits, validate
-from rlfast.distributed.groups import gathered_batch, ranks_of
+from rlfast.distributed.ranks import gathered_batch, ranks_of
 from rlfast.kl import kl_penalty
 from rlfast.presets import REWARDS
 

@@ -10,7 +10,7 @@ import math
 import torch
 
 from rlfast import limits, validate
-from rlfast.distributed.groups import Ranks, counts_of, gathered, gathered_batch, own, ranks_of, summed
+from rlfast.distributed.ranks import Ranks, counts_of, gathered, gathered_batch, own, ranks_of, summed
 
 
 def _covariance(logp, adv, mask, ranks: Ranks | None):

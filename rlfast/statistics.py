@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from rlfast import limits, validate
-from rlfast.distributed.groups import Ranks, gathered, gathered_batch, ranks_of, summed
+from rlfast.distributed.ranks import Ranks, gathered, gathered_batch, ranks_of, summed
 
 TINY = torch.finfo(torch.float32).tiny
 

@@ -76,7 +76,7 @@ FLOORS = {
     "rlfast.ops.attention_records": 1,
     "rlfast.ops.sample_records": 1,
     "rlfast.distributed": 3,
-    "rlfast.distributed.groups": 1,
+    "rlfast.distributed.ranks": 1,
     "rlfast.reductions": 1,
     "rlfast.fallback": 1,
     "rlfast.native": 1,

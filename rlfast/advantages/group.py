@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 from rlfast import backends, validate
-from rlfast.distributed.groups import gathered_batch, gathered_objects, ranks_of
+from rlfast.distributed.ranks import gathered_batch, gathered_objects, ranks_of
 from rlfast.ops import group_advantage as group_op
 from rlfast.ops.group_records import (
     LEAVE_ONE_OUT,

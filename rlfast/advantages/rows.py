@@ -7,7 +7,7 @@ import math
 import torch
 
 from rlfast import backends, validate
-from rlfast.distributed.groups import Ranks
+from rlfast.distributed.ranks import Ranks
 from rlfast.ops import affine_scan as scan_op
 from rlfast.ops.scan_records import (
     ADVANTAGES,

@@ -9,7 +9,7 @@ import torch
 
 from rlfast import backends, validate
 from rlfast.advantages.rows import Rows, estimate
-from rlfast.distributed.groups import ranks_of
+from rlfast.distributed.ranks import ranks_of
 from rlfast.ops import affine_scan as scan_op
 from rlfast.ops.scan_records import ADVANTAGES, RETURNS, REVERSE, Inputs, Options
 from rlfast.reductions import WHITENINGS, Whiten, checked_whiten, preset

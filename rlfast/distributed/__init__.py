@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 
-# Floors below import ``groups`` while the package is still being made: a public name is looked up when it is asked for.
+# Floors below import ``ranks`` while the package is still being made: a public name is looked up when it is asked for.
 _HOME = {
     "Share": "data",
     "gather_batch": "data",

@@ -18,7 +18,7 @@ import torch
 from rlfast import backends, validate
 from rlfast.advantages import affine_scan as local_scan
 from rlfast.advantages.rows import MASKINGS, Rows
-from rlfast.distributed.groups import alike, gathered, ranks_of
+from rlfast.distributed.ranks import alike, gathered, ranks_of
 
 LAYOUTS = {"contiguous": 1, "zigzag": 2}  # chunks of a row that a rank has
 CLIP = validate.Limit("a float ≥ 0", 0.0, math.inf)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 
 from rlfast import validate
-from rlfast.distributed.groups import Ranks, gathered_batch, ranks_of, summed
+from rlfast.distributed.ranks import Ranks, gathered_batch, ranks_of, summed
 from rlfast.loss_inputs import boundaries
 from rlfast.losses import Loss
 
