@@ -40,7 +40,7 @@ class Ranks:
 
     def __init__(self):
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["rlfast", "pytest", "tests.scan_cases", "tests.ranks"])
+        context.set_forkserver_preload(["rlfast", "pytest", "tests.scan_cases", "tests.decoders", "tests.ranks"])
         self.folder = tempfile.TemporaryDirectory()
         self.pipes, self.processes = [], []
         for rank in range(SIZE):
