@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -25,7 +27,8 @@ def said(call) -> str:
 def ranked(group) -> dict:
     """What a process does."""
     rank, found = dist.get_rank(group), {}
-    pool, given = RankPool(engine(), group), prompts(5)
+    model = copy.deepcopy(decoder("llama"))  # its weights change
+    pool, given = RankPool(Engine(model, kv_budget=1 << 22), group), prompts(5)
     found["whole"] = pool.generate(given, PARAMS)
     found["one"] = pool.generate(given[:1], PARAMS)  # nothing is rank 1's
     found["stream"] = list(pool.stream(given, PARAMS, until=lambda so_far: len(so_far) == 3))

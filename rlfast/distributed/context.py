@@ -218,6 +218,12 @@ def shifted_targets(ids, *, process_group, layout="contiguous", ignore_index=val
     Raises:
         ValueError, TypeError: an argument is of the wrong type or shape, or shapes differ among ranks (not looked at
             on a GPU); the message names it, and the ranks.
+
+    Example:
+        >>> ids = torch.arange(4).reshape(1, 4) + 4 * torch.distributed.get_rank(group)
+        >>> targets = rlfast.distributed.shifted_targets(ids, process_group=group)
+        >>> (targets - ids)[:, :3]
+        tensor([[1, 1, 1]])
     """
     shards = Shards(process_group, layout)
     validate.tensor("ids", ids, (torch.int64, torch.int32))

@@ -107,6 +107,8 @@ class _Rows(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, ranks: Ranks, counts: list[int], what: str):
         ctx.ranks, ctx.counts, ctx.what = ranks, counts, what
+        if not sum(counts):
+            return x.clone()
         padded = x.new_zeros((max(counts), *x.shape[1:]))
         padded[: x.shape[0]] = x
         every = _Gathered.apply(padded, ranks, what)
@@ -115,8 +117,9 @@ class _Rows(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g):
         total = g.contiguous().clone()
-        with together(f"{ctx.what}, backward", ctx.ranks):
-            dist.all_reduce(total, group=ctx.ranks.group)
+        if total.numel():
+            with together(f"{ctx.what}, backward", ctx.ranks):
+                dist.all_reduce(total, group=ctx.ranks.group)
         return total[own(ctx.ranks, ctx.counts)], None, None, None
 
 
