@@ -298,7 +298,8 @@ def tracked(group) -> dict:
         generator.manual_seed(99)  # the first rank's counts
     found = {"z": rlfast.kto_reference_point(sums[0] + 3.0, sums[2], **pair)}
     for step in range(2):
-        delta.update(sums[step], sums[2 + step], **pair)
+        won = part(b["adv"]) > 0.0
+        delta.update(sums[step][won], sums[2 + step][~won], **pair)
         gaps = sums[step] - sums[3]
         found["beta", step] = betas.update(gaps, beta=0.1, **pair)
         found["drawn", step] = drawn.update(gaps, beta=0.1, generator=generator, **pair)
