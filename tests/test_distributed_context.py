@@ -8,6 +8,7 @@ import torch.distributed as dist
 
 import rlfast
 from tests.numerics import assert_gradient, assert_value
+from tests.ranks import sent
 from tests.scan_cases import Call, call_of, draw, gradients, oracle
 
 ROWS, STEPS = 3, 40
@@ -171,6 +172,46 @@ def test_log_probs_of_a_sequence_over_ranks(ranks):
     whole = rlfast.token_logps(logits[:, :-1], ids[:, 1:]).logp
     found = torch.cat(ranks.run(logps_of, logits, ids), 1)
     assert torch.equal(found[:, :-1], whole)
+
+
+LOOK = 80  # bytes: how many rows the others have, where that may be looked at
+
+
+def volumes(group, layout: str) -> dict:
+    """Bytes that a rank sends, forward and backward."""
+    x, found = [torch.randn(ROWS, 8).requires_grad_() for _ in range(3)], {}
+    options = {"process_group": group, "layout": layout}
+    rates = options | {"gamma": 0.9, "lam": 0.8}
+    calls = {
+        "targets": lambda: rlfast.distributed.shifted_targets(torch.zeros(ROWS, 8, dtype=torch.int64), **options),
+        "scan": lambda: rlfast.distributed.affine_scan(*x[:2], **options),
+        "gae": lambda: rlfast.distributed.gae(*x[:2], **rates)[0],
+        "two λ": lambda: sum(rlfast.distributed.gae(*x[:2], critic_lam=1.0, **rates)),
+        "returns": lambda: rlfast.distributed.discounted_returns(x[0], gamma=0.9, **options),
+        "by row": lambda: rlfast.distributed.gae(torch.ones(ROWS), x[1], **rates)[0],
+        "vtrace": lambda: rlfast.distributed.vtrace(*x, **rates)[0],
+    }
+    for name, call in calls.items():
+        with sent() as forward:
+            out = call()
+        with sent() as backward:
+            if out.requires_grad:
+                out.sum().backward()
+        found[name] = forward, backward
+    return found
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_bytes_on_the_wire(ranks, layout):
+    """What docs/distributed.md says of a row and part, whatever the number of tokens."""
+    one = ROWS * {"contiguous": 1, "zigzag": 2}[layout]
+    wanted = {
+        "targets": ([8], []), "scan": ([16], [8]), "gae": ([16] * 2, [8] * 2), "two λ": ([16] * 3, [8] * 3),
+        "returns": ([16] * 2, [8]), "by row": ([16] * 3, [8] * 2), "vtrace": ([16] * 2, []),
+    }  # fmt: skip
+    for found in ranks.run(volumes, layout, size=2):
+        for name, (forward, backward) in wanted.items():
+            assert found[name] == ([LOOK, *(one * n for n in forward)], [one * n for n in backward]), name
 
 
 def refused(group, what: str):

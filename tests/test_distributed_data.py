@@ -14,9 +14,11 @@ import rlfast
 from rlfast.advantages.group import METHODS
 from rlfast.distributed import ranks as ranks_module
 from tests.numerics import assert_gradient, assert_same_bits, assert_value
+from tests.ranks import sent
 
 ROWS, STEPS, GROUP = 12, 9, 3
 SIZES = (2, 4)
+LOOK = 80  # bytes an argument: how many rows the others have
 EDGES = {2: [0, 7, ROWS], 4: [0, 5, 5, 10, ROWS]}  # the ranks' rows: not as many each, and none on one
 
 
@@ -331,6 +333,48 @@ def test_what_is_tracked_is_of_all_ranks(ranks, size):
             torch.testing.assert_close(x[name], whole, msg=str(name))
             assert torch.equal(x[name], found[0][name]), f"{name}: the same bits on every rank"
     assert wanted["drawn", 0][1].sum() == wanted["beta", 0][1].sum() == ROWS - 3
+
+
+def volumes(group) -> dict:
+    """Bytes that a rank sends, forward and backward."""
+    x, found = torch.randn(6, 5).requires_grad_(), {}
+    pair = {"process_group": group}
+    objects = rlfast.RunningDelta(), rlfast.DynamicBeta(), rlfast.RunningMeanStd(**pair)
+    kl, vector = rlfast.AdaptiveKL(0.1, target=1.0, horizon=10, **pair), x.detach()[:, 0]
+    calls = {
+        "share": lambda: rlfast.distributed.share("token_mean", x, **pair),
+        "mean": lambda: rlfast.masked_mean(x, **pair),
+        "whiten": lambda: rlfast.masked_whiten(x, **pair),
+        "gae": lambda: rlfast.gae(vector, x.detach(), gamma=1.0, lam=1.0, whiten=True, **pair),
+        "groups": lambda: rlfast.group_advantage(vector, group_size=2, **pair),
+        "z": lambda: rlfast.kto_reference_point(vector, vector, **pair),
+        "delta": lambda: objects[0].update(vector, vector, **pair),
+        "beta": lambda: objects[1].update(vector, 0.1, **pair),
+        "seen": lambda: objects[2].update(vector),
+        "kl": lambda: kl.update(0.1, 3),
+        "kl_cov": lambda: rlfast.kl_cov_extra(x, vector, ratio=0.1, **pair),
+        "top": lambda: rlfast.top_entropy_keep(x, **pair),
+        "rows": lambda: rlfast.distributed.gather_batch(x, **pair)[0],
+    }
+    for name, call in calls.items():
+        with sent() as forward:
+            out = call()
+        with sent() as backward:
+            if isinstance(out, torch.Tensor) and out.requires_grad:
+                out.sum().backward()
+        found[name] = forward, backward
+    return found
+
+
+def test_bytes_on_the_wire(ranks):
+    """What docs/distributed.md says, of 30 elements or 6 rows on each of two ranks."""
+    wanted = {
+        "share": ([8], []), "mean": ([16], [32]), "whiten": ([24], [48]), "gae": ([24], []),
+        "groups": ([5 * LOOK, 24], []), "z": ([16], []), "delta": ([32], []), "beta": ([LOOK, 24], []),
+        "seen": ([24], []), "kl": ([8], []), "kl_cov": ([24, LOOK, 7 * 4], []), "top": ([LOOK, 120], []),
+        "rows": ([LOOK, 120], [240]),
+    }  # fmt: skip
+    assert ranks.run(volumes, size=2) == [wanted] * 2
 
 
 # What goes wrong
