@@ -107,7 +107,7 @@ def shares(group) -> dict:
         "empty": share(rlfast.loss("grpo", count_empty=True), mask), "sum": share("token_sum", mask),
         "empty packed": share(rlfast.loss("grpo", count_empty=True), packed, cu_seqlens=ends),
         "pairs": share(pairs, 2 + dist.get_rank(group)), "sum of pairs": share(pairs.with_options(reduce="sum"), 3),
-        "nothing": share("token_mean", torch.zeros(1, 2)),
+        "nothing": share("token_mean", torch.zeros(1, 2)), "rewards": share(rlfast.reward_loss("bradley_terry"), 2),
     }  # fmt: skip
 
 
@@ -116,11 +116,48 @@ def test_what_is_counted(ranks):
     wanted = {
         "tokens": tokens, "micro-batches": 2 * tokens, "sequences": ROWS - 1.0, "packed": ROWS - 1.0,
         "empty": float(ROWS), "empty packed": float(ROWS), "sum": 1.0, "pairs": 14.0, "sum of pairs": 1.0,
-        "nothing": 1.0,
+        "nothing": 1.0, "rewards": 8.0,
     }  # fmt: skip
     for found in ranks.run(shares):
         assert {k: x.num_items.item() for k, x in found.items()} == wanted
         assert {x.world_size for x in found.values()} == {4}
+
+
+def others(group) -> dict:
+    """(loss, gradient) of losses of other kinds; None: of the whole batch, in one process."""
+    b = {k: x if group is None else mine(group, x) for k, x in batch().items() if k != "sums"}
+    sums = [x if group is None else mine(group, x) for x in batch()["sums"]]
+    pair = {} if group is None else {"process_group": group}
+
+    def shared(objective, counted):
+        return {} if group is None else rlfast.distributed.share(objective, counted, **pair)._asdict()
+
+    n, found, leaf = len(sums[0]), {}, [x.clone().requires_grad_() for x in sums[:2]]
+    dpo, kto = rlfast.preference_loss("dpo", reference_free=True), rlfast.unpaired_loss("kto", beta=0.5)
+    bradley_terry, z = rlfast.reward_loss("bradley_terry"), rlfast.kto_reference_point(sums[2] + 1.0, sums[3], **pair)
+    values, clip = b["values"].clone().requires_grad_(), {"returns": b["logp"], "mask": b["mask"]}
+    hidden = b["values"].unsqueeze(-1).repeat(1, 1, 8).requires_grad_()
+    head, dapo = torch.linspace(-1.0, 1.0, 16 * 8).sin().reshape(16, 8), rlfast.loss("dapo")
+    ids, call = b["mask"].long(), {"adv": b["adv"], "mask": b["mask"], **shared(dapo, b["mask"])}
+    calls = {
+        "dpo": (dpo(*leaf, **shared(dpo, n)), leaf[0]),
+        "kto": (kto(leaf[0], sums[0] > -20, ref_logps=sums[2], shared=z, **shared(kto, n)), leaf[0]),
+        "rewards": (bradley_terry(*leaf, **shared(bradley_terry, n)), leaf[1]),
+        "values": (rlfast.value_loss(values, None, clip=None, **clip, **shared("token_mean", b["mask"])), values),
+        "linear": (dapo.linear(hidden, head, ids, **call), hidden),
+    }
+    for name, (out, x) in calls.items():
+        found[name] = out.loss.detach(), *torch.autograd.grad(out.loss, x)
+    return found
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_other_losses_of_ranks_are_those_of_one(ranks, size):
+    """Pairs, responses, rewards, values, and from hidden states."""
+    found, wanted = ranks.run(others, size=size), others(None)
+    for name, (loss, gradient) in wanted.items():
+        torch.testing.assert_close(mean_of([x[name][0] for x in found]), loss, msg=name)
+        torch.testing.assert_close(torch.cat([x[name][1] for x in found]) / size, gradient, msg=name)
 
 
 def aot(group):
@@ -400,6 +437,7 @@ def refused(group, what: str):
             rlfast.Loss("ppo_clip", correction=rlfast.Correction(gate="token", gate_high=1.0, masks=True)), x,
             process_group=group,
         ),
+        "objective": lambda: rlfast.distributed.share("mean_of_all", x, process_group=group),
         "boundaries": lambda: rlfast.distributed.share("seq_mean_token_sum", x, process_group=group),
     }  # fmt: skip
     calls[what]()
@@ -417,6 +455,7 @@ REFUSED = {
     "dim": "dim: expected None beside process_group, got 0",
     "not whitened": "process_group: expected None: nothing is whitened, got ProcessGroup",
     "gate": r"objective: expected one whose gate leaves n alone: put rollout_keep\(...\) into the mask",
+    "objective": "objective: expected one of 'token_mean', .* 'mean', 'sum', got 'mean_of_all'",
     "boundaries": "cu_seqlens: expected the boundaries of packed sequences: n counts sequences, got None",
 }
 

@@ -14,6 +14,7 @@ from rlfast import validate
 from rlfast.distributed.ranks import Ranks, gathered_batch, ranks_of, summed
 from rlfast.loss_inputs import boundaries
 from rlfast.losses import Loss
+from rlfast.ops.loss_records import REDUCTIONS
 
 REDUCED = ("token_sum", "sum")  # whose n is 1
 
@@ -31,7 +32,7 @@ def share(objective, counted, *, cu_seqlens=None, process_group) -> Share:
         Σ_ranks loss_rank ÷ N = Σ_ranks Σ_t … ÷ n,   n = Σ_ranks n_rank
 
     Args:
-        objective: an ``rlfast.Loss``, or any other loss that has ``reduce``; or the reduction's name.
+        objective: a loss of any kind, or the name of its reduction, such as "token_mean" of ``rlfast.value_loss``.
         counted: of a ``Loss`` the mask of its call, [B, T], or [N] with ``cu_seqlens``. Of any other loss the number of
             pairs, responses or groups of its call. Of several micro-batches: their masks, or numbers, in a list.
         cu_seqlens: int [B + 1], or a list of them: where packed sequences begin and end, where n counts sequences.
@@ -54,7 +55,8 @@ def share(objective, counted, *, cu_seqlens=None, process_group) -> Share:
     ranks = ranks_of(process_group)
     if ranks is None:
         validate.fail("process_group", "the ranks over which the batch is spread", "None", TypeError)
-    reduce = objective if isinstance(objective, str) else objective.reduce
+    reduce = objective if isinstance(objective, str) else getattr(objective, "reduce", objective)
+    validate.one_of("objective", reduce, (*REDUCTIONS, "mean", "sum"))
     if isinstance(objective, Loss) and objective.prepared.plan.gate_masks:
         validate.fail("objective", "one whose gate leaves n alone: put rollout_keep(...) into the mask", objective.name)
     empty = isinstance(objective, Loss) and objective.count_empty
