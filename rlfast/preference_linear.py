@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from rlfast import backends, logps, validate
+from rlfast import backends, row_inputs, validate
 from rlfast.heads import Head, most_rows, numbers, unit_strides
 from rlfast.loss_inputs import boundaries
 from rlfast.ops import preference_records as records
@@ -142,7 +142,7 @@ def checked_sides(head: Head, sides, names) -> tuple:
         if given.hidden.dim() != (3 if given.cu_seqlens is None else 2):
             wanted = f"shape [B, T, D], or [N, D] with {name.cu_seqlens}"
             validate.fail(name.hidden, wanted, validate.shape(given.hidden))
-        hidden, weight, bias = logps.checked_head(given.hidden, weight, bias, hidden_name=name.hidden)
+        hidden, weight, bias = row_inputs.checked_head(given.hidden, weight, bias, hidden_name=name.hidden)
         found.append(checked_side(hidden, weight.shape[0], given, name))
     return weight, bias, found
 
@@ -150,7 +150,7 @@ def checked_sides(head: Head, sides, names) -> tuple:
 def checked_side(hidden, vocab: int, given: Tokens, name: TokenNames) -> Side:
     """One side."""
     lead = hidden.shape[:-1]
-    targets = logps.checked_targets(lead, vocab, given.targets, (name.hidden, hidden), name.targets)
+    targets = row_inputs.checked_targets(lead, vocab, given.targets, (name.hidden, hidden), name.targets)
     if targets.shape != lead:
         validate.fail(name.targets, f"shape {tuple(lead)} like the rows of {name.hidden}", validate.shape(targets))
     ends = boundaries(given.cu_seqlens, targets, name.targets, name.cu_seqlens)

@@ -39,6 +39,8 @@ FLOORS = {
     "rlfast.loss_outputs": 3,
     "rlfast.full_kl": 3,
     "rlfast.heads": 3,
+    "rlfast.row_inputs": 3,
+    "rlfast.distributed": 2,
     "rlfast.policy_linear": 3,
     "rlfast.plans": 3,
     "rlfast.formulas": 3,

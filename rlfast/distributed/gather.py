@@ -1,0 +1,102 @@
+"""A head that is sharded over ranks with tokens of their own, as FSDP2 and ZeRO-3 have it: gathered for a use.
+
+The gather is a ``DTensor``'s redistribution, and its backward a reduce-scatter into the layout of the parameter.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+
+import torch
+
+from rlfast import validate
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """``process_group=Gathered()``: the weight is a ``DTensor`` sharded over ranks that have different tokens.
+
+    Args:
+        mean: the gradient is the mean over the ranks, as FSDP2 has it; False: the sum.
+
+    Example:
+        >>> out = loss.linear(hidden, model.lm_head.weight, targets, adv=adv, process_group=Gathered())
+    """
+
+    mean: bool = True
+
+    def __post_init__(self):
+        validate.flag("mean", self.mean)
+
+
+class Gathering:
+    """A gather that is under way."""
+
+    def __init__(self, local, spread: int):
+        self._local, self._spread = local, spread
+
+    def tensor(self) -> torch.Tensor:
+        """The whole tensor, as soon as it is there."""
+        whole = self._local
+        wait = getattr(whole, "wait", None)
+        whole = wait() if wait is not None else whole
+        if self._spread > 1 and whole.requires_grad:
+            whole = _Shared.apply(whole, self._spread)
+        return whole
+
+
+class _Shared(torch.autograd.Function):
+    """The tensor; its gradient is divided, so that the sum over the ranks is their mean."""
+
+    @staticmethod
+    def forward(ctx, x, ranks):
+        ctx.ranks = ranks
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, g):
+        return g / ctx.ranks, None
+
+
+def placement(x):
+    """(mesh, number of its dimension, dimension of x) of a ``DTensor`` sharded once; None: no DTensor."""
+    if type(x) in (torch.Tensor, torch.nn.Parameter):
+        return None
+    module = sys.modules.get("torch.distributed.tensor")  # who has a DTensor has imported it; it takes half a second
+    if module is None or not isinstance(x, module.DTensor):
+        return None
+    shards = [(at, p.dim) for at, p in enumerate(x.placements) if p.is_shard()]
+    if len(shards) != 1 or any(p.is_partial() for p in x.placements):
+        validate.fail(
+            "weight", "a DTensor sharded on one dimension of its mesh, replicated on the others", x.placements
+        )
+    return x.device_mesh, *shards[0]
+
+
+def gathered(weight, *, mean: bool = True, name: str = "weight") -> Gathering:
+    """Begin to gather a sharded weight; ``.tensor()`` waits for it.
+
+    Begun before the body of the model runs, the gather is over when the head is reached. ``process_group=Gathered()``
+    begins it with the call, and waits.
+
+    Args:
+        weight: a ``DTensor``, as ``fully_shard`` leaves a parameter. Its gradient has its layout.
+        mean: as in ``Gathered``.
+        name: of the argument, for errors.
+
+    Returns:
+        Gathering.
+
+    Raises:
+        ValueError: the weight is no ``DTensor``.
+    """
+    if placement(weight) is None:
+        validate.fail(name, "a DTensor, with process_group=Gathered()", type(weight).__name__)
+    from torch.distributed.tensor import Partial, Replicate
+
+    mesh, at, _ = placement(weight)
+    everywhere = [Replicate()] * mesh.ndim
+    by = [Partial("sum") if i == at else Replicate() for i in range(mesh.ndim)]
+    local = weight.redistribute(placements=everywhere, async_op=True).to_local(grad_placements=by)
+    return Gathering(local, mesh.size(at) if mean else 1)
