@@ -1,0 +1,194 @@
+"""A vocabulary that 1, 2 or 4 processes share gives what one has, under the one tolerance, and says what it sends."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from rlfast import backends
+from rlfast.loss_table import LOSSES
+from tests import cases, divergence_cases
+from tests import linear_policy_cases as policy
+from tests.cases import ALL, DIFFERENTIABLE, Problem, head_of, label, logits_of, pairwise, problem_of, targets_of
+from tests.divergence_cases import Pair, heads_of, logits_pair
+from tests.linear_policy_cases import BONUS, case_of
+from tests.numerics import assert_gradient, assert_same_bits, assert_value, assert_zero, by_name
+from tests.rank_pool import SIZE, Ranks
+from tests.vocab_cases import mismatches, on_ranks, together, traffic
+
+BACKENDS = tuple(name for name in ("cpu", "torch") if backends.why_not(name) is None)
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    """Four processes."""
+    pool = Ranks(tmp_path_factory.mktemp("ranks"), ["tests.vocab_cases"])
+    yield pool
+    pool.close()
+
+
+def check_policy(ranks, case, backend: str) -> None:
+    """``linear_policy_cases.check`` by 1, 2 and 4 ranks."""
+    results = together(ranks.run(on_ranks, case, backend))
+    truth, wanted = policy.oracle(case, torch.float64)
+    own, own_gradients = by_name(lambda seed: policy.oracle(case, torch.float32, seed))
+    live = case.data["live"]
+    for size, (out, gradients) in results.items():
+        loss, _, logp, entropy = out
+        assert_value(f"loss of {size}", loss, truth["loss"], own["loss"], truth["size"])
+        for name, got in (("logp", logp), ("entropies", entropy)):
+            got = got.view(live.shape)
+            assert_zero(f"{name} of masked tokens", got[~live])
+            assert_value(f"{name} of {size}", got, truth[name], own[name])
+        for name, got in gradients.items():
+            assert got.dtype == case.data[name].dtype
+            got = got.view(wanted[name].shape)
+            assert_gradient(f"gradient of {name} of {size}", got, wanted[name], own_gradients[name])
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_every_loss(ranks, name):
+    check_policy(ranks, case_of(name), BACKENDS[0])
+
+
+WAYS = {
+    "bonus": ("grpo", {"options": BONUS}),
+    "a mean bonus": ("ppo", {"options": BONUS | {"entropy_mean": True}}),
+    "packed": ("gspo", {"form": "packed"}),
+    "recompute": ("ppo", {"budget": "recompute", "options": BONUS}),
+    "a sequence": ("grpo", {"budget": "a sequence"}),
+    "keep": ("grpo", {"budget": "keep", "options": BONUS}),
+    "bf16": ("grpo", {"dtype": "bf16", "options": BONUS}),
+    "f16, one chunk": ("ppo", {"dtype": "f16", "budget": "keep"}),
+    "options": ("ppo", {"rest": {"temperature": 0.75, "softcap": 8.0, "logit_scale": 0.5}, "upstream": -1.5}),
+    "frozen": ("grpo", {"needs": ("hidden",)}),
+    "weight": ("grpo", {"needs": ("weight",), "budget": "keep"}),
+    "full kl": ("ppo", {"options": {"kl": "full", "beta": 0.25} | BONUS}),
+    "full kl, again": ("gspo", {"options": {"kl": "full", "beta": 0.25}, "budget": "recompute"}),
+    "lora": ("grpo", {"lora": 1.5, "needs": ("hidden", "bias", "lora_a", "lora_b")}),
+    "lora, bf16": ("ppo", {"lora": 1.5, "needs": ("hidden", "lora_a", "lora_b"), "dtype": "bf16", "budget": "keep"}),
+    "lora, again": ("grpo", {"lora": 1.5, "needs": ("hidden", "lora_a", "lora_b"), "budget": "recompute"}),
+}
+
+
+@pytest.mark.parametrize("kernels", BACKENDS)
+@pytest.mark.parametrize("way", WAYS)
+def test_every_way(ranks, way, kernels):
+    name, rest = WAYS[way]
+    check_policy(ranks, case_of(name, **rest), kernels)
+
+
+def combinations(op: str) -> list[dict]:
+    """Those of the options, and of vocabularies that four can share."""
+    axes = cases.LOGITS_AXES if op == "token_logps" else cases.LINEAR_AXES
+    return pairwise(axes | {"vocab": (1000, 17, 1025, 2051)})
+
+
+@pytest.mark.parametrize("op", ("token_logps", "linear_token_logps"))
+def test_options_pairwise(ranks, op):
+    for number, combination in enumerate(combinations(op)):
+        problem = problem_of(op, combination)
+        backend = BACKENDS[number % len(BACKENDS)]
+        solution = cases.solution_of(problem)
+        for size, (out, gradients) in together(ranks.run(on_ranks, problem, backend)).items():
+            try:
+                cases.hold(problem, out, gradients, *solution)
+            except AssertionError as error:
+                raise AssertionError(f"{size} ranks, {backend}, {label(combination)}: {error}") from error
+
+
+OPTIONS = {"temperature": 0.75, "ref_temperature": 1.25, "softcap": 4.0, "ref_logit_scale": 0.5, "beta": 0.25}
+
+
+@pytest.mark.parametrize("kernels", BACKENDS)
+@pytest.mark.parametrize("kind", divergence_cases.KINDS)
+def test_divergences(ranks, kind, kernels):
+    n, vocab = 64, 1301
+    targets, mask = targets_of(n, vocab, 2), torch.arange(n) % 5 != 2
+    targets[7] = -100
+    plain = {"kind": kind}
+    rich = plain | OPTIONS | {"targets": targets, "mask": mask}
+    everything = {"outputs": ("lse", "entropy", "ref_lse"), "grads": ("value", "logp", "lse", "entropy", "ref_lse")}
+    pairs = (
+        Pair(logits_pair(n, vocab), plain),
+        Pair(logits_pair((4, 16), vocab, torch.bfloat16), plain),
+        Pair(logits_pair(n, vocab, apart=0.01), rich, **everything),
+        Pair(logits_pair(n, vocab), plain | {"top_k": 20, "tail": "bucket"}),
+        Pair(heads_of(n, (33, 20), vocab, bias=True), rich, **everything),
+        Pair(heads_of(n, (33, 20), vocab), plain, call={"memory_budget": 0}),
+    )
+    for number, pair in enumerate(pairs):
+        solution = divergence_cases.solved(pair)
+        for size, result in together(ranks.run(on_ranks, pair, kernels)).items():
+            try:
+                divergence_cases.hold(pair, *result, solution)
+            except AssertionError as error:
+                raise AssertionError(f"{size} ranks, pair {number}: {error}") from error
+
+
+@pytest.mark.parametrize("kernels", BACKENDS)
+def test_the_bits_do_not_depend_on_the_number_of_ranks(ranks, kernels):
+    """Where shards begin at multiples of the width; but ∂hidden is a sum over the ranks."""
+    vocab, width, rest = 4 * 1024 + 70, 512, {"outputs": ALL, "grads": DIFFERENTIABLE}
+    pieces = {"width": width}
+    for inputs in ({"logits": logits_of(37, vocab)}, head_of(37, 20, vocab, bias=True)):
+        problem = Problem(inputs, targets_of(37, vocab), {"top_k": 3}, **rest)
+        results = together(ranks.run(on_pieces, problem, kernels, pieces))
+        expected, gradients = results[1]
+        for out, found in results.values():
+            for name, got in out._asdict().items():
+                assert_same_bits(name, got, getattr(expected, name))
+            for name in set(gradients) - {"hidden"}:
+                assert_same_bits(name, found[name], gradients[name])
+        cases.hold(problem, *results[SIZE], *cases.solution_of(problem))
+
+
+def on_pieces(case, backend: str, share: dict) -> dict:
+    """``on_ranks`` with the options of ``VocabParallel``."""
+    return on_ranks(case, backend, **share)
+
+
+def test_padded_vocabularies(ranks):
+    """Columns beyond the vocabulary are as if they were not there, on a rank that has no other too."""
+    vocab, padded = 1301, 2000
+    for inputs, along in (({"logits": logits_of(40, padded)}, -1), (head_of(40, 20, padded, bias=True), 0)):
+        problem = Problem(inputs, targets_of(40, vocab), {}, outputs=ALL, grads=DIFFERENTIABLE)
+        names = ("logits",) if along else ("weight", "bias")
+        cut = {k: x.narrow(along, 0, vocab) if k in names else x for k, x in inputs.items()}
+        real = Problem(cut, problem.targets, {}, outputs=ALL, grads=DIFFERENTIABLE)
+        for out, gradients in together(ranks.run(on_pieces, problem, BACKENDS[0], {"vocab_size": vocab})).values():
+            for name in names:
+                assert_zero(f"{name} of padding", gradients[name].narrow(along, vocab, padded - vocab))
+                gradients[name] = gradients[name].narrow(along, 0, vocab)
+            cases.hold(real, out, gradients, *cases.solution_of(real))
+
+
+def test_what_is_sent(ranks):
+    """5 numbers a token forward, H a token backward, and nothing else once hands are shaken."""
+    n, depth, vocab = 40, 24, 1301
+    outputs, grads = ("entropy", "log_sum_sq_probs"), ("logp", "entropy")
+    problem = Problem(head_of(n, depth, vocab), targets_of(n, vocab), {}, outputs, grads)
+    for seen in ranks.run(traffic, problem, BACKENDS[0]):
+        assert seen == ([5 * n], [depth * n])
+    for more, count in ((("entropy", "log_sum_sq_probs", "mean_logits", "is_top1"), 7), ((), 3)):
+        problem = Problem({"logits": logits_of(n, vocab)}, targets_of(n, vocab), {}, more, ("logp",))
+        assert ranks.run(traffic, problem, BACKENDS[0]) == [([count * n], [])] * SIZE
+    pair = Pair(logits_pair(n, vocab), {"kind": "reverse_kl"})
+    assert ranks.run(traffic, pair, BACKENDS[0]) == [([7 * n], [])] * SIZE
+    case = case_of("grpo", budget="keep")
+    rows = case.data["targets"].numel()
+    for gathered, reduced in ranks.run(traffic, case, BACKENDS[0]):
+        assert (sum(gathered), sum(reduced)) == (4 * rows, policy.DEPTH * rows)  # the entropies are asked for
+
+
+def test_ranks_that_differ(ranks):
+    """Every rank is told what differs, and where; afterwards the group works."""
+    for answer in ranks.run(mismatches):
+        assert "same depth" in answer["depth"] and "9 on rank 2" in answer["depth"]
+        assert "same dtype" in answer["dtype"] and "on rank 1" in answer["dtype"]
+        assert "same bias" in answer["bias"] and "1 on rank 3" in answer["bias"]
+        assert "same vocab size" in answer["vocab_size"] and "21 on rank 3" in answer["vocab_size"]
+        assert "at least 25 columns" in answer["too few columns"] and "6 on rank 0" in answer["too few columns"]
+        assert answer["target"].startswith("ValueError: targets: expected values in [0, 24)")
+        assert answer["group"].startswith("TypeError: process_group")
+        assert answer["after"] == ""
