@@ -200,7 +200,7 @@ def linear_divergence(
         torch.Size([])
     """
     shards, hidden, weight, bias = row_inputs.shared_head(process_group, hidden, weight, bias)
-    reference = groups.local(ref_hidden), groups.alike(process_group, ref_weight), groups.local(ref_bias)
+    reference = groups.local(ref_hidden), *(groups.alike(process_group, x) for x in (ref_weight, ref_bias))
     ref_hidden, ref_weight, ref_bias = checked_reference(hidden, weight, *reference)
     lead, vocab = hidden.shape[:-1], row_inputs.vocabulary(weight, shards)
     transform = (temperature, ref_temperature, softcap, ref_softcap, logit_scale, ref_logit_scale)

@@ -35,7 +35,7 @@ class Head(NamedTuple):
 
     def laid_out(self, hidden, weight, bias) -> tuple:
         """Another head, whose rows lie on the ranks as those of this one."""
-        return groups.local(hidden), groups.alike(self.process_group, weight), groups.local(bias)
+        return groups.local(hidden), *(groups.alike(self.process_group, x) for x in (weight, bias))
 
     def budget(self) -> float:
         """The memory budget, checked."""

@@ -81,9 +81,12 @@ def _in_range(targets, vocab: int, own: str) -> None:
 
 def checked_head(
     hidden, weight, bias, prefix: str = "", hidden_name: str | None = None, sizes: str = "VD",
-    weight_name: str | None = None,
+    weight_name: str | None = None, least: int = 1,
 ):  # fmt: skip
-    """A head checked, and cast by autocast; ``prefix`` is that of its arguments' names, ``sizes`` are of its weight."""
+    """A head checked, and cast by autocast; ``prefix`` is that of its arguments' names, ``sizes`` are of its weight.
+
+    ``least`` is the number of columns that it has at least.
+    """
     h, w, b = (prefix + name for name in ("hidden", "weight", "bias"))
     columns, depth = sizes
     h, w = hidden_name or h, weight_name or w
@@ -94,7 +97,7 @@ def checked_head(
         hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     if hidden.dim() < 1 or hidden.shape[-1] == 0:
         validate.fail(h, f"shape [*, {depth}] with {depth} > 0", validate.shape(hidden))
-    if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1] or weight.shape[0] == 0:
+    if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1] or weight.shape[0] < least:
         validate.fail(w, f"shape ({columns}, {hidden.shape[-1]}) to match {h}", validate.shape(weight))
     if bias is not None and bias.shape != weight.shape[:1]:
         validate.fail(b, f"shape {tuple(weight.shape[:1])} like the rows of {w}", validate.shape(bias))
@@ -125,8 +128,8 @@ def shared_head(process_group, hidden, weight, bias, **names) -> tuple:
     share = None
     if process_group is not None or type(weight) not in _PLAIN:
         share, weight = groups.resolved(process_group, weight, 0, "weight")
-        hidden, bias = groups.local(hidden), groups.local(bias)
-    head = checked_head(hidden, weight, bias, **names)
+        hidden, bias = groups.local(hidden), groups.alike(process_group, bias)
+    head = checked_head(hidden, weight, bias, least=1 if share is None else 0, **names)
     return None if share is None else groups.agreed_head(share, *head), *head
 
 

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 SIZE = 4
-PATIENCE = 60.0
+PATIENCE = 30.0
 _groups: dict = {}
 
 

@@ -1,6 +1,19 @@
-"""Over ranks: what ``process_group=`` takes, on ``torch.distributed`` as it is (docs/distributed.md)."""
+"""More than one process: a vocabulary that ranks share, and a head that they gather for a use."""
 
-from rlfast.distributed.gather import Gathered, gathered
-from rlfast.distributed.groups import VocabParallel
+from __future__ import annotations
 
-__all__ = ["Gathered", "VocabParallel", "gathered"]
+import importlib
+
+# Floors below import a module of this package while it is still being made: a public name is looked up when asked for.
+_HOME = {
+    "Gathered": "gather",
+    "VocabParallel": "groups",
+    "gathered": "gather",
+}
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str):
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)

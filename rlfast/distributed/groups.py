@@ -147,7 +147,7 @@ def local(x):
 
 def alike(process_group, x):
     """Another weight, whose rows lie as those of the first."""
-    if isinstance(process_group, Gathered) and x is not None:
+    if isinstance(process_group, Gathered) and placement(x) is not None:
         return gathered(x, mean=process_group.mean).tensor()
     return local(x)
 

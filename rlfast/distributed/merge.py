@@ -16,7 +16,8 @@ from typing import NamedTuple
 
 import torch
 
-from rlfast.ops.records import ENTROPY, IS_TOP1, LSE, Outputs, Row, Wanted, allocate
+from rlfast.fallback.token_logps import transformed
+from rlfast.ops.records import ENTROPY, IS_TOP1, LSE, Outputs, Row, Transform, Wanted, allocate
 
 INF = torch.inf
 
@@ -27,7 +28,7 @@ class Layout(NamedTuple):
     row: Row
     candidates: int
     is_top1: int  # the first of K; −1: not there
-    topk: int  # the first of top_k log-probs, then top_k ids; −1: not there
+    topk: int  # the first of top_k log-probs, or logits where those are given, then top_k ids; −1: not there
     top_k: int
     size: int
 
@@ -42,13 +43,13 @@ class Layout(NamedTuple):
 
 
 def record(out: Outputs, layout: Layout, n: int) -> torch.Tensor:
-    """The record [F, n] of a shard. A shard of fewer columns than top_k has impossible ones for the others."""
+    """The record [F, n] of a shard. A shard of fewer columns than top_k has the id −1 for the others."""
     parts = [out.aux.reshape(layout.row.rows, n)]
     if layout.is_top1 >= 0:
         parts.append(out.is_top1.reshape(n, layout.candidates).T.to(out.aux.dtype))
-    for x, fill in ((out.topk_logp, -INF), (out.topk_ids, -1.0)) if layout.top_k else ():
+    for x in (out.topk_logp, out.topk_ids) if layout.top_k else ():
         x = x.reshape(n, x.numel() // max(n, 1)).to(out.aux.dtype)
-        parts.append(torch.nn.functional.pad(x, (0, layout.top_k - x.shape[1]), value=fill).T)
+        parts.append(torch.nn.functional.pad(x, (0, layout.top_k - x.shape[1]), value=-1.0).T)
     return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
@@ -59,8 +60,7 @@ def nothing(layout: Layout, n: int, like: torch.Tensor, dtype: torch.dtype) -> t
     if layout.row.log_sum_sq_probs >= 0:
         found[layout.row.log_sum_sq_probs] = -INF
     if layout.topk >= 0:
-        found[layout.topk : layout.topk + layout.top_k] = -INF
-        found[layout.topk + layout.top_k :] = -1
+        found[layout.topk :] = -1
     return found
 
 
@@ -136,21 +136,34 @@ def first_argmax(records, layout: Layout, m: Masses, mine) -> torch.Tensor:
     return (flag & mine & leads.unsqueeze(-1)).any(0) & ~m.total.isnan().unsqueeze(-1)
 
 
-def best(records, layout: Layout, spans, m: Masses) -> tuple[torch.Tensor, ...]:
-    """(log-probs [n, k], ids [n, k], the mass outside [n]) of the k largest."""
+def best(records, layout: Layout, spans, m: Masses, scale, transform: Transform | None) -> tuple[torch.Tensor, ...]:
+    """(log-probs [n, k], ids [n, k], the mass outside [n]) of the k largest.
+
+    With a transform a record has logits, which are compared as they are, so that ties are ties; the lower id is first.
+    """
     k = layout.top_k
-    logp = records[:, layout.topk : layout.topk + k] + m.log_w.unsqueeze(1)
     first = torch.tensor([a for a, _ in spans], dtype=torch.int64, device=records.device).reshape(-1, 1, 1)
-    ids = records[:, layout.topk + k :].long()
-    ids = torch.where(ids < 0, -1, ids + first)
-    logp, ids = (x.permute(2, 0, 1).flatten(1) for x in (logp, ids))
-    order = torch.sort(logp, dim=-1, descending=True, stable=True)
-    ids = ids.gather(-1, order.indices)
-    outside = weighed(m.log_w, records[:, layout.row.tail_mass]) + order.values[:, k:].exp().sum(-1)
-    return order.values[:, :k], ids[:, :k], outside
+    ids = records[:, layout.topk + k : layout.topk + 2 * k].long()
+    ids = torch.where(ids < 0, -1, ids + first).permute(2, 0, 1).flatten(1)
+    given = records[:, layout.topk : layout.topk + k]
+    if transform is None:
+        logp = key = (given + m.log_w.unsqueeze(1)).permute(2, 0, 1).flatten(1)
+    else:
+        key = given.permute(2, 0, 1).flatten(1)
+        logp = transformed(key, transform, slice(None)) - (scale * m.peak + m.total).unsqueeze(-1)
+        key = key * (1.0 if transform.logit_scale > 0 else -1.0 if transform.logit_scale else 0.0)
+    logp, key = (torch.where(ids < 0, -INF, x) for x in (logp, key))
+    order = torch.sort(key, dim=-1, descending=True, stable=True).indices
+    there = (ids < 0).gather(-1, order).to(torch.uint8)
+    order = order.gather(-1, torch.sort(there, dim=-1, stable=True).indices)  # what is no column comes last
+    logp, ids = logp.gather(-1, order), ids.gather(-1, order)
+    outside = weighed(m.log_w, records[:, layout.row.tail_mass]) + logp[:, k:].exp().sum(-1)
+    return logp[:, :k], ids[:, :k], outside
 
 
-def merged(records, spans, lead, targets, ids, counted, wanted: Wanted, scale, first: int, count: int) -> tuple:
+def merged(
+    records, spans, lead, targets, ids, counted, wanted: Wanted, scale, first: int, count: int, transform=None
+) -> tuple:
     """(the outputs of whole rows, log p of this rank's pieces [count, K, n]).
 
     Args:
@@ -162,6 +175,7 @@ def merged(records, spans, lead, targets, ids, counted, wanted: Wanted, scale, f
         wanted: as the op takes it.
         scale: of ``masses``.
         first, count: this rank's pieces among the shards.
+        transform: of the logits, where a record has those of its top-k.
     """
     out, layout = allocate(records, lead, targets, wanted), Layout.of(ids.shape[1], wanted)
     n, row, records = ids.shape[0], layout.row, records.double()
@@ -192,7 +206,7 @@ def merged(records, spans, lead, targets, ids, counted, wanted: Wanted, scale, f
     if wanted.outputs & IS_TOP1:
         put(out.is_top1, first_argmax(records, layout, m, mine), counted)
     if wanted.top_k:
-        values, places, outside = best(records, layout, spans, m)
+        values, places, outside = best(records, layout, spans, m, scale, transform)
         put(out.topk_logp, values, live.unsqueeze(-1))
         out.topk_ids.view(n, wanted.top_k).copy_(torch.where(live.unsqueeze(-1), places, -1))
         put(aux[row.tail_mass], outside)

@@ -67,8 +67,11 @@ def unit(kernel_name: str, transform: Transform, n: int):
     return by.reshape(n) if isinstance(by, torch.Tensor) else by
 
 
-def statistics(rows: Rows, run, name: str, wanted: Wanted, like) -> Found:
-    """The outputs of whole rows; ``run(columns, ids, wanted)`` is a kernel's forward on this rank's columns."""
+def statistics(rows: Rows, run, name: str, wanted: Wanted, like, given: bool = False) -> Found:
+    """The outputs of whole rows; ``run(columns, ids, wanted)`` is a kernel's forward on this rank's columns.
+
+    ``given``: the log-probs of its top-k are replaced by their logits.
+    """
     n, ids = rows_of(rows.lead), rows.targets
     within, records, kept = wanted._replace(outputs=wanted.outputs & ~LSE), [], []
     flat, counted = counted_rows(ids, rows.mask, n)
@@ -85,8 +88,9 @@ def statistics(rows: Rows, run, name: str, wanted: Wanted, like) -> Found:
     everyones = rows.shards.everyones(torch.stack(records))
     scale, shards = unit(name, rows.transform, n), rows.shards
     out, logp = merged(
-        everyones, shards.spans, rows.lead, ids, flat, counted, wanted, scale, shards.first, len(shards.mine)
-    )
+        everyones, shards.spans, rows.lead, ids, flat, counted, wanted, scale, shards.first, len(shards.mine),
+        rows.transform if given else None,
+    )  # fmt: skip
     return Found(out, logp, kept)
 
 
@@ -132,9 +136,13 @@ class _TokenLogps(torch.autograd.Function):
         name, kernel = kernel_of(LOGITS, logits, backend)
 
         def run(columns, ids, some):
-            return kernel.forward(logits[..., columns], ids, rows.mask, rows.transform, some), None
+            x = logits[..., columns]
+            out = kernel.forward(x, ids, rows.mask, rows.transform, some)
+            if some.top_k:
+                out = out._replace(topk_logp=x.gather(-1, out.topk_ids.clamp(min=0)).to(out.topk_logp.dtype))
+            return out, None
 
-        found = statistics(rows, run, name, wanted, logits)
+        found = statistics(rows, run, name, wanted, logits, given=True)
         asked = found.out.asked(wanted)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*non_differentiable(asked, wanted))
@@ -208,7 +216,7 @@ def pulled(head: Head, run, shards: Shards, parts, needs, sums) -> tuple:
     acc = compute_dtype(head.hidden)
     whole = shards.mine == (slice(0, head.weight.shape[0]),) and head.hidden.dtype == acc
     with as_given(head.hidden):
-        if sums is None and whole:
+        if sums is None and whole and parts:
             (part,) = parts
             d_hidden, *rest = run(head, part, needs, None)
             return (summed(shards, d_hidden, acc) if needs[0] else d_hidden, *rest)

@@ -20,9 +20,9 @@ from typing import NamedTuple
 
 import torch
 
+import rlfast.distributed.pairs as shared_pairs
+import rlfast.distributed.vocab as shared
 from rlfast import backends
-from rlfast.distributed import pairs as shared_pairs
-from rlfast.distributed import vocab as shared
 from rlfast.distributed.groups import Shards
 from rlfast.fallback.token_logps import compute_dtype
 from rlfast.ops import divergence_records as pairs
