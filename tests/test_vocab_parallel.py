@@ -101,9 +101,9 @@ def combinations(op: str) -> list[dict]:
 
 @pytest.mark.parametrize("op", ("token_logps", "linear_token_logps"))
 def test_options_pairwise(ranks, op):
-    for number, combination in enumerate(combinations(op)):
+    for combination in combinations(op):
         problem = problem_of(op, combination)
-        backend = BACKENDS[number % len(BACKENDS)]
+        backend = BACKENDS[0]
         solution = cases.solution_of(problem)
         for size, (out, gradients) in together(ranks.run(on_ranks, problem, backend)).items():
             try:
