@@ -11,6 +11,7 @@ from rlfast import backends
 from rlfast.loss_table import LOSSES
 from tests import cases, divergence_cases
 from tests import linear_policy_cases as policy
+from tests import vocab_cases as work
 from tests.cases import ALL, DIFFERENTIABLE, Problem, head_of, label, logits_of, pairwise, problem_of, targets_of
 from tests.divergence_cases import Pair, heads_of, logits_pair
 from tests.linear_policy_cases import BONUS, case_of
@@ -179,21 +180,21 @@ def test_padded_vocabularies(ranks):
 
 
 def test_what_is_sent(ranks):
-    """5 numbers a token forward, H a token backward, and nothing else once hands are shaken."""
+    """5 numbers a token forward, H a token backward; two integers a call once hands are shaken."""
     n, depth, vocab = 40, 24, 1301
     outputs, grads = ("entropy", "log_sum_sq_probs"), ("logp", "entropy")
     problem = Problem(head_of(n, depth, vocab), targets_of(n, vocab), {}, outputs, grads)
     for seen in ranks.run(traffic, problem, BACKENDS[0]):
-        assert seen == ([5 * n], [depth * n])
+        assert seen == ([2, 5 * n], [depth * n])
     for more, count in ((("entropy", "log_sum_sq_probs", "mean_logits", "is_top1"), 7), ((), 3)):
         problem = Problem({"logits": logits_of(n, vocab)}, targets_of(n, vocab), {}, more, ("logp",))
-        assert ranks.run(traffic, problem, BACKENDS[0]) == [([count * n], [])] * SIZE
+        assert ranks.run(traffic, problem, BACKENDS[0]) == [([2, count * n], [])] * SIZE
     pair = Pair(logits_pair(n, vocab), {"kind": "reverse_kl"})
-    assert ranks.run(traffic, pair, BACKENDS[0]) == [([7 * n], [])] * SIZE
+    assert ranks.run(traffic, pair, BACKENDS[0]) == [([2, 7 * n], [])] * SIZE
     case = case_of("grpo", budget="keep")
     rows = case.data["targets"].numel()
     for gathered, reduced in ranks.run(traffic, case, BACKENDS[0]):
-        assert (sum(gathered), sum(reduced)) == (4 * rows, policy.DEPTH * rows)  # the entropies are asked for
+        assert (sum(gathered) - 2, sum(reduced)) == (4 * rows, policy.DEPTH * rows)  # the entropies are asked for
 
 
 def test_ranks_that_differ(ranks):
@@ -207,3 +208,55 @@ def test_ranks_that_differ(ranks):
         assert answer["target"].startswith("ValueError: targets: expected values in [0, 24)")
         assert answer["group"].startswith("TypeError: process_group")
         assert answer["after"] == ""
+
+
+def test_a_rank_that_fails(ranks):
+    """It says why; the others raise within the timeout, and say whom they waited for."""
+    answers = ranks.run(work.a_rank_fails)
+    assert answers[1][0].startswith("ValueError: targets")
+    for rank in (0, 2, 3):
+        error, seconds = answers[rank]
+        others = [r for r in range(SIZE) if r != rank]
+        assert error.startswith(f"RuntimeError: process_group: rank {rank} waited in vain for ranks {others}")
+        assert seconds < 10.0
+
+
+def test_a_rank_with_other_rows(ranks):
+    """It is said on every rank before anything else is sent, also where hands were shaken."""
+    for error in ranks.run(work.other_shapes):
+        wanted = "ranks with the same rows, got 5 on rank 0, 5 on rank 1, 6 on rank 2, 5 on rank 3"
+        assert error == f"ValueError: process_group: expected {wanted}"
+
+
+@pytest.mark.parametrize("named", (False, True), ids=("its own mesh", "a mesh"))
+def test_heads_that_are_dtensors(ranks, named):
+    """Sharded over the vocabulary, every rank with all tokens: gradients have the layout of the parameters."""
+    for inputs in (head_of(64, 20, 1301, bias=True), {"logits": logits_of(64, 1301)}):
+        problem = Problem(inputs, targets_of(64, 1301), {}, ("entropy",), DIFFERENTIABLE[:1])
+        for out, gradients in ranks.run(work.on_mesh, problem, BACKENDS[0], named):
+            cases.hold(problem, out, gradients, *cases.solution_of(problem))
+
+
+@pytest.mark.parametrize("mean", (False, True), ids=("sum", "mean"))
+def test_heads_that_are_gathered(ranks, mean):
+    """Tokens of their own on each rank: the gradient is the sum over all, or the mean of the ranks'."""
+    problem = Problem(head_of(64, 20, 1301, bias=True), targets_of(64, 1301), {}, grads=("logp",), upstream="ones")
+    answers = ranks.run(work.on_own_tokens, problem, BACKENDS[0], mean)
+    out = type(answers[0][0])(torch.cat([out.logp for out, _ in answers]))
+    gradients = answers[0][1] | {"hidden": torch.cat([g["hidden"] for _, g in answers])}
+    if mean:
+        gradients |= {name: gradients[name] * SIZE for name in ("weight", "bias")}
+    cases.hold(problem, out, gradients, *cases.solution_of(problem))
+
+
+def test_a_lora_body_under_fsdp2(ranks):
+    """The step of a model of which FSDP2 has a shard on each rank is that of one process."""
+    model = work.Lora().double()
+    batch = {name: x.double() if x.is_floating_point() else x for name, x in work.lora_batch().items()}
+    truth, wanted = work.lora_step(model, batch)
+    own, own_gradients = work.lora_step(work.Lora(), work.lora_batch())
+    for loss, gradients in ranks.run(work.sharded_lora):
+        assert_value("loss", loss, truth, own, truth.abs() + 1.0)
+        assert set(gradients) == set(wanted) == {"a", "b", "head.weight"}
+        for name, got in gradients.items():
+            assert_gradient(name, got, wanted[name], own_gradients[name])

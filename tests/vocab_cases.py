@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 
 import torch
 import torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 import rlfast
 from rlfast import heads
-from rlfast.distributed import VocabParallel
+from rlfast.distributed import Gathered, VocabParallel
 from tests import cases, divergence_cases, linear_policy_cases
-from tests.rank_pool import SIZE, group
+from tests.rank_pool import SIZE, fresh_group, group
 
 SIZES = (1, 2, SIZE)
 ALONG = {"logits": -1, "ref_logits": -1} | dict.fromkeys(("weight", "bias", "ref_weight", "ref_bias", "lora_b"), 0)
@@ -151,3 +154,100 @@ def mismatches() -> dict:
     found["group"] = said(lambda: rlfast.linear_token_logps(hidden, weight, targets, process_group="tp"))
     found["after"] = call(hidden, weight, targets)
     return found
+
+
+def a_rank_fails() -> tuple:
+    """(the error of each rank, the seconds that it took): rank 1 has a target that there is not, and never comes."""
+    rank, (hidden, weight, targets) = dist.get_rank(), head(dist.get_rank(), 6)
+    share = VocabParallel(fresh_group(list(range(SIZE))), timeout=2.0)
+    rlfast.linear_token_logps(hidden, weight, targets, process_group=share)
+    wrong = targets + 20 if rank == 1 else targets
+    start = time.monotonic()
+    error = said(lambda: rlfast.linear_token_logps(hidden, weight, wrong, process_group=share))
+    return error, time.monotonic() - start
+
+
+def other_shapes() -> str:
+    """The error of each rank where rank 2 has a token more."""
+    rank, (hidden, weight, targets) = dist.get_rank(), head(dist.get_rank(), 6)
+    share = VocabParallel(fresh_group(list(range(SIZE))), timeout=2.0)
+    rlfast.linear_token_logps(hidden, weight, targets, process_group=share)
+    more = [torch.cat((x, x[:1])) if rank == 2 else x for x in (hidden, targets)]
+    return said(lambda: rlfast.linear_token_logps(more[0], weight, more[1], process_group=share))
+
+
+def mesh_of(size: int = SIZE):
+    """All ranks in a row."""
+    return dist.device_mesh.init_device_mesh("cpu", (size,), mesh_dim_names=("tp",))
+
+
+def on_mesh(problem, backend: str, named: bool) -> tuple:
+    """A head whose weight and bias are ``DTensor``s: the mesh is theirs, or named."""
+    mesh = mesh_of()
+    along = {name: x for name, x in problem.inputs.items() if name in ALONG and x is not None}
+    spread = {name: distribute_tensor(x, mesh, [Shard(ALONG[name] % x.dim())]) for name, x in along.items()}
+    more = {"process_group": mesh} if named else {}
+    out, gradients = cases.run(replace(problem, inputs=problem.inputs | spread, call=problem.call | more), backend)
+    assert all(gradients[name].placements == spread[name].placements for name in spread)
+    return plain(out), {name: g.full_tensor() if name in spread else g for name, g in gradients.items()}
+
+
+def on_own_tokens(problem, backend: str, mean: bool) -> tuple:
+    """A quarter of the rows on each rank, with a head that FSDP2 has sharded."""
+    mesh, rank = mesh_of(), dist.get_rank()
+    rows = problem.targets.shape[0] // SIZE
+    at = slice(rank * rows, (rank + 1) * rows)
+    spread = {k: distribute_tensor(problem.inputs[k], mesh, [Shard(0)]) for k in ("weight", "bias")}
+    inputs = spread | {"hidden": problem.inputs["hidden"][at]}
+    mine = replace(problem, inputs=inputs, targets=problem.targets[at], call={"process_group": Gathered(mean)})
+    out, gradients = cases.run(mine, backend)
+    assert all(gradients[name].placements == spread[name].placements for name in spread)
+    return plain(out), {name: g.full_tensor() if name in spread else g for name, g in gradients.items()}
+
+
+class Lora(torch.nn.Module):
+    """A body with a frozen layer and a low-rank one beside it, under a head."""
+
+    def __init__(self, depth: int = 24, vocab: int = 101, rank: int = 4):
+        super().__init__()
+        draw = torch.Generator().manual_seed(5)
+        self.base = torch.nn.Parameter(torch.randn(depth, depth, generator=draw), requires_grad=False)
+        self.a = torch.nn.Parameter(torch.randn(rank, depth, generator=draw))
+        self.b = torch.nn.Parameter(torch.randn(depth, rank, generator=draw))
+        self.head = torch.nn.Linear(depth, vocab, bias=False)
+        with torch.no_grad():
+            self.head.weight.copy_(torch.randn(vocab, depth, generator=draw) / depth**0.5)
+
+    def forward(self, x):
+        return torch.tanh(x @ self.base.T * 0.2 + x @ self.a.T @ self.b.T * 0.1)
+
+
+def lora_batch() -> dict:
+    """Prompts of four ranks."""
+    draw = torch.Generator().manual_seed(6)
+    return {
+        "x": torch.randn(2 * SIZE, 5, 24, generator=draw),
+        "targets": torch.randint(101, (2 * SIZE, 5), generator=draw),
+        "adv": torch.randn(2 * SIZE, generator=draw),
+    }
+
+
+def lora_step(model, batch: dict, **more):
+    """A step's gradients, and its loss."""
+    x, targets, adv = batch["x"], batch["targets"], batch["adv"]
+    loss = rlfast.loss("reinforce").linear(model(x), model.head.weight, targets, adv=adv, **more).loss
+    loss.backward()
+    found = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    return loss.detach(), {n: g.full_tensor() if isinstance(g, DTensor) else g for n, g in found.items()}
+
+
+def sharded_lora() -> tuple:
+    """The same under FSDP2, a rank's share of the batch on each: the mean of the ranks' losses, the gradients."""
+    mesh, rank, model = mesh_of(), dist.get_rank(), Lora()
+    fully_shard(model.head, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    batch = {name: x[2 * rank : 2 * rank + 2] for name, x in lora_batch().items()}
+    assert isinstance(model.head.weight, DTensor)
+    loss, gradients = lora_step(model, batch, process_group=Gathered())
+    dist.all_reduce(loss)
+    return loss / SIZE, gradients

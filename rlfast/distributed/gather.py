@@ -33,30 +33,25 @@ class Gathered:
 class Gathering:
     """A gather that is under way."""
 
-    def __init__(self, local, spread: int):
-        self._local, self._spread = local, spread
+    def __init__(self, begun, ranks: int):
+        self._begun, self._ranks = begun, ranks
 
     def tensor(self) -> torch.Tensor:
         """The whole tensor, as soon as it is there."""
-        whole = self._local
-        wait = getattr(whole, "wait", None)
-        whole = wait() if wait is not None else whole
-        if self._spread > 1 and whole.requires_grad:
-            whole = _Shared.apply(whole, self._spread)
-        return whole
+        return _Waited.apply(self._begun, self._ranks)
 
 
-class _Shared(torch.autograd.Function):
-    """The tensor; its gradient is divided, so that the sum over the ranks is their mean."""
+class _Waited(torch.autograd.Function):
+    """The tensor; its gradient is divided by a number, so that the sum over so many ranks is their mean."""
 
     @staticmethod
     def forward(ctx, x, ranks):
         ctx.ranks = ranks
-        return x.view_as(x)
+        return x.wait() if hasattr(x, "wait") else x.view_as(x)
 
     @staticmethod
     def backward(ctx, g):
-        return g / ctx.ranks, None
+        return g if ctx.ranks == 1 else g / ctx.ranks, None
 
 
 def placement(x):
