@@ -12,6 +12,7 @@ import torch
 
 from rlfast import backends, logps, row_inputs, validate
 from rlfast.distributed import groups, pairs
+from rlfast.distributed.gather import within
 from rlfast.ops import divergence as logits_op
 from rlfast.ops import linear_divergence as linear_op
 from rlfast.ops.divergence_records import FORWARD, KINDS, REF_LSE, REVERSE, Measure, Outputs
@@ -143,6 +144,7 @@ def divergence(
     return _named(asked, call)
 
 
+@within
 def linear_divergence(
     hidden,
     weight,

@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from rlfast import backends, validate
 from rlfast.distributed import vocab
+from rlfast.distributed.gather import within
 from rlfast.ops import linear as gemm_op
 from rlfast.ops import linear_token_logps as linear_op
 from rlfast.ops import token_logps as logits_op
@@ -126,6 +127,7 @@ def token_logps(
     return _named(asked, lead, wanted, candidates)
 
 
+@within
 def linear_token_logps(
     hidden,
     weight,

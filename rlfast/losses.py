@@ -10,6 +10,7 @@ import torch
 
 from rlfast import backends, full_kl, heads, limits, loss_inputs, policy_linear, validate
 from rlfast.corrections import CORRECTIONS, Correction
+from rlfast.distributed.gather import within
 from rlfast.full_kl import FULL
 from rlfast.kernels.formulas import SURROGATES
 from rlfast.kernels.formulas.kl import KlBounds
@@ -300,6 +301,7 @@ class Loss:
             settings = settings._replace(max_len=validate.positive("max_len", length) if length else 1.0)
         return batch, settings
 
+    @within
     def linear(
         self, hidden, weight, targets, bias=None, *, adv=None, old_logp=None, mask=None, ref_logp=None,
         rollout_logp=None, weights=None, extra=None, keep=None, cu_seqlens=None, num_items=None, max_len=None,

@@ -7,10 +7,12 @@ from dataclasses import replace
 import pytest
 import torch
 
+import rlfast
 from rlfast import backends
 from rlfast.loss_table import LOSSES
 from tests import cases, divergence_cases
 from tests import linear_policy_cases as policy
+from tests import test_linear_preference_loss as preference
 from tests import vocab_cases as work
 from tests.cases import ALL, DIFFERENTIABLE, Problem, head_of, label, logits_of, pairwise, problem_of, targets_of
 from tests.divergence_cases import Pair, heads_of, logits_pair
@@ -92,6 +94,14 @@ WAYS = {
 def test_every_way(ranks, way, kernels):
     name, rest = WAYS[way]
     check_policy(ranks, case_of(name, **rest), kernels)
+
+
+@pytest.mark.parametrize("budget", ("recompute", "a pair", "keep"))
+@pytest.mark.parametrize("form", ("padded", "rows"))
+def test_preferences(ranks, form, budget):
+    case = preference.case_of(form=form, budget=budget)
+    for out, gradients in together(ranks.run(on_ranks, case, BACKENDS[0])).values():
+        preference.hold(case, out, gradients)
 
 
 def combinations(op: str) -> list[dict]:
@@ -260,3 +270,79 @@ def test_a_lora_body_under_fsdp2(ranks):
         assert set(gradients) == set(wanted) == {"a", "b", "head.weight"}
         for name, got in gradients.items():
             assert_gradient(name, got, wanted[name], own_gradients[name])
+
+
+def test_megatrons_names(ranks):
+    """Values and gradients are those of PyTorch with the whole vocabulary."""
+    problem = Problem(head_of(64, 20, 1301), targets_of(64, 1301))
+    answers = ranks.run(work.megatrons, problem)
+    truth, own = (by_hand(problem, dtype) for dtype in (torch.float64, torch.float32))
+    for name in ("head", "log-prob", "loss", "entropy"):
+        value, *gradients = zip(*(answer[name] for answer in answers), strict=True)
+        assert_value(name, value[0], truth[name][0], own[name][0])
+        if name == "head":
+            assert_gradient("hidden", gradients[0][0], truth[name][1], own[name][1])
+        along = 0 if name == "head" else -1
+        assert_gradient(name, torch.cat(gradients[-1], along), truth[name][-1], own[name][-1])
+    for name in ("mean", "squares"):
+        assert_value(name, answers[3][name], truth[name], own[name], truth[name].abs() + 1.0)
+
+
+def by_hand(problem: Problem, dtype: torch.dtype) -> dict:
+    """The same by autograd."""
+    hidden, weight = (problem.inputs[name].to(dtype).requires_grad_() for name in ("hidden", "weight"))
+    given = (problem.inputs["hidden"] @ problem.inputs["weight"].T).to(dtype).requires_grad_()
+
+    def of(logits):
+        log_p = torch.log_softmax(logits, -1)
+        return log_p.gather(-1, problem.targets.unsqueeze(-1)).squeeze(-1), -(log_p.exp() * log_p).sum(-1), log_p
+
+    logp, entropy, _ = of(hidden @ weight.T)
+    found = {"head": (logp.detach(), *torch.autograd.grad(logp.sum() + entropy.sum(), (hidden, weight)))}
+    found["mean"] = logp.detach().mean()
+    logp, entropy, log_p = of(given)
+    for name, value in (("log-prob", logp), ("loss", -logp), ("entropy", entropy)):
+        found[name] = value.detach(), *torch.autograd.grad(value.sum(), given, retain_graph=True)
+    return found | {"squares": log_p.detach().exp().square().sum(-1)}
+
+
+class Partitions:
+    """A weight that is there within a context alone, as ZeRO-3 has its parameters."""
+
+    def __init__(self, weight):
+        self.weight, self.whole, self.uses = weight, weight.data, 0
+        weight.data = torch.empty(0)
+
+    def __call__(self):
+        return self
+
+    def __enter__(self):
+        self.uses += 1
+        self.weight.data = self.whole
+
+    def __exit__(self, *_):
+        self.weight.data = torch.empty(0)
+
+
+def test_a_weight_that_is_partitioned():
+    """It is gathered for the forward and for the backward, and the gradient is that of the whole."""
+    inputs, targets = head_of(64, 20, 1301), targets_of(64, 1301)
+    problem = Problem(inputs, targets, {}, ("entropy",), upstream="ones")
+    hidden, weight = inputs["hidden"].clone().requires_grad_(), torch.nn.Parameter(inputs["weight"].clone())
+    around = Partitions(weight)
+    whole = rlfast.distributed.Partitioned(around)
+    out = rlfast.linear_token_logps(hidden, weight, targets, outputs=("entropy",), memory_budget=0, process_group=whole)
+    assert not weight.numel() and around.uses == 1
+    gradients = torch.autograd.grad(out.logp.sum(), (hidden, weight))
+    assert not weight.numel() and around.uses == 2
+    cases.hold(problem, out, dict(zip(("hidden", "weight"), gradients, strict=True)), *cases.solution_of(problem))
+    loss = (
+        rlfast.loss("reinforce")
+        .linear(hidden.view(8, 8, -1), weight, targets.view(8, 8), adv=torch.ones(8), process_group=whole)
+        .loss
+    )
+    assert around.uses == 3
+    again = torch.autograd.grad(loss, (hidden, weight))
+    assert around.uses == 3 and again[1].shape == (1301, 20)
+    with pytest.raises(TypeError, match="gather: expected a function"):
+        rlfast.distributed.Partitioned(None)

@@ -13,7 +13,9 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 import rlfast
 from rlfast import heads
 from rlfast.distributed import Gathered, VocabParallel
+from rlfast.integrations import megatron
 from tests import cases, divergence_cases, linear_policy_cases
+from tests import test_linear_preference_loss as preference
 from tests.rank_pool import SIZE, fresh_group, group
 
 SIZES = (1, 2, SIZE)
@@ -68,6 +70,11 @@ def on_ranks(case, backend: str, sizes=SIZES, **share) -> dict:
             mine = replace(case, data=data, rest=case.rest | {"process_group": spread})
             out, gradients = linear_policy_cases.run(mine, backend)
             out = (out.loss.detach(), out.metrics.values, out.logp, out.entropy)
+        elif isinstance(case, preference.Case):
+            data = shard(case.data, columns_of(preference.VOCAB, size, aligned), rank)
+            mine = replace(case, data=data, rest=case.rest | {"process_group": spread})
+            out, gradients = preference.run(mine, backend)
+            out = plain(out._replace(metrics=out.metrics.values))
         else:
             module = divergence_cases if isinstance(case, divergence_cases.Pair) else cases
             columns = columns_of(vocab_of(case.inputs), size, aligned)
@@ -251,3 +258,23 @@ def sharded_lora() -> tuple:
     loss, gradients = lora_step(model, batch, process_group=Gathered())
     dist.all_reduce(loss)
     return loss / SIZE, gradients
+
+
+def megatrons(problem) -> dict:
+    """What the functions under others' names give, with their gradients, on four ranks."""
+    whole, rank = group(SIZE), dist.get_rank()
+    columns = columns_of(vocab_of(problem.inputs), SIZE)
+    mine = shard(problem.inputs | {"logits": problem.inputs["hidden"] @ problem.inputs["weight"].T}, columns, rank)
+    hidden, weight, logits = (mine[name].clone().requires_grad_() for name in ("hidden", "weight", "logits"))
+    found = {}
+    logp, entropy = megatron.linear_cross_entropy(hidden, weight, problem.targets, 1.0, "none", whole)
+    found["head"] = logp.detach(), *torch.autograd.grad(logp.sum() + entropy.sum(), (hidden, weight))
+    found["mean"] = megatron.linear_cross_entropy(hidden, weight, problem.targets, 1.0, "mean", whole)[0].detach()
+    for name, value in (
+        ("log-prob", megatron.vocab_parallel_log_probs_from_logits(logits, problem.targets, whole)),
+        ("loss", megatron.fused_vocab_parallel_cross_entropy(logits, problem.targets, whole)),
+        ("entropy", megatron.vocab_parallel_entropy_with_chunking(logits, group=whole)),
+    ):
+        found[name] = value.detach(), *torch.autograd.grad(value.sum(), logits)
+    found["squares"] = megatron.vocab_parallel_sum_pi_squared(logits, whole)
+    return found

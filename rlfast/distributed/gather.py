@@ -5,7 +5,9 @@ The gather is a ``DTensor``'s redistribution, and its backward a reduce-scatter 
 
 from __future__ import annotations
 
+import functools
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -28,6 +30,41 @@ class Gathered:
 
     def __post_init__(self):
         validate.flag("mean", self.mean)
+
+
+@dataclass(frozen=True)
+class Partitioned:
+    """``process_group=Partitioned(gather)``: the weight is whole only within ``gather()``, as under ZeRO-3.
+
+    The call is made within it, and so is what of its backward reads the weight; between the two, and afterwards, the
+    weight is the caller's again. A fused loss reads it in its forward alone, unless its logits have to be made again.
+
+    Args:
+        gather: makes a context manager, a new one for each use.
+
+    Example:
+        >>> whole = rlfast.distributed.Partitioned(lambda: deepspeed.zero.GatheredParameters([head.weight]))
+        >>> out = rlfast.linear_token_logps(hidden, head.weight, targets, process_group=whole)
+    """
+
+    gather: Callable
+
+    def __post_init__(self):
+        if not callable(self.gather):
+            validate.fail("gather", "a function that makes a context manager", type(self.gather).__name__, TypeError)
+
+
+def within(function: Callable) -> Callable:
+    """A function whose ``process_group`` may be a ``Partitioned``, within whose context it then runs."""
+
+    @functools.wraps(function)
+    def call(*args, process_group=None, **options):
+        if not isinstance(process_group, Partitioned):
+            return function(*args, process_group=process_group, **options)
+        with process_group.gather():
+            return function(*args, process_group=process_group, **options)
+
+    return call
 
 
 class Gathering:

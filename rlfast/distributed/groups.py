@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import math
 import zlib
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import NamedTuple
@@ -19,7 +21,7 @@ import torch
 import torch.distributed as dist
 
 from rlfast import backends, validate
-from rlfast.distributed.gather import Gathered, gathered, placement
+from rlfast.distributed.gather import Gathered, Partitioned, gathered, placement
 from rlfast.ops.linear_token_logps import NAME as HEAD
 from rlfast.ops.token_logps import NAME as LOGITS
 
@@ -69,6 +71,7 @@ class Shards(NamedTuple):
     counts: tuple[int, ...]  # pieces of each rank
     mine: tuple[slice, ...]  # this rank's pieces among its own columns
     first: int  # number of the first of them
+    around: Callable = nullcontext  # the context in which a backward finds the weight
 
     def own(self) -> list[tuple[slice, tuple[int, int]]]:
         """This rank's pieces: (its own columns, the global ones)."""
@@ -114,8 +117,8 @@ def failed(group, ranks, what: str) -> RuntimeError:
     )
 
 
-def resolved(process_group, weight, dim: int, name: str) -> tuple[VocabParallel | Shards | None, torch.Tensor]:
-    """(how the vocabulary is shared out; None: it is not, the tensor that this rank computes with).
+def resolved(process_group, weight, dim: int, name: str) -> tuple:
+    """(what ``agreed`` takes; None: nothing is shared out, the tensor that this rank computes with).
 
     Args:
         process_group: as the caller gave it.
@@ -137,7 +140,7 @@ def resolved(process_group, weight, dim: int, name: str) -> tuple[VocabParallel 
             validate.fail(name, f"a DTensor sharded on dimension {dim}", f"Shard({where})")
         weight = weight.to_local()
         group = mesh.get_group(at) if group is None else group
-    if isinstance(group, Shards):
+    if isinstance(group, Shards | Partitioned):
         return group, weight
     share = group if isinstance(group, VocabParallel) else VocabParallel(group)
     return VocabParallel(plain_group(share.group), share.vocab_size, share.width, share.timeout), weight
@@ -182,6 +185,9 @@ def agreed(share: VocabParallel | Shards | None, columns: int, facts: dict, rows
     """
     if share is None or isinstance(share, Shards):
         return share
+    if isinstance(share, Partitioned):
+        alone = Shards(None, (0,), None, 0, 0, (), (1,), (), 0, share.gather)
+        return cut(alone, [columns], None, None, 0)
     if dist.get_rank(share.group) < 0:
         validate.fail("process_group", "a group that this rank is in", f"rank {dist.get_rank()} is not")
     facts = {"vocab_size": share.vocab_size or 0, "width": share.width or 0, "rows": rows} | facts

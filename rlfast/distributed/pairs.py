@@ -300,7 +300,8 @@ class _HeadDivergence(torch.autograd.Function):
                 found += (None,) * 3
                 continue
             ours = [x[::-1] for x in kept] if i else kept
-            got = head_gradients(call, pair, logp, ours, side, bool(i), needs, None)
+            with call.rows.shards.around():
+                got = head_gradients(call, pair, logp, ours, side, bool(i), needs, None)
             found += (x if need else None for x, need in zip(got, needs, strict=True))
         return *found, None, None
 

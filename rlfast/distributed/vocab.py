@@ -268,9 +268,10 @@ class _HeadLogps(torch.autograd.Function):
         grads, needs = differentiable(grads, ctx.wanted), list(ctx.needs_input_grad[:3])
         if all(g is None for g in grads):
             return (None,) * 7
-        *head, aux, logp = ctx.saved_tensors[:5]
-        kept = ctx.saved_tensors[5:]
-        found = head_gradients(Head(*head), ctx.rows, aux, logp, kept, grads, needs, None, ctx.backend)
+        with ctx.rows.shards.around():
+            *head, aux, logp = ctx.saved_tensors[:5]
+            kept = ctx.saved_tensors[5:]
+            found = head_gradients(Head(*head), ctx.rows, aux, logp, kept, grads, needs, None, ctx.backend)
         return (*(g if need else None for g, need in zip(found, needs, strict=True)), *(None,) * 4)
 
 
