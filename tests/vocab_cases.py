@@ -104,7 +104,8 @@ class Counted:
 
     def __enter__(self):
         self.gathered, self.reduced = [], []
-        self.before = dist.all_gather_into_tensor, dist.all_reduce
+        self.name = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
+        self.before = getattr(dist, self.name), dist.all_reduce
 
         def gather(out, x, **more):
             self.gathered.append(x.numel())
@@ -114,11 +115,13 @@ class Counted:
             self.reduced.append(x.numel())
             return self.before[1](x, **more)
 
-        dist.all_gather_into_tensor, dist.all_reduce = gather, reduce
+        setattr(dist, self.name, gather)
+        dist.all_reduce = reduce
         return self
 
     def __exit__(self, *_):
-        dist.all_gather_into_tensor, dist.all_reduce = self.before
+        setattr(dist, self.name, self.before[0])
+        dist.all_reduce = self.before[1]
 
 
 def traffic(case, backend: str) -> tuple:

@@ -85,7 +85,8 @@ class Shards(NamedTuple):
         padded = record.new_zeros((most, *record.shape[1:]))
         padded[: record.shape[0]] = record
         out = record.new_empty((size * most, *record.shape[1:]))
-        work = dist.all_gather_into_tensor(out, padded, group=self.group, async_op=True)
+        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name before torch 2.13
+        work = gather(out, padded, group=self.group, async_op=True)
         self._wait(work, "the statistics of", record)
         if all(count == most for count in self.counts):
             return out
