@@ -1,4 +1,4 @@
-"""GRPO on ranks of torchrun, on CPUs: a batch that is spread over them, and rows that are.
+"""GRPO on ranks of torchrun, on CPUs: a batch that is spread over them, rows that are, and a head.
 
 torchrun --nproc-per-node 2 examples/torchrun_grpo.py --steps 20
 
@@ -109,6 +109,20 @@ def long_rows(group) -> None:
         print(f"advantages of rows over {size} ranks: those of whole rows")
 
 
+def shared_head(group) -> None:
+    """A head too large for one rank: each has its rows of it, and all have the log-probs of the whole."""
+    rank, size = dist.get_rank(group), dist.get_world_size(group)
+    model, ids = model_of(), torch.arange(24).reshape(2, 12) % VOCAB
+    with torch.no_grad():
+        hidden, head = model.model(ids).last_hidden_state, model.lm_head.weight
+        shard = head.chunk(size)[rank]
+        logp = rlfast.linear_token_logps(hidden[:, :-1], shard, ids[:, 1:], process_group=group).logp
+        whole = rlfast.linear_token_logps(hidden[:, :-1], head, ids[:, 1:]).logp
+    torch.testing.assert_close(logp, whole)
+    if rank == 0:
+        print(f"log-probs of a head that {size} ranks share: those of the whole")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=20)
@@ -116,6 +130,7 @@ def main():
     dist.init_process_group("gloo")
     train(dist.group.WORLD, options.steps)
     long_rows(dist.group.WORLD)
+    shared_head(dist.group.WORLD)
     dist.destroy_process_group()
 
 

@@ -10,7 +10,7 @@ import torch
 import torch._dynamo  # its table of torch's functions is made on import: before any of them is poisoned
 
 from rlfast import backends, heads
-from tests.ranks import Ranks
+from tests.rank_pool import Ranks
 
 # What a machine may lack. Any other skip is a failure: a test that does not run must not look like one that passed.
 HARDWARE_REASONS = (
@@ -174,7 +174,7 @@ def small_chunks(monkeypatch):
 
 @pytest.fixture(scope="session")
 def ranks():
-    """Four processes over gloo, which stay until the end: ``tests/ranks.py``."""
+    """Four processes over gloo, which stay until the end: ``tests/rank_pool.py``."""
     pool = Ranks()
     yield pool
     pool.close()

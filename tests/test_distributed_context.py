@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 import rlfast
 from tests.numerics import assert_gradient, assert_value
-from tests.ranks import sent
+from tests.rank_pool import sent
 from tests.scan_cases import Call, call_of, draw, gradients, oracle
 
 ROWS, STEPS = 3, 40
@@ -170,7 +170,7 @@ def test_log_probs_of_a_sequence_over_ranks(ranks):
     draw_ = torch.Generator().manual_seed(2)
     logits, ids = torch.randn(2, STEPS, 64, generator=draw_), torch.randint(64, (2, STEPS), generator=draw_)
     whole = rlfast.token_logps(logits[:, :-1], ids[:, 1:]).logp
-    found = torch.cat(ranks.run(logps_of, logits, ids), 1)
+    found = torch.cat(ranks.run(logps_of, logits, ids, size=4), 1)
     assert torch.equal(found[:, :-1], whole)
 
 

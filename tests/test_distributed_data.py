@@ -14,7 +14,7 @@ import rlfast
 from rlfast.advantages.group import METHODS
 from rlfast.distributed import ranks as ranks_module
 from tests.numerics import assert_gradient, assert_same_bits, assert_value
-from tests.ranks import sent
+from tests.rank_pool import sent
 
 ROWS, STEPS, GROUP = 12, 9, 3
 SIZES = (2, 4)
@@ -118,7 +118,7 @@ def test_what_is_counted(ranks):
         "empty": float(ROWS), "empty packed": float(ROWS), "sum": 1.0, "pairs": 14.0, "sum of pairs": 1.0,
         "nothing": 1.0, "rewards": 8.0,
     }  # fmt: skip
-    for found in ranks.run(shares):
+    for found in ranks.run(shares, size=4):
         assert {k: x.num_items.item() for k, x in found.items()} == wanted
         assert {x.world_size for x in found.values()} == {4}
 
@@ -482,7 +482,7 @@ def late(group, what: str):
 @pytest.mark.parametrize("what", ["tensors", "objects"])
 def test_a_rank_that_fails_raises_on_all(ranks, what):
     """Its own error there, and within the group's timeout on the others; who waited says so."""
-    for rank, (well, said) in enumerate(ranks.outcomes(late, what)):
+    for rank, (well, said) in enumerate(ranks.outcomes(late, what, size=4)):
         assert not well
         if rank == 1:
             assert said[:2] == ("ZeroDivisionError", "of rank 1")
@@ -499,7 +499,7 @@ def outside(group):
 
 
 def test_a_rank_outside_the_group(ranks):
-    for rank, (well, said) in enumerate(ranks.outcomes(outside)):
+    for rank, (well, said) in enumerate(ranks.outcomes(outside, size=4)):
         assert well is (rank < 2)
         assert well or said[1] == f"process_group: expected a group that this process is in, got one without {rank}"
 
@@ -515,7 +515,7 @@ def meshed(group):
 
 def test_a_mesh_has_one_dimension(ranks):
     said = "process_group: expected a DeviceMesh of one dimension, such as mesh[\"dp\"], got one of 2: ('dp', 'tp')"
-    assert ranks.run(meshed) == [(mean, said) for mean in (1.0, 2.0, 1.0, 2.0)]
+    assert ranks.run(meshed, size=4) == [(mean, said) for mean in (1.0, 2.0, 1.0, 2.0)]
 
 
 def test_without_torch_distributed():
@@ -529,7 +529,7 @@ def documented(group) -> int:
     """The examples of the docstrings, on every rank."""
     from tests.test_docs import run_examples
 
-    own = [getattr(rlfast.distributed, name) for name in rlfast.distributed.__all__]
+    own = rlfast.distributed.share, rlfast.distributed.gather_batch, rlfast.distributed.shifted_targets
     return sum(run_examples(inspect.getdoc(x), x.__name__, group=group) for x in own)
 
 

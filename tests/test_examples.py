@@ -17,9 +17,10 @@ def module_of(name: str):
 
 
 def trained(group, steps: int) -> list[float]:
-    """A few steps of GRPO, which asserts that its first loss is that of one process; then long rows."""
+    """A few steps of GRPO, whose first loss is asserted to be that of one process; long rows, and a shared head."""
     example = module_of("torchrun_grpo")
     example.long_rows(group)
+    example.shared_head(group)
     return example.train(group, steps)
 
 

@@ -111,7 +111,7 @@ def test_a_rank_that_fails_says_so_on_every_rank(answers):
 @pytest.mark.parametrize("count", [1, 6])
 def test_tokens_do_not_depend_on_how_many_ranks_there_are(ranks, count):
     """Every rank has its share of the work, if there is enough."""
-    wanted, found = engine().generate(prompts(count), PARAMS), ranks.run(generated, count)
+    wanted, found = engine().generate(prompts(count), PARAMS), ranks.run(generated, count, size=4)
     for rollouts, forwards in found:
         same(rollouts, wanted)
         assert count < 4 or forwards

@@ -1,18 +1,22 @@
-"""More than one process: what a batch that is spread over ranks needs, and rows whose tokens are."""
+"""More than one process: heads, batches and rows that ranks share."""
 
 from __future__ import annotations
 
 import importlib
 
-# Floors below import ``ranks`` while the package is still being made: a public name is looked up when it is asked for.
+# Floors below import a module of this package while it is still being made: a public name is looked up when asked for.
 _HOME = {
+    "Gathered": "gather",
+    "Partitioned": "gather",
     "Share": "data",
-    "gather_batch": "data",
-    "share": "data",
+    "VocabParallel": "groups",
     "affine_scan": "context",
     "discounted_returns": "context",
     "gae": "context",
+    "gather_batch": "data",
+    "gathered": "gather",
     "lambda_returns": "context",
+    "share": "data",
     "shifted_targets": "context",
     "vtrace": "context",
 }
