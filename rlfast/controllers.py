@@ -10,7 +10,7 @@ import torch
 
 from rlfast import limits, validate
 from rlfast.distributed.ranks import Ranks, ranks_of, summed
-from rlfast.reductions import together
+from rlfast.reductions import moments_of_all
 
 
 class _State:
@@ -181,7 +181,7 @@ class RunningMeanStd(_State):
         mean = x.sum() / n.clamp(min=1.0)
         spread = torch.where(mask, (x - mean).square(), 0.0).sum()
         if self.ranks is not None:
-            n, mean, spread = together(n, mean, spread, self.ranks, "RunningMeanStd")
+            n, mean, spread = moments_of_all(n, mean, spread, self.ranks, "RunningMeanStd")
         whole = (self.count + n).clamp(min=1.0)
         delta = mean - self.mean
         self.square.add_(spread + delta.square() * self.count * n / whole)

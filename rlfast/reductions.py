@@ -93,7 +93,7 @@ def deviation(var: torch.Tensor, eps: float, where: str) -> torch.Tensor:
     return (var.clamp(min=eps) if where == "floor" else var + eps).sqrt()
 
 
-def together(count, mean, square, ranks: Ranks, what: str) -> torch.Tensor:
+def moments_of_all(count, mean, square, ranks: Ranks, what: str) -> torch.Tensor:
     """(count, mean, Σ(x − mean)²) of all ranks, of those of each; one collective of three numbers.
 
     M = Σ M_i + Σ n_i·(mean_i − mean)², Chan, Golub and LeVeque 1979: nothing is subtracted from a sum of squares.
@@ -115,7 +115,7 @@ def whitened(
     centred = torch.where(valid, kept - mean, 0.0)
     square = total(centred * centred, places)
     if ranks is not None:
-        count, mean, square = together(count, mean, square, ranks, "masked_whiten")
+        count, mean, square = moments_of_all(count, mean, square, ranks, "masked_whiten")
         centred = torch.where(valid, kept - mean, 0.0)
     var = square / (count - int(bessel)).clamp(min=1)
     out = centred / deviation(var, eps, where) + (0.0 if shift_mean else mean)
