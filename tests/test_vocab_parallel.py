@@ -10,10 +10,11 @@ import torch
 import rlfast
 from rlfast import backends
 from rlfast.loss_table import LOSSES
-from tests import cases, divergence_cases
+from tests import cases, divergence_cases, shared
 from tests import linear_policy_cases as policy
 from tests import test_linear_preference_loss as preference
 from tests import vocab_cases as work
+from tests.adversarial import ROWS
 from tests.cases import ALL, DIFFERENTIABLE, Problem, head_of, label, logits_of, pairwise, problem_of, targets_of
 from tests.divergence_cases import Pair, heads_of, logits_pair
 from tests.linear_policy_cases import BONUS, case_of
@@ -99,7 +100,7 @@ def test_preferences(ranks, form, budget):
 def combinations(op: str) -> list[dict]:
     """Those of the options, and of vocabularies that four can share."""
     axes = cases.LOGITS_AXES if op == "token_logps" else cases.LINEAR_AXES
-    return pairwise(axes | {"vocab": (1000, 17, 1025, 2051)})
+    return pairwise(axes | {"vocab": (1000, 17, 1025, 2051)})[::2]
 
 
 @pytest.mark.parametrize("op", ("token_logps", "linear_token_logps"))
@@ -113,6 +114,24 @@ def test_options_pairwise(ranks, op):
                 cases.hold(problem, out, gradients, *solution)
             except AssertionError as error:
                 raise AssertionError(f"{size} ranks, {backend}, {label(combination)}: {error}") from error
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_row(ranks, row):
+    """What broke other kernels, with a shard's end within it."""
+    for op in ("token_logps", "linear_token_logps"):
+        problem, truth, yardstick = shared.solved(op, row)
+        for out, gradients in together(ranks.run(on_ranks, problem, BACKENDS[0])).values():
+            cases.hold(problem, out, gradients, truth, yardstick)
+
+
+@pytest.mark.parametrize("margin", shared.MARGINS)
+def test_relative_precision_as_p_nears_one(ranks, margin):
+    logits = torch.zeros(4, 1500)
+    logits[torch.arange(4), shared.CERTAIN] = margin
+    problem = Problem({"logits": logits}, shared.CERTAIN, {}, DIFFERENTIABLE, ("logp",), upstream="ones")
+    for out, gradients in together(ranks.run(on_ranks, problem, BACKENDS[0])).values():
+        shared.hold_relative(out.logp, gradients["logits"].gather(1, shared.CERTAIN.unsqueeze(1)), problem)
 
 
 OPTIONS = {"temperature": 0.75, "ref_temperature": 1.25, "softcap": 4.0, "ref_logit_scale": 0.5, "beta": 0.25}
@@ -208,8 +227,14 @@ def test_ranks_that_differ(ranks):
         assert "same vocab size" in answer["vocab_size"] and "21 on rank 3" in answer["vocab_size"]
         assert "at least 25 columns" in answer["too few columns"] and "6 on rank 0" in answer["too few columns"]
         assert answer["target"].startswith("ValueError: targets: expected values in [0, 24)")
-        assert answer["group"].startswith("TypeError: process_group")
+        assert answer["group"].startswith("TypeError: process_group: expected a ProcessGroup, a DeviceMesh")
+        assert answer["plain"].startswith("ValueError: weight: expected a DTensor")
+        assert answer["batch_invariant"].startswith("ValueError: batch_invariant: expected False")
+        assert answer["dimension"].startswith("ValueError: weight: expected a DTensor sharded on dimension 0")
+        assert answer["mesh"].startswith("ValueError: process_group: expected a DeviceMesh of one dimension")
+        assert answer["backend"].startswith("ValueError: process_group: expected None on the reference backend")
         assert answer["after"] == ""
+        assert answer["two heads"] == [True, True, False]
 
 
 def test_a_rank_that_fails(ranks):
@@ -251,13 +276,14 @@ def test_heads_that_are_gathered(ranks, mean):
     cases.hold(problem, out, gradients, *cases.solution_of(problem))
 
 
-def test_a_lora_body_under_fsdp2(ranks):
+@pytest.mark.parametrize("way", ("gathered for the call", "gathered before", "kept by the root"))
+def test_a_lora_body_under_fsdp2(ranks, way):
     """The step of a model of which FSDP2 has a shard on each rank is that of one process."""
     model = work.Lora().double()
     batch = {name: x.double() if x.is_floating_point() else x for name, x in work.lora_batch().items()}
     truth, wanted = work.lora_step(model, batch)
     own, own_gradients = work.lora_step(work.Lora(), work.lora_batch())
-    for loss, gradients in ranks.run(work.sharded_lora):
+    for loss, gradients in ranks.run(work.sharded_lora, way):
         assert_value("loss", loss, truth, own, truth.abs() + 1.0)
         assert set(gradients) == set(wanted) == {"a", "b", "head.weight"}
         for name, got in gradients.items():

@@ -161,8 +161,20 @@ def mismatches() -> dict:
     found["vocab_size"] = call(hidden, weight, targets, share=VocabParallel(whole, vocab_size=20 + rank // 3))
     found["too few columns"] = call(hidden, weight, targets, share=VocabParallel(whole, vocab_size=25))
     found["target"] = call(hidden, weight, targets + 20)
-    found["group"] = said(lambda: rlfast.linear_token_logps(hidden, weight, targets, process_group="tp"))
+    found["group"] = call(hidden, weight, targets, share="tp")
+    found["plain"] = call(hidden, weight, targets, share=Gathered())
+    found["batch_invariant"] = call(hidden, weight, targets, batch_invariant=True)
+    across = distribute_tensor(torch.randn(24, 8), mesh_of(), [Shard(1)])
+    found["dimension"] = call(hidden, across, targets)
+    square = dist.device_mesh.init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    found["mesh"] = call(hidden, weight, targets, share=square)
+    with rlfast.use_backend("reference"):
+        found["backend"] = call(hidden, weight, targets)
     found["after"] = call(hidden, weight, targets)
+    # two heads that three of the ranks cannot tell apart
+    narrow = weight[: 6 - rank // 3]
+    runs = [rlfast.linear_token_logps(hidden, w, targets, process_group=whole).logp for w in (weight, narrow) * 2]
+    found["two heads"] = [torch.equal(runs[i], runs[i + 2]) for i in (0, 1)] + [torch.equal(*runs[:2])]
     return found
 
 
@@ -242,23 +254,29 @@ def lora_batch() -> dict:
     }
 
 
-def lora_step(model, batch: dict, **more):
+def lora_step(model, batch: dict, weight=None, **more):
     """A step's gradients, and its loss."""
-    x, targets, adv = batch["x"], batch["targets"], batch["adv"]
-    loss = rlfast.loss("reinforce").linear(model(x), model.head.weight, targets, adv=adv, **more).loss
+    hidden, targets, adv = model(batch["x"]), batch["targets"], batch["adv"]
+    weight = model.head.weight if weight is None else weight.tensor()
+    loss = rlfast.loss("reinforce").linear(hidden, weight, targets, adv=adv, **more).loss
     loss.backward()
     found = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
     return loss.detach(), {n: g.full_tensor() if isinstance(g, DTensor) else g for n, g in found.items()}
 
 
-def sharded_lora() -> tuple:
+def sharded_lora(way: str) -> tuple:
     """The same under FSDP2, a rank's share of the batch on each: the mean of the ranks' losses, the gradients."""
     mesh, rank, model = mesh_of(), dist.get_rank(), Lora()
-    fully_shard(model.head, mesh=mesh)
+    if way != "kept by the root":
+        fully_shard(model.head, mesh=mesh)
     fully_shard(model, mesh=mesh)
-    batch = {name: x[2 * rank : 2 * rank + 2] for name, x in lora_batch().items()}
+    batch, more = {name: x[2 * rank : 2 * rank + 2] for name, x in lora_batch().items()}, {}
     assert isinstance(model.head.weight, DTensor)
-    loss, gradients = lora_step(model, batch, process_group=Gathered())
+    if way == "gathered for the call":
+        more = {"process_group": Gathered()}
+    elif way == "gathered before":
+        more = {"weight": rlfast.distributed.gathered(model.head.weight)}
+    loss, gradients = lora_step(model, batch, **more)
     dist.all_reduce(loss)
     return loss / SIZE, gradients
 

@@ -3,7 +3,8 @@
 Before the first exchange of a kind the ranks show each other what they have: an all-gather of 16 integers, whose answer
 is kept for as long as the group lives. On a CPU every call begins with two, a checksum of what has to be alike and
 whether the answer is there: collectives of different sizes would end the processes. On a GPU looking would synchronise,
-so later calls cost a look-up, and what differs then is a timeout.
+so later calls cost a look-up, and what differs then is a timeout; two heads of one group that differ in another rank's
+columns alone are told apart by their ``vocab_size``.
 """
 
 from __future__ import annotations
@@ -202,9 +203,9 @@ def agreed(share: VocabParallel | Shards | None, columns: int, facts: dict, rows
     timeout = None if share.timeout is None else timedelta(seconds=share.timeout)
     shards = Shards(share.group, ranks, timeout, 0, 0, (), (1,) * size, (), 0)
     if device.type == "cpu":
-        checksum = zlib.crc32(repr(list(facts.items())).encode())
-        alike = torch.tensor([[checksum, int(found is None)]])
-        alike = shards.everyones(alike).tolist()
+        # what a rank knows of the others' columns counts: another head may differ from this one in those alone
+        checksum = zlib.crc32(repr((list(facts.items()), found and found.spans)).encode())
+        alike = shards.everyones(torch.tensor([[checksum, int(found is None)]])).tolist()
         if found is not None and all(x == [checksum, 0] for x in alike):
             return found
     own = [columns, len(facts), *facts.values()]

@@ -16,8 +16,7 @@ from typing import NamedTuple
 
 import torch
 
-from rlfast.fallback.token_logps import transformed
-from rlfast.ops.records import ENTROPY, IS_TOP1, LSE, Outputs, Row, Transform, Wanted, allocate
+from rlfast.ops.records import ENTROPY, IS_TOP1, LSE, Outputs, Row, Wanted, allocate
 
 INF = torch.inf
 
@@ -28,7 +27,7 @@ class Layout(NamedTuple):
     row: Row
     candidates: int
     is_top1: int  # the first of K; −1: not there
-    topk: int  # the first of top_k log-probs, or logits where those are given, then top_k ids; −1: not there
+    topk: int  # the first of top_k log-probs, or what peaks are of where logits are given, then ids; −1: not there
     top_k: int
     size: int
 
@@ -115,7 +114,7 @@ def target_logps(records, layout: Layout, m: Masses, mine) -> torch.Tensor:
     own = torch.where(mine, log_z, 0.0).sum(0)
     logp = torch.where(mine, within, 0.0).sum(0)
     found = log_prob(logp, own, without(log_z, mine))
-    return torch.where(mine.any(0), found, torch.nan)
+    return torch.where(mine.any(0) & (m.total > -INF).unsqueeze(-1), found, torch.nan)
 
 
 def piece_logps(records, layout: Layout, m: Masses, first: int, count: int) -> torch.Tensor:
@@ -124,7 +123,7 @@ def piece_logps(records, layout: Layout, m: Masses, first: int, count: int) -> t
     for p in range(first, first + count):
         within = records[p, layout.row.logp : layout.row.logp + layout.candidates]
         found.append(log_prob(within, m.log_z[p], without(m.log_z, index == p)))
-    return torch.stack(found)
+    return torch.where(m.total > -INF, torch.stack(found), torch.nan)
 
 
 def first_argmax(records, layout: Layout, m: Masses, mine) -> torch.Tensor:
@@ -136,22 +135,21 @@ def first_argmax(records, layout: Layout, m: Masses, mine) -> torch.Tensor:
     return (flag & mine & leads.unsqueeze(-1)).any(0) & ~m.total.isnan().unsqueeze(-1)
 
 
-def best(records, layout: Layout, spans, m: Masses, scale, transform: Transform | None) -> tuple[torch.Tensor, ...]:
+def best(records, layout: Layout, spans, m: Masses, scale, given: bool) -> tuple[torch.Tensor, ...]:
     """(log-probs [n, k], ids [n, k], the mass outside [n]) of the k largest.
 
-    With a transform a record has logits, which are compared as they are, so that ties are ties; the lower id is first.
+    Given logits are compared as they are, so that ties are ties; the lower id is first.
     """
     k = layout.top_k
     first = torch.tensor([a for a, _ in spans], dtype=torch.int64, device=records.device).reshape(-1, 1, 1)
     ids = records[:, layout.topk + k : layout.topk + 2 * k].long()
     ids = torch.where(ids < 0, -1, ids + first).permute(2, 0, 1).flatten(1)
-    given = records[:, layout.topk : layout.topk + k]
-    if transform is None:
-        logp = key = (given + m.log_w.unsqueeze(1)).permute(2, 0, 1).flatten(1)
-    else:
-        key = given.permute(2, 0, 1).flatten(1)
-        logp = transformed(key, transform, slice(None)) - (scale * m.peak + m.total).unsqueeze(-1)
-        key = key * (1.0 if transform.logit_scale > 0 else -1.0 if transform.logit_scale else 0.0)
+    key = records[:, layout.topk : layout.topk + k]
+    key = key if given else key + m.log_w.unsqueeze(1)
+    logp = key = key.permute(2, 0, 1).flatten(1)
+    if given:
+        scale = scale.unsqueeze(-1) if isinstance(scale, torch.Tensor) else scale
+        logp = scale * (key - m.peak.unsqueeze(-1)) - m.total.unsqueeze(-1)
     logp, key = (torch.where(ids < 0, -INF, x) for x in (logp, key))
     order = torch.sort(key, dim=-1, descending=True, stable=True).indices
     there = (ids < 0).gather(-1, order).to(torch.uint8)
@@ -162,7 +160,7 @@ def best(records, layout: Layout, spans, m: Masses, scale, transform: Transform 
 
 
 def merged(
-    records, spans, lead, targets, ids, counted, wanted: Wanted, scale, first: int, count: int, transform=None
+    records, spans, lead, targets, ids, counted, wanted: Wanted, scale, first: int, count: int, given: bool = False
 ) -> tuple:
     """(the outputs of whole rows, log p of this rank's pieces [count, K, n]).
 
@@ -175,7 +173,7 @@ def merged(
         wanted: as the op takes it.
         scale: of ``masses``.
         first, count: this rank's pieces among the shards.
-        transform: of the logits, where a record has those of its top-k.
+        given: whether a record has, of its top-k, what its peak is of, in place of the log-probs.
     """
     out, layout = allocate(records, lead, targets, wanted), Layout.of(ids.shape[1], wanted)
     n, row, records = ids.shape[0], layout.row, records.double()
@@ -206,7 +204,7 @@ def merged(
     if wanted.outputs & IS_TOP1:
         put(out.is_top1, first_argmax(records, layout, m, mine), counted)
     if wanted.top_k:
-        values, places, outside = best(records, layout, spans, m, scale, transform)
+        values, places, outside = best(records, layout, spans, m, scale, given)
         put(out.topk_logp, values, live.unsqueeze(-1))
         out.topk_ids.view(n, wanted.top_k).copy_(torch.where(live.unsqueeze(-1), places, -1))
         put(aux[row.tail_mass], outside)

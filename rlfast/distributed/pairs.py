@@ -12,7 +12,18 @@ from typing import NamedTuple
 import torch
 
 from rlfast.distributed.groups import Shards, rows_of
-from rlfast.distributed.merge import INF, Masses, PairMasses, log_prob, masses, merged_kl, owned, weighed, without
+from rlfast.distributed.merge import (
+    INF,
+    Layout,
+    Masses,
+    PairMasses,
+    masses,
+    merged_kl,
+    owned,
+    piece_logps,
+    target_logps,
+    weighed,
+)
 from rlfast.distributed.vocab import Head, Rows, kernel_of, pieces, pulled, unit
 from rlfast.fallback.divergence import centred, live_rows
 from rlfast.fallback.linear_token_logps import logits_of, slices
@@ -34,7 +45,7 @@ from rlfast.ops.divergence_records import (
 )
 from rlfast.ops.linear_divergence import NAME as HEADS
 from rlfast.ops.linear_token_logps import as_given
-from rlfast.ops.records import ENTROPY, LSE
+from rlfast.ops.records import ENTROPY, LSE, Wanted
 
 
 class Call(NamedTuple):
@@ -165,21 +176,13 @@ def filled(call: Call, like, everyones, both: PairMasses, scales, value, centres
         entropy = torch.where(both.own.total.isfinite(), entropy, torch.nan)
         put(out.entropy, entropy)
         put(aux[2 + k], entropy)
-    shards, m = rows.shards, both.own
-    index = torch.arange(everyones.shape[0], device=like.device).unsqueeze(-1)
-    logp = [
-        log_prob(everyones[p, 2 : 2 + k], m.log_z[p], without(m.log_z, index == p))
-        for p in range(shards.first, shards.first + len(shards.mine))
-    ]
+    shards, layout = rows.shards, Layout.of(k, Wanted(outputs & ENTROPY, 0))
     if k:
         ids, counted = counted_rows(rows.targets, rows.mask, n)
-        mine, log_z = owned(shards.spans, ids), m.log_z.unsqueeze(-1)
-        within = torch.where(mine, everyones[:, 2 : 2 + k].transpose(1, 2), 0.0).sum(0)
-        found = log_prob(within, torch.where(mine, log_z, 0.0).sum(0), without(log_z, mine))
-        found = torch.where(mine.any(0), found, torch.nan)
-        put(out.logp, found, counted)
-        put(aux[2 : 2 + k], found.T, counted.T)
-    return out, torch.stack(logp).to(aux.dtype)
+        logp = target_logps(everyones, layout, both.own, owned(shards.spans, ids))
+        put(out.logp, logp, counted)
+        put(aux[2 : 2 + k], logp.T, counted.T)
+    return out, piece_logps(everyones, layout, both.own, shards.first, len(shards.mine)).to(aux.dtype)
 
 
 def saved_pieces(call: Call, logp, grads, options, saved: Saved, is_teacher: bool):

@@ -18,7 +18,7 @@ import torch
 from rlfast import backends
 from rlfast.distributed.groups import Shards, rows_of
 from rlfast.distributed.merge import Layout, merged, nothing, record
-from rlfast.fallback.token_logps import compute_dtype, counted_rows
+from rlfast.fallback.token_logps import compute_dtype, counted_rows, transformed
 from rlfast.native.token_logps import peak_unit
 from rlfast.ops.dispatch import first_derivatives_only
 from rlfast.ops.linear_token_logps import NAME as HEAD
@@ -67,10 +67,17 @@ def unit(kernel_name: str, transform: Transform, n: int):
     return by.reshape(n) if isinstance(by, torch.Tensor) else by
 
 
+def compared(x, rows: Rows, name: str) -> torch.Tensor:
+    """Of logits [*lead, k] without a soft-cap, what a backend's peak is the largest of."""
+    if name not in ("cpu", "cuda"):
+        return transformed(x.reshape(rows_of(rows.lead), x.shape[-1]), rows.transform, slice(None))
+    return x * (1.0 if rows.transform.logit_scale > 0 else -1.0 if rows.transform.logit_scale else 0.0)
+
+
 def statistics(rows: Rows, run, name: str, wanted: Wanted, like, given: bool = False) -> Found:
     """The outputs of whole rows; ``run(columns, ids, wanted)`` is a kernel's forward on this rank's columns.
 
-    ``given``: the log-probs of its top-k are replaced by their logits.
+    ``given``: in place of the log-probs of its top-k it has what ``unit`` is of.
     """
     n, ids = rows_of(rows.lead), rows.targets
     within, records, kept = wanted._replace(outputs=wanted.outputs & ~LSE), [], []
@@ -89,7 +96,7 @@ def statistics(rows: Rows, run, name: str, wanted: Wanted, like, given: bool = F
     scale, shards = unit(name, rows.transform, n), rows.shards
     out, logp = merged(
         everyones, shards.spans, rows.lead, ids, flat, counted, wanted, scale, shards.first, len(shards.mine),
-        rows.transform if given else None,
+        given,
     )  # fmt: skip
     return Found(out, logp, kept)
 
@@ -138,11 +145,13 @@ class _TokenLogps(torch.autograd.Function):
         def run(columns, ids, some):
             x = logits[..., columns]
             out = kernel.forward(x, ids, rows.mask, rows.transform, some)
-            if some.top_k:
-                out = out._replace(topk_logp=x.gather(-1, out.topk_ids.clamp(min=0)).to(out.topk_logp.dtype))
+            if some.top_k and given:
+                best = x.gather(-1, out.topk_ids.clamp(min=0)).to(out.topk_logp.dtype)
+                out = out._replace(topk_logp=compared(best, rows, name))
             return out, None
 
-        found = statistics(rows, run, name, wanted, logits, given=True)
+        given = not rows.transform.softcap  # a kernel's tanh is its own
+        found = statistics(rows, run, name, wanted, logits, given)
         asked = found.out.asked(wanted)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*non_differentiable(asked, wanted))
