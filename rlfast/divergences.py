@@ -3,13 +3,16 @@ states."""
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Collection
 from typing import NamedTuple
 
 import torch
 
-from rlfast import backends, logps, validate
+from rlfast import backends, logps, row_inputs, validate
+from rlfast.distributed import groups, pairs
+from rlfast.distributed.gather import within
 from rlfast.ops import divergence as logits_op
 from rlfast.ops import linear_divergence as linear_op
 from rlfast.ops.divergence_records import FORWARD, KINDS, REF_LSE, REVERSE, Measure, Outputs
@@ -66,6 +69,7 @@ def divergence(
     top_k=None,
     tail="renormalize",
     support=None,
+    process_group=None,
 ) -> Divergence:
     """The exact divergence of softmax(logits), S, and softmax(ref_logits), T, in one read of both.
 
@@ -98,6 +102,7 @@ def divergence(
         support: "teacher" or "student"; None: the one that the expectation is under, the student for a reverse KL
         (and a JSD
             with β = 1), else the teacher.
+        process_group: as in ``token_logps``: both logits are this rank's columns.
 
     Returns:
         Divergence. With ``top_k``, ``value`` alone is of the selected outcomes.
@@ -113,30 +118,33 @@ def divergence(
         >>> out.value.shape
         torch.Size([2])
     """
-    for name, x in (("logits", logits), ("ref_logits", ref_logits)):
-        validate.tensor(name, x)
-    if logits.dim() < 1 or logits.shape[-1] == 0:
-        validate.fail("logits", "shape [*, V] with V > 0", validate.shape(logits))
+    shards, logits, vocab = row_inputs.columns_of(process_group, logits)
+    ref_logits = groups.local(ref_logits)
+    validate.tensor("ref_logits", ref_logits)
     if ref_logits.shape != logits.shape:
         validate.fail("ref_logits", f"shape {validate.shape(logits)} like logits", validate.shape(ref_logits))
     _alike("ref_logits", ref_logits, "logits", logits)
     transform = (temperature, ref_temperature, softcap, ref_softcap, logit_scale, ref_logit_scale)
-    call = _checked(("logits", logits), logits.shape[-1], kind, beta, transform, targets, mask, outputs, reduce)
+    call = _checked(("logits", logits), vocab, kind, beta, transform, targets, mask, outputs, reduce)
     if _top_k(top_k, tail, support, call.vocab):
         return _of_top_k(
             call, top_k, tail, support, ref_logits.requires_grad,
-            lambda ids, **more: logps.token_logps(logits, ids, **more),
-            lambda ids, **more: logps.token_logps(ref_logits, ids, **more),
-            (logits, ref_logits),
+            lambda ids, **more: logps.token_logps(logits, ids, process_group=shards, **more),
+            lambda ids, **more: logps.token_logps(ref_logits, ids, process_group=shards, **more),
+            (logits, ref_logits) if shards is None else None,
         )  # fmt: skip
     targets, mask, options = _flat_rows(call, keep_two=True)
     if len(call.lead) not in (1, 2):
-        logits, ref_logits = (x.reshape(math.prod(call.lead), call.vocab) for x in (logits, ref_logits))
-    logits, ref_logits = (x if x.stride(-1) == 1 or call.vocab == 1 else x.contiguous() for x in (logits, ref_logits))
+        logits, ref_logits = (x.reshape(math.prod(call.lead), x.shape[-1]) for x in (logits, ref_logits))
+    logits, ref_logits = (logps.unit_stride(x) for x in (logits, ref_logits))
+    if shards is not None:
+        given = shards, logits.shape[:-1], targets, mask, (*options, *call.measure), call.bits, backends.requested()
+        return _named(pairs.divergence(logits, ref_logits, pairs.call_of(*given)), call)
     asked = logits_op.op(logits, ref_logits, targets, mask, *options, *call.measure, call.bits, backends.requested())
     return _named(asked, call)
 
 
+@within
 def linear_divergence(
     hidden,
     weight,
@@ -161,6 +169,7 @@ def linear_divergence(
     tail="renormalize",
     support=None,
     memory_budget=logps.MEMORY_BUDGET,
+    process_group=None,
 ) -> Divergence:
     """``divergence(hidden @ weight.T + bias, ref_hidden @ ref_weight.T + ref_bias)``, in tiles that stay in the cache.
 
@@ -177,6 +186,7 @@ def linear_divergence(
         kind, beta, temperature, ref_temperature, softcap, ref_softcap, logit_scale, ref_logit_scale, targets, mask,
         outputs,
         reduce, top_k, tail, support: as in ``divergence``.
+        process_group: as in ``linear_token_logps``, of both heads.
 
     Returns:
         Divergence; differentiable in every tensor of both heads. What needs no gradient costs nothing. Under autocast,
@@ -191,15 +201,16 @@ def linear_divergence(
         >>> rlfast.linear_divergence(*student, *teacher, kind="jsd", reduce="mean").value.shape
         torch.Size([])
     """
-    hidden, weight, bias = logps.checked_head(hidden, weight, bias)
-    ref_hidden, ref_weight, ref_bias = checked_reference(hidden, weight, ref_hidden, ref_weight, ref_bias)
-    lead, vocab = hidden.shape[:-1], weight.shape[0]
+    shards, hidden, weight, bias = row_inputs.shared_head(process_group, hidden, weight, bias)
+    reference = groups.local(ref_hidden), *(groups.alike(process_group, x) for x in (ref_weight, ref_bias))
+    ref_hidden, ref_weight, ref_bias = checked_reference(hidden, weight, *reference)
+    lead, vocab = hidden.shape[:-1], row_inputs.vocabulary(weight, shards)
     transform = (temperature, ref_temperature, softcap, ref_softcap, logit_scale, ref_logit_scale)
     call = _checked(("hidden", hidden), vocab, kind, beta, transform, targets, mask, outputs, reduce)
     budget = validate.at_least("memory_budget", memory_budget, 0)
     if _top_k(top_k, tail, support, vocab):
         learns = any(x is not None and x.requires_grad for x in (ref_hidden, ref_weight, ref_bias))
-        linear = logps.linear_token_logps
+        linear = functools.partial(logps.linear_token_logps, process_group=shards)
         return _of_top_k(
             call, top_k, tail, support, learns,
             lambda ids, **more: linear(hidden, weight, ids, bias, memory_budget=budget / 2, **more),
@@ -217,14 +228,17 @@ def linear_divergence(
     )
     heads = tuple(x if x is None or x.dim() == 1 else logps.unit_stride(x) for x in heads)
     needs_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in heads)
-    keep = needs_grad and 2 * max(4, hidden.element_size()) * n * vocab <= budget
+    keep = needs_grad and 2 * max(4, hidden.element_size()) * n * weight.shape[0] <= budget
+    if shards is not None:
+        given = shards, (n,), targets, mask, (*options, *call.measure), call.bits, backends.requested()
+        return _named(pairs.linear_divergence(heads, pairs.call_of(*given), keep), call)
     *asked, _, _ = linear_op.op(*heads, targets, mask, *options, *call.measure, call.bits, keep, backends.requested())
     return _named(asked, call)
 
 
 def checked_reference(hidden, weight, ref_hidden, ref_weight, ref_bias) -> tuple:
     """The head of a reference beside a checked head, or an error that names the argument."""
-    ref_hidden, ref_weight, ref_bias = logps.checked_head(ref_hidden, ref_weight, ref_bias, "ref_")
+    ref_hidden, ref_weight, ref_bias = row_inputs.checked_head(ref_hidden, ref_weight, ref_bias, "ref_")
     lead, vocab = hidden.shape[:-1], weight.shape[0]
     if ref_hidden.shape[:-1] != lead:
         validate.fail("ref_hidden", f"shape {(*lead, 'E')} like the rows of hidden", validate.shape(ref_hidden))
@@ -247,8 +261,8 @@ def _checked(source, vocab: int, kind, beta, transform, targets, mask, outputs, 
     temperature, ref_temperature, softcap, ref_softcap, logit_scale, ref_logit_scale = transform
     ref_temperature = temperature if ref_temperature is None else ref_temperature
     both = (
-        logps.checked_temperature("temperature", lead, temperature, source),
-        logps.checked_temperature("ref_temperature", lead, ref_temperature, source),
+        row_inputs.checked_temperature("temperature", lead, temperature, source),
+        row_inputs.checked_temperature("ref_temperature", lead, ref_temperature, source),
     )
     caps = (("softcap", softcap), ("ref_softcap", ref_softcap))
     scales = (("logit_scale", logit_scale), ("ref_logit_scale", ref_logit_scale))
@@ -259,8 +273,8 @@ def _checked(source, vocab: int, kind, beta, transform, targets, mask, outputs, 
         *(validate.finite(name, x) for name, x in scales),
     )
     if targets is not None:
-        targets = logps.checked_targets(lead, vocab, targets, source)
-    mask = logps.checked_mask(lead, mask, source)
+        targets = row_inputs.checked_targets(lead, vocab, targets, source)
+    mask = row_inputs.checked_mask(lead, mask, source)
     validate.one_of("reduce", reduce, REDUCTIONS)
     if targets is not None:
         there = targets != validate.IGNORE_INDEX

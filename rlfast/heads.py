@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 
 from rlfast import backends, logps, validate
+from rlfast.distributed import groups
 from rlfast.ops.linear_loss import Numbers, Rows, numbers_of
 from rlfast.ops.linear_token_logps import NAME as HEAD
 
@@ -28,11 +29,16 @@ class Head(NamedTuple):
     logit_scale: object
     memory_budget: object
     accumulate_grad: object = False  # whether the weight's gradient is added to its own
+    process_group: object = None  # of the ranks that its rows are shared out over
 
     def options(self) -> tuple[float, float]:
         """(soft-cap, 0.0 for none; logit scale), checked."""
         softcap = 0.0 if self.softcap is None else validate.positive("softcap", self.softcap)
         return softcap, validate.finite("logit_scale", self.logit_scale)
+
+    def laid_out(self, hidden, weight, bias) -> tuple:
+        """Another head, whose rows lie on the ranks as those of this one."""
+        return groups.local(hidden), *(groups.alike(self.process_group, x) for x in (weight, bias))
 
     def budget(self) -> float | None:
         """The memory budget, checked; None where nothing is said."""
@@ -51,8 +57,9 @@ class Head(NamedTuple):
 
 
 def logits_bytes(rows: Rows) -> int:
-    """Bytes of one row of logits, float32 or float64, the reference's among them."""
-    return (1 if rows.reference is None else 2) * max(4, rows.hidden.element_size()) * rows.weight.shape[0]
+    """Bytes of one row of logits, float32 or float64, the reference's among them; the same on every rank of a group."""
+    columns = rows.weight.shape[0] if rows.shards is None else rows.shards.widest
+    return (1 if rows.reference is None else 2) * max(4, rows.hidden.element_size()) * columns
 
 
 def room(rows: Rows, budget: float | None, together: int) -> float:

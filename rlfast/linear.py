@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from rlfast import backends, validate
-from rlfast.logps import checked_head, transformed, unit_stride
+from rlfast.logps import transformed, unit_stride
 from rlfast.ops import linear as linear_op
+from rlfast.row_inputs import checked_head
 
 
 def linear(x, weight, bias=None, *, wide=False):

@@ -10,10 +10,20 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from rlfast import backends, validate
+from rlfast.distributed import vocab
+from rlfast.distributed.gather import within
 from rlfast.ops import linear as gemm_op
 from rlfast.ops import linear_token_logps as linear_op
 from rlfast.ops import token_logps as logits_op
 from rlfast.ops.records import ENTROPY, IS_TOP1, LOG_SUM_SQ_PROBS, LSE, MEAN_LOGITS, Outputs, Row, Wanted
+from rlfast.row_inputs import (
+    checked_mask,
+    checked_targets,
+    checked_temperature,
+    columns_of,
+    shared_head,
+    vocabulary,
+)
 
 # The float32 logits that a backward may find again instead of recomputing them (three GEMMs instead of four).
 MEMORY_BUDGET = 2 << 30
@@ -43,8 +53,6 @@ _BITS = {
     "is_top1": IS_TOP1,
 }
 _TOPK = ("topk_logp", "topk_ids", "tail_mass")
-_PLAIN = (torch.Tensor, torch.nn.Parameter)  # tensors with values to look at: a fake one has none
-_INTS = (torch.int64, torch.int32)
 
 
 def token_logps(
@@ -58,6 +66,7 @@ def token_logps(
     outputs=("logp",),
     inplace_backward=False,
     top_k=None,
+    process_group=None,
 ) -> TokenLogps:
     """Log-probability of each target under softmax(logits), and companions, in one read of the logits.
 
@@ -75,6 +84,9 @@ def token_logps(
         inplace_backward: write the gradient over the logits, not to be used afterwards: a second backward, or another
             one that saved them, raises. Logits that share memory among rows get a gradient of their own all the same.
         top_k: how many of the largest log-probs to return.
+        process_group: the ranks that the vocabulary is shared out over: the logits are this rank's columns, everything
+            else is the same on every rank. A ``ProcessGroup``, a ``DeviceMesh`` of one dimension, a
+            ``rlfast.distributed.VocabParallel``; of logits that are a ``DTensor`` with Shard(-1), None is its mesh.
 
     Returns:
         TokenLogps, float32. ``logp``, ``lse`` and ``entropy`` are differentiable with respect to the logits.
@@ -91,19 +103,23 @@ def token_logps(
         >>> out.logp.shape
         torch.Size([2, 5])
     """
-    validate.tensor("logits", logits)
-    if logits.dim() < 1 or logits.shape[-1] == 0:
-        validate.fail("logits", "shape [*, V] with V > 0", validate.shape(logits))
-    lead, vocab = logits.shape[:-1], logits.shape[-1]
-    wanted = _wanted(outputs, top_k, vocab)
-    targets, mask, temperatures, temperature = _rows(lead, vocab, targets, mask, temperature, ("logits", logits))
+    shards, logits, columns = columns_of(process_group, logits)
+    lead = logits.shape[:-1]
+    wanted = _wanted(outputs, top_k, columns)
+    targets, mask, temperatures, temperature = _rows(lead, columns, targets, mask, temperature, ("logits", logits))
     softcap = 0.0 if softcap is None else validate.positive("softcap", softcap)
     logit_scale = validate.finite("logit_scale", logit_scale)
     candidates = targets.shape[-1] if targets.dim() > len(lead) else 0
     if len(lead) not in (1, 2):
         logits, targets, mask, temperatures = _rows_flattened(logits, len(lead), targets, mask, temperatures)
-    if logits.stride(-1) != 1 and vocab > 1:
+    if logits.stride(-1) != 1 and logits.shape[-1] > 1:
         logits = logits.contiguous()
+    if shards is not None:
+        rows = vocab.rows_like(
+            shards, logits.shape[:-1], targets, mask, temperatures, (temperature, softcap, logit_scale)
+        )
+        inplace = bool(inplace_backward) and not _overlaps(logits)
+        return _named(vocab.token_logps(logits, rows, wanted, inplace, backends.requested()), lead, wanted, candidates)
     asked = logits_op.call(
         logits, targets, mask, temperatures, temperature, softcap, logit_scale, *wanted,
         bool(inplace_backward) and not _overlaps(logits), backends.requested(),
@@ -111,6 +127,7 @@ def token_logps(
     return _named(asked, lead, wanted, candidates)
 
 
+@within
 def linear_token_logps(
     hidden,
     weight,
@@ -126,6 +143,7 @@ def linear_token_logps(
     top_k=None,
     memory_budget=MEMORY_BUDGET,
     batch_invariant=False,
+    process_group=None,
 ) -> TokenLogps:
     """``token_logps(hidden @ weight.T + bias, targets)``, in tiles that stay in the cache.
 
@@ -144,6 +162,9 @@ def linear_token_logps(
             ``rlfast.linear`` promises it. The backward makes the logits again, a few rows at a time, by torch's GEMMs.
         temperature, softcap, logit_scale, mask, outputs, top_k: as in ``token_logps``.
         inplace_backward: as in ``token_logps``, so that a call can be swapped; there are no logits to write over.
+        process_group: as in ``token_logps``; weight and bias are this rank's rows. Of a weight that is a ``DTensor``
+            with Shard(0), None is its mesh; ``rlfast.distributed.Gathered()`` says that the ranks have tokens of their
+            own instead, as under FSDP2, and gathers it.
 
     Returns:
         TokenLogps, float32. ``logp``, ``lse`` and ``entropy`` are differentiable in hidden, weight and bias.
@@ -157,10 +178,10 @@ def linear_token_logps(
         >>> out.logp.shape
         torch.Size([2, 5])
     """
-    hidden, weight, bias = checked_head(hidden, weight, bias)
-    lead, vocab = hidden.shape[:-1], weight.shape[0]
-    wanted = _wanted(outputs, top_k, vocab)
-    targets, mask, temperatures, temperature = _rows(lead, vocab, targets, mask, temperature, ("hidden", hidden))
+    shards, hidden, weight, bias = shared_head(process_group, hidden, weight, bias)
+    lead, columns = hidden.shape[:-1], vocabulary(weight, shards)
+    wanted = _wanted(outputs, top_k, columns)
+    targets, mask, temperatures, temperature = _rows(lead, columns, targets, mask, temperature, ("hidden", hidden))
     softcap = 0.0 if softcap is None else validate.positive("softcap", softcap)
     logit_scale = validate.finite("logit_scale", logit_scale)
     budget = validate.at_least("memory_budget", memory_budget, 0)
@@ -168,14 +189,20 @@ def linear_token_logps(
     if len(lead) != 1:
         hidden, targets, mask, temperatures = _rows_flattened(hidden, len(lead), targets, mask, temperatures)
     needs_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (hidden, weight, bias))
-    keep = needs_grad and max(4, hidden.element_size()) * hidden.shape[0] * vocab <= budget
+    keep = needs_grad and max(4, hidden.element_size()) * hidden.shape[0] * weight.shape[0] <= budget
+    transform = temperature, softcap, logit_scale
+    if shards is not None:
+        if batch_invariant:
+            validate.fail("batch_invariant", "False with a process_group", "True")
+        rows = vocab.rows_like(shards, hidden.shape[:1], targets, mask, temperatures, transform)
+        given = unit_stride(hidden), unit_stride(weight), bias, rows, wanted, keep, backends.requested()
+        return _named(vocab.linear_token_logps(*given), lead, wanted, candidates)
     if batch_invariant:
-        transform = temperature, softcap, logit_scale
         asked = _invariant(hidden, weight, bias, targets, mask, temperatures, transform, wanted, needs_grad)
         return _named(asked, lead, wanted, candidates)
     asked = linear_op.op(
-        unit_stride(hidden), unit_stride(weight), bias, targets, mask, temperatures, temperature, softcap,
-        logit_scale, *wanted, keep, backends.requested(),
+        unit_stride(hidden), unit_stride(weight), bias, targets, mask, temperatures, *transform, *wanted, keep,
+        backends.requested(),
     )  # fmt: skip
     return _named(asked[:-1], lead, wanted, candidates)
 
@@ -244,101 +271,6 @@ def _rows(lead, vocab: int, targets, mask, temperature, source):
     """Targets, mask and temperature checked against the rows [*lead] of ``source``, as the op wants them."""
     targets, mask = checked_targets(lead, vocab, targets, source), checked_mask(lead, mask, source)
     return targets, mask, *checked_temperature("temperature", lead, temperature, source)
-
-
-def checked_targets(lead, vocab: int, targets, source, own: str = "targets"):
-    """Targets, called ``own``, checked against the rows [*lead] of ``source``: int64 and contiguous."""
-    name, x = source
-    validate.tensor(own, targets, _INTS)
-    if targets.shape[: len(lead)] != lead or targets.dim() > len(lead) + 1:
-        validate.fail(own, f"shape {tuple(lead)} or {(*lead, 'K')} like the rows of {name}", validate.shape(targets))
-    if targets.dim() > len(lead) and targets.shape[-1] == 0:
-        validate.fail(own, "at least one candidate a row", validate.shape(targets))
-    validate.same_device(own, targets, name, x)
-    if targets.dtype != torch.int64:
-        targets = targets.long()
-    if not targets.is_contiguous():
-        targets = targets.contiguous()
-    if x.device.type == "cpu" and type(targets) in _PLAIN and not torch.compiler.is_compiling():
-        _in_range(targets, vocab, own)
-    return targets
-
-
-def checked_mask(lead, mask, source):
-    """A mask checked against the rows [*lead] of ``source``: bool and contiguous; None stays None."""
-    if mask is None:
-        return None
-    name, x = source
-    validate.tensor("mask", mask, validate.MASKS)
-    if mask.shape != lead:
-        validate.fail("mask", f"shape {tuple(lead)} like the rows of {name}", validate.shape(mask))
-    validate.same_device("mask", mask, name, x)
-    return (mask if mask.dtype == torch.bool else mask != 0).contiguous()
-
-
-def checked_temperature(argument: str, lead, temperature, source):
-    """(None, a float), or (one a row of ``source``, contiguous, 1.0)."""
-    if not isinstance(temperature, torch.Tensor):
-        return None, validate.positive(argument, temperature)
-    name, x = source
-    validate.tensor(argument, temperature)
-    if temperature.dim() == 0:
-        temperature = temperature.expand(lead)
-    if temperature.shape != lead:
-        validate.fail(argument, f"shape {tuple(lead)} like the rows of {name}", validate.shape(temperature))
-    validate.same_device(argument, temperature, name, x)
-    if temperature.requires_grad:
-        validate.fail(argument, "a tensor that needs no gradient", "requires_grad=True")
-    if temperature.device.type == "cpu" and not torch.compiler.is_compiling():
-        wrong = ~((temperature >= validate.LEAST) & (temperature <= validate.MOST))
-        if wrong.any():
-            wanted = f"values from {validate.LEAST} to {validate.MOST}"
-            validate.fail(argument, wanted, temperature[wrong][0].item())
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    return temperature.to(wide).contiguous(), 1.0
-
-
-def _in_range(targets, vocab: int, own: str) -> None:
-    if targets.numel() == 0:
-        return
-    if targets.numel() <= 32:  # a quarter of the time
-        ids = targets.flatten().tolist()
-        low, high = min(ids), max(ids)
-    else:
-        low, high = (int(x) for x in torch.aminmax(targets))
-    if high >= vocab or low < 0:
-        wrong = ((targets < 0) & (targets != validate.IGNORE_INDEX)) | (targets >= vocab)
-        if wrong.any():
-            at = tuple(wrong.nonzero()[0].tolist())
-            wanted = f"values in [0, {vocab}) or {validate.IGNORE_INDEX}"
-            validate.fail(own, wanted, f"{targets[at].item()} at {at}")
-
-
-def checked_head(
-    hidden, weight, bias, prefix: str = "", hidden_name: str | None = None, sizes: str = "VD",
-    weight_name: str | None = None,
-):  # fmt: skip
-    """A head checked, and cast by autocast; ``prefix`` is that of its arguments' names, ``sizes`` are of its weight."""
-    h, w, b = (prefix + name for name in ("hidden", "weight", "bias"))
-    columns, depth = sizes
-    h, w = hidden_name or h, weight_name or w
-    for name, x in ((h, hidden), (w, weight), *(((b, bias),) if bias is not None else ())):
-        validate.tensor(name, x)
-    if torch.is_autocast_enabled(hidden.device.type) and hidden.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(hidden.device.type)
-        hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-    if hidden.dim() < 1 or hidden.shape[-1] == 0:
-        validate.fail(h, f"shape [*, {depth}] with {depth} > 0", validate.shape(hidden))
-    if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1] or weight.shape[0] == 0:
-        validate.fail(w, f"shape ({columns}, {hidden.shape[-1]}) to match {h}", validate.shape(weight))
-    if bias is not None and bias.shape != weight.shape[:1]:
-        validate.fail(b, f"shape {tuple(weight.shape[:1])} like the rows of {w}", validate.shape(bias))
-    for name, x in ((w, weight), (b, bias)):
-        if x is not None:
-            validate.same_device(name, x, h, hidden)
-            if x.dtype != hidden.dtype:
-                validate.fail(name, f"dtype {hidden.dtype} like {h}", str(x.dtype), TypeError)
-    return hidden, weight, bias
 
 
 def _rows_flattened(x, lead: int, targets, mask, temperatures):

@@ -10,6 +10,7 @@ import torch
 
 from rlfast import backends, full_kl, heads, limits, loss_inputs, policy_linear, validate
 from rlfast.corrections import CORRECTIONS, Correction
+from rlfast.distributed.gather import within
 from rlfast.full_kl import FULL
 from rlfast.kernels.formulas import SURROGATES
 from rlfast.kernels.formulas.kl import KlBounds
@@ -300,12 +301,13 @@ class Loss:
             settings = settings._replace(max_len=validate.positive("max_len", length) if length else 1.0)
         return batch, settings
 
+    @within
     def linear(
         self, hidden, weight, targets, bias=None, *, adv=None, old_logp=None, mask=None, ref_logp=None,
         rollout_logp=None, weights=None, extra=None, keep=None, cu_seqlens=None, num_items=None, max_len=None,
         world_size=1, accumulation=1, temperature=1.0, softcap=None, logit_scale=1.0, entropy=False,
         memory_budget=None, ref_hidden=None, ref_weight=None, ref_bias=None,
-        lora=None, accumulate_grad=False, sync=False,
+        lora=None, accumulate_grad=False, sync=False, process_group=None,
     ) -> LinearLossOutput:  # fmt: skip
         """The loss of a batch from the last hidden states and the head, without its logits.
 
@@ -341,6 +343,8 @@ class Loss:
                 ``torch.autograd.grad``, and not in compiled code.
             sync: tokens that are masked go into no product on a GPU either, for which the host waits to learn how many
                 are left, once a chunk. On the CPU they never do.
+            process_group: as in ``rlfast.linear_token_logps``: weight, bias, ref_weight, ref_bias and lora's b are this
+                rank's rows, and so are their gradients.
 
         Returns:
             LinearLossOutput(loss, metrics, logp, entropy). The gradients are made with the loss, and kept until its
@@ -359,7 +363,9 @@ class Loss:
             >>> head.grad.shape
             torch.Size([100, 16])
         """
-        head = heads.Head(weight, bias, temperature, softcap, logit_scale, memory_budget, accumulate_grad)
+        head = heads.Head(
+            weight, bias, temperature, softcap, logit_scale, memory_budget, accumulate_grad, process_group
+        )
         given = {
             "old_logp": old_logp, "ref_logp": ref_logp, "rollout_logp": rollout_logp, "adv": adv, "weights": weights,
             "extra": extra, "mask": mask, "keep": keep, "cu_seqlens": cu_seqlens, "num_items": num_items,

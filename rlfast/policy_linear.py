@@ -18,7 +18,8 @@ from typing import NamedTuple
 
 import torch
 
-from rlfast import backends, divergences, heads, logps, validate
+from rlfast import backends, divergences, heads, row_inputs, validate
+from rlfast.distributed import groups
 from rlfast.full_kl import FULL
 from rlfast.heads import Head, compacts, live_before, logits_bytes, most_rows, numbers, unit_strides
 from rlfast.loss_inputs import Given
@@ -76,23 +77,24 @@ def checked(loss, head: Head, hidden, targets, given: dict, call: tuple, ref: tu
     validate.tensor("hidden", hidden)
     if hidden.dim() not in (2, 3):
         validate.fail("hidden", "shape [B, T, D], or [N, D] with cu_seqlens", validate.shape(hidden))
-    hidden, weight, bias = logps.checked_head(hidden, head.weight, head.bias)
+    shards, hidden, weight, bias = row_inputs.shared_head(head.process_group, hidden, head.weight, head.bias)
     lead, source = hidden.shape[:-1], ("hidden", hidden)
-    targets = logps.checked_targets(lead, weight.shape[0], targets, source)
+    targets = row_inputs.checked_targets(lead, row_inputs.vocabulary(weight, shards), targets, source)
     if targets.shape != lead:
         validate.fail("targets", f"shape {tuple(lead)} like the rows of hidden", validate.shape(targets))
     mask = validate.mask_like(given["mask"], "targets", targets, "mask")
     live = targets != validate.IGNORE_INDEX
     given = given | {"mask": live if mask is None else live & mask}
-    temperatures, temperature = logps.checked_temperature("temperature", lead, head.temperature, source)
+    temperatures, temperature = row_inputs.checked_temperature("temperature", lead, head.temperature, source)
     place = torch.zeros(lead, dtype=torch.float64 if hidden.dtype == torch.float64 else torch.float32,
                         device=hidden.device)  # fmt: skip
     made = {"entropy": place if loss.has_bonus else None, "full_kl": place if loss.has_full_kl else None}
     fields, settings = loss.checked(Given(place, **made, **given), *call, "targets")
     targets, mask, temperatures = (x if x is None else x.reshape(-1) for x in (targets, fields.mask, temperatures))
     rows = Rows(hidden.reshape(targets.shape[0], hidden.shape[-1]), weight, bias, targets, mask.contiguous(),
-                temperatures, (temperature, *head.options()), checked_reference(loss, hidden, weight, *ref),
-                checked_lora(hidden, weight, lora), checked_sync(sync) and not compacts(hidden))  # fmt: skip
+                temperatures, (temperature, *head.options()),
+                checked_reference(loss, hidden, weight, *head.laid_out(*ref)),
+                checked_lora(hidden, weight, lora), checked_sync(sync) and not compacts(hidden), shards)  # fmt: skip
     ends = given["cu_seqlens"]
     ends = ends.tolist() if ends is not None and validate.looked_at(ends) else None
     return Tokens(unit_strides(rows), fields, settings, head.accumulated(), ends)
@@ -128,11 +130,11 @@ def checked_lora(hidden, weight, lora) -> Lora | None:
         return None
     if not isinstance(lora, tuple | list) or len(lora) != 3:
         validate.fail("lora", "(a, b, scale)", type(lora).__name__, TypeError)
-    a, b, scale = lora
+    a, b, scale = map(groups.local, lora)
     if isinstance(a, torch.Tensor) and a.dim() != 2:
         validate.fail("lora[0]", f"shape (r, {hidden.shape[-1]})", validate.shape(a))
-    (_, a, _), rank = logps.checked_head(hidden, a, None, weight_name="lora[0]", sizes="rD"), len(a)
-    _, b, _ = logps.checked_head(hidden.new_zeros(rank), b, None, hidden_name="lora[0]", weight_name="lora[1]")
+    (_, a, _), rank = row_inputs.checked_head(hidden, a, None, weight_name="lora[0]", sizes="rD"), len(a)
+    _, b, _ = row_inputs.checked_head(hidden.new_zeros(rank), b, None, hidden_name="lora[0]", weight_name="lora[1]")
     if b.shape[0] != weight.shape[0]:
         validate.fail("lora[1]", f"shape ({weight.shape[0]}, {rank}) like the rows of weight", validate.shape(b))
     if weight.requires_grad:

@@ -245,7 +245,7 @@ class PreferenceLoss:
         ref_chosen_logps=None, ref_rejected_logps=None, chosen_mask=None, rejected_mask=None, chosen_cu_seqlens=None,
         rejected_cu_seqlens=None, temperature=1.0, softcap=None, logit_scale=1.0,
         memory_budget=None, margin=None, extra=None, shared=None, weights=None, nll=None,
-        num_items=None, world_size=1, accumulation=1, per_pair=False,
+        num_items=None, world_size=1, accumulation=1, per_pair=False, process_group=None,
     ) -> PreferenceOutput:  # fmt: skip
         """The loss of pairs from the last hidden states and the head, without their logits.
 
@@ -270,6 +270,7 @@ class PreferenceLoss:
                 three GEMMs either way. Else, and where the batch has to be sorted (AOT), the backward makes the
                 logits again in tiles: four.
             margin, extra, shared, weights, nll, num_items, world_size, accumulation, per_pair: as when called.
+            process_group: as in ``rlfast.linear_token_logps``.
 
         Returns:
             PreferenceOutput, as when called with the log-probs.
@@ -285,13 +286,10 @@ class PreferenceLoss:
             >>> out.loss.shape
             torch.Size([])
         """
-        sides = (
-            preference_linear.Tokens(chosen_hidden, chosen_targets, ref_chosen_logps, chosen_mask, chosen_cu_seqlens),
-            preference_linear.Tokens(
-                rejected_hidden, rejected_targets, ref_rejected_logps, rejected_mask, rejected_cu_seqlens
-            ),
-        )
-        head = heads.Head(weight, bias, temperature, softcap, logit_scale, memory_budget)
+        chosen = chosen_hidden, chosen_targets, ref_chosen_logps, chosen_mask, chosen_cu_seqlens
+        rejected = rejected_hidden, rejected_targets, ref_rejected_logps, rejected_mask, rejected_cu_seqlens
+        sides = tuple(preference_linear.Tokens(*side) for side in (chosen, rejected))
+        head = heads.Head(weight, bias, temperature, softcap, logit_scale, memory_budget, False, process_group)
         rest = self._given(margin, extra, shared, weights, num_items)
         factor = validate.share(world_size, accumulation)
         return preference_linear.run(self, head, sides, rest, nll, factor, per_pair)[0]
@@ -300,6 +298,7 @@ class PreferenceLoss:
         self, hidden, weight, targets, bias=None, *, ref_logps=None, mask=None, cu_seqlens=None, temperature=1.0,
         softcap=None, logit_scale=1.0, memory_budget=None, margin=None, extra=None,
         shared=None, weights=None, nll=None, num_items=None, world_size=1, accumulation=1, per_pair=False,
+        process_group=None,
     ) -> PreferenceOutput:  # fmt: skip
         """``linear`` of one batch of 2B responses, the B chosen ones first, as a concatenated forward leaves them.
 
@@ -309,7 +308,7 @@ class PreferenceLoss:
             ref_logps: like targets, or sums [2B].
         """
         side = preference_linear.Tokens(hidden, targets, ref_logps, mask, cu_seqlens)
-        head = heads.Head(weight, bias, temperature, softcap, logit_scale, memory_budget)
+        head = heads.Head(weight, bias, temperature, softcap, logit_scale, memory_budget, False, process_group)
         rest = self._given(margin, extra, shared, weights, num_items)
         factor = validate.share(world_size, accumulation)
         return preference_linear.run(self, head, (side,), rest, nll, factor, per_pair)[0]

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from rlfast import backends, logps, validate
+from rlfast import backends, row_inputs, validate
 from rlfast.heads import Head, live_before, most_rows, numbers, room, unit_strides
 from rlfast.loss_inputs import boundaries
 from rlfast.ops import preference_records as records
@@ -134,8 +134,8 @@ def prepared(loss, head: Head, sides: tuple) -> tuple:
         wanted = f"log-probs: {loss.name} reads KL(π_ref‖π), which rlfast.linear_divergence gives beside them"
         validate.fail(ROWS.hidden, wanted, "hidden states")
     given = head.budget()
-    weight, bias, checked = checked_sides(head, sides, names_of(sides))
-    joined = join(checked, weight, bias, head)
+    shards, weight, bias, checked = checked_sides(head, sides, names_of(sides))
+    joined = join(checked, weight, bias, head, shards)
     rows, places, groups = joined.rows, None, None
     needs = [x is not None and x.requires_grad and torch.is_grad_enabled() for x in rows[:3]]
     if any(needs) and loss.sort is None and not loss.apart:
@@ -145,22 +145,25 @@ def prepared(loss, head: Head, sides: tuple) -> tuple:
 
 
 def checked_sides(head: Head, sides, names) -> tuple:
-    """(weight, bias, the sides), or an error that names the argument."""
-    found, weight, bias = [], head.weight, head.bias
+    """(the shards or None, weight, bias, the sides), or an error that names the argument."""
+    found, share, weight, bias = [], head.process_group, head.weight, head.bias
     for given, name in zip(sides, names, strict=True):
         validate.tensor(name.hidden, given.hidden)
         if given.hidden.dim() != (3 if given.cu_seqlens is None else 2):
             wanted = f"shape [B, T, D], or [N, D] with {name.cu_seqlens}"
             validate.fail(name.hidden, wanted, validate.shape(given.hidden))
-        hidden, weight, bias = logps.checked_head(given.hidden, weight, bias, hidden_name=name.hidden)
-        found.append(checked_side(hidden, weight.shape[0], given, name))
-    return weight, bias, found
+        shards, hidden, weight, bias = row_inputs.shared_head(
+            share, given.hidden, weight, bias, hidden_name=name.hidden
+        )
+        share = shards  # the second side has the same weight, gathered already if it was to be
+        found.append(checked_side(hidden, row_inputs.vocabulary(weight, shards), given, name))
+    return shards, weight, bias, found
 
 
 def checked_side(hidden, vocab: int, given: Tokens, name: TokenNames) -> Side:
     """One side."""
     lead = hidden.shape[:-1]
-    targets = logps.checked_targets(lead, vocab, given.targets, (name.hidden, hidden), name.targets)
+    targets = row_inputs.checked_targets(lead, vocab, given.targets, (name.hidden, hidden), name.targets)
     if targets.shape != lead:
         validate.fail(name.targets, f"shape {tuple(lead)} like the rows of {name.hidden}", validate.shape(targets))
     ends = boundaries(given.cu_seqlens, targets, name.targets, name.cu_seqlens)
@@ -197,7 +200,7 @@ def reference_of(name: TokenNames, ref, targets, mask, cu_seqlens):
     return spread.index_add_(0, first, torch.where(inside, ref, 0))[:-1]
 
 
-def join(sides: list[Side], weight, bias, head: Head) -> Joined:
+def join(sides: list[Side], weight, bias, head: Head, shards) -> Joined:
     """All rows, one after the other."""
     options = validate.positive("temperature", head.temperature), *head.options()
 
@@ -205,7 +208,7 @@ def join(sides: list[Side], weight, bias, head: Head) -> Joined:
         return parts[0] if len(parts) == 1 or parts[0] is None else torch.cat(parts)
 
     hidden, targets, ref, mask = (all_of(list(x)) for x in zip(*(side[:4] for side in sides), strict=True))
-    return Joined(unit_strides(Rows(hidden, weight, bias, targets, mask, None, options)), ref)
+    return Joined(unit_strides(Rows(hidden, weight, bias, targets, mask, None, options, shards=shards)), ref)
 
 
 def places_of(sides: list[Side]) -> tuple[Place, Place] | None:

@@ -9,8 +9,8 @@ import torch
 
 from rlfast import backends, validate
 from rlfast.linear import head_logits
-from rlfast.logps import checked_head
 from rlfast.ops import sample as sample_op
+from rlfast.row_inputs import checked_head
 from rlfast.validate import LEAST, MOST, Limit
 
 ROWS = 64  # of logits at once where they come of hidden states: 12 MB at 49152 columns

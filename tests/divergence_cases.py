@@ -135,8 +135,12 @@ def solved(pair: Pair) -> tuple:
 
 def check(pair: Pair, backend: str, device: str = "cpu", solution: tuple | None = None) -> None:
     """Every output and gradient of one call against the oracle, which may be ``solved`` already."""
-    out, gradients = run(pair, backend, device)
-    (truth, truth_gradients), (own, own_gradients) = solution or solved(pair)
+    hold(pair, *run(pair, backend, device), solution or solved(pair))
+
+
+def hold(pair: Pair, out, gradients, solution: tuple) -> None:
+    """Assert the contract for one run."""
+    (truth, truth_gradients), (own, own_gradients) = solution
     skipped, wide = pair.skipped(), pair.inputs.get("logits", pair.inputs.get("hidden")).dtype == torch.float64
     for name in rlfast.Divergence._fields:
         got = getattr(out, name)

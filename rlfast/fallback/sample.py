@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 
 from rlfast.fallback import token_logps
-from rlfast.fallback.token_logps import chunks, compute_dtype
+from rlfast.fallback.token_logps import chunks, compute_dtype, target_logp
 from rlfast.kernels.formulas.noise import gumbel
 from rlfast.kernels.lang import torch_version
 from rlfast.ops.records import ENTROPY, Transform, Wanted
@@ -110,8 +110,7 @@ def draw(r: Rows, keep: torch.Tensor | None, x: Inputs, rows: slice) -> tuple:
         value, e = torch.where(keep, value, -torch.inf), torch.where(keep, e, 0.0)
     tokens = first(torch.where(greedy.unsqueeze(-1), r.w, value))
     at = tokens.unsqueeze(-1)
-    odds = e.scatter(-1, at, 0.0).sum(-1).log() - r.d.gather(-1, at).squeeze(-1)
-    logp = -torch.logaddexp(odds, torch.zeros_like(odds))  # −softplus: the token is left out of the sum
+    logp = target_logp(e.scatter(-1, at, 0.0).sum(-1), r.d.gather(-1, at).squeeze(-1))
     mass = e.sum(-1) / r.e.sum(-1)
     return tokens, torch.where(greedy, 0.0, logp), torch.where(greedy, logp.exp(), mass)
 

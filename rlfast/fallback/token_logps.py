@@ -75,6 +75,13 @@ def exponentials(z) -> Exponentials:
     return Exponentials(x, e, peak, total, total.log())
 
 
+def target_logp(others, x) -> torch.Tensor:
+    """−softplus(log Σ − x) of a target and the Σ of the others [n]: rounded once, where the device has float64."""
+    wide = x.dtype if x.device.type == "mps" else torch.float64
+    odds = others.to(wide).log() - x.to(wide)
+    return -torch.logaddexp(odds, torch.zeros_like(odds)).to(x.dtype)  # over the whole range of odds
+
+
 def row_statistics(z, ids, counted, out: dict, row: Row, rows, wanted: Wanted, live=None) -> Exponentials:
     """Every output of a chunk of rows from its z [n, V], into the flattened outputs; ``live``: rows not skipped."""
     live = counted.any(-1) if live is None else live
@@ -92,8 +99,7 @@ def row_statistics(z, ids, counted, out: dict, row: Row, rows, wanted: Wanted, l
     for k in range(ids.shape[1]):
         one = safe[:, k : k + 1]
         others = e.scatter(-1, one, 0.0).sum(-1)
-        odds = others.log() - x.gather(-1, one).squeeze(-1)
-        logp = -torch.logaddexp(odds, torch.zeros_like(odds))  # softplus, over the whole range of odds
+        logp = target_logp(others, x.gather(-1, one).squeeze(-1))
         logp = torch.where(safe[:, k] == ids[:, k], logp, torch.full_like(logp, torch.nan))
         logp = torch.where(counted[:, k], logp, torch.zeros_like(logp))
         out["logp"][rows, k] = logp

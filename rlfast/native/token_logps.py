@@ -24,6 +24,13 @@ def strides_of(x: torch.Tensor) -> tuple[int, int]:
     return (x.stride(0), x.stride(1)) if x.dim() == 3 else (0, x.stride(0))
 
 
+def peak_unit(transform: Transform):
+    """What a saved peak is multiplied by to be a z: ``RowScale::c`` of csrc/rlfast/row_stats.h."""
+    by = transform.softcap or abs(transform.logit_scale) or 1.0
+    t = transform.temperature
+    return by / (t.double() if isinstance(t, torch.Tensor) else t)
+
+
 def _inputs(logits, targets, mask, transform: Transform) -> tuple:
     shape, lead = logits.shape, logits.dim() - 1
     temperature, tensor = transform.temperature, isinstance(transform.temperature, torch.Tensor)

@@ -20,6 +20,9 @@ from typing import NamedTuple
 
 import torch
 
+import rlfast.distributed.pairs as shared_pairs
+import rlfast.distributed.vocab as shared
+from rlfast.distributed.groups import Shards
 from rlfast.fallback.token_logps import compute_dtype
 from rlfast.ops import divergence_records as pairs
 from rlfast.ops import linear_divergence, linear_token_logps
@@ -40,6 +43,7 @@ class Rows(NamedTuple):
     reference: pairs.Head | None = None  # of the same rows, vocabulary and options
     lora: Lora | None = None  # beside the weight
     compact: bool = False  # rows that are masked go into no product; a device is waited for to know which
+    shards: Shards | None = None  # of the vocabulary, of which the weight and the bias are this rank's then
 
     def leaves(self) -> tuple:
         """What may have a gradient."""
@@ -105,6 +109,8 @@ def numbers_of(rows: Rows, outputs: int, keep: bool, backend: str) -> tuple[Numb
     """
     if rows.compact:
         return _of_counted(rows, outputs, keep, backend)
+    if rows.shards is not None:
+        return _of_shards(rows, outputs, keep, backend)
     own, ref = rows[:3], rows.reference
     if ref is None:
         given, wanted = (rows.targets, rows.mask, rows.temperatures, *rows.options), Wanted(outputs, 0)
@@ -133,6 +139,58 @@ def numbers_of(rows: Rows, outputs: int, keep: bool, backend: str) -> tuple[Numb
         return linear_divergence.op_accumulate(*saved, *sums, needs, backend)
 
     return Numbers(out.logp, out.entropy, out.value), pull_pair
+
+
+def _of_shards(rows: Rows, outputs: int, keep: bool, backend: str) -> tuple[Numbers, Callable]:
+    """``numbers_of`` of a vocabulary that is shared out; with sums, ∂hidden is what this rank's columns add to it."""
+    own, wanted = shared.Head(*rows[:3]), Wanted(outputs, 0)
+    if rows.reference is not None:
+        return _of_shared_pair(rows, own, outputs, keep, backend)
+    place = rows.targets.shape
+    said = shared.rows_like(rows.shards, place, rows.targets, rows.mask, rows.temperatures, rows.options)
+    recorded = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in own)
+    found = None
+    if recorded:
+        out = Outputs.named(shared.linear_token_logps(*own, said, wanted, keep, backend), wanted)
+    else:
+        found = shared.head_statistics(own, said, wanted, keep, backend)
+        out = found.out
+
+    def pull(by: Numbers, sums, needs, head=own):
+        grads = by.logp, None, by.entropy
+        needs = needs if sums is None else (needs, *(x is not None for x in sums))
+        got = shared.head_gradients(
+            shared.Head(*head), said, found.out.aux, found.logp, found.kept, grads, needs, sums, backend, True
+        )
+        return got if sums is None else got[0]
+
+    at = Row.of(1, wanted)
+    metrics = (out.aux[i] if i >= 0 else None for i in (at.log_sum_sq_probs, at.mean_logits))
+    entropy, top1 = (x if x is not None and x.numel() else None for x in (out.entropy, out.is_top1))
+    return Numbers(out.logp, entropy, None, *metrics, top1), pull
+
+
+def _of_shared_pair(rows: Rows, own, outputs: int, keep: bool, backend: str) -> tuple[Numbers, Callable]:
+    """The same with the KL to a reference, whose head is shared out alike."""
+    ref, both = shared.Head(*rows.reference), [x for x in rows.options for _ in range(2)]
+    options = rows.temperatures, rows.temperatures, *both, pairs.REVERSE, 0.5
+    call = shared_pairs.call_of(rows.shards, rows.targets.shape, rows.targets, rows.mask, options, outputs, backend)
+    found = None
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in own):
+        asked = shared_pairs.linear_divergence((*own, *ref), call, keep)
+        out = pairs.Outputs.named(asked, True, outputs)
+    else:
+        found = shared_pairs.head_statistics(own, ref, call, keep)
+        out = found.out
+
+    def pull(by: Numbers, sums, needs, head=own):
+        needs = needs if sums is None else (needs, *(x is not None for x in sums))
+        side = options, pairs.saved_of(out.aux, 1, outputs, False), (by.full_kl, by.logp, None, by.entropy)
+        heads = shared.Head(*head), ref
+        got = shared_pairs.head_gradients(call, heads, found.logp, found.kept, side, False, needs, sums, True)
+        return got if sums is None else got[0]
+
+    return Numbers(out.logp, out.entropy, out.value), pull
 
 
 def _of_counted(rows: Rows, outputs: int, keep: bool, backend: str) -> tuple[Numbers, Callable]:
@@ -199,7 +257,12 @@ def chunked(
             if needs[0]:
                 d_hidden[place] = d[at:end]
             at = end
-    return found, (d_hidden, *sums, *(() if factors is None else factors.gradients()))
+    low_rank = [] if factors is None else list(factors.gradients())
+    if rows.shards is not None:  # what every rank's columns add to them
+        for x in (d_hidden, *low_rank[:1]):
+            if x is not None:
+                rows.shards.total(x)
+    return found, (d_hidden, *sums, *low_rank)
 
 
 def _joined(parts: list) -> torch.Tensor:
