@@ -31,7 +31,7 @@ from rlfast.recipes.training import fitted, train
 RESULT = RESULTS / "learning.json"
 ARMS = ("stock", "rlfast")
 LAYERS = 8  # of 30 that learn
-TOKENS, RATE, TEMPERATURE = 16, 2e-5, 0.7
+TOKENS, RATE, TEMPERATURE = 16, 5e-5, 0.7
 TRL = "TRL 1.16's default"
 GRPO = Recipe(
     "grpo", "GRPO as TRL has it", "2402.03300", "V",
@@ -73,10 +73,9 @@ def freeze(model: torch.nn.Module, layers: int = LAYERS) -> torch.nn.Module:
     return model
 
 
-def ours(plan: Plan, model: str, seed: int, steps: int, keep: Callable | None = None) -> list[float]:
+def ours(plan: Plan, model: str, seed: int, steps: int, rate: float, keep: Callable | None = None) -> list[float]:
     """The curve of the recipe's loop."""
     policy, tokenizer, task = tasks.loaded(model, seed)
-    rate = RATE if model != "tiny" else 1e-2
     recipe = fitted(
         plan.recipe, batch=plan.prompts, candidates=plan.answers, max_tokens=TOKENS, steps=steps, learning_rate=rate
     )
@@ -92,14 +91,14 @@ def ours(plan: Plan, model: str, seed: int, steps: int, keep: Callable | None = 
     return curve
 
 
-def stock_grpo(seed: int, steps: int) -> list[float]:
+def stock_grpo(seed: int, steps: int, rate: float) -> list[float]:
     """TRL's GRPOTrainer on the same prompts."""
     from rlfast.demo import grpo, model, trainer
     from rlfast.demo.settings import Settings
 
     trainer.quiet()
     settings = Settings(
-        batch=16, generations=4, max_completion=TOKENS, learning_rate=RATE, temperature=TEMPERATURE, seed=seed,
+        batch=16, generations=4, max_completion=TOKENS, learning_rate=rate, temperature=TEMPERATURE, seed=seed,
         model=str(model.prepare()),
     )  # fmt: skip
     made = grpo.build(settings, steps)
@@ -108,7 +107,7 @@ def stock_grpo(seed: int, steps: int) -> list[float]:
     return [log["reward"] for log in made.state.log_history if "reward" in log]
 
 
-def stock_dpo(seed: int, steps: int, pairs: list[dict]) -> list[float]:
+def stock_dpo(seed: int, steps: int, rate: float, pairs: list[dict]) -> list[float]:
     """TRL's DPOTrainer on the pairs that ours had."""
     from datasets import Dataset
     from trl import DPOConfig, DPOTrainer
@@ -118,7 +117,7 @@ def stock_dpo(seed: int, steps: int, pairs: list[dict]) -> list[float]:
 
     trainer.quiet()
     count = max(1, len(pairs) // steps)
-    settings = DpoSettings(batch=count, learning_rate=RATE, seed=seed, model=str(model.prepare()))
+    settings = DpoSettings(batch=count, learning_rate=rate, seed=seed, model=str(model.prepare()))
     loaded = trainer.loaded(settings)
     freeze(loaded["model"])
     config = DPOConfig(**trainer.options(settings, steps), beta=0.1)
@@ -127,12 +126,12 @@ def stock_dpo(seed: int, steps: int, pairs: list[dict]) -> list[float]:
     return [log["rewards/accuracies"] for log in made.state.log_history if "rewards/accuracies" in log]
 
 
-def stock(name: str, plan: Plan, model: str, seed: int, steps: int, pairs: list[dict]) -> list[float]:
+def stock(name: str, model: str, seed: int, steps: int, rate: float, pairs: list[dict]) -> list[float]:
     """The curve of the other arm; of a tiny model, which has no tokenizer, the oracle's."""
     if name == "ppo" or model == "tiny":
         with rlfast.use_backend("reference"):
-            return ours(plan, model, seed, steps)
-    return stock_grpo(seed, steps) if name == "grpo" else stock_dpo(seed, steps, pairs)
+            return ours(PLANS[name], model, seed, steps, rate)
+    return stock_grpo(seed, steps, rate) if name == "grpo" else stock_dpo(seed, steps, rate, pairs)
 
 
 def rises(curve: list[float]) -> float:
@@ -141,12 +140,12 @@ def rises(curve: list[float]) -> float:
     return statistics.mean(curve[-n:]) - statistics.mean(curve[:n])
 
 
-def run(name: str, model: str, seeds: list[int], steps: int | None, arms: tuple[str, ...] = ARMS) -> dict:
+def run(name: str, model: str, seeds: int, steps: int | None, rate: float, arms: tuple[str, ...] = ARMS) -> dict:
     """The curves of a recipe by arm and seed, and what they took."""
     plan = PLANS[name]
     steps = steps or plan.steps
     curves, seconds = {arm: {} for arm in arms}, {arm: 0.0 for arm in arms}
-    for seed in seeds:
+    for seed in range(seeds):
         pairs: list[dict] = []
 
         def keep(record, tokenizer, pairs=pairs):
@@ -156,8 +155,8 @@ def run(name: str, model: str, seeds: list[int], steps: int | None, arms: tuple[
 
         for arm in reversed(arms):  # ours first: its pairs are TRL's
             start = time.perf_counter()
-            made = ours(plan, model, seed, steps, keep) if arm == "rlfast" else None
-            made = made or stock(name, plan, model, seed, steps, pairs)
+            made = ours(plan, model, seed, steps, rate, keep) if arm == "rlfast" else None
+            made = made or stock(name, model, seed, steps, rate, pairs)
             seconds[arm] += time.perf_counter() - start
             # before the first update policy and reference are one model, and no pair is right or wrong
             curves[arm][str(seed)] = made[1:] if name == "dpo" else made
@@ -165,7 +164,7 @@ def run(name: str, model: str, seeds: list[int], steps: int | None, arms: tuple[
             gc.collect()
     beside = "the oracle backend" if model == "tiny" else plan.stock
     found = {"model": model, "steps": steps, "measure": plan.measure, "stock": beside, "curves": curves}
-    found["settings"] = {"layers": LAYERS, "tokens": TOKENS, "learning_rate": RATE, "prompts": plan.prompts,
+    found["settings"] = {"layers": LAYERS, "tokens": TOKENS, "learning_rate": rate, "prompts": plan.prompts,
                          "answers": plan.answers, "temperature": TEMPERATURE}  # fmt: skip
     return found | {"seconds": {arm: round(x, 1) for arm, x in seconds.items()}}
 
@@ -215,6 +214,7 @@ def main(arguments=None) -> int:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, help="of each stage; by default what takes a few minutes")
     parser.add_argument("--model", choices=("smollm2", "tiny"), default="smollm2")
+    parser.add_argument("--learning-rate", type=float, default=RATE)
     parser.add_argument("--arm", choices=ARMS, help="only this one")
     parser.add_argument("--json", type=Path, default=RESULT)
     parser.add_argument("--picture", type=Path, help="draw what the file has")
@@ -223,7 +223,7 @@ def main(arguments=None) -> int:
     learning, fine = before.get("learning", {}), True
     if args.recipe:
         arms = (args.arm,) if args.arm else ARMS
-        one = run(args.recipe, args.model, list(range(args.seeds)), args.steps, arms)
+        one = run(args.recipe, args.model, args.seeds, args.steps, args.learning_rate, arms)
         learning[args.recipe] = one
         gains = {seed: rises(curve) for seed, curve in one["curves"].get("rlfast", {}).items()}
         by = ", ".join(f"{x:+.3f}" for x in gains.values())

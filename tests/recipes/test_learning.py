@@ -12,7 +12,7 @@ from bench import learning
 @pytest.mark.parametrize("name", learning.PLANS)
 def test_both_arms_of_a_tiny_model_agree(name, tmp_path, capsys):
     path, picture = tmp_path / "learning.json", tmp_path / "learning.png"
-    arguments = ["--recipe", name, "--seeds", "1", "--steps", "3", "--model", "tiny"]
+    arguments = ["--recipe", name, "--seeds", "1", "--steps", "3", "--model", "tiny", "--learning-rate", "0.01"]
     learning.main([*arguments, "--json", str(path), "--picture", str(picture)])
     one = json.loads(path.read_text(encoding="utf-8"))["learning"][name]
     curves = [one["curves"][arm]["0"] for arm in learning.ARMS]
