@@ -45,6 +45,7 @@ from rlfast.plans import LinearPlan, plan  # noqa: E402
 from rlfast.preference import Part, PreferenceLoss, PreferenceOutput  # noqa: E402
 from rlfast.preference_table import PREFERENCES, preference_loss  # noqa: E402
 from rlfast.ranked import RANKED, RankedLoss, RankedOutput, ranked_loss  # noqa: E402
+from rlfast.recipes import RECIPES, recipe  # noqa: E402
 from rlfast.reductions import Whiten, masked_mean, masked_whiten  # noqa: E402
 from rlfast.reward_losses import (  # noqa: E402
     REWARD_LOSSES,
@@ -71,6 +72,7 @@ __all__ = [
     "LOSSES",
     "PREFERENCES",
     "RANKED",
+    "RECIPES",
     "REWARD_LOSSES",
     "UNPAIRED",
     "AdaptiveEntropy",
@@ -141,6 +143,7 @@ __all__ = [
     "process_reward_loss",
     "quantile_loss",
     "ranked_loss",
+    "recipe",
     "reward_loss",
     "reward_to_go",
     "rollout",
