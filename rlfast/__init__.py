@@ -46,6 +46,7 @@ from rlfast.plans import LinearPlan, plan  # noqa: E402
 from rlfast.preference import Part, PreferenceLoss, PreferenceOutput  # noqa: E402
 from rlfast.preference_table import PREFERENCES, preference_loss  # noqa: E402
 from rlfast.ranked import RANKED, RankedLoss, RankedOutput, ranked_loss  # noqa: E402
+from rlfast.recipes import RECIPES, recipe  # noqa: E402
 from rlfast.reductions import Whiten, masked_mean, masked_whiten  # noqa: E402
 from rlfast.reward_losses import (  # noqa: E402
     REWARD_LOSSES,
@@ -79,6 +80,7 @@ __all__ = [
     "LOSSES",
     "PREFERENCES",
     "RANKED",
+    "RECIPES",
     "REWARD_LOSSES",
     "UNPAIRED",
     "AdaptiveEntropy",
@@ -153,6 +155,7 @@ __all__ = [
     "process_reward_loss",
     "quantile_loss",
     "ranked_loss",
+    "recipe",
     "reflection_bonus",
     "regularized_value",
     "reward_loss",

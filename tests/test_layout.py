@@ -27,7 +27,9 @@ FILES = {
 FLOORS = {
     "rlfast": 3,  # the package: public names
     "rlfast.demo": 6,
-    "rlfast.cli": 5,
+    "rlfast.cli": 6,
+    "rlfast.recipes": 5,
+    "rlfast.recipes.command": 6,  # it trains on the demo's model and task
     "rlfast.integrations": 5,
     "rlfast.rollout": 4,
     "rlfast.parity": 4,
