@@ -1,16 +1,16 @@
 """Every system of the survey as a recipe: a row of stages whose numbers say where they are from.
 
-    row.py       what a row can say          early.py, open.py, reasoning.py   the rows
-    training.py  the loop                    command.py                        ``rlfast train``
+row.py       what a row can say          classic.py, pairs.py, reasoning.py   the rows
+training.py  the loop                    command.py                        ``rlfast train``
 """
 
 from __future__ import annotations
 
 from rlfast import validate
-from rlfast.recipes import early
+from rlfast.recipes import classic, pairs, reasoning
 from rlfast.recipes.row import SURE, Recipe, Stage, Use, Value, said, undisclosed, use
 
-RECIPES: dict[str, Recipe] = {row.name: row for rows in (early.ROWS,) for row in rows}
+RECIPES: dict[str, Recipe] = {row.name: row for rows in (classic.ROWS, pairs.ROWS, reasoning.ROWS) for row in rows}
 
 __all__ = ["RECIPES", "SURE", "Recipe", "Stage", "Use", "Value", "recipe", "said", "undisclosed", "use"]
 

@@ -45,7 +45,7 @@ class Use:
 
     Args:
         function: its name in ``rlfast``.
-        name: a row of its table, for ``loss``, ``preference_loss``, ``unpaired_loss``, ``ranked_loss``, ``reward_loss``.
+        name: a row of its table, if it has one (``NAMED``).
         options: a ``Value`` for each argument.
     """
 
@@ -86,11 +86,15 @@ class Stage:
     Args:
         learning_rate: of AdamW.
         batch: prompts a step; reports give those of clusters, so a run may have fewer.
+        candidates: answers to a prompt.
+        temperature: of sampling, and of the log-probs.
         note: what of the report is no argument here.
     """
 
     learning_rate: Value = Value(1e-6)
     batch: Value = Value(8)
+    candidates: Value = Value(2)
+    temperature: Value = Value(1.0)
     note: str = ""
 
 
@@ -100,12 +104,10 @@ class RewardModel(Stage):
 
     Args:
         loss: ``reward_loss`` of pairs, ``ranked_loss`` of groups, or ``attribute_regression_loss``.
-        candidates: answers to a prompt that are ranked; of two, the better and the worse are the pair.
         outputs: of the head: more than one for attributes, whose mean is the reward.
     """
 
     loss: Use
-    candidates: Value = Value(2)
     outputs: int = 1
 
 
@@ -117,18 +119,20 @@ class Policy(Stage):
         loss: ``loss``.
         advantage: ``group_advantage`` over the answers to a prompt, or ``gae`` over tokens, which needs a critic.
         rewards: what is added up: "model" (the reward model), "task" (rules), "length", "overlong".
-        shaping: arguments of the rewards: "length" or "overlong" → ``length_reward``, ``overlong_penalty``.
+        shaping: "length": ``length_reward``; "overlong": ``overlong_penalty``.
+        scale: of the rewards of the task.
         kl: ``shape_rewards``: the KL to the reference is in the reward.
         whiten: ``masked_whiten`` of the advantages of tokens.
         critic: ``value_loss``.
+        critic_rate: learning rate of the critic; the policy's if None.
         warm_up: steps in which the critic alone is trained.
         nll: weight of the likelihood of the task's texts (pre-training or SFT data) in the loss.
-        candidates: answers to a prompt.
-        epochs: updates on a batch of rollouts.
-        temperature: of sampling.
+        epochs: how often a batch of rollouts is gone through.
+        minibatches: updates each time.
         dynamic: groups whose rewards are all equal are left out, and others take their place.
         baseline: "reference": the reward of the task's own answer to the prompt is taken off.
         refresh: steps after which the reference becomes the policy.
+        anchor: ``ema_update``: after each step the reference moves towards the policy.
         entropy: ``AdaptiveEntropy``: the coefficient of the entropy bonus.
         ema: ``ema_update`` of the weights that the stage ends with.
     """
@@ -137,17 +141,19 @@ class Policy(Stage):
     advantage: Use
     rewards: tuple[str, ...] = ("task",)
     shaping: dict[str, Use] = field(default_factory=dict)
+    scale: Value | None = None
     kl: Use | None = None
     whiten: Use | None = None
     critic: Use | None = None
+    critic_rate: Value | None = None
     warm_up: Value = Value(0)
     nll: Value | None = None
-    candidates: Value = Value(1)
     epochs: Value = Value(1)
-    temperature: Value = Value(1.0)
+    minibatches: Value = Value(1)
     dynamic: bool = False
     baseline: str | None = None
     refresh: Value | None = None
+    anchor: Use | None = None
     entropy: Use | None = None
     ema: Use | None = None
 
@@ -160,9 +166,7 @@ class Preference(Stage):
         loss: ``preference_loss``; one that needs a margin is given the difference of the rewards.
         sampler: "policy": fresh answers each step; "reference": answers of the model that the stage began with.
         judge: "model" (the reward model) or "task".
-        candidates: answers to a prompt.
         epochs: updates on a batch of pairs.
-        temperature: of sampling.
         lora: rank of an adapter; the reference is then the model without it.
         skip: tokens at the beginning of a response that take no part, as a header's.
     """
@@ -170,9 +174,7 @@ class Preference(Stage):
     loss: Use
     sampler: str = "policy"
     judge: str = "task"
-    candidates: Value = Value(2)
     epochs: Value = Value(1)
-    temperature: Value = Value(1.0)
     lora: Value | None = None
     skip: int = 0
 
@@ -184,14 +186,10 @@ class BestOf(Stage):
     Args:
         loss: ``loss("raft")``.
         judge: "model" or "task".
-        candidates: answers to a prompt.
-        temperature: of sampling.
     """
 
     loss: Use
     judge: str = "task"
-    candidates: Value = Value(4)
-    temperature: Value = Value(1.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,12 +197,10 @@ class Distil(Stage):
     """A divergence between student and teacher over the vocabulary, on answers of the student.
 
     Args:
-        divergence: ``divergence``.
-        temperature: of sampling.
+        divergence: ``linear_divergence``.
     """
 
     divergence: Use
-    temperature: Value = Value(1.0)
 
 
 @dataclass(frozen=True, kw_only=True)
