@@ -131,10 +131,7 @@ def judge(
     """
     prompts = _texts("prompts", prompts)
     first, second = _texts("first", first, len(prompts)), _texts("second", second, len(prompts))
-    writers, both = (
-        _writers("template", template, ("prompt", "first", "second")),
-        validate.flag("both_orders", both_orders),
-    )
+    writers = _writers("template", template, ("prompt", "first", "second"))
     answers = _verdicts("verdicts", verdicts)
     if len(answers) != 2:
         validate.fail("verdicts", "two of them", str(len(answers)))

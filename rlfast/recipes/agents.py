@@ -84,7 +84,9 @@ class Room:
 
     def prior(self, cells: torch.Tensor, goal: torch.Tensor) -> torch.Tensor:
         """[*, actions]: log-probs of the actions' words by the language model; each state is asked for once."""
-        states, which = torch.stack((cells, goal.expand_as(cells)), -1).reshape(-1, 2).unique(dim=0, return_inverse=True)
+        states, which = (
+            torch.stack((cells, goal.expand_as(cells)), -1).reshape(-1, 2).unique(dim=0, return_inverse=True)
+        )
         texts = [self.world.state_text(*state) for state in states.tolist()]
         found = torch.stack(self.engine.choose(texts, [list(ACTIONS)] * len(texts)))
         return found[which].reshape(*cells.shape, len(ACTIONS)).to(self.dtype)
@@ -93,8 +95,8 @@ class Room:
 def agent_step(room: Room, stage: Agent, optimizer, play: Play | None = None, advice=None) -> Step:
     """One batch of episodes, and PPO's updates on it.
 
-        r_t = λ·𝓡(s_t, s_{t+1}) + (1 − λ)·R_t
-        loss = policy + critic
+    r_t = λ·𝓡(s_t, s_{t+1}) + (1 − λ)·R_t
+    loss = policy + critic
     """
     world, seen = room.world, None
     if play is None:
@@ -123,7 +125,7 @@ def agent_step(room: Room, stage: Agent, optimizer, play: Play | None = None, ad
 def feedback_step(room: Room, stage: Feedback, optimizer) -> Step:
     """Pairs of episodes from one start each, which the language model compares, and the reward model's update.
 
-        P̂(ω_1 ≻ ω_2) = σ(Σ_{ω_1} 𝓡(s, s′) − Σ_{ω_2} 𝓡(s, s′))
+    P̂(ω_1 ≻ ω_2) = σ(Σ_{ω_1} 𝓡(s, s′) − Σ_{ω_2} 𝓡(s, s′))
     """
     world, count = room.world, stage.batch.value
     cells, goal = (x.repeat(2) for x in world.starts(count, room.rng, stage.corner))
@@ -140,7 +142,7 @@ def feedback_step(room: Room, stage: Feedback, optimizer) -> Step:
 def guided_step(room: Room, stage: Guided, optimizer) -> Step:
     """One step of regularised Q-learning, on episodes of the policy that the language model's prior and Q make.
 
-        target = r + γ·V(s′),   V = λ·log Σ_a π_LLM(a|s)·e^{Q(s, a)/λ}
+    target = r + γ·V(s′),   V = λ·log Σ_a π_LLM(a|s)·e^{Q(s, a)/λ}
     """
     world = room.world
     starts = world.starts(stage.batch.value, room.rng, stage.corner)
@@ -166,7 +168,7 @@ def guided_step(room: Room, stage: Guided, optimizer) -> Step:
 def advised_step(room: Room, stage: Advised, optimizer, teacher) -> Step:
     """The language model advises, the agent acts on the advice and learns; what it came to is the advice's reward.
 
-        advice ~ π_LLM(·|start) over the actions' words;   reward of the advice = Σ_t R_t of the episode
+    advice ~ π_LLM(·|start) over the actions' words;   reward of the advice = Σ_t R_t of the episode
     """
     world, each = room.world, stage.candidates.value
     starts = [x.repeat_interleave(each) for x in world.starts(stage.batch.value, room.rng, stage.corner)]
@@ -184,7 +186,9 @@ def advised_step(room: Room, stage: Advised, optimizer, teacher) -> Step:
 def _advice_logps(room: Room, cells: torch.Tensor, goal: torch.Tensor) -> torch.Tensor:
     """[B, actions]: log π_LLM of each advice among all, with gradient."""
     tokenizer = room.engine.tokenizer
-    asked = [tokenizer(room.world.state_text(c, g))["input_ids"] for c, g in zip(cells.tolist(), goal.tolist(), strict=True)]
+    asked = [
+        tokenizer(room.world.state_text(c, g))["input_ids"] for c, g in zip(cells.tolist(), goal.tolist(), strict=True)
+    ]
     said = [tokenizer(word, add_special_tokens=False)["input_ids"] for word in ACTIONS]
     batch = batch_of([a for a in asked for _ in said], said * len(asked), cells.device)
     return room.actor.logps(batch).logp.sum(-1).reshape(len(asked), len(said)).log_softmax(-1)

@@ -30,7 +30,9 @@ AGENT = {
     "batch": undisclosed(8),
     "learning_rate": undisclosed(3e-3),
 }
-ASPECT = "How is the {aspect} of the response, bad, fair or good?\n\nRequest: {{prompt}}\n\nResponse: {{response}}\n\nIt is"
+ASPECT = (
+    "How is the {aspect} of the response, bad, fair or good?\n\nRequest: {{prompt}}\n\nResponse: {{response}}\n\nIt is"
+)
 ASPECTS = ("factuality", "logical correctness", "insightfulness", "completeness", "readability", "harmlessness")
 
 ROWS = (
