@@ -36,7 +36,7 @@ ROWS = (
                 refresh=said(1, f"{KIMI}: the reference is the policy of the iteration before"),
             ),
         ),
-        "The weight of the length reward and when it sets in are undisclosed. Its rollouts go on where the last iteration "
+        "The weight of the length reward and when it sets in are undisclosed. Its rollouts go on where the last one "
         "left them, which ``Engine.pause`` and ``resume`` do; this loop lets them end.",
     ),
     Recipe(
