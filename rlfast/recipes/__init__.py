@@ -7,10 +7,11 @@ training.py  the loop                    command.py                        ``rlf
 from __future__ import annotations
 
 from rlfast import validate
-from rlfast.recipes import classic, pairs, reasoning
+from rlfast.recipes import classic, pairs, papers, reasoning
 from rlfast.recipes.row import SURE, Recipe, Stage, Use, Value, said, undisclosed, use
 
-RECIPES: dict[str, Recipe] = {row.name: row for rows in (classic.ROWS, pairs.ROWS, reasoning.ROWS) for row in rows}
+TABLES = (classic.ROWS, pairs.ROWS, reasoning.ROWS, papers.ROWS)
+RECIPES: dict[str, Recipe] = {row.name: row for rows in TABLES for row in rows}
 
 __all__ = ["RECIPES", "SURE", "Recipe", "Stage", "Use", "Value", "recipe", "said", "undisclosed", "use"]
 

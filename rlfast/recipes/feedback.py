@@ -13,8 +13,10 @@ from rlfast.recipes.models import Batch
 from rlfast.recipes.paper_stages import Compared, Demonstrated, Embedded, Extrapolated, Rated, Restarted
 from rlfast.recipes.policy import PolicyRun, stepped
 from rlfast.recipes.preferences import ends, preference
-from rlfast.recipes.session import SEEDS, Answers, Record, Session, learn, run, runs
-from rlfast.rollout import Engine, SamplingParams
+from rlfast.recipes.session import Answers, Record, Session, learn, run, runs
+from rlfast.rollout import Engine
+
+ASPECT = "Request: {{prompt}}\n\nResponse: {{response}}\n\nThe {aspect} of the response (bad, fair or good) is"
 
 
 def judge_of(session: Session) -> Engine:
@@ -50,7 +52,7 @@ def compared(session: Session, stage: Compared, steps: int) -> Iterator[Record]:
 
 @runs(Demonstrated)
 def demonstrated(session: Session, stage: Demonstrated, steps: int) -> Iterator[Record]:
-    """Training, and then a reward model by which what it made is better than what was there; the policy is as before."""
+    """Training, and then a reward model by which what it made is better than what was there."""
     before, start = session.actor.frozen(), {k: x.clone() for k, x in session.model.state_dict().items()}
     yield from run(session, stage.stage, steps)
     engine, model = Engine(before.model, session.tokenizer), session.scorer()
@@ -58,7 +60,7 @@ def demonstrated(session: Session, stage: Demonstrated, steps: int) -> Iterator[
     session.begins(stage, reward_model=model, before=before.model)
     for step in range(steps):
         expert = session.sample(stage)
-        other = session.again(stage, expert, engine)
+        other = session.sample(stage, engine, expert.numbers)
         loss = stage.loss(model.rewards(expert.batch), model.rewards(other.batch)).loss
         learn(loss, optimizer)
         yield session.record("reward_model", step, loss, expert, other=other)
@@ -114,12 +116,7 @@ class RestartedRun(PolicyRun):
         session, stage = self.session, self.stage
         first = session.sample(stage)
         prompts = stage.restart(first.rollouts, seed=session.drawn)
-        params = []
-        for _ in prompts:
-            seed = session.seed + SEEDS * session.drawn
-            params.append(SamplingParams(temperature=stage.temperature.value, max_tokens=session.max_tokens, seed=seed))
-            session.drawn += 1
-        more = session.engine.generate(prompts, params)
+        more = session.generate(prompts, stage, 1)
         right = (first.rewards >= 1.0).long()
         self.start = torch.cat((torch.zeros_like(right), 2 * right - 1))
         rewards = [session.task.reward(i, self._whole(i, r)) for i, r in zip(first.numbers, more, strict=True)]
@@ -149,10 +146,10 @@ def restarted(session: Session, stage: Restarted, steps: int) -> Iterator[Record
 @runs(Rated)
 def rated(session: Session, stage: Rated, steps: int) -> Iterator[Record]:
     """A preference stage whose answers the judge rates, aspect by aspect."""
-    judge = judge_of(session)
+    judge, template = judge_of(session), [ASPECT.format(aspect=a) for a in stage.aspects.value]
 
     def scored(answers: Answers) -> torch.Tensor:
-        found = stage.rate(judge, asked(session, answers), [r.text for r in answers.rollouts])
+        found = stage.rate(judge, asked(session, answers), [r.text for r in answers.rollouts], template=template)
         return found.mean(-1).to(answers.rewards)
 
     yield from preference(session, stage, steps, scored)

@@ -58,8 +58,8 @@ class GridWorld:
         return rows * self.size + (cells % self.size + steps[..., 1]).clamp(0, self.size - 1)
 
     def starts(self, count: int, rng: torch.Generator, corner: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        """(cells, goals) [count]: anywhere, but apart. ``corner``: all goals are in the last cell, so that to go for the
-        goal and to go for the corner is the same, which is how an agent comes to learn the wrong one."""
+        """(cells, goals) [count]: anywhere, but apart. ``corner``: all goals are in the last cell, so that to go for
+        the goal and to go for the corner is the same, which is how an agent comes to learn the wrong one."""
         cells = torch.randint(self.count, (count,), generator=rng)
         goal = torch.full_like(cells, self.count - 1) if corner else torch.randint(self.count, (count,), generator=rng)
         return torch.where(cells == goal, (cells + 1) % self.count, cells), goal

@@ -6,13 +6,15 @@ from dataclasses import dataclass
 
 from rlfast.recipes.row import Policy, Preference, RewardModel, Stage, Use, Value
 
+ONCE, FOUR, ZERO, WHOLE, RATE = (Value(x) for x in (1, 4, 0.0, 1.0, 1e-6))
+
 
 @dataclass(frozen=True, kw_only=True)
 class Compared(RewardModel):
     """A reward model of pairs that a judge compares: labels are its probabilities, not the task's.
 
     Args:
-        judge: ``rewards.judge``. The judge is the model that the recipe begins with.
+        judge: ``rewards.judge``. The judge is the teacher, or the model that the stage begins with.
     """
 
     judge: Use
@@ -20,8 +22,13 @@ class Compared(RewardModel):
 
 @dataclass(frozen=True, kw_only=True)
 class Demonstrated(RewardModel):
-    """A reward model of pairs of the policy's answer and that of the model which the recipe began with: what the training
-    between them was for."""
+    """Training, and a reward model of pairs of an answer after it and one before: what the training was for.
+
+    Args:
+        stage: the training. The policy is then again what it was before it.
+    """
+
+    stage: Stage
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +43,7 @@ class Embedded(RewardModel):
 
     ensemble: Use
     pool: Use
-    updates: Value = Value(1)
+    updates: Value = ONCE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,10 +64,12 @@ class Rated(Preference):
     """Pairs of the answers that a judge rates best and worst, aspect by aspect, a mean over the aspects.
 
     Args:
-        rate: ``rewards.rate``. The judge is the model that the recipe begins with.
+        rate: ``rewards.rate``. The judge is the teacher, or the model that the stage begins with.
+        aspects: what is rated.
     """
 
     rate: Use
+    aspects: Value
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,8 +103,8 @@ class Agent(Stage):
     advantage: Use
     critic: Use
     whiten: Use | None = None
-    share: Value = Value(0.0)
-    epochs: Value = Value(1)
+    share: Value = ZERO
+    epochs: Value = ONCE
     corner: bool = True
 
 
@@ -127,7 +136,7 @@ class Guided(Stage):
 
     loss: Use
     value: Use
-    gamma: Value = Value(1.0)
+    gamma: Value = WHOLE
     corner: bool = False
 
 
@@ -144,5 +153,5 @@ class Advised(Agent):
 
     teacher: Use
     feedback: Use
-    candidates: Value = Value(4)
-    teacher_rate: Value = Value(1e-6)
+    candidates: Value = FOUR
+    teacher_rate: Value = RATE

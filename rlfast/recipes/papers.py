@@ -30,9 +30,6 @@ AGENT = {
     "batch": undisclosed(8),
     "learning_rate": undisclosed(3e-3),
 }
-ASPECT = (
-    "How is the {aspect} of the response, bad, fair or good?\n\nRequest: {{prompt}}\n\nResponse: {{response}}\n\nIt is"
-)
 ASPECTS = ("factuality", "logical correctness", "insightfulness", "completeness", "readability", "harmlessness")
 
 ROWS = (
@@ -102,11 +99,13 @@ ROWS = (
     Recipe(
         "inverse_rl", "Max-margin inverse RL", IRL, "S",
         (
-            Policy(
-                loss=PPO, advantage=GAE, rewards=("task",), kl=use("shape_rewards", beta=undisclosed(0.05)),
-                critic=CRITIC, note="The model whose training's goal is looked for.",
+            Demonstrated(
+                stage=Policy(
+                    loss=PPO, advantage=GAE, rewards=("task",), kl=use("shape_rewards", beta=undisclosed(0.05)),
+                    critic=CRITIC, note="The model whose training's goal is looked for.",
+                ),
+                loss=use("reward_loss", "max_margin", penalty=said(2.0, f"{IRL}: −x where x > 0, else −2x")),
             ),
-            Demonstrated(loss=use("reward_loss", "max_margin", penalty=said(2.0, f"{IRL}: −x where x > 0, else −2x"))),
             Policy(
                 loss=PPO, advantage=GAE, rewards=("model",), kl=use("shape_rewards", beta=undisclosed(0.05)),
                 critic=CRITIC, note="A model that is trained on what was found.",
@@ -118,15 +117,13 @@ ROWS = (
         (
             Rated(
                 loss=use("preference_loss", "dpo", beta=undisclosed(0.1)),
-                rate=use(
-                    "rewards.rate",
-                    template=said([ASPECT.format(aspect=a) for a in ASPECTS], f"{RLRF}: aspects; the words are ours"),
-                    ratings=said({" bad": 0, " fair": 1, " good": 2}, f"{RLRF}: three levels; the words are ours"),
-                ),
+                rate=use("rewards.rate", ratings=said({" bad": 0, " fair": 1, " good": 2}, f"{RLRF}: three levels")),
+                aspects=said(ASPECTS, RLRF),
                 candidates=said(30, f"{RLRF}: with those that the model refined"),
             ),
         ),
-        "How pairs are picked and β are unverified. Refining promising answers by the feedback's text is left out.",
+        "How pairs are picked and β are unverified; the judge's words are ours. Refining promising answers by the text "
+        "of the feedback is left out.",
     ),
     Recipe(
         "linvit", "LINVIT", LINVIT, "K",
@@ -167,7 +164,7 @@ ROWS = (
                 candidates=undisclosed(4),
             ),
         ),
-        "The paper's loop is this: the LLM advises, the agent's results correct it. Its rules were not verified; ours are "
-        "PPO on observations with the advice, and REINFORCE on the advice.",
+        "The paper's loop is this: the LLM advises, the agent's results correct it. Its rules were not verified; ours "
+        "are PPO on observations with the advice, and REINFORCE on the advice.",
     ),
 )  # fmt: skip

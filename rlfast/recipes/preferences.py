@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -88,8 +88,11 @@ def adapted(session: Session, stage: Preference):
 
 
 @runs(Preference)
-def preference(session: Session, stage: Preference, steps: int) -> Iterator[Record]:
-    """Pairs of the policy's answers, or of the reference's, and a preference loss."""
+def preference(
+    session: Session, stage: Preference, steps: int, scored: Callable[[Answers], torch.Tensor] | None = None
+) -> Iterator[Record]:
+    """Pairs of the policy's answers, or of the reference's, by their scores, and a preference loss."""
+    scored = scored or (lambda answers: session.judged(stage.judge, answers))
     validate.one_of("sampler", stage.sampler, ("policy", "reference"))
     with adapted(session, stage) as (reference, as_reference):
         optimizer = session.optimizer(session.model.parameters(), stage.learning_rate)
@@ -100,7 +103,7 @@ def preference(session: Session, stage: Preference, steps: int) -> Iterator[Reco
             sampled_as = as_reference if stage.sampler == "reference" else contextlib.nullcontext
             with sampled_as():
                 answers = session.sample(stage, engine)
-            found = pairs_of(answers, session.judged(stage.judge, answers), stage.skip)
+            found = pairs_of(answers, scored(answers), stage.skip)
             if found is None:
                 continue
             given = _given(stage, found, reference, as_reference)
