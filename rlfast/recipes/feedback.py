@@ -29,7 +29,7 @@ def judge_of(session: Session) -> Engine:
 
 def asked(session: Session, answers: Answers) -> list[str]:
     """The prompts as a judge reads them."""
-    return [session.tokenizer.decode(list(session.task.prompts[i])) for i in answers.numbers]
+    return [session.tokenizer.decode(list(session.task.prompts[i]), skip_special_tokens=True) for i in answers.numbers]
 
 
 @runs(Compared)
@@ -127,7 +127,7 @@ class RestartedRun(PolicyRun):
         """A rollout from a restart as the answer to its prompt."""
         prompt, tokenizer = list(self.session.task.prompts[number]), self.session.tokenizer
         tokens = [*rollout.prompt_tokens[len(prompt) :], *rollout.tokens]
-        text = "" if tokenizer is None else tokenizer.decode(tokens)
+        text = "" if tokenizer is None else tokenizer.decode(tokens, skip_special_tokens=True)
         return rollout._replace(prompt_tokens=prompt, tokens=tokens, text=text)
 
     def scores(self, answers: Answers) -> torch.Tensor:
@@ -135,6 +135,12 @@ class RestartedRun(PolicyRun):
         right = answers.rewards >= 1.0
         liked = self.session.judged("model", answers).sigmoid()
         return right.to(liked) - 1.0 + liked + self.stage.bonus(right, self.start)
+
+    def update(self, *given) -> Record:
+        """With where its rollouts began."""
+        record = super().update(*given)
+        record.data["start"] = self.start
+        return record
 
 
 @runs(Restarted)

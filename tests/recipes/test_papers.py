@@ -1,0 +1,192 @@
+"""Two steps of every related paper's recipe, against float64; a coefficient 1% off does not pass."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import transformers
+
+import rlfast
+from rlfast.recipes import papers
+from rlfast.recipes.training import Task, fitted, train
+from tests.recipes import paper_oracle as oracle
+
+RATE, TOKENS = 2e-3, 5
+NEAR = {"rtol": 1e-6, "atol": 1e-6}
+VOCAB = 128
+
+
+class Bytes:
+    """A token a character of ASCII."""
+
+    def __call__(self, text, add_special_tokens=True):
+        return {"input_ids": list(text.encode())}
+
+    def decode(self, ids, skip_special_tokens=False):
+        return bytes(ids).decode()
+
+
+def tiny():
+    """A random model in float64."""
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=VOCAB, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=512, initializer_range=0.3, bos_token_id=None,
+        eos_token_id=0, pad_token_id=0, tie_word_embeddings=False,
+    )  # fmt: skip
+    return transformers.LlamaForCausalLM(config).double().eval()
+
+
+def graded(number: int, rollout) -> float:
+    """By the tokens; right is 1 and more."""
+    return (sum(rollout.tokens) + number) % 7 / 4
+
+
+TASK = Task([list(b"Why?"), list(b"And you"), list(b"6 x 7")], [list(b"So."), list(b"Me too"), list(b"42")], graded)
+
+
+def steps(name: str, changed: dict | None = None):
+    """[(stage, models as it began, records)] of two steps, and the model at the end."""
+    recipe = fitted(rlfast.recipe(name), batch=3, candidates=4, learning_rate=RATE)
+    for path, value in (changed or {}).items():
+        recipe = recipe.replaced(path, value)
+    found = []
+
+    def watch(stage, models):
+        found.append((stage, {k: copy.deepcopy(x) for k, x in models.items() if x is not None}, []))
+
+    model = tiny()
+    for record in train(recipe, model, TASK, steps=2, tokenizer=Bytes(), max_tokens=TOKENS, seed=5, watch=watch):
+        found[-1][2].append(record)
+    return found, model
+
+
+def agree(records, wanted) -> int:
+    """The records of a stage with what they should have come to; how many there were."""
+    wanted = list(wanted)
+    assert len(records) == len(wanted)
+    for record, expected in zip(records, wanted, strict=True):
+        data = record.data
+        assert record.loss == pytest.approx(expected["loss"], rel=1e-6, abs=1e-6)
+        if "value_loss" in expected:
+            assert data["value_loss"] == pytest.approx(expected["value_loss"], rel=1e-6, abs=1e-6)
+        if "advantages" in expected:
+            got = data["measured"].advantages if "measured" in data else data["advantages"]
+            torch.testing.assert_close(got.double(), expected["advantages"], **NEAR)
+        if "probability" in expected:
+            torch.testing.assert_close(data["judged"].probability.double(), expected["probability"], **NEAR)
+        if "pairs" in expected:
+            sides = data["pairs"]
+            for (best, worst), *rows in zip(expected["pairs"], sides.chosen.ids, sides.rejected.ids, strict=True):
+                for tokens, ids in zip((best, worst), rows, strict=True):
+                    assert bytes(tokens) in bytes(ids.tolist())
+        if "rows" in expected:
+            assert data["rows"].tolist() == expected["rows"]
+    return len(wanted)
+
+
+def policy_stage(stage, records, scores, **options) -> int:
+    given = {"scores": scores, "beta": 0.05, "lam": 0.95} | options
+    return agree(records, oracle.actor_critic(stage, records, RATE, RATE, **given))
+
+
+def check_rlaif(found, model):
+    (_, first, labels), (_, second, updates) = found
+    assert agree(labels, oracle.labelled_rewards(first, labels, RATE)) == 2
+    plain = {"lam": 1.0, "ppo": False, "clip": None}
+    assert policy_stage(second, updates, oracle.model_scores(second), **plain) == 2
+
+
+def check_expo(found, model):
+    ((_, models, records),) = found
+    wanted = list(oracle.dpo(models, records, RATE))
+    assert agree(records, wanted) == 2
+    start, tuned = models["policy"].state_dict(), wanted[-1]["policy"].state_dict()
+    for key, x in model.state_dict().items():
+        torch.testing.assert_close(x, tuned[key] + 0.5 * (tuned[key] - start[key]), rtol=1e-7, atol=1e-7)
+
+
+def check_embedding_rewards(found, model):
+    (_, first, updates), (_, second, best) = found
+    records = updates[::4]  # the answers that four updates are on
+    wanted = oracle.embedded_rewards(first, [r for r in records for _ in range(4)], RATE)
+    assert agree(updates, wanted) == 8
+    assert agree(best, oracle.best_by_ensemble(second, best, RATE)) == 2
+
+
+def check_satori(found, model):
+    (_, first, pairs), (_, second, updates) = found
+    assert agree(pairs, oracle.pair_rewards(first, pairs, RATE)) == 2
+    scores = oracle.satori_scores(second, 0.5)
+    assert policy_stage(second, updates, scores, beta=None, temperature=0.6) == 2
+    for record in updates:
+        answers, start = record.data["answers"], record.data["start"]
+        half = len(answers.rollouts) // 2
+        right = answers.rewards[:half] >= 1
+        assert start.tolist() == [0] * half + [1 if x else -1 for x in right.tolist()]
+        assert len({*start.tolist()}) == 3  # both kinds of restarts are there
+        for one, more in zip(answers.rollouts[:half], answers.rollouts[half:], strict=True):
+            whole = [*one.prompt_tokens, *one.tokens]
+            assert more.prompt_tokens == whole[: len(more.prompt_tokens)]
+            assert len(one.prompt_tokens) <= len(more.prompt_tokens) >= len(whole) - 4
+
+
+def check_inverse_rl(found, model):
+    (_, first, expert), (_, second, pairs), (_, third, updates) = found
+    assert policy_stage(first, expert, lambda answers: answers.rewards) == 2
+    assert agree(pairs, oracle.margin_rewards(second, pairs, RATE)) == 2
+    for a, b in zip(first["policy"].parameters(), third["policy"].parameters(), strict=True):
+        assert torch.equal(a, b)  # the last stage begins where the first did
+    assert any(not torch.equal(a, b) for a, b in zip(second["policy"].parameters(), second["before"].parameters()))  # noqa: B905
+    assert policy_stage(third, updates, oracle.model_scores(third)) == 2
+
+
+def check_rlrf(found, model):
+    ((_, models, records),) = found
+    assert agree(records, oracle.dpo(models, records, RATE, oracle.rated_pairs)) == 2
+
+
+def check_linvit(found, model):
+    ((_, models, records),) = found
+    assert agree(records, oracle.guided(models, records, RATE)) == 2
+
+
+def check_llm_feedback(found, model):
+    (_, first, early), (_, second, labels), (_, third, late) = found
+    assert agree(early, oracle.agent(first, early, RATE)) == 2
+    assert agree(labels, oracle.preferred_steps(second, labels, RATE)) == 2
+    assert agree(late, oracle.agent(third, late, RATE, share=1.0)) == 2
+
+
+def check_llm_teacher(found, model):
+    ((_, models, records),) = found
+    assert [r.kind for r in records] == ["agent", "teacher"] * 2
+    assert agree(records, oracle.advised(models, records, RATE, RATE)) == 4
+
+
+CHECKS = {row.name: globals()[f"check_{row.name}"] for row in papers.ROWS}
+# What is 1% off, by its path in the recipe.
+MISTAKES = {
+    "rlaif": {"1.kl.beta": 0.0505, "1.advantage.lam": 0.99, "0.learning_rate": 1.01 * RATE},
+    "expo": {"0.stage.loss.beta": 0.101, "0.extrapolate.alpha": 0.505},
+    "embedding_rewards": {"0.learning_rate": 1.01 * RATE},
+    "satori": {"1.bonus.beta": 0.505, "1.advantage.gamma": 0.99, "1.temperature": 0.606},
+    "inverse_rl": {"0.loss.penalty": 2.02, "0.stage.kl.beta": 0.0505, "1.advantage.lam": 0.9595},
+    "rlrf": {"0.loss.beta": 0.101},
+    "linvit": {"0.value.lam": 0.202, "0.gamma": 0.9999},
+    "llm_feedback": {"2.share": 0.99, "0.advantage.lam": 0.9595, "2.advantage.gamma": 0.98},
+    "llm_teacher": {"0.advantage.gamma": 0.98, "0.teacher_rate": 1.01 * RATE},
+}
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_two_steps_are_the_papers(name):
+    CHECKS[name](*steps(name))
+
+
+@pytest.mark.parametrize("name, path", [(name, path) for name, paths in MISTAKES.items() for path in paths])
+def test_one_per_cent_shows(name, path):
+    with pytest.raises(AssertionError):
+        CHECKS[name](*steps(name, {path: MISTAKES[name][path]}))
