@@ -42,9 +42,7 @@ class Judged(NamedTuple):
 
 def _texts(name: str, x, count: int | None = None) -> list:
     if isinstance(x, str) or not isinstance(x, Sequence):
-        validate.fail(
-            name, "a list of responses" if name != "prompts" else "a list of prompts", repr(x)[:60], TypeError
-        )
+        validate.fail(name, "a list", repr(x)[:60], TypeError)
     if count is not None and len(x) != count:
         validate.fail(name, f"{count} of them, one a prompt", str(len(x)))
     return list(x)

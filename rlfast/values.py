@@ -187,6 +187,8 @@ def regularized_value(q, prior_logp, *, lam) -> RegularizedValue:
     validate.like("prior_logp", prior_logp, "q", q)
     acc = torch.promote_types(torch.promote_types(q.dtype, prior_logp.dtype), torch.float32)
     prior = torch.log_softmax(prior_logp.detach().to(acc), -1)
-    scaled = prior + torch.where(prior == -torch.inf, 0.0, q.to(acc)) / lam  # what an action that is not there holds
+    q = torch.where(prior == -torch.inf, 0.0, q.to(acc))  # what an action that is not there holds has no effect
+    top = q.detach().amax(-1, keepdim=True)  # (Q − top)/λ keeps its digits where Q/λ is large
+    scaled = prior + (q - top) / lam
     total = torch.logsumexp(scaled, -1)
-    return RegularizedValue(lam * total, scaled - total[..., None])
+    return RegularizedValue(top[..., 0] + lam * total, scaled - total[..., None])

@@ -216,14 +216,14 @@ def test_the_regularised_value(lam, dtype):
     prior[0, 1, 2:4] = -torch.inf
     there, runs = prior != -torch.inf, []
     for to in (torch.float64, torch.float32):
-        leaf = q.to(to).requires_grad_()
+        leaf = q.detach().clone().to(to).requires_grad_()
         weights = torch.where(there, prior.to(to).exp(), 0.0)
         weights = weights / weights.sum(-1, keepdim=True)
         top = leaf.detach().amax(-1, keepdim=True)
         value = lam * (weights * ((leaf - top) / lam).exp()).sum(-1).log() + top[..., 0]
         value.sum().backward()
         runs.append((value.detach(), (weights.log() + (leaf.detach() - value.detach()[..., None]) / lam), leaf.grad))
-    leaf = q.clone().requires_grad_()
+    leaf = q.detach().clone().requires_grad_()
     got = rlfast.regularized_value(leaf, prior, lam=lam)
     assert got.value.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     assert_value("value", got.value.detach(), runs[0][0], runs[1][0], size=q.double().abs().amax(-1) + lam)

@@ -60,7 +60,7 @@ def demonstrated(session: Session, stage: Demonstrated, steps: int) -> Iterator[
     session.begins(stage, reward_model=model, before=before.model)
     for step in range(steps):
         expert = session.sample(stage)
-        other = session.sample(stage, engine, expert.numbers)
+        other = session.sample(stage, engine, expert.numbers[:: expert.group])
         loss = stage.loss(model.rewards(expert.batch), model.rewards(other.batch)).loss
         learn(loss, optimizer)
         yield session.record("reward_model", step, loss, expert, other=other)

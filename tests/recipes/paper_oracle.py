@@ -79,14 +79,17 @@ class Head:
 
 def said(model, prompt: str, verdicts) -> torch.Tensor:
     """log p of each verdict after a prompt."""
-    found, ids = [], list(prompt.encode())
-    for verdict in verdicts:
-        answer = list(verdict.encode())
-        with torch.no_grad():
-            logits = model(input_ids=torch.tensor([[*ids, *answer]])).logits[0]
-        rows = logits[len(ids) - 1 : -1].log_softmax(-1)
-        found.append(sum(rows[i, token] for i, token in enumerate(answer)))
-    return torch.stack(found)
+    with torch.no_grad():
+        return answered(model, prompt, verdicts)
+
+
+def answered(model, prompt: str, verdicts) -> torch.Tensor:
+    """The same with gradient; what pads a verdict comes after all that is read."""
+    ids, answers = list(prompt.encode()), [list(v.encode()) for v in verdicts]
+    longest = max(map(len, answers))
+    padded = torch.tensor([[*ids, *a, *[0] * (longest - len(a))] for a in answers])
+    rows = model(input_ids=padded).logits[:, len(ids) - 1 : -1].log_softmax(-1)
+    return torch.stack([sum(row[i, token] for i, token in enumerate(a)) for row, a in zip(rows, answers, strict=True)])
 
 
 def compared(model, prompts, first, second):
@@ -183,17 +186,20 @@ def actor_critic(models, records, rate, critic_rate, *, scores, beta, lam, tempe
     policy, critic = double(models["policy"]), Head(models["critic"])
     reference = None if beta is None else double(models["reference"])
     optimizer, other = adam(policy.parameters(), rate), adam(critic.parameters(), critic_rate)
+    before = None
     for r in records:
         answers = r.data["answers"]
         batch, mask = answers.batch, answers.batch.mask
-        with torch.no_grad():
-            old, values = logps(policy, batch, temperature), critic.values(batch)
-            rewards = torch.zeros_like(old)
-            if reference is not None:
-                rewards = -beta * (old - logps(reference, batch, temperature))
-            for b, score in enumerate(scores(answers)):
-                rewards[b, int(batch.attention[b].sum()) - 2] += score
-            adv, returns = gae(rewards, values, mask, 1.0, lam)
+        if answers is not before:  # else another update on the same answers
+            before = answers
+            with torch.no_grad():
+                old, values = logps(policy, batch, temperature), critic.values(batch)
+                rewards = torch.zeros_like(old)
+                if reference is not None:
+                    rewards = -beta * (old - logps(reference, batch, temperature))
+                for b, score in enumerate(scores(answers)):
+                    rewards[b, int(batch.attention[b].sum()) - 2] += score
+                adv, returns = gae(rewards, values, mask, 1.0, lam)
         value_loss = learn(critic_loss(critic.values(batch), values, returns, mask, clip), other)
         logp = logps(policy, batch, temperature)
         loss = clipped((logp - old).exp(), adv) if ppo else -adv * logp
@@ -371,30 +377,46 @@ def steps_of(net, play, mask):
     return net(torch.cat((seen[:, :-1], seen[:, 1:]), -1))[..., 0] * mask
 
 
-def agent(models, records, rate, *, share=0.0, gamma=0.99, lam=0.95):
-    """PPO in the room."""
-    net, learned = Net(models["agent"]), Net(models["rewards"]) if share else None
-    optimizer = adam(net.parameters(), rate)
+class Learner:
+    """PPO of an agent in the room."""
+
+    def __init__(self, models, rate, *, share=0.0, gamma=0.99, lam=0.95):
+        self.net, self.learned = Net(models["agent"]), Net(models["rewards"]) if share else None
+        self.optimizer, self.numbers, self.play = adam(self.net.parameters(), rate), (share, gamma, lam), None
+
+    def out(self, seen):
+        out = self.net(seen)
+        actions = self.play.actions[..., None]
+        return out[:, : actions.shape[1], :4].log_softmax(-1).gather(-1, actions)[..., 0], out[..., 4]
+
+    @torch.no_grad()
+    def measure(self, play, advice):
+        """What no update changes."""
+        share, gamma, lam = self.numbers
+        self.play, (earned, self.mask) = play, walked(play)
+        self.seen = features(play.cells, play.goal, told(play, advice))
+        self.old, values = self.out(self.seen)
+        rewards = earned
+        if self.learned is not None:
+            rewards = share * steps_of(self.learned, play, self.mask) + (1 - share) * earned
+        after = torch.where(earned.sum(-1) > 0, 0.0, values[:, -1])
+        self.values = values[:, :-1]
+        self.adv, self.returns = gae(rewards, self.values, self.mask, gamma, lam, after)
+
+    def update(self, play, advice):
+        if play is not self.play:  # else another update on the same episodes
+            self.measure(play, advice)
+        logp, values = self.out(self.seen)
+        loss = mean_over(clipped((logp - self.old).exp(), self.adv), self.mask)
+        loss = loss + critic_loss(values[:, :-1], self.values, self.returns, self.mask, 0.2)
+        return {"loss": learn(loss, self.optimizer), "advantages": self.adv}
+
+
+def agent(models, records, rate, **numbers):
+    """An agent's stage."""
+    learner = Learner(models, rate, **numbers)
     for r in records:
-        yield agent_update(net, optimizer, r.data["play"], r.data["advice"], learned, share, gamma, lam)
-
-
-def agent_update(net, optimizer, play, advice, learned, share, gamma, lam):
-    rewards, mask = walked(play)
-    seen = features(play.cells, play.goal, told(play, advice))
-    with torch.no_grad():
-        out = net(seen)
-        old = out[:, :-1, :4].log_softmax(-1).gather(-1, play.actions[..., None])[..., 0]
-        values = out[..., 4]
-        if learned is not None:
-            rewards = share * steps_of(learned, play, mask) + (1 - share) * rewards
-        reached = (walked(play)[0].sum(-1) > 0).double()
-        adv, returns = gae(rewards, values[:, :-1], mask, gamma, lam, (1 - reached) * values[:, -1])
-    out = net(seen[:, :-1])
-    logp = out[..., :4].log_softmax(-1).gather(-1, play.actions[..., None])[..., 0]
-    loss = mean_over(clipped((logp - old).exp(), adv), mask)
-    loss = loss + critic_loss(out[..., 4], values[:, :-1], returns, mask, 0.2)
-    return {"loss": learn(loss, optimizer), "advantages": adv}
+        yield learner.update(r.data["play"], r.data["advice"])
 
 
 def preferred_steps(models, records, rate):
@@ -434,23 +456,19 @@ def guided(models, records, rate, *, lam=0.2, gamma=0.99):
         yield {"loss": learn(mean_over(0.5 * (taken - target) ** 2, mask), optimizer), "advantages": adv}
 
 
-def advised(models, records, rate, teacher_rate, *, gamma=0.99, lam=0.95, each=4):
-    """The agent's update, then the teacher's."""
-    net, model = Net(models["agent"]), double(models["policy"])
-    optimizer, teacher = adam(net.parameters(), rate), adam(model.parameters(), teacher_rate)
+def advised(models, records, rate, teacher_rate, each=4):
+    """The agent's updates, then the teacher's."""
+    learner, model = Learner(models, rate), double(models["policy"])
+    teacher = adam(model.parameters(), teacher_rate)
     for r in records:
         play, advice = r.data["play"], r.data["advice"]
         if r.kind == "agent":
-            yield agent_update(net, optimizer, play, advice, None, 0.0, gamma, lam)
+            yield learner.update(play, advice)
             continue
         earned = walked(play)[0].sum(-1).view(-1, each)
         adv = ((each * earned - earned.sum(1, keepdim=True)) / (each - 1)).flatten()
         loss = 0.0
         for b in range(len(adv)):
-            ids, found = list(state(play.cells[b, 0], play.goal[b]).encode()), []
-            for word in WORDS:
-                answer = list(word.encode())
-                rows = model(input_ids=torch.tensor([[*ids, *answer]])).logits[0, len(ids) - 1 : -1].log_softmax(-1)
-                found.append(sum(rows[i, token] for i, token in enumerate(answer)))
-            loss = loss - adv[b] * torch.stack(found).log_softmax(0)[advice[b]] / len(adv)
+            found = answered(model, state(play.cells[b, 0], play.goal[b]), WORDS)
+            loss = loss - adv[b] * found.log_softmax(0)[advice[b]] / len(adv)
         yield {"loss": learn(loss, teacher), "advantages": adv}
