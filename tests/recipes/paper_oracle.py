@@ -18,6 +18,7 @@ COMPARE = (
 ASPECT = "Request: {}\n\nResponse: {}\n\nThe {} of the response (bad, fair or good) is"
 ASPECTS = ("factuality", "logical correctness", "insightfulness", "completeness", "readability", "harmlessness")
 WORDS = (" up", " down", " left", " right")
+TOKENS = {word: i for i, word in enumerate((*WORDS, " A", " B", " bad", " fair", " good"), 1)}
 SIZE, STEPS = 3, {0: (-1, 0), 1: (1, 0), 2: (0, -1), 3: (0, 1)}
 
 
@@ -77,6 +78,11 @@ class Head:
         return hidden(self.body, batch)[:, :-1] @ self.head[0]
 
 
+def encoded(words: str) -> list[int]:
+    """What the tests' tokenizer makes of a text."""
+    return [TOKENS[words]] if words in TOKENS else list(words.encode())
+
+
 def said(model, prompt: str, verdicts) -> torch.Tensor:
     """log p of each verdict after a prompt."""
     with torch.no_grad():
@@ -84,12 +90,9 @@ def said(model, prompt: str, verdicts) -> torch.Tensor:
 
 
 def answered(model, prompt: str, verdicts) -> torch.Tensor:
-    """The same with gradient; what pads a verdict comes after all that is read."""
-    ids, answers = list(prompt.encode()), [list(v.encode()) for v in verdicts]
-    longest = max(map(len, answers))
-    padded = torch.tensor([[*ids, *a, *[0] * (longest - len(a))] for a in answers])
-    rows = model(input_ids=padded).logits[:, len(ids) - 1 : -1].log_softmax(-1)
-    return torch.stack([sum(row[i, token] for i, token in enumerate(a)) for row, a in zip(rows, answers, strict=True)])
+    """The same with gradient."""
+    logits = model(input_ids=torch.tensor([encoded(prompt)])).logits[0, -1]
+    return logits.log_softmax(-1)[[TOKENS[v] for v in verdicts]]
 
 
 def compared(model, prompts, first, second):
