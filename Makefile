@@ -69,6 +69,7 @@ docs: doctor-build $(VENV)/.dev  ## the pages that are generated from result fil
 	$(PY) -m bench.report
 	$(PY) tools/loss_docs.py
 	$(PY) tools/preference_docs.py
+	$(PY) tools/recipe_docs.py
 	$(PY) -m pytest -q tests/test_docs.py
 
 # On a GPU machine: this Python as it is. No network, no install; the extensions are built in place.

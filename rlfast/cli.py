@@ -1,4 +1,4 @@
-"""``rlfast info | verify | bench | generate | new-loss``."""
+"""``rlfast info | verify | bench | generate | recipes | train | new-loss``."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from rich.table import Table
 import rlfast
 from rlfast import backends
 from rlfast import verify as verification
+from rlfast.recipes import command
 from rlfast.rollout import flash
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="Fast, exact kernels for RL post-training.")
@@ -215,6 +216,21 @@ def generate(
 
 def _tensors(record) -> dict:
     return {k: x for k, x in record._asdict().items() if isinstance(x, torch.Tensor)}
+
+
+@app.command()
+def recipes(
+    name: str = typer.Argument(None, help="Only this one, with every value and its source."),
+    as_json: bool = typer.Option(False, "--json", help="Print a JSON list, every value with its source."),
+) -> None:
+    """How the systems of the survey were trained, as far as it is disclosed: a row each."""
+    if name is not None and name not in rlfast.RECIPES:
+        wanted = ", ".join(rlfast.RECIPES)
+        raise typer.BadParameter(f"expected one of {wanted}, got {name!r}", param_hint="NAME")
+    command.print_recipes(_console(), name, as_json)
+
+
+app.command("train")(command.train)
 
 
 @app.command("new-loss")

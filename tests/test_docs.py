@@ -63,13 +63,14 @@ PUBLIC = [
     rlfast.sample,
     rlfast.linear_sample,
     rlfast.penalty_edits,
+    rlfast.recipe,
 ]
 DOCUMENTED = (
     "token_logps", "linear_token_logps", "divergence", "linear_divergence", "linear", "use_backend", "kl_penalty",
     "value_loss", "shape_rewards", "length_reward", "preference_loss", "unpaired_loss", "ranked_loss", "reward_loss",
     "overlong_penalty", "clip_cov_keep", "kl_cov_extra", "top_entropy_keep", "rollout_keep",
     "paged_attention", "packed_attention", "sample", "linear_sample", "penalty_edits",
-    "reflection_bonus", "best_of_n", "regularized_value", "pooled_rewards",
+    "reflection_bonus", "best_of_n", "regularized_value", "pooled_rewards", "recipe",
 )  # fmt: skip
 
 
@@ -174,8 +175,9 @@ def test_generated_tables_are_up_to_date():
 
 
 def test_the_page_of_losses_is_what_the_table_says():
-    from tools import loss_docs, preference_docs
+    from tools import loss_docs, preference_docs, recipe_docs
 
+    assert recipe_docs.main(["--check"]) == 0, "run `make docs`"
     assert loss_docs.main(["--check"]) == 0, "run `make docs`"
     assert preference_docs.PAGE.read_text(encoding="utf-8") == preference_docs.page(), "run `make docs`"
 

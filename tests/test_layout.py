@@ -30,6 +30,7 @@ FLOORS = {
     "rlfast.cli": 6,
     "rlfast.recipes": 5,
     "rlfast.recipes.command": 6,  # it trains on the demo's model and task
+    "rlfast.recipes.tasks": 6,
     "rlfast.integrations": 5,
     "rlfast.rollout": 4,
     "rlfast.parity": 4,

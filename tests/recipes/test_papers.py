@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import copy
+import json
+import math
 
 import pytest
 import torch
 import transformers
+from typer.testing import CliRunner
 
 import rlfast
+from rlfast import cli
 from rlfast.recipes import papers
 from rlfast.recipes.training import Task, fitted, train
 from tests.recipes import paper_oracle as oracle
@@ -65,7 +69,9 @@ def steps(name: str, changed: dict | None = None):
         found.append((stage, {k: copy.deepcopy(x) for k, x in models.items() if x is not None}, []))
 
     model = tiny()
-    for record in train(recipe, model, TASK, steps=2, tokenizer=Characters(), max_tokens=TOKENS, seed=SEEDS.get(name, 5), watch=watch):
+    for record in train(
+        recipe, model, TASK, steps=2, tokenizer=Characters(), max_tokens=TOKENS, seed=SEEDS.get(name, 5), watch=watch
+    ):
         found[-1][2].append(record)
     return found, model
 
@@ -186,6 +192,21 @@ MISTAKES = {
     "llm_feedback": {"2.share": 0.99, "0.advantage.lam": 0.9595, "2.advantage.gamma": 0.98, "0.critic.clip": 0.202},
     "llm_teacher": {"0.advantage.gamma": 0.98, "0.teacher_rate": 1.01 * TEACHER_RATE},
 }
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_the_command_line_runs_it(name):
+    options = ["--steps", "1", "--batch", "2", "--candidates", "2", "--max-tokens", "4", "--json"]
+    done = CliRunner().invoke(cli.app, ["train", name, *options])
+    assert done.exit_code == 0, done.output
+    records = [json.loads(line) for line in done.stdout.splitlines()]
+    assert records and all(math.isfinite(r["loss"]) and math.isfinite(r["reward"]) for r in records)
+
+
+@pytest.mark.parametrize("name", ("rlaif", "rlrf", "linvit"))
+def test_what_reads_texts_wants_a_tokenizer(name):
+    with pytest.raises(ValueError, match="tokenizer: expected the model's, since .* got None"):
+        list(train(fitted(rlfast.recipe(name), batch=2, candidates=2), tiny(), TASK, 1))
 
 
 def test_every_recipe_is_checked_here_or_beside():

@@ -1,0 +1,87 @@
+"""``rlfast recipes`` and ``rlfast train``; what a row refuses."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import rlfast
+from rlfast import cli
+from rlfast.recipes import Recipe, said, tasks, undisclosed, use
+from rlfast.recipes.row import Policy
+from rlfast.recipes.training import fitted, train
+
+runner = CliRunner()
+
+
+def test_the_table_has_every_row_and_every_source():
+    done = runner.invoke(cli.app, ["recipes", "--json"])
+    assert done.exit_code == 0, done.output
+    rows = {row["name"]: row for row in json.loads(done.stdout)}
+    assert set(rows) == set(rlfast.RECIPES)
+    values = rows["instructgpt"]["values"]
+    assert values["1.nll"] == {"value": 27.8, "source": "2203.02155 §C.4"}
+    assert values["1.advantage.lam"]["source"] is None
+    table = runner.invoke(cli.app, ["recipes"])
+    assert table.exit_code == 0 and "Magistral" in table.stdout
+
+
+def test_one_row_says_what_is_undisclosed():
+    done = runner.invoke(cli.app, ["recipes", "gpt4"])
+    assert done.exit_code == 0 and "undisclosed" in done.stdout and "from memory" in done.stdout
+    wrong = runner.invoke(cli.app, ["recipes", "gpt5"])
+    assert wrong.exit_code == 2 and "instructgpt" in wrong.output
+
+
+def test_train_runs_a_recipe():
+    done = runner.invoke(cli.app, ["train", "gemma2", "--steps", "1", "--batch", "2", "--max-tokens", "4", "--json"])
+    assert done.exit_code == 0, done.output
+    records = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [r["kind"] for r in records] == ["distil", "reward_model", "policy", "policy"]
+    assert all(torch.isfinite(torch.tensor(r["loss"])) for r in records)
+
+
+def test_train_names_what_it_does_not_know():
+    wrong = runner.invoke(cli.app, ["train", "gpt5"])
+    assert wrong.exit_code == 1 and "instructgpt" in wrong.stderr
+
+
+def test_a_recipe_of_ones_own_learns_the_toy():
+    row = Recipe(
+        "mine", "Mine", "–", "K",
+        (
+            Policy(
+                loss=use("loss", "dapo"),
+                advantage=use("group_advantage", method=undisclosed("grpo")),
+                candidates=said(8, "here"),
+            ),
+        ),
+    )  # fmt: skip
+    task = tasks.toy(16)
+    records = list(train(fitted(row, batch=4, learning_rate=1e-2), tasks.tiny(), task, 12, max_tokens=6))
+    rewards = [r.reward for r in records]
+    assert sum(rewards[-3:]) > sum(rewards[:3]) + 0.6
+
+
+def test_every_object_of_every_row_can_be_made():
+    assert all(repr(row) for row in rlfast.RECIPES.values())
+    for row in rlfast.RECIPES.values():
+        for stage in row.stages:
+            inner = getattr(stage, "stage", stage)
+            if hasattr(inner, "loss"):
+                assert inner.loss.ready is inner.loss.ready  # made once
+
+
+def test_errors_name_what_was_wanted():
+    with pytest.raises(ValueError, match="name: expected one of 'instructgpt'"):
+        rlfast.recipe("gpt5")
+    row = rlfast.recipe("dapo")
+    with pytest.raises(ValueError, match=r"path: expected one of .*0\.loss\.eps_high"):
+        row.replaced("0.loss.eps", 0.1)
+    with pytest.raises(ValueError, match="sure"):
+        Recipe("a", "A", "", "Z", ())
+    with pytest.raises(ValueError, match="teacher"):
+        list(train(fitted(rlfast.recipe("gemma2"), batch=2), tasks.tiny(), tasks.toy(4), 1))
