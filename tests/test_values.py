@@ -235,7 +235,7 @@ def test_the_regularised_value(lam, dtype):
 
 
 def test_the_regularised_value_is_the_best_of_all_policies():
-    """max_π E_π[Q] − λ·KL(π‖π_0), of 2000 others too; near the maximum of Q for a small λ, the prior's mean for a large."""
+    """max_π E_π[Q] − λ·KL(π‖π_0), of 2000 others too; near max Q for a small λ, the prior's mean for a large one."""
     draw = torch.Generator().manual_seed(0)
     q, prior = torch.randn(5, generator=draw).double(), torch.randn(5, generator=draw).double()
     found, logs = rlfast.regularized_value(q, prior, lam=0.4), prior.log_softmax(-1)

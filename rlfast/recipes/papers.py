@@ -34,7 +34,7 @@ ASPECTS = ("factuality", "logical correctness", "insightfulness", "completeness"
 
 ROWS = (
     Recipe(
-        "rlaif", "RLAIF", "2309.00267, 2212.08073", "P",
+        "rlaif", "RLAIF", "2309.00267, 2212.08073", "PK",
         (
             Compared(
                 loss=use("reward_loss", "soft_label"),
@@ -53,7 +53,7 @@ ROWS = (
         "The policy learns by REINFORCE with a value model, as the paper's does; Claude 3's row has PPO in its place.",
     ),
     Recipe(
-        "expo", "ExPO", EXPO, "P",
+        "expo", "ExPO", EXPO, "PK",
         (
             Extrapolated(
                 stage=Preference(loss=use("preference_loss", "dpo", beta=undisclosed(0.1)), sampler="reference"),
@@ -113,7 +113,7 @@ ROWS = (
         ),
     ),
     Recipe(
-        "rlrf", "RLRF", RLRF, "S",
+        "rlrf", "RLRF", RLRF, "SK",
         (
             Rated(
                 loss=use("preference_loss", "dpo", beta=undisclosed(0.1)),

@@ -10,7 +10,8 @@ NAMES = {"RewardModel": "reward model", "Policy": "policy", "Preference": "prefe
          "Distil": "distillation", "Average": "average", "Compared": "reward model by a judge",
          "Demonstrated": "inverse RL", "Embedded": "reward models on embeddings", "Restarted": "policy with restarts",
          "Rated": "preferences by ratings", "Extrapolated": "extrapolation", "Agent": "agent",
-         "Feedback": "reward model of an agent", "Guided": "agent with a prior", "Advised": "agent with a teacher"}  # fmt: skip
+         "Feedback": "reward model of an agent", "Guided": "agent with a prior",
+         "Advised": "agent with a teacher"}  # fmt: skip
 
 
 def kind(stage: Stage) -> str:
@@ -46,4 +47,4 @@ def as_json(row: Recipe) -> dict:
 
 def told(row: Recipe) -> list[tuple[str, Value]]:
     """The values that are worth a line: those that a report gives, and the defaults of arguments of losses."""
-    return [(path, x) for path, x in row.values() if x.source or path.count(".") > 1]
+    return [(path, x) for path, x in row.values() if x.source or path.replace(".stage.", ".").count(".") > 1]

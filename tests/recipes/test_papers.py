@@ -205,7 +205,7 @@ def test_the_command_line_runs_it(name):
 
 @pytest.mark.parametrize("name", ("rlaif", "rlrf", "linvit"))
 def test_what_reads_texts_wants_a_tokenizer(name):
-    with pytest.raises(ValueError, match="tokenizer: expected the model's, since .* got None"):
+    with pytest.raises(ValueError, match=r"tokenizer: expected the model's, since .* got None"):
         list(train(fitted(rlfast.recipe(name), batch=2, candidates=2), tiny(), TASK, 1))
 
 
