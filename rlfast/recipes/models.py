@@ -100,7 +100,7 @@ class Actor:
 
 
 class Scorer(nn.Module):
-    """A linear head on a copy of a policy's body: a reward model, or a critic.
+    """A linear head on a copy of a policy's body: a reward model, or a critic. What is frozen there is so here.
 
     Args:
         actor: whose body is copied.
@@ -110,10 +110,17 @@ class Scorer(nn.Module):
 
     def __init__(self, actor: Actor, outputs: int = 1, generator: torch.Generator | None = None):
         super().__init__()
-        self.body = copy.deepcopy(actor.body).requires_grad_(True)
+        self.body = copy.deepcopy(actor.body)
         width = actor.head.module.weight.shape[1]
         first = torch.randn(outputs, width, generator=generator) / (width + 1) ** 0.5  # InstructGPT's deviation
         self.head = nn.Parameter(first.to(actor.head.module.weight))
+        self.learns = [p.requires_grad for p in self.parameters()]
+
+    def learning(self, on: bool) -> Scorer:
+        """Itself, learning or not."""
+        for p, learns in zip(self.parameters(), self.learns, strict=True):
+            p.requires_grad_(on and learns)
+        return self
 
     def _hidden(self, batch: Batch) -> torch.Tensor:
         return self.body(input_ids=batch.ids, attention_mask=batch.attention, use_cache=False).last_hidden_state

@@ -38,7 +38,7 @@ class PolicyRun:
             self.reference = self.actor.frozen()
         if stage.critic is not None:
             known = session.reward_model
-            self.critic = session.scorer() if known is None else copy.deepcopy(known).requires_grad_(True)
+            self.critic = session.scorer() if known is None else copy.deepcopy(known).learning(True)
             self.critic_optimizer = session.optimizer(
                 self.critic.parameters(), stage.critic_rate or stage.learning_rate
             )

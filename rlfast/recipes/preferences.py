@@ -68,7 +68,7 @@ def reward_model(session: Session, stage: RewardModel, steps: int) -> Iterator[R
             loss = stage.loss(model.attributes(answers.batch), target)
         learn(loss, optimizer)
         yield session.record("reward_model", step, loss, answers)
-    model.requires_grad_(False)
+    model.learning(False)
 
 
 @contextlib.contextmanager

@@ -1,0 +1,242 @@
+"""Three recipes learn to add: GRPO, PPO with a critic and a reward model, and DPO, each beside a stock trainer.
+
+    python -m bench.learning --recipe grpo|ppo|dpo [--seeds 3] [--steps N] [--model smollm2|tiny] [--json PATH]
+    python -m bench.learning --picture docs/learning.png [--json PATH]
+
+SmolLM2-135M-Instruct and one-digit sums, on a CPU; only the last layers learn, so that a step takes seconds. GRPO and
+DPO stand beside TRL's trainers with the same options and seeds. TRL has no PPO any more: there the other arm is the
+same loop on the oracle backend, plain PyTorch. Exit code 1 if a curve of ours does not rise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+import rlfast
+from bench.run import RESULTS, stamp
+from rlfast.recipes import Recipe, said, tasks, use
+from rlfast.recipes.row import Policy
+from rlfast.recipes.training import fitted, train
+
+RESULT = RESULTS / "learning.json"
+ARMS = ("stock", "rlfast")
+LAYERS = 8  # of 30 that learn
+TOKENS, RATE, TEMPERATURE = 16, 2e-5, 0.7
+TRL = "TRL 1.16's default"
+GRPO = Recipe(
+    "grpo", "GRPO as TRL has it", "2402.03300", "V",
+    (
+        Policy(
+            loss=use("loss", "dapo", like=said("trl", TRL)),
+            advantage=use("group_advantage", method=said("grpo", TRL), like=said("trl", TRL)),
+            candidates=said(4, "the demo's"),
+            temperature=said(TEMPERATURE, "the demo's"),
+        ),
+    ),
+)  # fmt: skip
+
+
+class Plan(NamedTuple):
+    """How a recipe is run: prompts and answers a step, steps, and what the curve is of."""
+
+    recipe: Recipe
+    prompts: int
+    answers: int
+    steps: int
+    stage: int  # whose curve it is
+    measure: str
+    stock: str
+
+
+PLANS = {
+    "grpo": Plan(GRPO, 4, 4, 16, 0, "reward", "TRL's GRPOTrainer"),
+    "ppo": Plan(rlfast.recipe("gpt4"), 8, 2, 12, 1, "reward", "the oracle backend"),
+    "dpo": Plan(rlfast.recipe("zephyr"), 8, 4, 12, 0, "accuracy", "TRL's DPOTrainer"),
+}
+
+
+def freeze(model: torch.nn.Module, layers: int = LAYERS) -> torch.nn.Module:
+    """Only the last layers and what follows them learn; not the head, which is the embedding too."""
+    model.requires_grad_(False)
+    for part in (*model.model.layers[-layers:], model.model.norm):
+        part.requires_grad_(True)
+    return model
+
+
+def ours(plan: Plan, model: str, seed: int, steps: int, keep: Callable | None = None) -> list[float]:
+    """The curve of the recipe's loop."""
+    policy, tokenizer, task = tasks.loaded(model, seed)
+    rate = RATE if model != "tiny" else 1e-2
+    recipe = fitted(
+        plan.recipe, batch=plan.prompts, candidates=plan.answers, max_tokens=TOKENS, steps=steps, learning_rate=rate
+    )
+    for path in ["1.temperature", "0.temperature"][1 - plan.stage :]:
+        recipe = recipe.replaced(path, TEMPERATURE)
+    policy = policy if model == "tiny" else freeze(policy)
+    curve = []
+    for record in train(recipe, policy, task, steps, tokenizer=tokenizer, max_tokens=TOKENS, seed=seed):
+        if record.stage == plan.stage:
+            curve.append(record.reward if plan.measure == "reward" else record.data["accuracy"])
+            if keep is not None:
+                keep(record, tokenizer)
+    return curve
+
+
+def stock_grpo(seed: int, steps: int) -> list[float]:
+    """TRL's GRPOTrainer on the same prompts."""
+    from rlfast.demo import grpo, model, trainer
+    from rlfast.demo.settings import Settings
+
+    trainer.quiet()
+    settings = Settings(
+        batch=16, generations=4, max_completion=TOKENS, learning_rate=RATE, temperature=TEMPERATURE, seed=seed,
+        model=str(model.prepare()),
+    )  # fmt: skip
+    made = grpo.build(settings, steps)
+    freeze(made.model)
+    made.train()
+    return [log["reward"] for log in made.state.log_history if "reward" in log]
+
+
+def stock_dpo(seed: int, steps: int, pairs: list[dict]) -> list[float]:
+    """TRL's DPOTrainer on the pairs that ours had."""
+    from datasets import Dataset
+    from trl import DPOConfig, DPOTrainer
+
+    from rlfast.demo import model, trainer
+    from rlfast.demo.settings import DpoSettings
+
+    trainer.quiet()
+    count = max(1, len(pairs) // steps)
+    settings = DpoSettings(batch=count, learning_rate=RATE, seed=seed, model=str(model.prepare()))
+    loaded = trainer.loaded(settings)
+    freeze(loaded["model"])
+    config = DPOConfig(**trainer.options(settings, steps), beta=0.1)
+    made = DPOTrainer(**loaded, args=config, train_dataset=Dataset.from_list(pairs[: count * steps]))
+    made.train()
+    return [log["rewards/accuracies"] for log in made.state.log_history if "rewards/accuracies" in log]
+
+
+def stock(name: str, plan: Plan, model: str, seed: int, steps: int, pairs: list[dict]) -> list[float]:
+    """The curve of the other arm; of a tiny model, which has no tokenizer, the oracle's."""
+    if name == "ppo" or model == "tiny":
+        with rlfast.use_backend("reference"):
+            return ours(plan, model, seed, steps)
+    return stock_grpo(seed, steps) if name == "grpo" else stock_dpo(seed, steps, pairs)
+
+
+def rises(curve: list[float]) -> float:
+    """The mean of its last third less that of its first."""
+    n = max(1, len(curve) // 3)
+    return statistics.mean(curve[-n:]) - statistics.mean(curve[:n])
+
+
+def run(name: str, model: str, seeds: list[int], steps: int | None, arms: tuple[str, ...] = ARMS) -> dict:
+    """The curves of a recipe by arm and seed, and what they took."""
+    plan = PLANS[name]
+    steps = steps or plan.steps
+    curves, seconds = {arm: {} for arm in arms}, {arm: 0.0 for arm in arms}
+    for seed in seeds:
+        pairs: list[dict] = []
+
+        def keep(record, tokenizer, pairs=pairs):
+            """Texts of the pairs, for TRL."""
+            if name == "dpo" and tokenizer is not None:
+                pairs += _texts(record, tokenizer)
+
+        for arm in reversed(arms):  # ours first: its pairs are TRL's
+            start = time.perf_counter()
+            made = ours(plan, model, seed, steps, keep) if arm == "rlfast" else None
+            made = made or stock(name, plan, model, seed, steps, pairs)
+            seconds[arm] += time.perf_counter() - start
+            # before the first update policy and reference are one model, and no pair is right or wrong
+            curves[arm][str(seed)] = made[1:] if name == "dpo" else made
+            print(f"{name}, seed {seed}, {arm}: {' '.join(f'{x:.2f}' for x in made)}", flush=True)
+            gc.collect()
+    beside = "the oracle backend" if model == "tiny" else plan.stock
+    found = {"model": model, "steps": steps, "measure": plan.measure, "stock": beside, "curves": curves}
+    found["settings"] = {"layers": LAYERS, "tokens": TOKENS, "learning_rate": RATE, "prompts": plan.prompts,
+                         "answers": plan.answers, "temperature": TEMPERATURE}  # fmt: skip
+    return found | {"seconds": {arm: round(x, 1) for arm, x in seconds.items()}}
+
+
+def _texts(record, tokenizer) -> list[dict]:
+    """The pairs of a step as texts."""
+    found, pairs = [], record.data["pairs"]
+    for i in range(len(pairs.margin)):
+        row = {}
+        for side in ("chosen", "rejected"):
+            batch = getattr(pairs, side)
+            ids, first = batch.ids[i], int(batch.mask[i].int().argmax()) + 1
+            row["prompt"] = tokenizer.decode(ids[:first])
+            text = tokenizer.decode(ids[first : int(batch.attention[i].sum())])
+            row[side] = text.removesuffix(tokenizer.eos_token)  # TRL puts one there
+        found.append(row)
+    return found
+
+
+def draw(result: dict, path: Path) -> None:
+    """A panel a recipe: a line a seed, both arms."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    found = result["learning"]
+    figure, axes = pyplot.subplots(1, len(found), figsize=(4 * len(found), 3), layout="constrained", squeeze=False)
+    for axis, (name, one) in zip(axes[0], found.items(), strict=True):
+        for arm, colour in (("stock", "tab:gray"), ("rlfast", "tab:blue")):
+            for i, curve in enumerate(one["curves"].get(arm, {}).values()):
+                label = None if i else one["stock"] if arm == "stock" else arm
+                axis.plot(range(1, len(curve) + 1), curve, color=colour, alpha=0.8, linewidth=1.2, label=label)
+        axis.set_title(name.upper(), fontsize=10)
+        axis.set_xlabel("step")
+        axis.set_ylabel("mean reward" if one["measure"] == "reward" else "accuracy on new pairs")
+        axis.grid(alpha=0.2)
+        axis.legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def main(arguments=None) -> int:
+    """Run, write, draw."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--recipe", choices=tuple(PLANS))
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, help="of each stage; by default what takes a few minutes")
+    parser.add_argument("--model", choices=("smollm2", "tiny"), default="smollm2")
+    parser.add_argument("--arm", choices=ARMS, help="only this one")
+    parser.add_argument("--json", type=Path, default=RESULT)
+    parser.add_argument("--picture", type=Path, help="draw what the file has")
+    args = parser.parse_args(arguments)
+    before = json.loads(args.json.read_text(encoding="utf-8")) if args.json.exists() else {}
+    learning, fine = before.get("learning", {}), True
+    if args.recipe:
+        arms = (args.arm,) if args.arm else ARMS
+        one = run(args.recipe, args.model, list(range(args.seeds)), args.steps, arms)
+        learning[args.recipe] = one
+        gains = {seed: rises(curve) for seed, curve in one["curves"].get("rlfast", {}).items()}
+        by = ", ".join(f"{x:+.3f}" for x in gains.values())
+        print(f"{args.recipe}: {one['measure']} rises by {by}; seconds: {one['seconds']}")
+        fine = all(gain > 0 for gain in gains.values())
+        made = stamp("cpu", "python -m bench.learning")
+        made["learning"] = {name: learning[name] for name in PLANS if name in learning}
+        made["method"] = __doc__.split("\n\n")[2].replace("\n", " ")
+        args.json.write_text(json.dumps(made, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    if args.picture:
+        draw({"learning": learning}, args.picture)
+    return int(not fine)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
