@@ -149,7 +149,13 @@ ROWS = (
                 learning_rate=undisclosed(3e-3),
                 note="Episodes in rooms whose goals are anywhere, which the paper's LLM thinks of itself.",
             ),
-            Agent(**AGENT, share=said(1.0, f"{MISGENERAL}: λ")),
+            Agent(
+                **AGENT,
+                corner=False,
+                share=said(1.0, f"{MISGENERAL}: λ"),
+                note="On the preferences alone. The paper goes on in its first rooms; here a cell says nothing of "
+                     "another, so that an agent has to have seen it.",
+            ),
         ),
         "In the toy room, not in Procgen's maze.",
     ),

@@ -12,6 +12,7 @@ from rlfast import validate
 from rlfast.recipes.models import Actor, Batch, batch_of
 from rlfast.recipes.row import BestOf, Preference, RewardModel
 from rlfast.recipes.session import Answers, Record, Session, learn, runs
+from rlfast.rewards import best_of_n
 from rlfast.rollout import Engine
 
 
@@ -25,10 +26,8 @@ class Pairs(NamedTuple):
 
 def ends(answers: Answers, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(rows of the best answers, of the worst) of the groups whose scores differ."""
-    grouped = answers.groups(scores)
-    first = torch.arange(len(grouped), device=scores.device) * answers.group
-    differ = grouped.amax(1) > grouped.amin(1)
-    return (first + grouped.argmax(1))[differ], (first + grouped.argmin(1))[differ]
+    found = best_of_n(scores, group_size=answers.group)
+    return found.best[found.gap > 0], found.worst[found.gap > 0]
 
 
 def pairs_of(answers: Answers, scores: torch.Tensor, skip: int = 0) -> Pairs | None:
@@ -136,8 +135,7 @@ def best_of(session: Session, stage: BestOf, steps: int) -> Iterator[Record]:
     session.begins(stage, reward_model=session.reward_model)
     for step in range(steps):
         answers = session.sample(stage)
-        grouped = answers.groups(session.judged(stage.judge, answers))
-        rows = torch.arange(len(grouped), device=grouped.device) * answers.group + grouped.argmax(1)
+        rows = best_of_n(session.judged(stage.judge, answers), group_size=answers.group).best
         best = answers.batch.rows(rows)
         loss = stage.loss(session.actor.logps(best).logp, mask=best.mask).loss
         learn(loss, optimizer)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import math
+from collections import deque
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,8 +15,11 @@ from typer.testing import CliRunner
 
 import rlfast
 from rlfast import cli
-from rlfast.recipes import papers
-from rlfast.recipes.training import Task, fitted, train
+from rlfast.recipes import papers, said
+from rlfast.recipes.agents import room_of
+from rlfast.recipes.gridworld import GridWorld
+from rlfast.recipes.session import run
+from rlfast.recipes.training import Session, Task, fitted, train
 from tests.recipes import paper_oracle as oracle
 from tests.recipes.expected import EXPECTED
 
@@ -207,6 +212,51 @@ def test_the_command_line_runs_it(name):
 def test_what_reads_texts_wants_a_tokenizer(name):
     with pytest.raises(ValueError, match=r"tokenizer: expected the model's, since .* got None"):
         list(train(fitted(rlfast.recipe(name), batch=2, candidates=2), tiny(), TASK, 1))
+
+
+class Witness:
+    """A judge that sees whether an episode ends at its goal, and likes what it reads first."""
+
+    tokenizer = Characters()
+
+    def choose(self, prompts, candidates):
+        found = []
+        for prompt in prompts:
+            goal = prompt.split("Reach ")[1].split(".")[0]
+            ways = [prompt.split(f"Response {x}: ")[1].split("\n")[0].split() for x in "AB"]
+            found.append(torch.tensor([4.0 * (way[-1] == goal) - 0.1 * len(way) for way in ways]))
+        return [x + torch.tensor([0.5, 0.0]) for x in found]
+
+
+def test_preferences_undo_a_wrong_goal():
+    """Taught to go to the corner, an agent learns from a judge alone to go where its goal is."""
+    session = Session(tiny(), TASK, tokenizer=Characters(), seed=0)
+    session.engine, room, reached = Witness(), room_of(session), []
+    recipe = fitted(rlfast.recipe("llm_feedback"), learning_rate=0.02)
+    for stage, steps in zip(recipe.stages, (60, 150, 150), strict=True):
+        deque(run(session, replace(stage, batch=said(32, "here")), steps), maxlen=0)
+        rng = torch.Generator().manual_seed(9)
+        for corner in (True, False):
+            starts = room.world.starts(400, rng, corner)
+            play = room.world.play(lambda c, g: room.act(room.seen(c, g))[0], *starts, rng)
+            reached.append(play.reached.float().mean().item())
+    assert reached[0] > 0.9 and reached[1] < 0.4
+    assert reached[-1] > reached[1] + 0.25
+
+
+def test_walls_and_starts_of_the_room():
+    world, rng = GridWorld(size=2, horizon=3), torch.Generator().manual_seed(0)
+    moved = world.move(torch.arange(4)[:, None].expand(4, 4), torch.arange(4).expand(4, 4))
+    assert moved.tolist() == [[0, 2, 0, 1], [1, 3, 0, 1], [0, 2, 2, 3], [1, 3, 2, 3]]
+    for corner in (True, False):
+        cells, goal = world.starts(200, rng, corner)
+        assert (cells != goal).all() and (not corner or (goal == 3).all())
+    for options, said_ in (
+        ({"size": 1}, "size: expected an int ≥ 2, got 1"),
+        ({"horizon": 1.5}, "horizon: expected an"),
+    ):
+        with pytest.raises((ValueError, TypeError), match=said_):
+            GridWorld(**options)
 
 
 def test_every_recipe_is_checked_here_or_beside():
