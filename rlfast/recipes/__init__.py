@@ -1,7 +1,7 @@
 """Every system of the survey as a recipe: a row of stages whose numbers say where they are from.
 
-row.py       what a row can say          classic.py, pairs.py, reasoning.py, papers.py   the rows
-training.py  the loop                    command.py                        ``rlfast train``
+row.py, paper_stages.py   what a row can say     classic.py, pairs.py, reasoning.py, papers.py   the rows
+training.py               the loop               command.py                                      ``rlfast train``
 """
 
 from __future__ import annotations
