@@ -6,14 +6,21 @@ python tools/recipe_docs.py [--check]
 from __future__ import annotations
 
 import argparse
+import json
 import re
+import statistics
 import sys
 from pathlib import Path
 
 from rlfast.recipes import RECIPES, SURE, show
 from rlfast.recipes.row import Recipe, Stage, Value
 
-PAGE = Path(__file__).resolve().parent.parent / "docs" / "recipes.md"
+ROOT = Path(__file__).resolve().parent.parent
+PAGE, PICTURE, RESULT = (
+    ROOT / "docs" / "recipes.md",
+    ROOT / "docs" / "learning.png",
+    ROOT / "bench/results/learning.json",
+)
 HEAD = """# The recipes
 
 Made by `make docs` from `rlfast.RECIPES`: how the systems of the survey *Reinforcement Learning Enhanced LLMs*
@@ -73,6 +80,30 @@ def section(row: Recipe) -> list[str]:
         if values:
             lines += ["", "| value | | from |", "|---|---|---|", *(line(p, x) for p, x in values)]
     return [*lines, ""]
+
+
+def thirds(curve: list[float]) -> str:
+    """The means of its first and of its last third."""
+    n = max(1, len(curve) // 3)
+    return f"{statistics.mean(curve[:n]):.2f} → {statistics.mean(curve[-n:]):.2f}"
+
+
+def learned() -> list[str]:
+    """Three recipes on SmolLM2, from the result file; nothing before there is one."""
+    if not (RESULT.exists() and PICTURE.exists()):
+        return []
+    result = json.loads(RESULT.read_text(encoding="utf-8"))
+    lines = ["", "## Do they learn?", "", f"{result['method']} {result['date']}, {result['commit']}.", ""]
+    lines += ["![curves of three recipes](learning.png)", ""]
+    lines += [
+        "| recipe | | first third → last third, a seed each | beside it | minutes of both |",
+        "|---|---|---|---|---|",
+    ]
+    for name, one in result["learning"].items():
+        ours, stock = (", ".join(map(thirds, one["curves"].get(arm, {}).values())) for arm in ("rlfast", "stock"))
+        minutes = sum(one["seconds"].values()) / 60
+        lines.append(f"| {name} | {one['measure']} | {ours} | {one['stock']}: {stock} | {minutes:.1f} |")
+    return lines
 
 
 def page() -> str:

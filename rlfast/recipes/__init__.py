@@ -1,7 +1,16 @@
 """Every system of the survey as a recipe: a row of stages whose numbers say where they are from.
 
-row.py, paper_stages.py   what a row can say     classic.py, pairs.py, reasoning.py, papers.py   the rows
-training.py               the loop               command.py                                      ``rlfast train``
+It is also how to write such training with rlfast, in this order:
+
+    row.py, paper_stages.py                 what a row can say
+    classic.py, pairs.py, reasoning.py, papers.py      the rows
+    models.py       policy, reward model, critic
+    session.py      what the stages of a run share
+    policy.py, preferences.py, feedback.py, agents.py  the stages
+    gridworld.py    the room of the agents
+    training.py     ``train``: one after the other; ``fitted``: at the size of a run
+    tasks.py        what ``rlfast train`` trains on
+    command.py, show.py                     what it prints
 """
 
 from __future__ import annotations

@@ -11,11 +11,11 @@ KL = use("shape_rewards", beta=undisclosed(0.05))
 BT = use("reward_loss", "bradley_terry")
 
 GPT, INTERN, CAI, GLM = "2203.02155 §C.4", "2403.17297 §4.3", "2212.08073", "2404.00934"
-WARP, APA, LABS = "2406.16768", "2306.02231", "2301.11270"
+WARP, LABS = "2406.16768", "2301.11270"
 
 ROWS = (
     Recipe(
-        "instructgpt", "InstructGPT", "2203.02155", "S",
+        "instructgpt", "InstructGPT", "2203.02155", "SK",
         (
             RewardModel(
                 loss=use("ranked_loss", "all_pairs"),
@@ -49,7 +49,7 @@ ROWS = (
         "Disclosed are PPO on a reward model and that rule-based rewards are added to it; no number is.",
     ),
     Recipe(
-        "internlm2", "InternLM2 (COOL RLHF)", "2403.17297", "SV",
+        "internlm2", "InternLM2 (COOL RLHF)", "2403.17297", "SVK",
         (
             RewardModel(
                 loss=use("reward_loss", "focal_barrier", gamma=said(2.0, INTERN), barrier=said(0.02, INTERN)),
@@ -105,12 +105,12 @@ ROWS = (
             RewardModel(loss=use("ranked_loss", "plackett_luce"), candidates=said(7, f"{LABS}, Nectar: 7 answers")),
             Policy(
                 loss=use("loss", "apa", inv_lambda=said(1.0, "Starling's code")),
-                advantage=use("gae", gamma=said(1.0, APA), lam=said(0.95, APA)),
+                advantage=GAE,
                 rewards=("model",),
-                critic=use("value_loss", clip=said(0.2, "the authors' code")),
+                critic=CRITIC,
             ),
         ),
-        "π_old of the loss is the initial policy in the paper; in the code, as here, the one that sampled.",
+        "π_old of the loss is the policy that sampled.",
     ),
     Recipe(
         "athene", "Athene-70B", "the model's page", "K",

@@ -24,7 +24,7 @@ def judge_of(session: Session) -> Engine:
     if session.tokenizer is None:
         validate.fail("tokenizer", "the model's, since a judge reads texts", "None")
     judge = session.actor.frozen() if session.teacher is None else session.teacher
-    return Engine(judge.model, session.tokenizer)
+    return session.engine_of(judge.model)
 
 
 def asked(session: Session, answers: Answers) -> list[str]:
@@ -55,7 +55,7 @@ def demonstrated(session: Session, stage: Demonstrated, steps: int) -> Iterator[
     """Training, and then a reward model by which what it made is better than what was there."""
     before, start = session.actor.frozen(), {k: x.clone() for k, x in session.model.state_dict().items()}
     yield from run(session, stage.stage, steps)
-    engine, model = Engine(before.model, session.tokenizer), session.scorer()
+    engine, model = session.engine_of(before.model), session.scorer()
     session.reward_model, optimizer = model, session.optimizer(model.parameters(), stage.learning_rate)
     session.begins(stage, reward_model=model, before=before.model)
     for step in range(steps):

@@ -12,7 +12,7 @@ DPO = use("preference_loss", "dpo", beta=undisclosed(0.1))
 
 ROWS = (
     Recipe(
-        "zephyr", "Zephyr 7B β", "2310.16944", "S",
+        "zephyr", "Zephyr 7B β", "2310.16944", "SV",
         (
             Preference(
                 loss=use("preference_loss", "dpo", beta=said(0.1, ZEPHYR)),
@@ -41,7 +41,7 @@ ROWS = (
         "DPO is named, its numbers are not.",
     ),
     Recipe(
-        "llama3", "Llama 3", "2407.21783", "S",
+        "llama3", "Llama 3", "2407.21783", "SK",
         (
             RewardModel(loss=BT, note="Without the margin that Llama 2 had."),
             BestOf(
@@ -63,7 +63,7 @@ ROWS = (
         "Six rounds of this; one here.",
     ),
     Recipe(
-        "nemotron4", "Nemotron-4 340B", "2406.11704", "SV",
+        "nemotron4", "Nemotron-4 340B", "2406.11704", "SVK",
         (
             RewardModel(loss=use("attribute_regression_loss"), outputs=5, candidates=undisclosed(2)),
             Preference(
@@ -98,7 +98,7 @@ ROWS = (
         ),
     ),
     Recipe(
-        "qwen2.5", "Qwen2.5", "2412.15115", "S",
+        "qwen2.5", "Qwen2.5", "2412.15115", "SK",
         (
             Preference(loss=DPO, sampler="reference", learning_rate=said(7e-7, QWEN25)),
             RewardModel(loss=BT),
@@ -112,7 +112,7 @@ ROWS = (
         ),
     ),
     Recipe(
-        "hermes3", "Hermes 3", "2408.11857", "P",
+        "hermes3", "Hermes 3", "2408.11857", "PK",
         (
             Preference(
                 loss=DPO,
@@ -125,7 +125,7 @@ ROWS = (
         "It was trained with RMSProp; here, as everywhere, with AdamW.",
     ),
     Recipe(
-        "tulu3", "Tülu 3", "2411.15124", "S",
+        "tulu3", "Tülu 3", "2411.15124", "SK",
         (
             Preference(
                 loss=use("preference_loss", "dpo_norm", beta=said(5.0, TULU)),

@@ -13,7 +13,6 @@ from rlfast.recipes.models import Actor, Batch, batch_of
 from rlfast.recipes.row import BestOf, Preference, RewardModel
 from rlfast.recipes.session import Answers, Record, Session, learn, runs
 from rlfast.rewards import best_of_n
-from rlfast.rollout import Engine
 
 
 class Pairs(NamedTuple):
@@ -96,7 +95,7 @@ def preference(
     with adapted(session, stage) as (reference, as_reference):
         optimizer = session.optimizer(session.model.parameters(), stage.learning_rate)
         plain = reference is not session.actor
-        engine = Engine(reference.model, session.tokenizer) if stage.sampler == "reference" and plain else None
+        engine = session.engine_of(reference.model) if stage.sampler == "reference" and plain else None
         session.begins(stage, reference=reference.model, reward_model=session.reward_model)
         for step in range(steps):
             sampled_as = as_reference if stage.sampler == "reference" else contextlib.nullcontext

@@ -9,7 +9,7 @@ OLMO, MAGISTRAL, SKYWORK, V2 = "allenai/open-instruct, scripts of Olmo 3", "2506
 
 ROWS = (
     Recipe(
-        "deepseek_v2", "DeepSeek-V2", "2405.04434, 2402.03300", "P",
+        "deepseek_v2", "DeepSeek-V2", "2405.04434, 2402.03300", "PK",
         (
             RewardModel(loss=use("reward_loss", "bradley_terry")),
             Policy(
@@ -40,7 +40,7 @@ ROWS = (
         "left them, which ``Engine.pause`` and ``resume`` do; this loop lets them end.",
     ),
     Recipe(
-        "deepseek_r1", "DeepSeek-R1", "2501.12948", "S",
+        "deepseek_r1", "DeepSeek-R1", "2501.12948", "SK",
         (
             Policy(
                 loss=use("loss", "grpo", eps_low=said(10.0, R1), eps_high=said(10.0, R1), beta=said(0.001, R1)),
@@ -57,7 +57,7 @@ ROWS = (
         "The first stage, R1-Zero's; the report goes on with cold-start data, rejection sampling and a second stage.",
     ),
     Recipe(
-        "dapo", "DAPO", "2503.14476", "S",
+        "dapo", "DAPO", "2503.14476", "SK",
         (
             Policy(
                 loss=use("loss", "dapo", eps_low=said(0.2, DAPO), eps_high=said(0.28, DAPO)),
@@ -93,7 +93,7 @@ ROWS = (
         ),
     ),
     Recipe(
-        "scalerl", "ScaleRL", "2510.13786", "S",
+        "scalerl", "ScaleRL", "2510.13786", "SK",
         (
             Policy(
                 loss=use("loss", "cispo_capped", cap=said(5.0, f"{SCALE}: unverified; 4 to 8 do the same"),
@@ -110,7 +110,7 @@ ROWS = (
         ),
     ),
     Recipe(
-        "magistral", "Magistral", "2506.10910", "S",
+        "magistral", "Magistral", "2506.10910", "SK",
         (
             Policy(
                 loss=use("loss", "dapo", eps_low=undisclosed(0.2), eps_high=said(0.28, f"{MAGISTRAL}: 0.26 to 0.28")),
@@ -126,7 +126,7 @@ ROWS = (
         "r − the group's mean, divided by the deviation over the mini-batch.",
     ),
     Recipe(
-        "skywork", "Skywork-OR1", "2505.22312", "S",
+        "skywork", "Skywork-OR1", "2505.22312", "SK",
         (
             Policy(
                 loss=use("loss", "dapo", eps_low=said(0.2, SKYWORK), eps_high=said(0.2, SKYWORK)),

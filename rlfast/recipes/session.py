@@ -75,14 +75,16 @@ class Session:
         teacher: a model to distil from.
         max_tokens: of a response.
         seed: of prompts, samples and heads.
+        kv_budget: bytes of keys and values of each engine.
         watch: called with a stage and its models by name before its first step.
     """
 
     def __init__(
         self, model: nn.Module, task: Task, *, tokenizer=None, teacher: nn.Module | None = None, max_tokens: int = 32,
-        seed: int = 0, watch: Callable[[Stage, dict], None] | None = None,
+        seed: int = 0, kv_budget: float = 1 << 28, watch: Callable[[Stage, dict], None] | None = None,
     ):  # fmt: skip
         self.task, self.tokenizer, self.max_tokens, self.seed, self.watch = task, tokenizer, max_tokens, seed, watch
+        self.kv_budget = kv_budget
         self.adopt(model)
         self.teacher = None if teacher is None else Actor(teacher)
         self.reward_model: Scorer | None = None
@@ -93,7 +95,11 @@ class Session:
     def adopt(self, model: nn.Module) -> None:
         """This is the policy from now on."""
         self.model, self.actor = model, Actor(model)
-        self.engine = Engine(model, self.tokenizer)
+        self.engine = self.engine_of(model)
+
+    def engine_of(self, model: nn.Module) -> Engine:
+        """What samples from a model."""
+        return Engine(model, self.tokenizer, kv_budget=self.kv_budget)
 
     @property
     def device(self) -> torch.device:

@@ -50,7 +50,7 @@ def train(recipe: Recipe, model, task: Task, steps: int, **options) -> Iterator[
         model: a causal language model of transformers; it is trained in place.
         task: prompts and their reward.
         steps: of each stage.
-        options: of ``Session``: tokenizer, teacher, max_tokens, seed, watch.
+        options: of ``Session``: tokenizer, teacher, max_tokens, seed, kv_budget, watch.
 
     Example:
         >>> for record in train(fitted(rlfast.recipe("dapo"), batch=4), model, task, steps=10):

@@ -61,7 +61,9 @@ def test_a_recipe_of_ones_own_learns_the_toy():
         ),
     )  # fmt: skip
     task = tasks.toy(16)
-    records = list(train(fitted(row, batch=4, learning_rate=1e-2), tasks.tiny(), task, 12, max_tokens=6))
+    records = list(
+        train(fitted(row, batch=4, learning_rate=1e-2), tasks.tiny(), task, 12, max_tokens=6, kv_budget=1 << 20)
+    )
     rewards = [r.reward for r in records]
     assert sum(rewards[-3:]) > sum(rewards[:3]) + 0.6
 

@@ -29,8 +29,6 @@ VOCAB = 128
 SEEDS = {"llm_teacher": 8}  # by which different advice has different returns
 TEACHER_RATE = 2e-3  # with a larger one, every advice is the same after one step
 
-pytestmark = pytest.mark.unpoisoned  # an engine's caches are a GiB that is not there until it is written to
-
 
 class Characters:
     """A token a character of ASCII; verdicts and actions are one token, as a real vocabulary has them."""

@@ -62,7 +62,7 @@ def follow(name: str, recipe) -> int:
     model, teacher = copy.deepcopy(decoder(0)), decoder(1)
     truth = Truth(EXPECTED[name], model, teacher, PROMPTS, ANSWERS, reward, RATE)
     updates, task = 0, Task(PROMPTS, ANSWERS, reward)
-    options = {"teacher": teacher, "max_tokens": TOKENS, "watch": truth.begins}
+    options = {"teacher": teacher, "max_tokens": TOKENS, "kv_budget": 1 << 20, "watch": truth.begins}
     for record in train(recipe, model, task, STEPS[name], **options):
         truth.follow(record)
         updates += 1
