@@ -72,9 +72,8 @@ def steps(name: str, changed: dict | None = None):
         found.append((stage, {k: copy.deepcopy(x) for k, x in models.items() if x is not None}, []))
 
     model = tiny()
-    for record in train(
-        recipe, model, TASK, steps=2, tokenizer=Characters(), max_tokens=TOKENS, seed=SEEDS.get(name, 5), watch=watch
-    ):
+    options = {"tokenizer": Characters(), "max_tokens": TOKENS, "seed": SEEDS.get(name, 5), "kv_budget": 1 << 20}
+    for record in train(recipe, model, TASK, steps=2, watch=watch, **options):
         found[-1][2].append(record)
     return found, model
 
@@ -228,7 +227,7 @@ class Witness:
 
 def test_preferences_undo_a_wrong_goal():
     """Taught to go to the corner, an agent learns from a judge alone to go where its goal is."""
-    session = Session(tiny(), TASK, tokenizer=Characters(), seed=0)
+    session = Session(tiny(), TASK, tokenizer=Characters(), kv_budget=1 << 20)
     session.engine, room, reached = Witness(), room_of(session), []
     recipe = fitted(rlfast.recipe("llm_feedback"), learning_rate=0.02)
     for stage, steps in zip(recipe.stages, (60, 150, 150), strict=True):
