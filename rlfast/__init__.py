@@ -11,7 +11,7 @@ if not (_root / "_build_record.py").exists():
 if not (_root / "kernels").exists():  # in a source tree, the Triton kernels are the folder next to this one
     __path__.append(str(_root.parent))
 
-from rlfast import backends, distributed, rollout  # noqa: E402
+from rlfast import backends, distributed, rewards, rollout  # noqa: E402
 from rlfast.advantages import (  # noqa: E402
     GroupStatistics,
     affine_scan,
@@ -33,6 +33,7 @@ from rlfast.backends import use_backend  # noqa: E402
 from rlfast.controllers import AdaptiveEntropy, AdaptiveKL, RunningMeanStd  # noqa: E402
 from rlfast.corrections import Correction  # noqa: E402
 from rlfast.divergences import Divergence, divergence, linear_divergence  # noqa: E402
+from rlfast.embedding_rewards import EmbeddingRewards, pooled_rewards  # noqa: E402
 from rlfast.formulas import formula  # noqa: E402
 from rlfast.integrations import patch  # noqa: E402
 from rlfast.kl import kl_penalty  # noqa: E402
@@ -59,12 +60,19 @@ from rlfast.reward_losses import (  # noqa: E402
     quantile_loss,
     reward_loss,
 )
-from rlfast.rewards import length_reward, overlong_penalty, shape_rewards  # noqa: E402
+from rlfast.rewards import (  # noqa: E402
+    BestOfN,
+    best_of_n,
+    length_reward,
+    overlong_penalty,
+    reflection_bonus,
+    shape_rewards,
+)
 from rlfast.sampling import Edits, Sampled, linear_sample, penalty_edits, sample  # noqa: E402
 from rlfast.selections import clip_cov_keep, kl_cov_extra, rollout_keep, top_entropy_keep  # noqa: E402
 from rlfast.statistics import DynamicBeta, RunningDelta, kto_reference_point, udm_weights, wpo_weights  # noqa: E402
 from rlfast.unpaired import UNPAIRED, UnpairedLoss, UnpairedOutput, unpaired_loss  # noqa: E402
-from rlfast.values import value_loss  # noqa: E402
+from rlfast.values import RegularizedValue, regularized_value, value_loss  # noqa: E402
 from rlfast.weights import ema_update, extrapolate, merge, slerp  # noqa: E402
 
 __version__ = "0.1.0"
@@ -77,10 +85,12 @@ __all__ = [
     "UNPAIRED",
     "AdaptiveEntropy",
     "AdaptiveKL",
+    "BestOfN",
     "Correction",
     "Divergence",
     "DynamicBeta",
     "Edits",
+    "EmbeddingRewards",
     "GroupStatistics",
     "LinearLossOutput",
     "LinearPlan",
@@ -92,6 +102,7 @@ __all__ = [
     "PreferenceOutput",
     "RankedLoss",
     "RankedOutput",
+    "RegularizedValue",
     "RewardLoss",
     "RunningDelta",
     "RunningMeanStd",
@@ -103,6 +114,7 @@ __all__ = [
     "affine_scan",
     "attribute_regression_loss",
     "backends",
+    "best_of_n",
     "clip_cov_keep",
     "discounted_returns",
     "distributed",
@@ -139,13 +151,17 @@ __all__ = [
     "penalty_edits",
     "per_decision_td",
     "plan",
+    "pooled_rewards",
     "preference_loss",
     "process_reward_loss",
     "quantile_loss",
     "ranked_loss",
     "recipe",
+    "reflection_bonus",
+    "regularized_value",
     "reward_loss",
     "reward_to_go",
+    "rewards",
     "rollout",
     "rollout_keep",
     "sample",

@@ -1,15 +1,31 @@
-"""Reward shaping: the KL in the reward, and what the length of a response costs."""
+"""Rewards: the KL in them, what the length of a response costs, what reflection earns, and the best of some."""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 
 from rlfast import limits, validate
 from rlfast.distributed.ranks import gathered_batch, ranks_of
+from rlfast.judges import Judged, judge, rate
 from rlfast.kl import kl_penalty
 from rlfast.presets import REWARDS
 
+__all__ = [
+    "BestOfN",
+    "Judged",
+    "best_of_n",
+    "judge",
+    "length_reward",
+    "overlong_penalty",
+    "rate",
+    "reflection_bonus",
+    "shape_rewards",
+]
+
 LEVELS = ("token", "sequence")
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8)
 
 
 def _last(mask):
@@ -17,16 +33,6 @@ def _last(mask):
     place = torch.arange(mask.shape[-1], device=mask.device)
     last = torch.where(mask, place, -1).amax(-1, keepdim=True) if mask.shape[-1] else place.new_zeros(())
     return mask & (place == last)
-
-
-def _clipped(scores, clip):
-    """The scores within (low, high)."""
-    if not isinstance(clip, tuple | list) or len(clip) != 2:
-        validate.fail("clip", "(low, high)", repr(clip))
-    low, high = (validate.number("clip", x, limits.ANY) for x in clip)
-    if low > high:
-        validate.fail("clip", "(low, high) with low <= high", repr(clip))
-    return scores.clamp(low, high)
 
 
 def shape_rewards(scores, logp, ref_logp, mask=None, *, beta=None, kind=None, clip=None, level=None, like=None):
@@ -75,7 +81,7 @@ def shape_rewards(scores, logp, ref_logp, mask=None, *, beta=None, kind=None, cl
     mask = validate.counted(mask, "logp", logp)
     clip = defaults.get("clip") if clip is None else clip
     if clip is not None:
-        scores = _clipped(scores, clip)
+        scores = scores.clamp(*validate.span("clip", clip, limits.ANY))
     cost = torch.where(mask, beta * kl, 0.0)
     if level == "sequence":
         total = scores if scores.dim() == 1 else torch.where(mask, scores, 0.0).sum(-1)
@@ -88,6 +94,15 @@ def _vector(name: str, x) -> None:
     validate.tensor(name, x, validate.COUNTS)
     if x.dim() != 1:
         validate.fail(name, "shape [B]", validate.shape(x))
+
+
+def _groups(x, size) -> torch.Tensor:
+    """[groups, size]: neighbours together."""
+    if isinstance(size, bool) or not isinstance(size, int):
+        validate.fail("group_size", "an int", repr(size), TypeError)
+    if size < 1 or x.shape[0] % size:
+        validate.fail("group_size", f"a divisor of the {x.shape[0]} responses", repr(size))
+    return x.reshape(-1, size)
 
 
 def length_reward(lengths, correct, *, group_size=None, process_group=None):
@@ -123,11 +138,7 @@ def length_reward(lengths, correct, *, group_size=None, process_group=None):
     size = lengths.shape[0] if group_size is None else group_size
     if not lengths.shape[0]:
         return lengths.float()
-    if isinstance(size, bool) or not isinstance(size, int):
-        validate.fail("group_size", "an int", repr(size), TypeError)
-    if size < 1 or lengths.shape[0] % size:
-        validate.fail("group_size", f"a divisor of the {lengths.shape[0]} responses", repr(group_size))
-    grouped = lengths.float().reshape(-1, size)
+    grouped = _groups(lengths.float(), size)
     least, most = grouped.amin(-1, keepdim=True), grouped.amax(-1, keepdim=True)
     span = most - least
     gain = torch.where(span > 0, 0.5 - (grouped - least) / torch.where(span > 0, span, 1.0), 0.0).reshape(-1)
@@ -166,3 +177,77 @@ def overlong_penalty(lengths, *, max_len, buffer, factor=1.0, bounded=True):
     over = lengths.float() - (max_len - buffer)
     share = over.clamp(min=0.0) / buffer if buffer else (over > 0).float()
     return -factor * (share.clamp(max=1.0) if bounded else share)
+
+
+def reflection_bonus(correct, start, *, beta=0.5):
+    """Satori's bonus for a response that goes on from an earlier one: a mistake put right is paid, one made costs.
+
+        β if the start was wrong and the answer is right;  −β if the start was right and the answer is wrong;  else 0
+
+    Its whole reward is 1[right] − 1 + σ(r_ψ) + bonus, r_ψ of an outcome reward model that is trained on pairs.
+
+    Args:
+        correct: [B], bool or number. Whether the answer is right.
+        start: [B], int: −1 where the response goes on from a wrong one, 1 from a right one, 0 from the prompt alone.
+        beta: β; 0.5 in the authors' script.
+
+    Returns:
+        [B] float32, to add to the rewards.
+
+    Raises:
+        ValueError, TypeError: a shape, a type or a value is wrong; the message names it.
+
+    Reference:
+        arXiv 2502.02508, §4.2. The starts: ``rlfast.rollout.restarts``.
+
+    Example:
+        >>> rlfast.reflection_bonus(torch.tensor([True, False, True]), torch.tensor([-1, 1, 0]))
+        tensor([ 0.5000, -0.5000,  0.0000])
+    """
+    beta = validate.number("beta", beta, limits.NOT_NEGATIVE)
+    validate.tensor("start", start, INTEGERS)
+    if start.dim() != 1:
+        validate.fail("start", "shape [B]", validate.shape(start))
+    validate.like("correct", correct, "start", start, validate.MASKS)
+    validate.within("start", start, validate.Limit("-1, 0 or 1", -1, 1))
+    right = correct != 0
+    return beta * ((right & (start < 0)).float() - (~right & (start > 0)).float())
+
+
+class BestOfN(NamedTuple):
+    """Of each group, where its best and its worst response are in the batch, and how far apart their rewards."""
+
+    best: torch.Tensor  # int64 [groups]
+    worst: torch.Tensor  # int64 [groups]
+    gap: torch.Tensor  # [groups], 0 where all are alike: no pair for a preference loss
+
+
+def best_of_n(rewards, *, group_size) -> BestOfN:
+    """The best of n responses to each prompt, to answer with or to train on, and the worst, to make a pair with it.
+
+        best = argmax_i r_i,   worst = argmin_i r_i,   gap = r_best − r_worst;   the first of those that are equal
+
+    Args:
+        rewards: [B] float; the n responses to a prompt are neighbours.
+        group_size: n.
+
+    Returns:
+        BestOfN(best, worst, gap), indices into the batch.
+
+    Raises:
+        ValueError, TypeError: a shape or a type is wrong, or a reward is NaN (on a GPU that is not looked at).
+
+    Example:
+        >>> found = rlfast.best_of_n(torch.tensor([0.1, 0.7, 0.3, 0.3]), group_size=2)
+        >>> found.best, found.worst, found.gap > 0
+        (tensor([1, 2]), tensor([0, 2]), tensor([ True, False]))
+    """
+    validate.tensor("rewards", rewards)
+    if rewards.dim() != 1:
+        validate.fail("rewards", "shape [B]", validate.shape(rewards))
+    validate.within("rewards", rewards, limits.ANY)
+    grouped = _groups(rewards.detach(), group_size)
+    first = torch.arange(len(grouped), device=rewards.device) * grouped.shape[1]
+    best, worst = grouped.argmax(1), grouped.argmin(1)
+    gap = grouped.gather(1, best[:, None]) - grouped.gather(1, worst[:, None])
+    return BestOfN(first + best, first + worst, gap.squeeze(1))

@@ -117,6 +117,16 @@ def ordered(name: str, low: float, high_name: str, high: float) -> None:
         fail(f"{name}, {high_name}", f"{name} <= {high_name}", f"{low}, {high}")
 
 
+def span(name: str, x, limit: Limit) -> tuple[float, float]:
+    """(low, high), both within a range."""
+    if not isinstance(x, tuple | list) or len(x) != 2:
+        fail(name, "(low, high)", repr(x))
+    low, high = (number(name, y, limit) for y in x)
+    if low > high:
+        fail(name, "(low, high) with low <= high", repr(x))
+    return low, high
+
+
 def options(given, known, owner: str) -> None:
     """Names of options that there are."""
     for name in given:

@@ -1,6 +1,8 @@
-"""Losses of a critic: squared error, Huber, and cross-entropy over bins."""
+"""Losses of a critic: squared error, Huber, and cross-entropy over bins; the value of a policy near a prior."""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 
@@ -142,3 +144,51 @@ def value_loss(
         old_values = validate.like("old_values", old_values, "values", values).detach()
     old_values = None if clip is None else old_values
     return _said(_objective(kind, clip, delta, reduce)(values, old_logp=old_values, adv=returns, **call))
+
+
+class RegularizedValue(NamedTuple):
+    """The best value of a state with the KL to a prior taken off, and the policy that has it."""
+
+    value: torch.Tensor  # [*]
+    logp: torch.Tensor  # [*, A]: log π of that policy
+
+
+def regularized_value(q, prior_logp, *, lam) -> RegularizedValue:
+    """The value of a state whose policy is held near a prior, such as what a language model would do.
+
+        V = λ·log Σ_a π_0(a)·e^{Q(a)/λ} = max_π Σ_a π(a)·Q(a) − λ·KL(π‖π_0);   π(a) = π_0(a)·e^{(Q(a) − V)/λ}
+
+    ∂V/∂Q(a) = π(a). The target of a regularised Q-learning step is r + γV(s').
+
+    Args:
+        q: [*, A] float. Q of each action, with gradient.
+        prior_logp: like q. log π_0 up to a constant, for it is normalised over the actions here, as the log-probs of
+            candidate actions by ``Engine.choose`` want it. −inf where there is no such action. No gradient.
+        lam: λ > 0. Towards 0 it is max_a Q; large, Σ_a π_0(a)·Q(a).
+
+    Returns:
+        RegularizedValue(value [*], logp [*, A]), float32 (float64 where an input is); differentiable in q.
+
+    Raises:
+        ValueError, TypeError: a shape or a type is wrong, or lam is no float > 0; the message names it.
+
+    Reference:
+        LINVIT, arXiv 2402.16181.
+
+    Example:
+        >>> found = rlfast.regularized_value(torch.tensor([1.0, 0.0]), torch.tensor([-2.0, -2.0]), lam=1.0)
+        >>> found.value, found.logp.exp()
+        (tensor(0.6201), tensor([0.7311, 0.2689]))
+    """
+    lam = validate.positive("lam", lam)
+    validate.tensor("q", q)
+    if not q.dim() or not q.shape[-1]:
+        validate.fail("q", "shape [*, A], with one action at least", validate.shape(q))
+    validate.like("prior_logp", prior_logp, "q", q)
+    acc = torch.promote_types(torch.promote_types(q.dtype, prior_logp.dtype), torch.float32)
+    prior = torch.log_softmax(prior_logp.detach().to(acc), -1)
+    q = torch.where(prior == -torch.inf, 0.0, q.to(acc))  # what an action that is not there holds has no effect
+    top = q.detach().amax(-1, keepdim=True)  # (Q − top)/λ keeps its digits where Q/λ is large
+    scaled = prior + (q - top) / lam
+    total = torch.logsumexp(scaled, -1)
+    return RegularizedValue(top[..., 0] + lam * total, scaled - total[..., None])

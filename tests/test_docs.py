@@ -42,6 +42,13 @@ PUBLIC = [
     rlfast.shape_rewards,
     rlfast.length_reward,
     rlfast.overlong_penalty,
+    rlfast.rewards.judge,
+    rlfast.rewards.rate,
+    rlfast.reflection_bonus,
+    rlfast.best_of_n,
+    rlfast.regularized_value,
+    rlfast.EmbeddingRewards,
+    rlfast.pooled_rewards,
     rlfast.clip_cov_keep,
     rlfast.kl_cov_extra,
     rlfast.top_entropy_keep,
@@ -63,7 +70,7 @@ DOCUMENTED = (
     "value_loss", "shape_rewards", "length_reward", "preference_loss", "unpaired_loss", "ranked_loss", "reward_loss",
     "overlong_penalty", "clip_cov_keep", "kl_cov_extra", "top_entropy_keep", "rollout_keep",
     "paged_attention", "packed_attention", "sample", "linear_sample", "penalty_edits",
-    "recipe",
+    "reflection_bonus", "best_of_n", "regularized_value", "pooled_rewards", "recipe",
 )  # fmt: skip
 
 

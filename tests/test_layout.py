@@ -64,6 +64,8 @@ FLOORS = {
     "rlfast.attention": 3,
     "rlfast.values": 3,
     "rlfast.rewards": 3,
+    "rlfast.judges": 3,
+    "rlfast.embedding_rewards": 3,
     "rlfast.controllers": 3,
     "rlfast.sampling": 3,
     "rlfast.selections": 3,

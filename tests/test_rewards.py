@@ -136,6 +136,16 @@ BAD = [
         r"buffer: expected a number in \[0, max_len = 3\], got",
     ),
     (lambda: rlfast.overlong_penalty(TWO, max_len=3, buffer=1, factor="a"), "factor: expected a finite float, got 'a'"),
+    (lambda: rlfast.reflection_bonus(TWO, TWO), "start: expected dtype torch.int64|start: expected dtype int64"),
+    (lambda: rlfast.reflection_bonus(TWO, torch.tensor([0, 2])), "start: expected -1, 0 or 1 each, got 2"),
+    (lambda: rlfast.reflection_bonus(TWO, torch.tensor([0])), r"correct: expected shape \(1,\) like start"),
+    (lambda: rlfast.reflection_bonus(TWO, torch.tensor([0, 1]), beta=-1), "beta: expected a finite float ≥ 0"),
+    (lambda: rlfast.best_of_n(torch.zeros(2, 2), group_size=2), r"rewards: expected shape \[B\], got \(2, 2\)"),
+    (
+        lambda: rlfast.best_of_n(torch.zeros(3), group_size=2),
+        "group_size: expected a divisor of the 3 responses, got 2",
+    ),
+    (lambda: rlfast.best_of_n(torch.tensor([0.0, torch.nan]), group_size=2), "rewards: expected a float each, got nan"),
 ]
 
 
@@ -164,3 +174,18 @@ def test_the_length_reward():
     close("group of 3", rlfast.length_reward(lengths, correct, group_size=3), [0.5, 0.0, -0.5, -0.5, 0.5, 0.0])
     close("one group", rlfast.length_reward(lengths[4:], correct[4:]), [0.0, 0.0])
     assert rlfast.length_reward(torch.zeros(0), torch.zeros(0)).shape == (0,)
+
+
+def test_the_reflection_bonus():
+    """Every start with a right and a wrong answer."""
+    start = torch.tensor([-1, -1, 0, 0, 1, 1])
+    got = rlfast.reflection_bonus(torch.tensor([1, 0, 1, 0, 1, 0]), start, beta=0.3)
+    close("bonus", got, torch.tensor([0.3, 0, 0, 0, 0, -0.3]).double())
+
+
+def test_the_best_and_the_worst_of_n():
+    rewards = torch.tensor([0.5, -1.0, 2.0, 1.0, 1.0, 1.0, -torch.inf, 3.0, 3.0])
+    found = rlfast.best_of_n(rewards, group_size=3)
+    assert found.best.tolist() == [2, 3, 7] and found.worst.tolist() == [1, 3, 6]
+    assert found.gap.tolist() == [3.0, 0.0, torch.inf]
+    assert rlfast.best_of_n(rewards[:0], group_size=3).best.shape == (0,)

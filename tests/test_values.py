@@ -1,4 +1,4 @@
-"""The critic's losses: against autograd, and the trainers' own functions."""
+"""The critic's losses: against autograd, and the trainers' own functions; the value of a policy near a prior."""
 
 from __future__ import annotations
 
@@ -205,3 +205,58 @@ def test_errors_name_the_argument():
     ):
         with pytest.raises(ValueError, match=said):
             rlfast.value_loss(*given, **options)
+
+
+@pytest.mark.parametrize("lam", (0.05, 1.0, 30.0))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float64))
+def test_the_regularised_value(lam, dtype):
+    """Value, policy and gradient, against the formula in float64; an action that is not there has no part."""
+    draw = torch.Generator().manual_seed(5)
+    q, prior = (torch.randn(3, 4, 6, generator=draw).mul(scale).to(dtype) for scale in (2.0, 3.0))
+    prior[0, 1, 2:4] = -torch.inf
+    there, runs = prior != -torch.inf, []
+    for to in (torch.float64, torch.float32):
+        leaf = q.detach().clone().to(to).requires_grad_()
+        weights = torch.where(there, prior.to(to).exp(), 0.0)
+        weights = weights / weights.sum(-1, keepdim=True)
+        top = leaf.detach().amax(-1, keepdim=True)
+        value = lam * (weights * ((leaf - top) / lam).exp()).sum(-1).log() + top[..., 0]
+        value.sum().backward()
+        runs.append((value.detach(), (weights.log() + (leaf.detach() - value.detach()[..., None]) / lam), leaf.grad))
+    leaf = q.detach().clone().requires_grad_()
+    got = rlfast.regularized_value(leaf, prior, lam=lam)
+    assert got.value.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert_value("value", got.value.detach(), runs[0][0], runs[1][0], size=q.double().abs().amax(-1) + lam)
+    assert bool((got.logp == -torch.inf).eq(~there).all())
+    size = (q.double().abs() / lam + prior.double().abs() + 1.0)[there]
+    assert_value("policy", got.logp.detach()[there], runs[0][1][there], runs[1][1][there], size=size)
+    got.value.sum().backward()
+    assert_gradient("gradient", leaf.grad, runs[0][2], runs[1][2])
+
+
+def test_the_regularised_value_is_the_best_of_all_policies():
+    """max_π E_π[Q] − λ·KL(π‖π_0), of 2000 others too; near max Q for a small λ, the prior's mean for a large one."""
+    draw = torch.Generator().manual_seed(0)
+    q, prior = torch.randn(5, generator=draw).double(), torch.randn(5, generator=draw).double()
+    found, logs = rlfast.regularized_value(q, prior, lam=0.4), prior.log_softmax(-1)
+
+    def worth(logp):
+        return (logp.exp() * (q - 0.4 * (logp - logs))).sum(-1)
+
+    torch.testing.assert_close(worth(found.logp), found.value)
+    assert (worth(torch.randn(2000, 5, generator=draw).double().log_softmax(-1)) < found.value).all()
+    torch.testing.assert_close(rlfast.regularized_value(q, prior, lam=1e-3).value, q.max(), atol=5e-3, rtol=0)
+    mean = (logs.exp() * q).sum()
+    torch.testing.assert_close(rlfast.regularized_value(q, prior, lam=1e6).value, mean, atol=1e-5, rtol=0)
+
+
+def test_the_regularised_value_refuses():
+    q = torch.zeros(2, 3)
+    for given, lam, said in (
+        ((q, q[:1]), 1.0, r"prior_logp: expected shape \(2, 3\) like q, got \(1, 3\)"),
+        ((q[:, :0], q[:, :0]), 1.0, r"q: expected shape \[\*, A\], with one action at least, got \(2, 0\)"),
+        ((q, q), 0.0, "lam: expected a finite float > 0, got 0.0"),
+        (([0.0], q), 1.0, "q: expected a torch.Tensor, got list"),
+    ):
+        with pytest.raises((ValueError, TypeError), match=said):
+            rlfast.regularized_value(*given, lam=lam)

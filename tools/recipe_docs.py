@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 from rlfast.recipes import RECIPES, SURE, show
-from rlfast.recipes.row import Average, Recipe, Stage, Value
+from rlfast.recipes.row import Recipe, Stage, Value
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE, PICTURE, RESULT = (
@@ -62,7 +62,7 @@ def line(path: str, x: Value) -> str:
 
 def notes(stage: Stage) -> list[str]:
     """What a stage has to say beside its values."""
-    inner = notes(stage.stage) if isinstance(stage, Average) else []
+    inner = notes(stage.stage) if hasattr(stage, "stage") else []
     return [*inner, *filter(None, [stage.note])]
 
 

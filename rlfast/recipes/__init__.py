@@ -2,11 +2,12 @@
 
 It is also how to write such training with rlfast, in this order:
 
-    row.py          what a row can say
-    classic.py, pairs.py, reasoning.py      the rows
+    row.py, paper_stages.py                 what a row can say
+    classic.py, pairs.py, reasoning.py, papers.py      the rows
     models.py       policy, reward model, critic
     session.py      what the stages of a run share
-    policy.py, preferences.py               the stages
+    policy.py, preferences.py, feedback.py, agents.py  the stages
+    gridworld.py    the room of the agents
     training.py     ``train``: one after the other; ``fitted``: at the size of a run
     tasks.py        what ``rlfast train`` trains on
     command.py, show.py                     what it prints
@@ -15,10 +16,11 @@ It is also how to write such training with rlfast, in this order:
 from __future__ import annotations
 
 from rlfast import validate
-from rlfast.recipes import classic, pairs, reasoning
+from rlfast.recipes import classic, pairs, papers, reasoning
 from rlfast.recipes.row import SURE, Recipe, Stage, Use, Value, said, undisclosed, use
 
-RECIPES: dict[str, Recipe] = {row.name: row for rows in (classic.ROWS, pairs.ROWS, reasoning.ROWS) for row in rows}
+TABLES = (classic.ROWS, pairs.ROWS, reasoning.ROWS, papers.ROWS)
+RECIPES: dict[str, Recipe] = {row.name: row for rows in TABLES for row in rows}
 
 __all__ = ["RECIPES", "SURE", "Recipe", "Stage", "Use", "Value", "recipe", "said", "undisclosed", "use"]
 

@@ -153,7 +153,12 @@ class PolicyRun:
 @runs(Policy)
 def policy(session: Session, stage: Policy, steps: int) -> Iterator[Record]:
     """Sample, reward, and update some times; then the next prompts."""
-    now = PolicyRun(session, stage)
+    yield from stepped(PolicyRun(session, stage), steps)
+
+
+def stepped(now: PolicyRun, steps: int) -> Iterator[Record]:
+    """The updates of a policy stage."""
+    stage = now.stage
     for step in range(steps):
         answers = now.rollouts()
         if answers is None:
@@ -165,4 +170,4 @@ def policy(session: Session, stage: Policy, steps: int) -> Iterator[Record]:
                 yield now.update(step, answers, m, torch.arange(part, len(answers.numbers), count))
         now.ends_step(step)
     if now.average is not None:
-        session.model.load_state_dict(now.average)
+        now.session.model.load_state_dict(now.average)

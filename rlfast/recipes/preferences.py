@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -12,6 +12,7 @@ from rlfast import validate
 from rlfast.recipes.models import Actor, Batch, batch_of
 from rlfast.recipes.row import BestOf, Preference, RewardModel
 from rlfast.recipes.session import Answers, Record, Session, learn, runs
+from rlfast.rewards import best_of_n
 
 
 class Pairs(NamedTuple):
@@ -24,10 +25,8 @@ class Pairs(NamedTuple):
 
 def ends(answers: Answers, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(rows of the best answers, of the worst) of the groups whose scores differ."""
-    grouped = answers.groups(scores)
-    first = torch.arange(len(grouped), device=scores.device) * answers.group
-    differ = grouped.amax(1) > grouped.amin(1)
-    return (first + grouped.argmax(1))[differ], (first + grouped.argmin(1))[differ]
+    found = best_of_n(scores, group_size=answers.group)
+    return found.best[found.gap > 0], found.worst[found.gap > 0]
 
 
 def pairs_of(answers: Answers, scores: torch.Tensor, skip: int = 0) -> Pairs | None:
@@ -87,8 +86,11 @@ def adapted(session: Session, stage: Preference):
 
 
 @runs(Preference)
-def preference(session: Session, stage: Preference, steps: int) -> Iterator[Record]:
-    """Pairs of the policy's answers, or of the reference's, and a preference loss."""
+def preference(
+    session: Session, stage: Preference, steps: int, scored: Callable[[Answers], torch.Tensor] | None = None
+) -> Iterator[Record]:
+    """Pairs of the policy's answers, or of the reference's, by their scores, and a preference loss."""
+    scored = scored or (lambda answers: session.judged(stage.judge, answers))
     validate.one_of("sampler", stage.sampler, ("policy", "reference"))
     with adapted(session, stage) as (reference, as_reference):
         optimizer = session.optimizer(session.model.parameters(), stage.learning_rate)
@@ -99,7 +101,7 @@ def preference(session: Session, stage: Preference, steps: int) -> Iterator[Reco
             sampled_as = as_reference if stage.sampler == "reference" else contextlib.nullcontext
             with sampled_as():
                 answers = session.sample(stage, engine)
-            found = pairs_of(answers, session.judged(stage.judge, answers), stage.skip)
+            found = pairs_of(answers, scored(answers), stage.skip)
             if found is None:
                 continue
             given = _given(stage, found, reference, as_reference)
@@ -132,8 +134,7 @@ def best_of(session: Session, stage: BestOf, steps: int) -> Iterator[Record]:
     session.begins(stage, reward_model=session.reward_model)
     for step in range(steps):
         answers = session.sample(stage)
-        grouped = answers.groups(session.judged(stage.judge, answers))
-        rows = torch.arange(len(grouped), device=grouped.device) * answers.group + grouped.argmax(1)
+        rows = best_of_n(session.judged(stage.judge, answers), group_size=answers.group).best
         best = answers.batch.rows(rows)
         loss = stage.loss(session.actor.logps(best).logp, mask=best.mask).loss
         learn(loss, optimizer)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 
@@ -61,7 +62,7 @@ class Use:
     @functools.cached_property
     def ready(self):
         """The loss object, or the function with these arguments bound."""
-        function = getattr(rlfast, self.function)
+        function = operator.attrgetter(self.function)(rlfast)
         if self.function in NAMED:
             return function(self.name, **self.values)
         return functools.partial(function, **self.values)

@@ -90,6 +90,7 @@ class Session:
         self.reward_model: Scorer | None = None
         self.generator = torch.Generator().manual_seed(seed)
         self.drawn, self.place, self.waiting = 0, 0, []
+        self.kept: dict = {}  # what a stage leaves to later ones
 
     def adopt(self, model: nn.Module) -> None:
         """This is the policy from now on."""
@@ -129,19 +130,22 @@ class Session:
         taken, self.waiting = self.waiting[:count], self.waiting[count:]
         return taken
 
-    def sample(self, stage: Stage, engine: Engine | None = None) -> Answers:
-        """Fresh answers to the next prompts, by the policy or another engine."""
-        numbers, n = self.take(stage.batch.value), stage.candidates.value
-        prompts = [list(self.task.prompts[i]) for i in numbers]
+    def sample(self, stage: Stage, engine: Engine | None = None, numbers: list[int] | None = None) -> Answers:
+        """Fresh answers to the next prompts, or to those of some numbers, by the policy or another engine."""
+        n, numbers = stage.candidates.value, self.take(stage.batch.value) if numbers is None else numbers
+        rollouts = self.generate([list(self.task.prompts[i]) for i in numbers], stage, n, engine)
+        return self.answers([i for i in numbers for _ in range(n)], rollouts, n)
+
+    def generate(self, prompts: list[list[int]], stage: Stage, n: int, engine: Engine | None = None) -> list[Rollout]:
+        """n responses to each prompt, drawn as none before."""
         params = []
-        for _ in numbers:
+        for _ in prompts:
             seed = self.seed + SEEDS * self.drawn
             params.append(
                 SamplingParams(n=n, temperature=stage.temperature.value, max_tokens=self.max_tokens, seed=seed)
             )
             self.drawn += 1
-        rollouts = (engine or self.engine).generate(prompts, params)
-        return self.answers([i for i in numbers for _ in range(n)], rollouts, n)
+        return (engine or self.engine).generate(prompts, params)
 
     def answers(self, numbers: list[int], rollouts: list[Rollout], group: int) -> Answers:
         """Rollouts with their rewards."""

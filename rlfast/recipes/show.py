@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from dataclasses import fields
 
-from rlfast.recipes.row import Average, Recipe, Stage, Use, Value
+from rlfast.recipes.row import Recipe, Stage, Use, Value
 
 NAMES = {"RewardModel": "reward model", "Policy": "policy", "Preference": "preferences", "BestOf": "best of N",
-         "Distil": "distillation", "Average": "average"}  # fmt: skip
+         "Distil": "distillation", "Average": "average", "Compared": "reward model by a judge",
+         "Demonstrated": "inverse RL", "Embedded": "reward models on embeddings", "Restarted": "policy with restarts",
+         "Rated": "preferences by ratings", "Extrapolated": "extrapolation", "Agent": "agent",
+         "Feedback": "reward model of an agent", "Guided": "agent with a prior",
+         "Advised": "agent with a teacher"}  # fmt: skip
 
 
 def kind(stage: Stage) -> str:
@@ -23,7 +27,7 @@ def summary(stage: Stage) -> str:
         for use in [x] if isinstance(x, Use) else list(x.values()) if isinstance(x, dict) else []:
             method = use.values.get("method")
             uses.append(use.function + (f" {use.name or method}" if use.name or method else ""))
-    inner = f" of ({summary(stage.stage)})" if isinstance(stage, Average) else ""
+    inner = f" of ({summary(stage.stage)})" if hasattr(stage, "stage") else ""
     return f"{kind(stage)}{inner}: {', '.join(uses)}" if uses else f"{kind(stage)}{inner}"
 
 
@@ -43,4 +47,4 @@ def as_json(row: Recipe) -> dict:
 
 def told(row: Recipe) -> list[tuple[str, Value]]:
     """The values that are worth a line: those that a report gives, and the defaults of arguments of losses."""
-    return [(path, x) for path, x in row.values() if x.source or path.count(".") > 1]
+    return [(path, x) for path, x in row.values() if x.source or path.replace(".stage.", ".").count(".") > 1]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from rlfast import validate
-from rlfast.recipes import policy, preferences  # noqa: F401  they say who runs which stage
+from rlfast.recipes import agents, feedback, policy, preferences  # noqa: F401  they say who runs which stage
 from rlfast.recipes.row import Average, Distil, Recipe
 from rlfast.recipes.session import RUNNERS, Record, Session, Task, learn, run, runs
 from rlfast.weights import merge
@@ -79,7 +79,7 @@ def fitted(
         name = path.rpartition(".")[2]
         if bounds.get(name) is not None:
             recipe = recipe.replaced(path, min(x.value, bounds[name]))
-        elif name in ("learning_rate", "critic_rate") and learning_rate is not None:
+        elif name in ("learning_rate", "critic_rate", "teacher_rate") and learning_rate is not None:
             recipe = recipe.replaced(path, learning_rate)
         elif name == "max_len" and max_tokens is not None and max_tokens < x.value:
             buffer = path[: -len(name)] + "buffer"

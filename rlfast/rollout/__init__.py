@@ -3,5 +3,17 @@
 from rlfast.rollout.api import Packed, Request, Rollout, RolloutBackend, SamplingParams, Score, pack
 from rlfast.rollout.engine import Engine
 from rlfast.rollout.parallel import RankPool
+from rlfast.rollout.prefixes import restarts
 
-__all__ = ["Engine", "Packed", "RankPool", "Request", "Rollout", "RolloutBackend", "SamplingParams", "Score", "pack"]
+__all__ = [
+    "Engine",
+    "Packed",
+    "RankPool",
+    "Request",
+    "Rollout",
+    "RolloutBackend",
+    "SamplingParams",
+    "Score",
+    "pack",
+    "restarts",
+]
