@@ -17,8 +17,14 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 DEVICES = ("cpu", "cuda")
 
 
+ABSENT = object()  # the original of an entry that a registry has not
+
+
 class Swap(NamedTuple):
-    """One object for another: in every module under ``prefix``, or only as attribute ``name`` of ``owner``."""
+    """One object for another: in every module under ``prefix``, or only as attribute ``name`` of ``owner``.
+
+    An owner that is a dict, a registry, has it as its entry ``name``, and ``prefix`` is the registry's dotted name.
+    """
 
     original: Any
     replacement: Any
@@ -47,6 +53,16 @@ def rebind(prefix: str, original, replacement) -> list[str]:
     return names
 
 
+def exchange(registry: dict, name: str, before, after) -> None:
+    """Replace an entry, unless somebody has registered another one since; an absent one comes and goes."""
+    if registry.get(name, ABSENT) is not before:
+        return
+    if after is ABSENT:
+        del registry[name]
+    else:
+        registry[name] = after
+
+
 class Patch:
     """What ``rlfast.patch`` put in place: undo by calling it, or by leaving its ``with`` block."""
 
@@ -59,6 +75,9 @@ class Patch:
         for swap in self._swaps():
             if swap.owner is None:
                 names = rebind(swap.prefix, swap.original, swap.replacement)
+            elif isinstance(swap.owner, dict):
+                exchange(swap.owner, swap.name, swap.original, swap.replacement)
+                names = [f"{swap.prefix}[{swap.name!r}]"]
             else:
                 setattr(swap.owner, swap.name, swap.replacement)
                 names = [f"{_dotted(swap.owner)}.{swap.name}"]
@@ -88,6 +107,8 @@ class Patch:
         for swap in swaps.values():
             if swap.owner is None:
                 rebind(swap.prefix, swap.replacement, swap.original)
+            elif isinstance(swap.owner, dict):
+                exchange(swap.owner, swap.name, swap.replacement, swap.original)
             else:
                 setattr(swap.owner, swap.name, swap.original)
 
