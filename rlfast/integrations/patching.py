@@ -17,14 +17,8 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 DEVICES = ("cpu", "cuda")
 
 
-ABSENT = object()  # the original of an entry that a registry has not
-
-
 class Swap(NamedTuple):
-    """One object for another: in every module under ``prefix``, or only as attribute ``name`` of ``owner``.
-
-    An owner that is a dict, a registry, has it as its entry ``name``, and ``prefix`` is the registry's dotted name.
-    """
+    """One object for another: in every module under ``prefix``, or only as attribute ``name`` of ``owner``."""
 
     original: Any
     replacement: Any
@@ -53,16 +47,6 @@ def rebind(prefix: str, original, replacement) -> list[str]:
     return names
 
 
-def exchange(registry: dict, name: str, before, after) -> None:
-    """Replace an entry, unless somebody has registered another one since; an absent one comes and goes."""
-    if registry.get(name, ABSENT) is not before:
-        return
-    if after is ABSENT:
-        del registry[name]
-    else:
-        registry[name] = after
-
-
 class Patch:
     """What ``rlfast.patch`` put in place: undo by calling it, or by leaving its ``with`` block."""
 
@@ -75,9 +59,6 @@ class Patch:
         for swap in self._swaps():
             if swap.owner is None:
                 names = rebind(swap.prefix, swap.original, swap.replacement)
-            elif isinstance(swap.owner, dict):
-                exchange(swap.owner, swap.name, swap.original, swap.replacement)
-                names = [f"{swap.prefix}[{swap.name!r}]"]
             else:
                 setattr(swap.owner, swap.name, swap.replacement)
                 names = [f"{_dotted(swap.owner)}.{swap.name}"]
@@ -107,8 +88,6 @@ class Patch:
         for swap in swaps.values():
             if swap.owner is None:
                 rebind(swap.prefix, swap.replacement, swap.original)
-            elif isinstance(swap.owner, dict):
-                exchange(swap.owner, swap.name, swap.replacement, swap.original)
             else:
                 setattr(swap.owner, swap.name, swap.original)
 
@@ -185,6 +164,29 @@ def takes(original, wanted, name: str, strange: list[str], skip: str = "") -> bo
     if live != list(wanted):
         strange.append(f"{name} takes ({', '.join(live)}), expected ({', '.join(wanted)})")
     return live == list(wanted)
+
+
+def refuse_untested(trainer: str, version: str, tested: tuple[str, ...], untested: bool) -> None:
+    """An error if a trainer's version is not one of these, and it was not asked for.
+
+    Args:
+        tested: versions as far as they count, "0.11" for "0.11.2".
+    """
+    if not untested and ".".join(version.split(".")[:2]) not in tested:
+        raise RuntimeError(
+            f'rlfast.patch("{trainer}"): tested with {trainer} {", ".join(tested)}, found {version}: '
+            f"run `pip install '{trainer}=={tested[-1]}.*'`, or pass untested=True "
+            "to replace what still has the signature that rlfast knows"
+        )
+
+
+def refuse_strange(trainer: str, version: str, strange: list[str], untested: bool) -> None:
+    """An error if something is not as known; with ``untested`` a warning that it is left alone."""
+    if strange and not untested:
+        words = "; ".join(strange)
+        raise RuntimeError(f'rlfast.patch("{trainer}"): {trainer} {version} does not look as it should: {words}')
+    for reason in strange:
+        logger.warning("%s %s: %s; it is left alone", trainer, version, reason)
 
 
 def reads(code: types.CodeType, name: str) -> bool:

@@ -11,9 +11,8 @@ from __future__ import annotations
 
 import importlib
 import inspect
-import logging
 
-from rlfast.integrations.patching import ABSENT, Swap, or_original, say_once, takes
+from rlfast.integrations.patching import Swap, or_original, refuse_strange, refuse_untested, say_once, takes
 from rlfast.integrations.verl_advantages import (
     baseline_unsupported,
     compute_gae_advantage_return,
@@ -79,8 +78,6 @@ from rlfast.integrations.verl_losses import (
     value_unsupported,
 )
 
-logger = logging.getLogger("rlfast.integrations")
-
 TESTED = ("0.9",)
 CORE = "verl.trainer.ppo.core_algos"
 FUNCTIONAL = "verl.utils.torch_functional"
@@ -145,20 +142,12 @@ def replacements(untested: bool):
         RuntimeError: the version is not one of ``TESTED`` and ``untested`` is False, or a signature is not as known.
     """
     version = importlib.import_module("verl").__version__
-    if not untested and ".".join(version.split(".")[:2]) not in TESTED:
-        raise RuntimeError(
-            f'rlfast.patch("verl"): tested with verl {", ".join(TESTED)}, found {version}: '
-            f"run `pip install 'verl=={TESTED[-1]}.*'`, or pass untested=True "
-            "to replace what still has the signature that rlfast knows"
-        )
+    refuse_untested("verl", version, TESTED, untested)
     strange: list[str] = []
     fixed = [swap for name in PLACES for swap in _functions(name, strange)]
     fixed += _registered({id(swap.original): swap.replacement for swap in fixed})
     fixed += _heads(strange)
-    if strange and not untested:
-        raise RuntimeError(f'rlfast.patch("verl"): verl {version} does not look as it should: {"; ".join(strange)}')
-    for reason in strange:
-        logger.warning("verl %s: %s; it is left alone", version, reason)
+    refuse_strange("verl", version, strange, untested)
     if not fixed:
         raise RuntimeError(f'rlfast.patch("verl"): nothing in verl {version} has a signature that rlfast knows')
     return lambda: fixed, version
@@ -183,18 +172,35 @@ def _functions(name: str, strange: list[str]) -> list[Swap]:
     return swaps
 
 
+class Registry:
+    """A registry of verl's whose entries are attributes: to set one to None takes it out.
+
+    What somebody registers after we did stays theirs.
+    """
+
+    def __init__(self, entries: dict, name: str):
+        vars(self).update(entries=entries, put={}, __module__=CORE, __qualname__=name)
+
+    def __setattr__(self, name, value):
+        if name in self.put and self.entries.get(name) is not self.put[name]:
+            return
+        self.put[name] = value
+        self.entries[name] = value
+        if value is None:
+            del self.entries[name]
+
+
 def _registered(replacement: dict[int, object]) -> list[Swap]:
     """The registries' entries that are replaced functions, under verl's names and again under our own."""
     swaps, core = [], _module(CORE)
     for registry in REGISTRIES if core is not None else ():
-        entries = getattr(core, registry)
-        for name, original in list(entries.items()):
+        owner = Registry(getattr(core, registry), registry)
+        for name, original in list(owner.entries.items()):
             ours = replacement.get(id(original))
-            if ours is None:
-                continue
-            swaps.append(Swap(original, ours, f"{CORE}.{registry}", entries, name))
-            if name not in BY_NAME:
-                swaps.append(Swap(ABSENT, ours, f"{CORE}.{registry}", entries, OWN_NAME.format(name)))
+            if ours is not None:
+                swaps.append(Swap(original, ours, owner=owner, name=name))
+                if name not in BY_NAME:
+                    swaps.append(Swap(None, ours, owner=owner, name=OWN_NAME.format(name)))
     return swaps
 
 

@@ -22,9 +22,14 @@ def _plain(given, said: dict) -> bool:
     return given.weights is None or float(given.weights.amin()) > 0
 
 
+def _moved(given):
+    """The log-ratios, in float32 at least."""
+    return given.logp.detach().to(torch.promote_types(given.logp.dtype, torch.float32)) - given.old
+
+
 def _ratio(given):
     """π/π_old within verl's bounds."""
-    return (given.logp.detach() - given.old).clamp(-BOUND, BOUND).exp()
+    return _moved(given).clamp(-BOUND, BOUND).exp()
 
 
 def _share(given, chosen) -> float:
@@ -36,6 +41,12 @@ def _share(given, chosen) -> float:
 def clipped(ratio, adv, options: dict):
     """Where PPO's clip takes a token."""
     return ((ratio < 1 - options["eps_low"]) & (adv < 0)) | ((ratio > 1 + options["eps_high"]) & (adv > 0))
+
+
+def _mean(given, x) -> float:
+    """The mean of a number of each token."""
+    mask = given.mask.bool()
+    return (torch.where(mask, x, 0.0).sum() / (mask.sum() + 1e-8)).item()
 
 
 def _read(given, metrics) -> dict:
@@ -75,7 +86,7 @@ def gspo(given, metrics) -> dict:
     if given.weights is None or not given.logp.numel() or float(given.weights.amin()) > 0:
         return _all(said["clip_low"] + said["clip_high"], said)
     mask = given.mask.bool()
-    moved = torch.where(mask, given.logp.detach() - given.old, 0.0).sum(-1) / mask.sum(-1).clamp(min=1)
+    moved = torch.where(mask, _moved(given), 0.0).sum(-1) / mask.sum(-1).clamp(min=1)
     return _all(_share(given, clipped(moved.clamp(max=10.0).exp()[:, None], given.adv, given.options)), said)
 
 
@@ -101,17 +112,15 @@ def clip_cov(given, metrics) -> dict:
 
 def kl_cov(given, metrics) -> dict:
     """Of KL-Cov: its KL is a mean of absolute log-ratios."""
-    mask = given.mask.bool()
-    moved = torch.where(mask, given.logp.detach() - given.old, 0.0).abs().sum()
-    return {KL: (moved / (mask.sum() + 1e-8)).item()}
+    return {KL: _mean(given, _moved(given).abs())}
 
 
 def geo_mean(given, metrics) -> dict:
     """Of GMPO: log-ratios out of bounds on either side, by the advantage's sign."""
-    said, o = _read(given, metrics), given.options
-    moved = given.logp.detach() - given.old
+    moved, o = _moved(given), given.options
     out = (moved > o["log_ratio_high"]) | (moved < o["log_ratio_low"])
-    return _all(_share(given, out & (given.adv > 0)), said, _share(given, out & (given.adv < 0)))
+    upper, lower = (_share(given, out & side) for side in (given.adv > 0, given.adv < 0))
+    return {FRAC: upper, LOWER: lower, KL: _mean(given, -moved)}
 
 
 def kl_alone(given, metrics) -> dict:
