@@ -36,7 +36,8 @@ def changed(before: dict, after: dict) -> set:
 
 
 def test_undo_restores_everything_and_says_what_was_replaced():
-    importlib.import_module("verl.trainer.distillation.losses")
+    for name in ("verl.trainer.distillation.losses", ours.CROSS_ENTROPY):
+        importlib.import_module(name)
     before = bindings()
     with rlfast.patch("verl") as patch:
         after = changed(before, bindings())
@@ -109,6 +110,32 @@ def test_a_module_that_cannot_be_imported_is_left_alone(monkeypatch, caplog):
         assert f"{ours.CORE}.agg_loss" in patch.replaced
         assert not any("linear_cross_entropy" in name for name in patch.replaced)
     assert "cannot be imported" in caplog.text
+
+
+def test_the_plug_in_waits_for_its_setting(monkeypatch, caplog):
+    plugin = importlib.import_module("rlfast.integrations.verl_plugin")
+    before = bindings()
+    for value in (None, "0", ""):
+        monkeypatch.delenv("RLFAST_VERL", raising=False) if value is None else monkeypatch.setenv("RLFAST_VERL", value)
+        importlib.reload(plugin)
+        assert not changed(before, bindings())
+    monkeypatch.setenv("RLFAST_VERL", "1")
+    importlib.reload(plugin)
+    assert hasattr(core.agg_loss, "__wrapped__")
+    rlfast.patch("verl").undo()
+    assert not changed(before, bindings())
+    monkeypatch.setattr(verl, "__version__", "0.10.1")
+    with caplog.at_level(logging.ERROR, "rlfast.integrations"), pytest.raises(RuntimeError):
+        importlib.reload(plugin)
+    assert "verl runs without rlfast: " in caplog.text
+
+
+def test_to_import_the_external_module_is_to_patch():
+    before = bindings()
+    module = importlib.import_module("rlfast.integrations.verl_external")
+    assert module.patched.active
+    module.patched.undo()
+    assert not changed(before, bindings())
 
 
 SCRIPTS = {
