@@ -1,6 +1,6 @@
 """Tokens that an objective treats apart: chosen by covariance or by entropy, for ``keep`` and ``extra`` of a loss.
 
-Everything stays on the device: no ``item``, no ``nonzero``, no shape that depends on the data.
+Everything stays on a GPU and in a compiled graph: no ``item``, no ``nonzero``, no shape that depends on the data.
 """
 
 from __future__ import annotations
@@ -10,24 +10,24 @@ import math
 import torch
 
 from rlfast import limits, validate
+from rlfast.ops.dispatch import unobserved
 
 
-def _covariance(logp, adv, mask, process_group):
-    """((A − mean A)·(log p − mean log p), A as [B, T], mask as bool, its count here)."""
+def covariance(logp, adv, mask, process_group=None):
+    """((A − mean A)·(log p − mean log p), A as [B, T], mask as bool, its count here); what is masked is arbitrary."""
     validate.tensor("logp", logp)
     validate.tensor("adv", adv)
     logp, adv = logp.detach(), adv.detach()
     adv = adv[:, None].expand_as(logp) if adv.dim() == 1 and logp.dim() == 2 else adv
     validate.like("adv", adv, "logp", logp)
     mask = validate.counted(mask, "logp", logp)
-    count, acc = mask.sum(), torch.promote_types(torch.promote_types(logp.dtype, adv.dtype), torch.float32)
-    both = torch.stack([torch.where(mask, x.to(acc), 0.0) for x in (adv, logp)])
-    sums = torch.cat([both.flatten(1).sum(1), count.to(acc).reshape(1)])
+    count, acc = mask.count_nonzero(), torch.promote_types(torch.promote_types(logp.dtype, adv.dtype), torch.float32)
+    advs, logps = (torch.where(mask, x.to(acc), 0.0) for x in (adv, logp))
+    sums = torch.stack([advs.sum(), logps.sum(), count.to(acc)])
     if process_group is not None:
         torch.distributed.all_reduce(sums, group=process_group)
     means = sums[:2] / sums[2].clamp(min=1.0)
-    moved = torch.where(mask, both - means.reshape(2, *[1] * logp.dim()), 0.0)
-    return moved[0] * moved[1], adv, mask, count.clamp(min=1)
+    return advs.sub_(means[0]).mul_(logps.sub_(means[1])), adv, mask, count.clamp(min=1)
 
 
 def _share(ratio, count):
@@ -36,8 +36,16 @@ def _share(ratio, count):
 
 
 def _ranked_below(score, number):
-    """The ``number`` elements of the largest score, a 0-dim tensor; −inf is never among them."""
+    """The ``number`` elements of the largest score, a 0-dim tensor; −inf is never among them.
+
+    Of equal scores the first are. On a CPU, where to read ``number`` is no wait, they are found without a sort of all.
+    """
     flat = score.reshape(-1)
+    if validate.looked_at(flat) and flat.numel() and unobserved(flat):
+        values, at = flat.topk(min(int(number), flat.numel()), sorted=False)
+        least = values.min()
+        if (flat == least).count_nonzero() == (values == least).count_nonzero():
+            return torch.zeros_like(flat, dtype=torch.bool).index_fill_(0, at[values > -math.inf], True).view_as(score)
     order = flat.argsort(descending=True, stable=True)
     rank = torch.empty_like(order).scatter_(0, order, torch.arange(flat.numel(), device=flat.device))
     return ((rank < number) & (flat > -math.inf)).reshape(score.shape)
@@ -92,7 +100,7 @@ def clip_cov_keep(
         >>> rlfast.clip_cov_keep(logp, logp, adv).sum().item()
         2
     """
-    cov, adv, mask, count = _covariance(logp, adv, mask, process_group)
+    cov, adv, mask, count = covariance(logp, adv, mask, process_group)
     validate.like("old_logp", old_logp, "logp", logp)
     for name, x, limit in (("low", low, limits.ANY), ("high", high, limits.ANY), ("eps_low", eps_low, limits.BOUND),
                            ("eps_high", eps_high, limits.BOUND)):  # fmt: skip
@@ -132,8 +140,8 @@ def kl_cov_extra(logp, adv, mask=None, *, ratio=2e-4, process_group=None):
         >>> rlfast.kl_cov_extra(logp, adv)
         tensor([[1., 0., 0.]])
     """
-    cov, _, mask, count = _covariance(logp, adv, mask, process_group)
-    return _ranked_below(torch.where(mask, cov, -math.inf), _share(ratio, count)).to(logp.dtype)
+    cov, _, mask, count = covariance(logp, adv, mask, process_group)
+    return _ranked_below(cov.masked_fill_(~mask, -math.inf), _share(ratio, count)).to(logp.dtype)
 
 
 def top_entropy_keep(entropy, mask=None, *, quantile=0.8, process_group=None):

@@ -217,7 +217,8 @@ def test_optimal_token_baselines(name, weighted, zero_tail):
 
 REASONS = {
     "compute_gae_advantage_return": lambda f: f(rewards(), rewards(1, False), mask_of().float(), 1.5, 1.0),
-    "compute_grpo_outcome_advantage": lambda f: f(rewards(), mask_of().float() * 0.5, NAMES),
+    "compute_grpo_outcome_advantage": lambda f: f(rewards(), mask_of()[1:2], NAMES),
+    "compute_opo_outcome_advantage": lambda f: f(rewards(), mask_of().float() * 0.5, NAMES),
     "compute_reinforce_plus_plus_outcome_advantage": lambda f: f(
         rewards(), mask_of().float(), config=Settings(gamma=1.5)
     ),

@@ -33,6 +33,7 @@ from rlfast.integrations.verl_advantages import (
     remax_unsupported,
     returns_unsupported,
     rows_unsupported,
+    tokens_unsupported,
     turns_unsupported,
 )
 from rlfast.integrations.verl_functional import (
@@ -116,12 +117,12 @@ PLACES = {
         (compute_gae_advantage_return, gae_unsupported),
         (compute_grpo_outcome_advantage, rows_unsupported),
         (compute_grpo_vectorized_outcome_advantage, rows_unsupported),
-        (compute_gdpo_outcome_advantage, rows_unsupported),
+        (compute_gdpo_outcome_advantage, tokens_unsupported),
         (compute_grpo_passk_outcome_advantage, rows_unsupported),
-        (compute_reinforce_plus_plus_baseline_outcome_advantage, rows_unsupported),
+        (compute_reinforce_plus_plus_baseline_outcome_advantage, tokens_unsupported),
         (compute_rloo_outcome_advantage, rows_unsupported),
         (compute_rloo_vectorized_outcome_advantage, rows_unsupported),
-        (compute_opo_outcome_advantage, rows_unsupported),
+        (compute_opo_outcome_advantage, tokens_unsupported),
         (compute_reinforce_plus_plus_outcome_advantage, returns_unsupported),
         (compute_remax_outcome_advantage, remax_unsupported),
         (compute_gpg_outcome_advantage, rows_unsupported),

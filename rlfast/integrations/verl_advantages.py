@@ -42,7 +42,7 @@ def _scores(token_level_rewards):
 
 def _names(index):
     """Group ids as ``group_advantage`` takes them."""
-    return index.tolist() if isinstance(index, np.ndarray) else index
+    return index.tolist() if isinstance(index, np.ndarray) else index  # elements of an array come one by one, slowly
 
 
 def _spread(advantages, token_level_rewards, response_mask):
@@ -219,7 +219,12 @@ def rows_unsupported(token_level_rewards, response_mask, *_, **__) -> str | None
         )
     if reason is None and response_mask.device != token_level_rewards.device:
         return f"response_mask is on {response_mask.device} and token_level_rewards on {token_level_rewards.device}"
-    return reason or mask_unsupported(response_mask)
+    return reason
+
+
+def tokens_unsupported(token_level_rewards, response_mask, *_, **__) -> str | None:
+    """The same where the mask is more than a factor of the result."""
+    return rows_unsupported(token_level_rewards, response_mask) or mask_unsupported(response_mask)
 
 
 def gae_unsupported(token_level_rewards, values, response_mask, gamma, lam) -> str | None:
@@ -229,7 +234,7 @@ def gae_unsupported(token_level_rewards, values, response_mask, gamma, lam) -> s
             return f"{name} is a tensor of shape {tuple(x.shape)}"
         if not 0.0 <= float(x) <= 1.0:
             return f"{name} is {float(x)}, rlfast takes 0 to 1"
-    reason = tensor_unsupported(values=values) or rows_unsupported(token_level_rewards, response_mask)
+    reason = tensor_unsupported(values=values) or tokens_unsupported(token_level_rewards, response_mask)
     if reason is None and values.shape != token_level_rewards.shape:
         return f"values of shape {tuple(values.shape)} beside token_level_rewards of {tuple(token_level_rewards.shape)}"
     return reason
@@ -239,18 +244,20 @@ def returns_unsupported(token_level_rewards, response_mask, config=None, **_) ->
     """Why rlfast cannot take a call of REINFORCE++."""
     if config is not None and not 0.0 <= float(config.gamma) <= 1.0:
         return f"config.gamma is {config.gamma}, rlfast takes 0 to 1"
-    return rows_unsupported(token_level_rewards, response_mask)
+    return tokens_unsupported(token_level_rewards, response_mask)
 
 
 def remax_unsupported(token_level_rewards, reward_baselines, response_mask, config=None, **_) -> str | None:
     """Why rlfast cannot take a call of ReMax."""
-    return tensor_unsupported(reward_baselines=reward_baselines) or rows_unsupported(token_level_rewards, response_mask)
+    return tensor_unsupported(reward_baselines=reward_baselines) or tokens_unsupported(
+        token_level_rewards, response_mask
+    )
 
 
 def turns_unsupported(token_level_rewards, response_mask, index, old_log_probs, sum_pi_squared, *_, **__):
     """Why rlfast cannot take a call of the baseline of several turns."""
     reason = tensor_unsupported(old_log_probs=old_log_probs, sum_pi_squared=sum_pi_squared)
-    return reason or rows_unsupported(token_level_rewards, response_mask)
+    return reason or tokens_unsupported(token_level_rewards, response_mask)
 
 
 def baseline_unsupported(token_level_rewards, response_mask, *fields, **named) -> str | None:

@@ -138,13 +138,14 @@ def masked_whiten(values, mask, shift_mean=True):
 
 def _moments(values, mask, bessel: bool):
     """(mean, variance) of the unmasked values in float64, with verl's errors."""
-    count = mask.sum()
+    count = mask.sum() if mask.dtype != torch.bool else mask.count_nonzero()
     if bessel:
         enough(count)
-    kept = torch.where(mask.bool(), values, 0.0).double()
+    kept = torch.where(mask if mask.dtype == torch.bool else mask.bool(), values, 0.0).double().flatten()
     mean = kept.sum() / (count + 1e-8)
-    squares = torch.where(mask.bool(), kept - mean, 0.0).square().sum()
-    return mean, squares / (count - 1 if bessel else count + 1e-8)
+    moved = kept - mean
+    squares = moved.dot(moved) - (moved.numel() - count) * mean.square()  # those that are masked are at −mean
+    return mean, squares.clamp(min=0.0) / (count - 1 if bessel else count + 1e-8)
 
 
 def enough(count) -> None:

@@ -22,7 +22,7 @@ from rlfast.integrations.verl_functional import mask_unsupported
 from rlfast.kl import kl_penalty as estimate
 from rlfast.loss_table import loss
 from rlfast.losses import Loss
-from rlfast.selections import kl_cov_extra
+from rlfast.selections import covariance, kl_cov_extra
 from rlfast.values import value_loss
 
 REDUCTIONS = {
@@ -138,6 +138,7 @@ def policy(kind: Policy, old, logp, adv, mask, mode, config, weights):
     reduce = {} if own_mean else {"reduce": REDUCTIONS[mode]}
     fields = {"weights": weights} | (kind.fields(given) if kind.fields else {})
     row = objective(kind.row, like="verl", **given.options, **reduce)
+    old = None if kind.row == "gpg" else old  # which nothing of it reads
     out = row(logp, adv=adv, old_logp=old, mask=mask, **fields, **call)
     total = out.loss if own_mean else _as_verl(out, call, mode)
     return total, kind.said(given._replace(keep=fields.get("keep")), out.metrics)
@@ -202,18 +203,13 @@ def _kept_by_clip_cov(given: Call) -> dict:
     chosen = given.config.policy_loss
     defaults = {"ratio": 2e-4, "lb": 1.0, "ub": 5.0}
     ratio, low, high = (_or(getattr(chosen, f"clip_cov_{x}"), default) for x, default in defaults.items())
-    logp, mask = given.logp.detach(), given.mask.bool()
-    count = mask.sum()
-    adv_mean, logp_mean = (torch.where(mask, x, 0.0).sum() / (count + 1e-8) for x in (given.adv, logp))
-    cov = (given.adv - adv_mean) * (logp - logp_mean)
-    at = ((cov < high) & (cov > low) & mask).nonzero(as_tuple=True)
-    moved, side = (logp[at] - given.old[at]).exp(), given.adv[at]
-    free = ~metrics.clipped(moved, side, given.options)
-    at = [x[free] for x in at]
-    keep = torch.ones_like(mask)
-    if len(at[0]):
-        drawn = torch.randperm(len(at[0]))[: max(int(ratio * count.item()), 1)].to(mask.device)
-        keep[at[0][drawn], at[1][drawn]] = False
+    cov, adv, mask, count = covariance(given.logp, given.adv, given.mask)
+    at = ((cov < high) & (cov > low) & mask).flatten().nonzero()[:, 0]
+    logp, old, adv = (x.flatten()[at] for x in (given.logp.detach(), given.old, adv))
+    at = at[~metrics.clipped((logp - old).exp(), adv, given.options)]
+    keep = torch.ones(mask.shape, dtype=torch.bool, device=mask.device)
+    drawn = torch.randperm(len(at))[: max(int(ratio * count.item()), 1)] if len(at) else at  # verl draws of none not
+    keep.view(-1)[at[drawn.to(at.device)]] = False
     return {"keep": keep}
 
 
@@ -338,9 +334,9 @@ def _laid_out(first, fields: dict) -> str | None:
 
 def _mixed(adv, mask) -> str | None:
     """verl leaves a token without an advantage out of the geometric mean, rlfast a sequence's tokens never."""
-    none = (adv == 0) & (mask != 0)
-    some = none.any(-1)
-    if bool((some & (none.sum(-1) != (mask != 0).sum(-1))).any()):
+    mask = mask if mask.dtype == torch.bool else mask != 0
+    some = ((adv != 0) & mask).count_nonzero(-1)
+    if bool(((some > 0) & (some < mask.count_nonzero(-1))).any()):
         return "the advantage is 0 at some tokens of a sequence and not at others"
     return None
 

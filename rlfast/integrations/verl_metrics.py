@@ -35,7 +35,7 @@ def _ratio(given):
 def _share(given, chosen) -> float:
     """The part of the tokens that are chosen."""
     mask = given.mask.bool()
-    return ((chosen & mask).sum() / (mask.sum() + 1e-8)).item()
+    return ((chosen & mask).count_nonzero() / (mask.count_nonzero() + 1e-8)).item()
 
 
 def clipped(ratio, adv, options: dict):
@@ -46,7 +46,7 @@ def clipped(ratio, adv, options: dict):
 def _mean(given, x) -> float:
     """The mean of a number of each token."""
     mask = given.mask.bool()
-    return (torch.where(mask, x, 0.0).sum() / (mask.sum() + 1e-8)).item()
+    return (torch.where(mask, x, 0.0).sum() / (mask.count_nonzero() + 1e-8)).item()
 
 
 def _read(given, metrics) -> dict:
@@ -118,9 +118,10 @@ def kl_cov(given, metrics) -> dict:
 def geo_mean(given, metrics) -> dict:
     """Of GMPO: log-ratios out of bounds on either side, by the advantage's sign."""
     moved, o = _moved(given), given.options
-    out = (moved > o["log_ratio_high"]) | (moved < o["log_ratio_low"])
-    upper, lower = (_share(given, out & side) for side in (given.adv > 0, given.adv < 0))
-    return {FRAC: upper, LOWER: lower, KL: _mean(given, -moved)}
+    kl, low, high = -_mean(given, moved), o["log_ratio_low"], o["log_ratio_high"]
+    out = moved.abs_() > high if low == -high else (moved > high) | (moved < low)
+    upper, lower = (_share(given, side & out) for side in (given.adv > 0, given.adv < 0))
+    return {FRAC: upper, LOWER: lower, KL: kl}
 
 
 def kl_alone(given, metrics) -> dict:
