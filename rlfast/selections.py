@@ -42,10 +42,12 @@ def _ranked_below(score, number):
     """
     flat = score.reshape(-1)
     if validate.looked_at(flat) and flat.numel() and unobserved(flat):
-        values, at = flat.topk(min(int(number), flat.numel()), sorted=False)
-        least = values.min()
-        if (flat == least).count_nonzero() == (values == least).count_nonzero():
-            return torch.zeros_like(flat, dtype=torch.bool).index_fill_(0, at[values > -math.inf], True).view_as(score)
+        number = min(int(number), flat.numel())
+        values, at = flat.topk(min(number + 1, flat.numel()))
+        least = values[number - 1]
+        if number == len(values) or values[number] < least or least == -math.inf:  # else the first of equal ones
+            at = at[:number][values[:number] > -math.inf]
+            return torch.zeros_like(flat, dtype=torch.bool).index_fill_(0, at, True).view_as(score)
     order = flat.argsort(descending=True, stable=True)
     rank = torch.empty_like(order).scatter_(0, order, torch.arange(flat.numel(), device=flat.device))
     return ((rank < number) & (flat > -math.inf)).reshape(score.shape)

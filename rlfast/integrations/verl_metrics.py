@@ -32,10 +32,9 @@ def _ratio(given):
     return _moved(given).clamp(-BOUND, BOUND).exp()
 
 
-def _share(given, chosen) -> float:
+def _share(given, said: dict, chosen) -> float:
     """The part of the tokens that are chosen."""
-    mask = given.mask.bool()
-    return ((chosen & mask).count_nonzero() / (mask.count_nonzero() + 1e-8)).item()
+    return (chosen & given.mask.bool()).count_nonzero().item() / (said["tokens"] + 1e-8)
 
 
 def clipped(ratio, adv, options: dict):
@@ -43,10 +42,9 @@ def clipped(ratio, adv, options: dict):
     return ((ratio < 1 - options["eps_low"]) & (adv < 0)) | ((ratio > 1 + options["eps_high"]) & (adv > 0))
 
 
-def _mean(given, x) -> float:
+def _mean(given, said: dict, x) -> float:
     """The mean of a number of each token."""
-    mask = given.mask.bool()
-    return (torch.where(mask, x, 0.0).sum() / (mask.count_nonzero() + 1e-8)).item()
+    return torch.where(given.mask.bool(), x, 0.0).sum().item() / (said["tokens"] + 1e-8)
 
 
 def _read(given, metrics) -> dict:
@@ -58,7 +56,9 @@ def ppo(given, metrics) -> dict:
     said, o = _read(given, metrics), given.options
     if given.logp.numel() and not (_plain(given, said) and said["ratio_max"] <= o["dual_clip"]):
         r, adv = _ratio(given), given.adv
-        return _all(_share(given, clipped(r, adv, o)), said, _share(given, (r > o["dual_clip"]) & (adv < 0)))
+        return _all(
+            _share(given, said, clipped(r, adv, o)), said, _share(given, said, (r > o["dual_clip"]) & (adv < 0))
+        )
     return _all(said["clip_low"] + said["clip_high"], said)
 
 
@@ -67,7 +67,7 @@ def dppo(given, metrics) -> dict:
     said, o = _read(given, metrics), given.options
     if given.logp.numel() and not (_plain(given, said) and said["ratio_max"] <= o["cap"]):
         moved = _moved_too_far(given)
-        return _all(_share(given, moved), said, _share(given, ~moved & (_ratio(given) > o["cap"])))
+        return _all(_share(given, said, moved), said, _share(given, said, ~moved & (_ratio(given) > o["cap"])))
     return _all(said["clip_low"] + said["clip_high"], said)
 
 
@@ -87,7 +87,7 @@ def gspo(given, metrics) -> dict:
         return _all(said["clip_low"] + said["clip_high"], said)
     mask = given.mask.bool()
     moved = torch.where(mask, _moved(given), 0.0).sum(-1) / mask.sum(-1).clamp(min=1)
-    return _all(_share(given, clipped(moved.clamp(max=10.0).exp()[:, None], given.adv, given.options)), said)
+    return _all(_share(given, said, clipped(moved.clamp(max=10.0).exp()[:, None], given.adv, given.options)), said)
 
 
 def cispo(given, metrics) -> dict:
@@ -95,7 +95,7 @@ def cispo(given, metrics) -> dict:
     said, o = _read(given, metrics), given.options
     if given.logp.numel() and given.weights is not None and not float(given.weights.amin()) > 0:
         r = _ratio(given)
-        return _all(_share(given, (r < 1 - o["eps_low"]) | (r > 1 + o["eps_high"])), said)
+        return _all(_share(given, said, (r < 1 - o["eps_low"]) | (r > 1 + o["eps_high"])), said)
     return _all(said["clip_low"] + said["clip_high"], said)
 
 
@@ -107,20 +107,20 @@ def sapo(given, metrics) -> dict:
 def clip_cov(given, metrics) -> dict:
     """Of Clip-Cov: the tokens that are left out."""
     said = _read(given, metrics)
-    return {FRAC: _share(given, ~given.keep), KL: said["approx_kl_k1"]}
+    return {FRAC: _share(given, said, ~given.keep), KL: said["approx_kl_k1"]}
 
 
 def kl_cov(given, metrics) -> dict:
     """Of KL-Cov: its KL is a mean of absolute log-ratios."""
-    return {KL: _mean(given, _moved(given).abs())}
+    return {KL: _mean(given, _read(given, metrics), _moved(given).abs_())}
 
 
 def geo_mean(given, metrics) -> dict:
     """Of GMPO: log-ratios out of bounds on either side, by the advantage's sign."""
-    moved, o = _moved(given), given.options
-    kl, low, high = -_mean(given, moved), o["log_ratio_low"], o["log_ratio_high"]
+    said, moved, o = _read(given, metrics), _moved(given), given.options
+    kl, low, high = -_mean(given, said, moved), o["log_ratio_low"], o["log_ratio_high"]
     out = moved.abs_() > high if low == -high else (moved > high) | (moved < low)
-    upper, lower = (_share(given, side & out) for side in (given.adv > 0, given.adv < 0))
+    upper, lower = (_share(given, said, side & out) for side in (given.adv > 0, given.adv < 0))
     return {FRAC: upper, LOWER: lower, KL: kl}
 
 
