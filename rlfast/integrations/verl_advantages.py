@@ -12,7 +12,7 @@ import torch
 from rlfast.advantages import affine_scan, discounted_returns, gae, group_advantage, optimal_token_baseline
 from rlfast.advantages import reward_to_go as to_go
 from rlfast.integrations.patching import tensor_unsupported
-from rlfast.integrations.verl_functional import enough, mask_unsupported, masked_whiten
+from rlfast.integrations.verl_functional import enough, mask_unsupported, masked_whiten, moments, whitened
 
 
 @torch.no_grad()
@@ -29,11 +29,13 @@ def compute_gae_advantage_return(token_level_rewards, values, response_mask, gam
     kind = torch.result_type(token_level_rewards, values)
     mask = response_mask if response_mask.dtype == torch.bool else response_mask != 0
     advantages, returns = gae(token_level_rewards, values, mask, gamma=float(gamma), lam=float(lam))
-    if not bool(mask.all()):
+    count = mask.count_nonzero()
+    mean, var = moments(advantages, count)
+    if count < mask.numel():
         if not bool((mask[:, 1:] <= mask[:, :-1]).all()):  # else 0 is what comes after
             advantages = affine_scan((~mask).to(advantages.dtype), advantages)
         returns = advantages + values
-    return masked_whiten(advantages, mask).to(kind), returns.to(kind)
+    return whitened(advantages, mean, var).to(kind), returns.to(kind)
 
 
 def _scores(token_level_rewards):

@@ -131,17 +131,26 @@ def masked_whiten(values, mask, shift_mean=True):
     Raises:
         ValueError: the mask has fewer than two elements.
     """
-    mean, var = _moments(values, mask, True)
+    return whitened(values, *_moments(values, mask, True), shift_mean)
+
+
+def whitened(values, mean, var, shift_mean: bool = True):
+    """Values with a mean and a variance in float64 taken off them."""
     moved = (values - mean.to(values.dtype)) * (var + 1e-8).rsqrt().to(values.dtype)
     return moved if shift_mean else moved + mean.to(values.dtype)
 
 
 def _moments(values, mask, bessel: bool):
     """(mean, variance) of the unmasked values in float64, with verl's errors."""
-    count = mask.sum() if mask.dtype != torch.bool else mask.count_nonzero()
+    mask = mask if mask.dtype == torch.bool else mask.bool()
+    return moments(torch.where(mask, values, 0.0), mask.count_nonzero(), bessel)
+
+
+def moments(kept, count, bessel: bool = True):
+    """The same of values that are 0 where they are masked, ``count`` of which are not."""
     if bessel:
         enough(count)
-    kept = torch.where(mask if mask.dtype == torch.bool else mask.bool(), values, 0.0).double().flatten()
+    kept = kept.double().flatten()
     mean = kept.sum() / (count + 1e-8)
     moved = kept - mean
     squares = moved.dot(moved) - (moved.numel() - count) * mean.square()  # those that are masked are at −mean
