@@ -150,7 +150,7 @@ def run(name: str, model: str, seeds: int, steps: int | None, rate: float, arms:
 
         def keep(record, tokenizer, pairs=pairs):
             """Texts of the pairs, for TRL."""
-            if name == "dpo" and tokenizer is not None:
+            if name == "dpo" and model != "tiny":
                 pairs += _texts(record, tokenizer)
 
         for arm in reversed(arms):  # ours first: its pairs are TRL's

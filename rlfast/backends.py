@@ -199,6 +199,11 @@ def interpreter_environment() -> dict[str, str]:
     return {**os.environ, "TRITON_INTERPRET": "1"}
 
 
+def verl_requested() -> bool:
+    """Whether verl's processes are asked to patch themselves (``rlfast.integrations.verl_plugin``)."""
+    return os.environ.get("RLFAST_VERL", "0") == "1"
+
+
 def active(op: str, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> str:
     """The backend that ``op`` runs on for tensors of this device and dtype.
 

@@ -1,6 +1,6 @@
 """Tokens that an objective treats apart: chosen by covariance or by entropy, for ``keep`` and ``extra`` of a loss.
 
-Everything stays on the device: no ``item``, no ``nonzero``, no shape that depends on the data.
+Everything stays on a GPU and in a compiled graph: no ``item``, no ``nonzero``, no shape that depends on the data.
 """
 
 from __future__ import annotations
@@ -11,25 +11,25 @@ import torch
 
 from rlfast import limits, validate
 from rlfast.distributed.ranks import Ranks, counts_of, gathered, gathered_batch, own, ranks_of, summed
+from rlfast.ops.dispatch import unobserved
 
 
-def _covariance(logp, adv, mask, ranks: Ranks | None):
-    """((A − mean A)·(log p − mean log p), A as [B, T], mask as bool, its count on all ranks)."""
+def covariance(logp, adv, mask, ranks: Ranks | None = None):
+    """((A − mean A)·(log p − mean log p), A as [B, T], mask as bool, its count on all ranks); masked ones are arbitrary."""
     validate.tensor("logp", logp)
     validate.tensor("adv", adv)
     logp, adv = logp.detach(), adv.detach()
     adv = adv[:, None].expand_as(logp) if adv.dim() == 1 and logp.dim() == 2 else adv
     validate.like("adv", adv, "logp", logp)
     mask = validate.counted(mask, "logp", logp)
-    count, acc = mask.sum(), torch.promote_types(torch.promote_types(logp.dtype, adv.dtype), torch.float32)
-    both = torch.stack([torch.where(mask, x.to(acc), 0.0) for x in (adv, logp)])
-    sums = torch.cat([both.flatten(1).sum(1), count.to(acc).reshape(1)])
+    count, acc = mask.count_nonzero(), torch.promote_types(torch.promote_types(logp.dtype, adv.dtype), torch.float32)
+    advs, logps = (torch.where(mask, x.to(acc), 0.0) for x in (adv, logp))
+    sums = torch.stack([advs.sum(), logps.sum(), count.to(acc)])
     if ranks is not None:
         sums = summed(sums.double(), ranks, "the covariance")
         count = sums[2].long()
     means = (sums[:2] / sums[2].clamp(min=1.0)).to(acc)
-    moved = torch.where(mask, both - means.reshape(2, *[1] * logp.dim()), 0.0)
-    return moved[0] * moved[1], adv, mask, count.clamp(min=1)
+    return advs.sub_(means[0]).mul_(logps.sub_(means[1])), adv, mask, count.clamp(min=1)
 
 
 def _share(ratio, count):
@@ -40,7 +40,8 @@ def _share(ratio, count):
 def _ranked_below(score, number, ratio: float, ranks: Ranks | None, counts=None):
     """The ``number`` elements of the largest score, a 0-dim tensor; −inf is never among them.
 
-    Over ranks, each sends the largest of its own, as many as ``ratio`` of all ``counts`` elements can be.
+    Over ranks, each sends the largest of its own, as many as ``ratio`` of all ``counts`` elements can be. Of equal
+    scores the first are taken; on a CPU, where to read ``number`` is no wait, without a sort of all.
     """
     flat = score.reshape(-1)
     if ranks is not None:
@@ -53,6 +54,13 @@ def _ranked_below(score, number, ratio: float, ranks: Ranks | None, counts=None)
         chosen = _ranked_below(every, number, ratio, None).reshape(ranks.size, most)[ranks.rank]
         out = torch.zeros(flat.shape, dtype=torch.bool, device=flat.device)
         return out.scatter_(0, order, chosen[: order.numel()]).reshape(score.shape)
+    if validate.looked_at(flat) and flat.numel() and unobserved(flat):
+        number = min(int(number), flat.numel())
+        values, at = flat.topk(min(number + 1, flat.numel()))
+        least = values[number - 1]
+        if number == len(values) or values[number] < least or least == -math.inf:  # else the first of equal ones
+            at = at[:number][values[:number] > -math.inf]
+            return torch.zeros_like(flat, dtype=torch.bool).index_fill_(0, at, True).view_as(score)
     order = flat.argsort(descending=True, stable=True)
     rank = torch.empty_like(order).scatter_(0, order, torch.arange(flat.numel(), device=flat.device))
     return ((rank < number) & (flat > -math.inf)).reshape(score.shape)
@@ -109,7 +117,7 @@ def clip_cov_keep(
         2
     """
     ranks = ranks_of(process_group)
-    cov, adv, mask, count = _covariance(logp, adv, mask, ranks)
+    cov, adv, mask, count = covariance(logp, adv, mask, ranks)
     validate.like("old_logp", old_logp, "logp", logp)
     for name, x, limit in (("low", low, limits.ANY), ("high", high, limits.ANY), ("eps_low", eps_low, limits.BOUND),
                            ("eps_high", eps_high, limits.BOUND)):  # fmt: skip
@@ -153,9 +161,9 @@ def kl_cov_extra(logp, adv, mask=None, *, ratio=2e-4, process_group=None):
         tensor([[1., 0., 0.]])
     """
     ranks = ranks_of(process_group)
-    cov, _, mask, count = _covariance(logp, adv, mask, ranks)
+    cov, _, mask, count = covariance(logp, adv, mask, ranks)
     counts = None if ranks is None else counts_of({"logp": cov.reshape(-1)}, ranks)
-    score = torch.where(mask, cov, -math.inf)
+    score = cov.masked_fill_(~mask, -math.inf)
     return _ranked_below(score, _share(ratio, count), ratio, ranks, counts).to(logp.dtype)
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import rlfast
+from rlfast import selections
 
 ROWS, LENGTH = 40, 50
 
@@ -23,6 +24,19 @@ def covariance(logp, adv, mask):
     adv = adv[:, None].expand_as(logp).double()
     logp = logp.double()
     return (adv - adv[mask].mean()) * (logp - logp[mask].mean())
+
+
+@pytest.mark.parametrize("number", (1, 7, 40, 100))
+def test_the_largest_are_the_same_with_and_without_a_sort_of_all(number, monkeypatch):
+    score = torch.randint(0, 12, (8, 11), generator=torch.Generator().manual_seed(2)).float()
+    score[score < 6] = -torch.inf
+    distinct = torch.arange(88.0).flip(0).view(8, 11)
+    for x in (score, distinct):
+        few = selections._ranked_below(x, torch.tensor(number))
+        with monkeypatch.context() as context:
+            context.setattr(selections, "unobserved", lambda *_: False)
+            every = selections._ranked_below(x, torch.tensor(number))
+        assert torch.equal(few, every) and int(few.sum()) == min(number, int((x > -torch.inf).sum()))
 
 
 @pytest.mark.parametrize("ratio, number", [(0.01, None), (1e-9, 1), (1.0, "all")])

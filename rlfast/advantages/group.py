@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable
 from typing import NamedTuple
 
 import torch
@@ -130,11 +129,11 @@ def _ids(group_ids, rewards):
     """int64 [N]: a tensor of ints as it is, anything else numbered in the order in which it comes."""
     n = rewards.shape[0]
     if not isinstance(group_ids, torch.Tensor):
-        names = list(group_ids) if isinstance(group_ids, Iterable) else None
-        if names is None or not all(isinstance(key, Hashable) for key in names):
-            validate.fail("group_ids", "a tensor of ints, or a sequence of hashable names", repr(group_ids), TypeError)
         seen = {}
-        group_ids = torch.tensor([seen.setdefault(key, len(seen)) for key in names], dtype=torch.int64)
+        try:
+            group_ids = torch.tensor([seen.setdefault(key, len(seen)) for key in group_ids], dtype=torch.int64)
+        except TypeError:  # nothing to go over, or a name without a hash
+            validate.fail("group_ids", "a tensor of ints, or a sequence of hashable names", repr(group_ids), TypeError)
         group_ids = group_ids.to(rewards.device)
     validate.tensor("group_ids", group_ids, (torch.int64, torch.int32))
     if group_ids.shape != (n,):
