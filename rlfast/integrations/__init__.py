@@ -13,7 +13,6 @@ from rlfast.integrations.patching import Patch
 logger = logging.getLogger("rlfast.integrations")
 
 
-
 class Trainer(NamedTuple):
     """A trainer that can be patched."""
 
@@ -33,6 +32,12 @@ _patches: dict[str, Patch] = {}
 _options: dict[str, dict] = {}  # those of the patch in place
 
 
+def installed(trainer: str) -> None:
+    """ImportError, with what to run, if a trainer of ``TRAINERS`` is not installed."""
+    if importlib.util.find_spec(trainer) is None:
+        raise ImportError(f'{trainer} is not installed: run `pip install "{TRAINERS[trainer].requirement}"`')
+
+
 def patch(trainer: str, *, untested: bool = False, rollouts: bool = False, bitwise: bool = False) -> Patch:
     """Put rlfast's kernels in the place of a trainer's own, until undone.
 
@@ -46,9 +51,9 @@ def patch(trainer: str, *, untested: bool = False, rollouts: bool = False, bitwi
         rollouts: (TRL) the trainer generates by ``rlfast.rollout.Engine``, on the weights and in the precision that it
             trains. Where the engine lacks an option or does not reach the model, it generates by itself, with a
             warning.
-        bitwise: (TRL) and its training steps run in ``Engine.training_mode``: the log-probs of the first pass over a batch
-            are those of its rollouts, to the bit, where the engine's ``bitwise`` is true and the temperature is 1; else
-            near them, with a warning if it is not.
+        bitwise: (TRL) and its training steps run in ``Engine.training_mode``: the log-probs of the first pass over a
+            batch are those of its rollouts, to the bit, where the engine's ``bitwise`` is true and the temperature is
+            1; else near them, with a warning if it is not.
 
     Returns:
         Patch: a context manager that undoes the patch at its end, and a function that undoes it when called.
@@ -72,10 +77,10 @@ def patch(trainer: str, *, untested: bool = False, rollouts: bool = False, bitwi
     if trainer not in TRAINERS:
         validate.fail("trainer", f"one of {tuple(TRAINERS)}", repr(trainer))
     known = TRAINERS[trainer]
-    if importlib.util.find_spec(trainer) is None:
-        raise ImportError(
-            f'rlfast.patch("{trainer}"): {trainer} is not installed: run `pip install "{known.requirement}"`'
-        )
+    try:
+        installed(trainer)
+    except ImportError as error:
+        raise ImportError(f'rlfast.patch("{trainer}"): {error}') from None
     asked = {"rollouts": validate.flag("rollouts", rollouts) or validate.flag("bitwise", bitwise), "bitwise": bitwise}
     for option, value in asked.items():
         if value and option not in known.options:

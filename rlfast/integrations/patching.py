@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import importlib.abc
+import importlib.util
 import inspect
 import logging
 import sys
@@ -47,19 +49,58 @@ def rebind(prefix: str, original, replacement) -> list[str]:
     return names
 
 
-class Patch:
-    """What ``rlfast.patch`` put in place: undo by calling it, or by leaving its ``with`` block."""
+_originals: dict[tuple[Any, str], Any] = {}  # (owner, name) → what a patch has replaced there
 
-    def __init__(self, trainer: str, swaps, version: str):
+
+def original_of(owner, name: str):
+    """The library's own ``owner.name``, also while a patch is on; None where it has none of its own."""
+    return _originals.get((owner, name), vars(owner).get(name))
+
+
+class AfterImport(importlib.abc.MetaPathFinder):
+    """Calls ``then`` after each import of one of ``names``, which another finder finds."""
+
+    def __init__(self, names: tuple[str, ...], then):
+        self._names, self._then, self._asking = names, then, False
+
+    def find_spec(self, name, path=None, target=None):
+        if name not in self._names or self._asking:
+            return None
+        self._asking = True
+        try:
+            spec = importlib.util.find_spec(name)
+        finally:
+            self._asking = False
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def exec_module(module):
+                execute(module)
+                self._then()
+
+            spec.loader.exec_module = exec_module
+        return spec
+
+
+class Patch:
+    """What ``rlfast.patch`` put in place: undo by calling it, or by leaving its ``with`` block.
+
+    ``later`` names modules whose import, while the patch is on, brings more to replace.
+    """
+
+    def __init__(self, trainer: str, swaps, version: str, later: tuple[str, ...] = ()):
         self.trainer, self.version = trainer, version
         self._swaps, self._names, self._first = swaps, {}, self
+        self._finder = AfterImport(later, self._apply)
         self._apply()
+        sys.meta_path.insert(0, self._finder)
 
     def _apply(self) -> None:
         for swap in self._swaps():
             if swap.owner is None:
                 names = rebind(swap.prefix, swap.original, swap.replacement)
             else:
+                _originals.setdefault((swap.owner, swap.name), swap.original)
                 setattr(swap.owner, swap.name, swap.replacement)
                 names = [f"{_dotted(swap.owner)}.{swap.name}"]
             self._names.update((name, swap) for name in names)
@@ -85,11 +126,14 @@ class Patch:
         """Put the originals back, also into modules that were imported while the patch was on. Twice is once."""
         first = self._first
         swaps, first._names = {id(s): s for s in first._names.values()}, {}
+        if first._finder in sys.meta_path:
+            sys.meta_path.remove(first._finder)
         for swap in swaps.values():
             if swap.owner is None:
                 rebind(swap.prefix, swap.replacement, swap.original)
             else:
                 setattr(swap.owner, swap.name, swap.original)
+                _originals.pop((swap.owner, swap.name), None)
 
     def __call__(self) -> None:
         self.undo()
@@ -126,6 +170,21 @@ def or_original(ours, original, why_not):
         return original(*args, **kwargs)
 
     return call
+
+
+@functools.cache
+def _static(ours, original, why_not):
+    return staticmethod(or_original(ours, original.__func__, why_not))
+
+
+def static_swap(owner, name: str, ours, why_not) -> Swap | None:
+    """``ours`` for a static method of a class; None where there is no such class, or its method is another one."""
+    original = original_of(owner, name) if owner is not None else None
+    if not isinstance(original, staticmethod):
+        return None
+    if list(inspect.signature(original.__func__).parameters) != list(inspect.signature(ours).parameters):
+        return None
+    return Swap(original, _static(ours, original, why_not), owner=owner, name=name)
 
 
 def runs_as_it_is(original, reason: str) -> None:
