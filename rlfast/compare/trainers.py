@@ -76,14 +76,17 @@ def build(settings: Settings, callbacks=()):
     return trainer_of(kind, given, loaded(settings), callbacks)
 
 
-def trainer_of(kind: Kind, given: dict, model: dict, callbacks, evaluates: bool = False, **more):
-    """A trainer with these options on ``model``, a dict of model and processing_class; its data is always the same."""
+def trainer_of(kind: Kind, given: dict, model: dict, callbacks, evaluates: bool = False, cls=None, **more):
+    """A trainer with these options on ``model``, a dict of model and processing_class; its data is always the same.
+
+    ``cls`` is its class, by default TRL's own.
+    """
     import trl
     from datasets import Dataset
     from transformers import PrinterCallback
 
     rows = Dataset.from_list(conversations(*kind.columns))
-    trainer = getattr(trl, f"{kind.trainer}Trainer")(
+    trainer = (cls or getattr(trl, f"{kind.trainer}Trainer"))(
         **model,
         args=getattr(trl, f"{kind.trainer}Config")(**given),
         train_dataset=rows,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.abc
 import importlib.util
@@ -9,6 +10,7 @@ import inspect
 import logging
 import sys
 import types
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -49,6 +51,46 @@ def rebind(prefix: str, original, replacement) -> list[str]:
     return names
 
 
+class Undo(contextlib.ExitStack):
+    """What takes something back, when it is called or its ``with`` block ends. Twice is once."""
+
+    def __call__(self) -> None:
+        self.close()
+
+
+class AfterImport(importlib.abc.MetaPathFinder):
+    """Calls ``then`` whenever one of some modules has been imported, from now until ``stop``."""
+
+    def __init__(self, names: tuple[str, ...], then: Callable[[], None]):
+        self.names, self.then, self._asking = names, then, set()
+        sys.meta_path.insert(0, self)
+
+    def stop(self) -> None:
+        """Modules that are imported from now on are left alone."""
+        if self in sys.meta_path:
+            sys.meta_path.remove(self)
+
+    def find_spec(self, name, path=None, target=None):
+        """The spec that the other finders have, whose loader calls ``then`` at its end."""
+        if name not in self.names or name in self._asking:
+            return None
+        self._asking.add(name)
+        try:
+            spec = importlib.util.find_spec(name)
+        finally:
+            self._asking.remove(name)
+        if spec is not None and spec.loader is not None:
+            run = spec.loader.exec_module
+
+            def exec_module(module):
+                run(module)
+                if self in sys.meta_path:
+                    self.then()
+
+            spec.loader.exec_module = exec_module
+        return spec
+
+
 _originals: dict[tuple[Any, str], Any] = {}  # (owner, name) → what a patch has replaced there
 
 
@@ -57,43 +99,19 @@ def original_of(owner, name: str):
     return _originals.get((owner, name), vars(owner).get(name))
 
 
-class AfterImport(importlib.abc.MetaPathFinder):
-    """Calls ``then`` after each import of one of ``names``, which another finder finds."""
-
-    def __init__(self, names: tuple[str, ...], then):
-        self._names, self._then, self._asking = names, then, False
-
-    def find_spec(self, name, path=None, target=None):
-        if name not in self._names or self._asking:
-            return None
-        self._asking = True
-        try:
-            spec = importlib.util.find_spec(name)
-        finally:
-            self._asking = False
-        if spec is not None and spec.loader is not None:
-            execute = spec.loader.exec_module
-
-            def exec_module(module):
-                execute(module)
-                self._then()
-
-            spec.loader.exec_module = exec_module
-        return spec
-
-
 class Patch:
     """What ``rlfast.patch`` put in place: undo by calling it, or by leaving its ``with`` block.
 
-    ``later`` names modules whose import, while the patch is on, brings more to replace.
+    Args:
+        swaps: a function that lists the swaps.
+        awaited: modules after whose import it is asked again.
     """
 
-    def __init__(self, trainer: str, swaps, version: str, later: tuple[str, ...] = ()):
+    def __init__(self, trainer: str, swaps, version: str, awaited: tuple[str, ...] = ()):
         self.trainer, self.version = trainer, version
         self._swaps, self._names, self._first = swaps, {}, self
-        self._finder = AfterImport(later, self._apply)
         self._apply()
-        sys.meta_path.insert(0, self._finder)
+        self._awaiting = AfterImport(awaited, self._apply) if awaited else None
 
     def _apply(self) -> None:
         for swap in self._swaps():
@@ -114,8 +132,8 @@ class Patch:
 
     @property
     def active(self) -> bool:
-        """Whether the replacements are in place."""
-        return bool(self._first._names)
+        """Whether the replacements are in place, or will be once the trainer is imported."""
+        return bool(self._first._names) or self._first._awaiting is not None
 
     @property
     def replaced(self) -> tuple[str, ...]:
@@ -125,9 +143,10 @@ class Patch:
     def undo(self) -> None:
         """Put the originals back, also into modules that were imported while the patch was on. Twice is once."""
         first = self._first
+        if first._awaiting is not None:
+            first._awaiting.stop()
+            first._awaiting = None
         swaps, first._names = {id(s): s for s in first._names.values()}, {}
-        if first._finder in sys.meta_path:
-            sys.meta_path.remove(first._finder)
         for swap in swaps.values():
             if swap.owner is None:
                 rebind(swap.prefix, swap.replacement, swap.original)
@@ -147,7 +166,7 @@ class Patch:
 
     def __repr__(self) -> str:
         first = self._first
-        what = ", ".join(self.replaced) if self.active else "undone"
+        what = (", ".join(self.replaced) or "awaits its import") if self.active else "undone"
         return f"<rlfast.patch({first.trainer!r}) on {first.trainer} {first.version}: {what}>"
 
 
@@ -223,6 +242,29 @@ def takes(original, wanted, name: str, strange: list[str], skip: str = "") -> bo
     if live != list(wanted):
         strange.append(f"{name} takes ({', '.join(live)}), expected ({', '.join(wanted)})")
     return live == list(wanted)
+
+
+def refuse_untested(trainer: str, version: str, tested: tuple[str, ...], untested: bool) -> None:
+    """An error if a trainer's version is not one of these, and it was not asked for.
+
+    Args:
+        tested: versions as far as they count, "0.11" for "0.11.2".
+    """
+    if not untested and ".".join(version.split(".")[:2]) not in tested:
+        raise RuntimeError(
+            f'rlfast.patch("{trainer}"): tested with {trainer} {", ".join(tested)}, found {version}: '
+            f"run `pip install '{trainer}=={tested[-1]}.*'`, or pass untested=True "
+            "to replace what still has the signature that rlfast knows"
+        )
+
+
+def refuse_strange(trainer: str, version: str, strange: list[str], untested: bool) -> None:
+    """An error if something is not as known; with ``untested`` a warning that it is left alone."""
+    if strange and not untested:
+        words = "; ".join(strange)
+        raise RuntimeError(f'rlfast.patch("{trainer}"): {trainer} {version} does not look as it should: {words}')
+    for reason in strange:
+        logger.warning("%s %s: %s; it is left alone", trainer, version, reason)
 
 
 def reads(code: types.CodeType, name: str) -> bool:

@@ -25,6 +25,8 @@ from rlfast.logps import token_logps
 chunked_logprob = trl_head.chunked_logprob
 chunked_divergence = trl_divergence.chunked_divergence
 generalized_jsd_loss = trl_divergence.generalized_jsd_loss
+gold_jsd_loss = trl_divergence.gold_jsd_loss
+iw_opd_jsd_loss = trl_divergence.iw_opd_jsd_loss
 rollout = trl_rollout.rollout
 RlfastHeadMixin = trl_mixins.RlfastHeadMixin
 RlfastGRPOMixin = trl_mixins.RlfastGRPOMixin
