@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import re
 
@@ -169,6 +170,15 @@ def poisoned_allocations(request, monkeypatch):
 def small_chunks(monkeypatch):
     """A fused loss takes chunks of any number of rows."""
     monkeypatch.setattr(heads, "FEWEST_ROWS", 1)
+
+
+@pytest.fixture(scope="module")
+def frozen_objects():
+    """What is imported is no garbage: Trainer.train() collects that, and takes a second to look at every object."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture

@@ -18,6 +18,7 @@ from rlfast.compare.trainers import KINDS, Kind  # noqa: E402
 from rlfast.compare.trainers import trainer_of as built  # noqa: E402
 from tests.trl_trainers import ALL, STEPS, Watch, assert_same_steps, saved  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("frozen_objects")
 BASES = {
     "GRPO": (ours.RlfastGRPOMixin, trl.GRPOTrainer),
     "RLOO": (ours.RlfastHeadMixin, trl.RLOOTrainer),
