@@ -137,9 +137,9 @@ def trainer(name: str):
     return getattr(importlib.import_module(f"trl.experimental.{name}.{name}_trainer"), TRAINERS[name])
 
 
-def logits(dtype):
-    """[4, 13, V + 1] of both, sliced: not contiguous."""
-    draw = torch.Generator().manual_seed(1)
+def logits(dtype, seed=0):
+    """[4, 13, V] of both, sliced: not contiguous."""
+    draw = torch.Generator().manual_seed(seed)
     return [(2 * torch.randn(4, 13, VOCAB + 1, generator=draw)).to(dtype)[..., :-1] for _ in range(2)]
 
 
@@ -151,11 +151,18 @@ def labels():
 
 
 def jsd(name, dtype, **options):
-    """(loss, gradient of the student's logits) as the trainer's method is now."""
-    student, teacher = logits(dtype)
-    student.requires_grad_()
-    loss = trainer(name).generalized_jsd_loss(student, teacher, **options)
-    return loss.detach(), torch.autograd.grad(loss, student)[0]
+    """(losses, gradients of the student's logits) of twelve batches as the trainer's method is now.
+
+    The largest error of one number is an accident.
+    """
+    losses, gradients = [], []
+    for seed in range(12):
+        student, teacher = logits(dtype, seed)
+        student.requires_grad_()
+        loss = trainer(name).generalized_jsd_loss(student, teacher, **options)
+        losses.append(loss.detach())
+        gradients.append(torch.autograd.grad(loss, student)[0])
+    return torch.stack(losses), torch.stack(gradients)
 
 
 def assert_jsd(name, caplog, **options):
@@ -163,7 +170,7 @@ def assert_jsd(name, caplog, **options):
     with rlfast.patch("trl"), caplog.at_level(logging.WARNING, "rlfast.integrations"):
         got = jsd(name, torch.float32, **options)
     assert not caplog.records
-    assert_value("loss", got[0], truth[0], yardstick[0], size=1.0)
+    assert_value("loss", got[0], truth[0], yardstick[0])
     assert_gradient("gradient", got[1], truth[1], yardstick[1])
 
 
