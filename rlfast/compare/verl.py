@@ -16,8 +16,8 @@ def _normal(draw, *shape, scale=1.0):
 
 
 def _mask(draw):
-    """bool: responses of 1 token to all."""
-    return torch.arange(LENGTH) < torch.randint(1, LENGTH + 1, (ROWS, 1), generator=draw)
+    """int64, as the driver has it: responses of 1 token to all."""
+    return (torch.arange(LENGTH) < torch.randint(1, LENGTH + 1, (ROWS, 1), generator=draw)).long()
 
 
 def _logits(draw) -> dict:
@@ -65,18 +65,20 @@ def _outcomes(draw) -> dict:
     last = mask.cumsum(1) == mask.sum(1, keepdim=True)
     index = np.array([f"uid-{i // 4}" for i in range(ROWS)], dtype=object)
     return {
-        "token_level_rewards": _normal(draw, ROWS, LENGTH) * (last & mask), "response_mask": mask, "index": index,
+        "token_level_rewards": _normal(draw, ROWS, LENGTH) * last * mask, "response_mask": mask, "index": index,
     }  # fmt: skip
 
 
 def _policy(draw) -> dict:
-    from verl.workers.config import ActorConfig
+    from verl.workers.config import ActorConfig, PolicyLossConfig
 
     old = -_normal(draw, ROWS, LENGTH).abs()
     return {
         "old_log_prob": old, "log_prob": old + _normal(draw, ROWS, LENGTH, scale=0.3),
-        "advantages": _normal(draw, ROWS, LENGTH), "response_mask": _mask(draw),
-        "config": ActorConfig(strategy="fsdp", rollout_n=4, use_dynamic_bsz=True),
+        "advantages": _normal(draw, ROWS, LENGTH), "response_mask": _mask(draw).bool(),
+        "config": ActorConfig(
+            strategy="fsdp", rollout_n=4, use_dynamic_bsz=True, policy_loss=PolicyLossConfig(dro_beta=0.1)
+        ),
     }  # fmt: skip
 
 
