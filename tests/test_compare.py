@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import sys
@@ -80,11 +81,13 @@ def test_numbers_that_are_not_numbers_are_a_failure():
     assert functions.Measured("f", 0.0, float("nan"), (1.0, 1.0)).failures
 
 
-THERE = [name for name in ("verl",) if importlib.util.find_spec(f"rlfast.integrations.{name}")]
+THERE = [name for name in ("verl", "openrlhf") if importlib.util.find_spec(f"rlfast.integrations.{name}")]
 
 
 @pytest.mark.parametrize("name", THERE)
 def test_the_functions_of(name):
+    if name == "openrlhf":
+        importlib.import_module("tests.openrlhf_code").load()  # without what its trainers need
     done = runner.invoke(cli.app, ["compare", name, "--json"])
     assert done.exit_code == 0, done.output
     found = json.loads(done.stdout)

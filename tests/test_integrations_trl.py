@@ -110,6 +110,24 @@ def test_fused_head_of_model_families(patched, family):
     assert_value("z", own.detach(), z, z_of(model.config, rows, weight.detach(), 0.7))  # that z is the model's own
 
 
+@pytest.mark.parametrize(
+    "module", ("trainer.sft_trainer", "trainer.rloo_trainer", "experimental.async_grpo.async_grpo_trainer")
+)
+def test_a_head_that_a_trainers_module_adds_is_ours(module, patched, monkeypatch):
+    """A trainer that is imported and has added its head before the patch, or after it."""
+    add, calls = importlib.import_module(f"trl.{module}").add_fused_lm_head, []
+    kernel = trl_head.linear_token_logps
+    monkeypatch.setattr(trl_head, "linear_token_logps", lambda *a, **k: calls.append(1) or kernel(*a, **k))
+    ids = torch.randint(3, VOCAB, (2, 6))
+    model = tiny()
+    add(model)
+    model(input_ids=ids, labels=ids, fused_lm_head=True)
+    assert len(calls) == 1
+    patched.undo()
+    model(input_ids=ids, labels=ids, fused_lm_head=True)
+    assert len(calls) == 1
+
+
 HEADS = [
     (dtype, bias, frozen)
     for dtype in (torch.float32, torch.bfloat16)
@@ -251,14 +269,15 @@ def test_get_batch_logps(name, patched):
 
 
 def bindings():
-    """Every global of every loaded TRL module, and get_batch_logps of the trainers that have one."""
+    """Every global of every loaded TRL module, and the static methods of its classes that the patch knows."""
     found = {}
     for name, module in list(sys.modules.items()):
         if name == "trl" or name.startswith("trl."):
             for key, value in list(vars(module).items()):
                 found[name, key] = value
-                if inspect.isclass(value) and "get_batch_logps" in vars(value):
-                    found[name, key, "get_batch_logps"] = vars(value)["get_batch_logps"]
+                for method in ("get_batch_logps", "generalized_jsd_loss") if inspect.isclass(value) else ():
+                    if method in vars(value):
+                        found[name, key, method] = vars(value)[method]
     return found
 
 
@@ -266,9 +285,27 @@ def changed(before, after):
     return {key for key in before if after.get(key) is not before[key]}
 
 
+BY_NAME = (
+    "a2po.a2po_trainer.selective_log_softmax",
+    "cpo.cpo_trainer.selective_log_softmax",
+    "cpo.cpo_trainer.CPOTrainer.get_batch_logps",
+    "orpo.orpo_trainer.selective_log_softmax",
+    "orpo.orpo_trainer.ORPOTrainer.get_batch_logps",
+    "sdft.loss_utils.selective_log_softmax",
+    "sdft.sdft_trainer.selective_log_softmax",
+    "sdpo.loss_utils.selective_log_softmax",
+    "sdpo.sdpo_trainer.selective_log_softmax",
+    "tpo.tpo_trainer.selective_log_softmax_and_entropy",
+    "gkd.gkd_trainer.GKDTrainer.generalized_jsd_loss",
+    "gold.gold_trainer.GOLDTrainer.generalized_jsd_loss",
+    "iw_opd.iw_opd_trainer.IWOPDTrainer.generalized_jsd_loss",
+)
+
+
 def test_undo_restores_everything_and_says_what_was_replaced():
-    for name in ("cpo.cpo_trainer", "sdft.loss_utils", "tpo.tpo_trainer"):
-        importlib.import_module(f"trl.experimental.{name}")
+    for name in BY_NAME:
+        importlib.import_module("trl.experimental." + ".".join(name.split(".")[:2]))
+    importlib.import_module("trl.trainer.distillation_trainer")
     before = bindings()
     undo = rlfast.patch("trl")
     try:
@@ -280,9 +317,10 @@ def test_undo_restores_everything_and_says_what_was_replaced():
             "trl.trainer.utils.entropy_from_logits",
             "trl.trainer.utils.selective_log_softmax_and_entropy",
             "trl.kernels.ChunkedLogProbFunction",
-            "trl.experimental.cpo.cpo_trainer.selective_log_softmax",
-            "trl.experimental.sdft.loss_utils.selective_log_softmax",
-            "trl.experimental.tpo.tpo_trainer.selective_log_softmax_and_entropy",
+            "trl.kernels.chunked_divergence.ChunkedDivergenceFunction",
+            "trl.trainer.distillation_trainer.ChunkedDivergenceFunction",
+            "trl.trainer.distillation_trainer._use_triton",
+            *(f"trl.experimental.{name}" for name in BY_NAME),
         } <= names & set(undo.replaced)
         assert "trl.kernels.chunked_logprob._use_triton" not in names, "TRL's own kernel must still ask the device"
         assert all(name in repr(undo) for name in undo.replaced)
