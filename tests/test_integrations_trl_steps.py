@@ -20,6 +20,7 @@ pytest.importorskip("trl", reason='the trl package is missing: pip install "trl=
 transformers = pytest.importorskip("transformers")
 from trl.trainer import utils  # noqa: E402
 
+from rlfast.compare.tiny import tiny  # noqa: E402
 from rlfast.compare.trainers import KINDS, ONLINE, PAIRED, Kind  # noqa: E402
 from rlfast.compare.trainers import trainer_of as built  # noqa: E402
 from tests.trl_trainers import ALL, saved  # noqa: E402
@@ -42,6 +43,7 @@ LOSSES = {
     **{f"GRPO {name}": Kind("GRPO", ONLINE | {"loss_type": name}, ("prompt",)) for name in GRPO},
     "GRPO entropy": Kind("GRPO", ONLINE | {"entropy_coef": 0.05}, ("prompt",)),
     "SFT nll": KINDS["sft"],
+    "Distillation": Kind("Distillation", {"max_completion_length": 8, "beta": 0.5}, ("prompt",)),
     "SFT dft": Kind("SFT", {"completion_only_loss": True, "loss_type": "dft"}, ("prompt", "completion")),
 }
 
@@ -122,6 +124,8 @@ def steps_of(loss: str, form: str, folder, context, earlier=None, scaled=1.0) ->
         from peft import LoraConfig
 
         more["peft_config"] = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    if kind.trainer == "Distillation":
+        more["teacher_model"] = tiny("Llama", hidden_size=48)
     model = saved(folder, form.family, **form.head)
     torch.manual_seed(7)
     trainer = built(kind, given, model, [steps], **more)

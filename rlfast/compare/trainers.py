@@ -26,6 +26,7 @@ class Kind(NamedTuple):
 
 
 ONLINE = {"num_generations": 2, "max_completion_length": 8, "beta": 0.04}
+REWARDED = ("GRPO", "RLOO")
 PAIRED, SINGLE = ("prompt", "chosen", "rejected"), ("prompt", "completion", "label")
 KINDS = {
     "grpo": Kind("GRPO", ONLINE, ("prompt",)),
@@ -92,7 +93,7 @@ def trainer_of(kind: Kind, given: dict, model: dict, callbacks, evaluates: bool 
         train_dataset=rows,
         eval_dataset=rows if evaluates else None,
         callbacks=list(callbacks),
-        **({"reward_funcs": rewards} if kind.online else {}),
+        **({"reward_funcs": rewards} if kind.trainer in REWARDED else {}),
         **more,
     )
     trainer.remove_callback(PrinterCallback)
