@@ -1,4 +1,4 @@
-"""``rlfast info | verify | bench | generate | recipes | train | new-loss``."""
+"""``rlfast info | verify | bench | compare | generate | recipes | train | new-loss``."""
 
 from __future__ import annotations
 
@@ -161,6 +161,45 @@ def bench(
     sys.path.insert(0, str(clone))
     runner = importlib.import_module("bench.run")
     raise typer.Exit(runner.run(ops=op, cases=case, small=small, device=device, json_path=json_path))
+
+
+@app.command()
+def compare(
+    library: str = typer.Argument(help="trl, or the functions of verl or openrlhf."),
+    trainer: str = typer.Option("grpo", help="TRL's: grpo, rloo, dpo, kto or sft."),
+    steps: int = typer.Option(5, help="Of each arm."),
+    model: str = typer.Option("tiny", help="tiny (random), smollm2, or the folder of a model."),
+    loss_type: str = typer.Option("", help="One of the trainer's configuration (DPO: several with a comma between)."),
+    batch: int = typer.Option(4, help="Examples a step."),
+    learning_rate: float = typer.Option(1e-4, help="Of AdamW, constant."),
+    threads: int = typer.Option(0, help="0: torch's default."),
+    seed: int = typer.Option(0, help="Of the data and of sampling."),
+    as_json: bool = typer.Option(False, "--json", help="Print one JSON object."),
+) -> None:
+    """A trainer stock beside the same trainer patched, in fresh processes. Exit 1 if they differ."""
+    from rlfast import integrations
+    from rlfast.compare import run
+    from rlfast.demo.settings import DemoError
+
+    asked = {"trainer": trainer, "steps": steps, "model": model, "loss_type": loss_type, "batch": batch}
+    asked |= {"learning_rate": learning_rate, "threads": threads, "seed": seed}
+    try:
+        if library not in run.LIBRARIES:
+            raise DemoError(f"expected one of {run.LIBRARIES}, got {library!r}")
+        integrations.installed(library)
+        found = run.run(library, asked, lambda text: print(text, file=sys.stderr) if sys.stderr.isatty() else None)
+    except (DemoError, ImportError) as error:
+        print(f"rlfast compare: {error}", file=sys.stderr)
+        raise typer.Exit(1) from None
+    if as_json:
+        print(json.dumps(found.json))
+    else:
+        console = _console()
+        console.print(found.table)
+        for words in (found.summary, *found.failures):
+            console.print(words, soft_wrap=True, markup=False, highlight=False)
+    if found.failures:
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import re
 
@@ -178,6 +179,15 @@ def ranks():
     pool = Ranks()
     yield pool
     pool.close()
+
+
+@pytest.fixture(scope="module")
+def frozen_objects():
+    """What is imported is no garbage: Trainer.train() collects that, and takes a second to look at every object."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture

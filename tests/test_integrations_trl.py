@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import inspect
 import logging
 import sys
 
@@ -12,7 +11,7 @@ import pytest
 import torch
 
 import rlfast
-from rlfast.integrations import patching
+from rlfast.integrations import patching, trl_head
 from rlfast.integrations import trl as ours
 from tests.numerics import assert_gradient, assert_same_bits, assert_value, assert_zero
 
@@ -20,7 +19,8 @@ trl = pytest.importorskip("trl", reason='the trl package is missing: pip install
 transformers = pytest.importorskip("transformers")
 from trl.trainer import utils  # noqa: E402
 
-from tests.trl_trainers import VOCAB, assert_same_steps, steps_of, tiny, word_tokenizer  # noqa: E402
+from rlfast.compare.tiny import VOCAB, tiny, word_tokenizer  # noqa: E402
+from tests.trl_trainers import assert_same_steps, steps_of  # noqa: E402
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -43,9 +43,9 @@ def tokenizer():
 @pytest.mark.parametrize("kind", ("GRPO", "RLOO", "DPO", "KTO", "SFT"))
 def test_trainers_take_the_same_steps(kind, tokenizer, tmp_path, monkeypatch):
     calls = []
-    kernel = ours.linear_token_logps
+    kernel = trl_head.linear_token_logps
     monkeypatch.setattr(
-        ours,
+        trl_head,
         "linear_token_logps",
         lambda hidden, *args, **kw: calls.append(hidden.shape[0]) or kernel(hidden, *args, **kw),
     )
@@ -107,6 +107,24 @@ def test_fused_head_of_model_families(patched, family):
     assert_same_bits("is_top1", out.is_top1[counted], z.argmax(-1) == targets)
     own = model(input_ids=ids).logits[:, :-1][counted] / 0.7
     assert_value("z", own.detach(), z, z_of(model.config, rows, weight.detach(), 0.7))  # that z is the model's own
+
+
+@pytest.mark.parametrize(
+    "module", ("trainer.sft_trainer", "trainer.rloo_trainer", "experimental.async_grpo.async_grpo_trainer")
+)
+def test_a_head_that_a_trainers_module_adds_is_ours(module, patched, monkeypatch):
+    """A trainer that is imported and has added its head before the patch, or after it."""
+    add, calls = importlib.import_module(f"trl.{module}").add_fused_lm_head, []
+    kernel = trl_head.linear_token_logps
+    monkeypatch.setattr(trl_head, "linear_token_logps", lambda *a, **k: calls.append(1) or kernel(*a, **k))
+    ids = torch.randint(3, VOCAB, (2, 6))
+    model = tiny()
+    add(model)
+    model(input_ids=ids, labels=ids, fused_lm_head=True)
+    assert len(calls) == 1
+    patched.undo()
+    model(input_ids=ids, labels=ids, fused_lm_head=True)
+    assert len(calls) == 1
 
 
 HEADS = [
@@ -247,112 +265,6 @@ def test_get_batch_logps(name, patched):
         assert_same_bits("labels", labels, before)
     patched.undo()
     assert "__wrapped__" not in vars(trainer.get_batch_logps)
-
-
-def bindings():
-    """Every global of every loaded TRL module, and get_batch_logps of the trainers that have one."""
-    found = {}
-    for name, module in list(sys.modules.items()):
-        if name == "trl" or name.startswith("trl."):
-            for key, value in list(vars(module).items()):
-                found[name, key] = value
-                if inspect.isclass(value) and "get_batch_logps" in vars(value):
-                    found[name, key, "get_batch_logps"] = vars(value)["get_batch_logps"]
-    return found
-
-
-def changed(before, after):
-    return {key for key in before if after.get(key) is not before[key]}
-
-
-def test_undo_restores_everything_and_says_what_was_replaced():
-    for name in ("cpo.cpo_trainer", "sdft.loss_utils", "tpo.tpo_trainer"):
-        importlib.import_module(f"trl.experimental.{name}")
-    before = bindings()
-    undo = rlfast.patch("trl")
-    try:
-        names = {".".join(key) for key in changed(before, bindings())}
-        assert {
-            "trl.trainer.utils._ChunkedLogProbFunction",
-            "trl.trainer.utils._use_triton",
-            "trl.trainer.utils.selective_log_softmax",
-            "trl.trainer.utils.entropy_from_logits",
-            "trl.trainer.utils.selective_log_softmax_and_entropy",
-            "trl.kernels.ChunkedLogProbFunction",
-            "trl.experimental.cpo.cpo_trainer.selective_log_softmax",
-            "trl.experimental.sdft.loss_utils.selective_log_softmax",
-            "trl.experimental.tpo.tpo_trainer.selective_log_softmax_and_entropy",
-        } <= names & set(undo.replaced)
-        assert "trl.kernels.chunked_logprob._use_triton" not in names, "TRL's own kernel must still ask the device"
-        assert all(name in repr(undo) for name in undo.replaced)
-    finally:
-        undo()
-    assert not changed(before, bindings())
-    assert not undo.active and undo.replaced == () and "undone" in repr(undo)
-    undo()
-    assert not changed(before, bindings())
-
-
-def test_undo_reaches_modules_imported_meanwhile():
-    name = "trl.experimental.a2po.a2po_trainer"
-    sys.modules.pop(name, None)
-    original = utils.selective_log_softmax
-    with rlfast.patch("trl"):
-        module = importlib.import_module(name)
-        assert module.selective_log_softmax is utils.selective_log_softmax is not original
-    assert module.selective_log_softmax is original
-
-
-def test_patching_twice_is_one_patch():
-    before = bindings()
-    with rlfast.patch("trl") as outer:
-        once = bindings()
-        with rlfast.patch("trl") as inner:
-            assert not changed(once, bindings())
-            assert inner.replaced == outer.replaced
-        assert outer.active and not changed(once, bindings())
-    assert not changed(before, bindings())
-    rlfast.patch("trl")
-    rlfast.patch("trl").undo()
-    assert not changed(before, bindings())
-
-
-def test_an_exception_inside_undoes_the_patch():
-    before = bindings()
-    with pytest.raises(KeyError), rlfast.patch("trl"):
-        raise KeyError
-    assert not changed(before, bindings())
-
-
-def test_unknown_trainer():
-    with pytest.raises(ValueError, match=r"trainer: expected one of \('trl',\), got 'trlx'"):
-        rlfast.patch("trlx")
-
-
-def test_trl_not_installed(monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ImportError, match=r"pip install \"trl==1\.16\.\*\""):
-        rlfast.patch("trl")
-
-
-def test_an_untested_version_is_refused_unless_told_otherwise(monkeypatch):
-    monkeypatch.setattr(trl, "__version__", "1.17.0")
-    with pytest.raises(RuntimeError, match=r"tested with TRL 1\.16, found 1\.17\.0.*untested=True"):
-        rlfast.patch("trl")
-    with rlfast.patch("trl", untested=True) as patch:
-        assert "trl.trainer.utils._ChunkedLogProbFunction" in patch.replaced
-
-
-def test_a_changed_signature_is_left_alone(monkeypatch, caplog):
-    monkeypatch.setattr(utils, "entropy_from_logits", lambda logits, rows_at_once=1: logits)
-    with pytest.raises(
-        RuntimeError, match=r"entropy_from_logits takes \(logits, rows_at_once\), expected \(logits, chunk_size\)"
-    ):
-        rlfast.patch("trl")
-    with caplog.at_level(logging.WARNING, "rlfast.integrations"), rlfast.patch("trl", untested=True) as patch:
-        assert "trl.trainer.utils.entropy_from_logits" not in patch.replaced
-        assert "trl.trainer.utils.selective_log_softmax" in patch.replaced
-    assert "it is left alone" in caplog.text
 
 
 class Wrapped(torch.Tensor):

@@ -16,7 +16,8 @@ from rlfast.integrations import patching, trl_dpo
 trl = pytest.importorskip("trl", reason='the trl package is missing: pip install "trl==1.16.*"')
 from trl.trainer import utils  # noqa: E402
 
-from tests.trl_trainers import VOCAB, OneProcess, assert_same_loss, tiny  # noqa: E402
+from rlfast.compare.tiny import VOCAB, tiny  # noqa: E402
+from tests.trl_trainers import OneProcess, assert_same_loss  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("small_chunks")
 PAIRS, LENGTH = 5, 13

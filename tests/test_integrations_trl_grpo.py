@@ -16,7 +16,8 @@ from rlfast.losses import Loss
 trl = pytest.importorskip("trl", reason='the trl package is missing: pip install "trl==1.16.*"')
 from trl.trainer import utils  # noqa: E402
 
-from tests.trl_trainers import CLOSE, VOCAB, OneProcess, assert_same_loss, tiny  # noqa: E402
+from rlfast.compare.tiny import VOCAB, tiny  # noqa: E402
+from tests.trl_trainers import CLOSE, OneProcess, assert_same_loss  # noqa: E402
 
 ROWS, PROMPT, LENGTH = 6, 5, 9
 

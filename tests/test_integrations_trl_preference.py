@@ -15,7 +15,8 @@ from rlfast.integrations import patching, trl_dpo, trl_outputs, trl_preference
 from tests.numerics import assert_gradient, assert_same_bits, assert_value
 
 trl = pytest.importorskip("trl", reason='the trl package is missing: pip install "trl==1.16.*"')
-from tests.trl_trainers import KINDS, OneProcess, assert_same_steps, steps_of, word_tokenizer  # noqa: E402
+from rlfast.compare.tiny import word_tokenizer  # noqa: E402
+from tests.trl_trainers import KINDS, OneProcess, assert_same_steps, steps_of  # noqa: E402
 
 PAIRS, LENGTH, BATCHES = 6, 24, 4
 UNSORTED = [name for name in trl_dpo.DPO_ROWS if not name.startswith("aot")]

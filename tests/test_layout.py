@@ -26,8 +26,9 @@ FILES = {
 # The floors; a module belongs to the longest prefix that it starts with, and imports only from its own floor or below.
 FLOORS = {
     "rlfast": 3,  # the package: public names
+    "rlfast.cli": 7,
     "rlfast.demo": 6,
-    "rlfast.cli": 6,
+    "rlfast.compare": 6,
     "rlfast.recipes": 5,
     "rlfast.recipes.command": 6,  # it trains on the demo's model and task
     "rlfast.recipes.tasks": 6,

@@ -466,7 +466,7 @@ def test_progress_is_shown(capsys):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A checkpoint with a tokenizer."""
-    from tests.trl_trainers import tiny, word_tokenizer
+    from rlfast.compare.tiny import tiny, word_tokenizer
 
     where = tmp_path_factory.mktemp("model")
     tiny("Llama").save_pretrained(where)

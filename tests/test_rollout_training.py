@@ -16,7 +16,7 @@ from tests.decoders import decoder, prompts
 from tests.numerics import assert_same_bits
 
 trl = pytest.importorskip("trl", reason='the trl package is missing: pip install "trl==1.16.*"')
-from tests.trl_trainers import PROMPTS, rewards, tiny, word_tokenizer  # noqa: E402
+from rlfast.compare.tiny import PROMPTS, rewards, tiny, word_tokenizer  # noqa: E402
 
 
 def padded(rollouts, side: str, pad: int = 0):

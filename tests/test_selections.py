@@ -32,10 +32,10 @@ def test_the_largest_are_the_same_with_and_without_a_sort_of_all(number, monkeyp
     score[score < 6] = -torch.inf
     distinct = torch.arange(88.0).flip(0).view(8, 11)
     for x in (score, distinct):
-        few = selections._ranked_below(x, torch.tensor(number))
+        few = selections._ranked_below(x, torch.tensor(number), 1.0, None)
         with monkeypatch.context() as context:
             context.setattr(selections, "unobserved", lambda *_: False)
-            every = selections._ranked_below(x, torch.tensor(number))
+            every = selections._ranked_below(x, torch.tensor(number), 1.0, None)
         assert torch.equal(few, every) and int(few.sum()) == min(number, int((x > -torch.inf).sum()))
 
 

@@ -6,130 +6,61 @@ import contextlib
 
 import torch
 import transformers
-import trl
 
+from rlfast.compare.tiny import tiny, word_tokenizer
+from rlfast.compare.trainers import KINDS as COMPARED
+from rlfast.compare.trainers import PAIRED, SINGLE, Kind
+from rlfast.compare.trainers import trainer_of as built
 from rlfast.demo.parity import GRAD_NORM_TOLERANCE, LOSS_TOLERANCE, UPDATE_TOLERANCE
 
 STEPS = 3
-WORDS = "the a cat dog sat ran on mat hill red blue big small and or then one two three four is was no".split()  # noqa: SIM905
-PROMPTS = ("the cat sat", "a dog ran on the hill", "one and two is", "big red mat", "no", "the small blue dog was not")
-VOCAB = 151  # the head has more rows than the tokenizer has words, and an odd number of them
-
-
-def word_tokenizer():
-    """One token a word, with a chat template."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    words = ["<pad>", "<eos>", "<unk>", "user", "assistant", ":", *WORDS]
-    inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
-    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    template = (
-        "{% for message in messages %}{{ message['role'] + ' : ' + message['content'] + ' <eos> ' }}{% endfor %}"
-        "{% if add_generation_prompt %}{{ 'assistant : ' }}{% endif %}"
-    )
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=inner, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>", chat_template=template
-    )
-
-
-SMALL = {
-    "vocab_size": VOCAB,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-    "pad_token_id": 0,
-    "eos_token_id": 1,
-    "bos_token_id": None,
-    "initializer_range": 0.3,  # large, so that the log-probs of a random model are far from uniform
-}
-
-
-def tiny(family: str = "Llama", task: str = "CausalLM", **options):
-    """A random model of a family."""
-    torch.manual_seed(0)
-    config = getattr(transformers, f"{family}Config")(**{**SMALL, **options})
-    return getattr(transformers, f"{family}For{task}")(config)
-
-
-def conversations(*columns):
-    """Rows of preference, completion or plain data over the tiny vocabulary."""
-    rows = []
-    for i, prompt in enumerate(PROMPTS):
-        say = lambda text: [{"role": "assistant", "content": text}]  # noqa: E731
-        row = {
-            "prompt": [{"role": "user", "content": prompt}],
-            "chosen": say("yes the " + prompt),
-            "rejected": say("no " + " ".join(WORDS[i : i + 4])),
-            "completion": say(prompt + " and then " + WORDS[-i]),
-            "label": i % 2 == 0,
-            "margin": 0.25 * i,
-        }
-        rows.append({name: row[name] for name in columns})
-    return rows
-
-
-def rewards(completions, **_):
-    return [len(set(c[0]["content"].split())) / 8 for c in completions]
-
-
-ONLINE = {"num_generations": 2, "max_completion_length": 8, "beta": 0.04}
-PAIRED, SINGLE = ("prompt", "chosen", "rejected"), ("prompt", "completion", "label")
-# name -> (trainer, options, columns)
+# name -> a trainer of ``compare``, some with other options
 KINDS = {
-    "GRPO": ("GRPO", ONLINE, ("prompt",)),
-    "RLOO": ("RLOO", ONLINE, ("prompt",)),
-    "SFT": ("SFT", {"completion_only_loss": True}, ("prompt", "completion")),
-    "DPO": ("DPO", {"loss_type": ["sigmoid"]}, PAIRED),
-    "DPO mixture": ("DPO", {"loss_type": ["sigmoid", "bco_pair", "sft"], "loss_weights": [0.8, 0.2, 1.0]}, PAIRED),
-    "DPO IPO": ("DPO", {"loss_type": "ipo", "ld_alpha": 0.5, "precompute_ref_log_probs": True}, PAIRED),
-    "DPO WPO": ("DPO", {"use_weighting": True, "f_divergence_type": "js_divergence"}, PAIRED),
-    "KTO": ("KTO", {"undesirable_weight": 1.5}, SINGLE),
-    "KTO APO": ("KTO", {"loss_type": "apo_zero_unpaired", "desirable_weight": 0.5}, SINGLE),
-    "Reward": ("Reward", {"center_rewards_coefficient": 0.05}, PAIRED),
-    "Reward margin": ("Reward", {}, (*PAIRED, "margin")),
+    "GRPO": COMPARED["grpo"],
+    "RLOO": COMPARED["rloo"],
+    "SFT": COMPARED["sft"],
+    "DPO": Kind("DPO", {"loss_type": ["sigmoid"]}, PAIRED),
+    "DPO mixture": Kind("DPO", {"loss_type": ["sigmoid", "bco_pair", "sft"], "loss_weights": [0.8, 0.2, 1.0]}, PAIRED),
+    "DPO IPO": Kind("DPO", {"loss_type": "ipo", "ld_alpha": 0.5, "precompute_ref_log_probs": True}, PAIRED),
+    "DPO WPO": Kind("DPO", {"use_weighting": True, "f_divergence_type": "js_divergence"}, PAIRED),
+    "KTO": COMPARED["kto"],
+    "KTO APO": Kind("KTO", {"loss_type": "apo_zero_unpaired", "desirable_weight": 0.5}, SINGLE),
+    "Reward": Kind("Reward", {"center_rewards_coefficient": 0.05}, PAIRED),
+    "Reward margin": Kind("Reward", {}, (*PAIRED, "margin")),
 }
+ALL = {
+    "per_device_train_batch_size": 4,
+    "max_steps": STEPS,
+    "learning_rate": 1e-3,
+    "bf16": False,
+    "use_cpu": True,
+    "gradient_checkpointing": False,
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "report_to": [],
+    "disable_tqdm": True,
+    "dataloader_pin_memory": False,
+}
+
+
+def saved(folder, family: str = "Qwen2", task: str = "CausalLM", **head) -> dict:
+    """A tiny model as a trainer takes it; references are loaded from its folder."""
+    tiny(family, task, **head).save_pretrained(folder / "model")
+    model = getattr(transformers, f"AutoModelFor{task}").from_pretrained(folder / "model")
+    return {"model": model, "processing_class": word_tokenizer()}
 
 
 def trainer_of(kind: str, tokenizer, folder, callback):
     """A trainer of ``KINDS`` on a tiny model, which evaluates after its steps."""
-    from datasets import Dataset
-
-    name, extra, columns = KINDS[kind]
-    options = {
-        "output_dir": str(folder),
-        "per_device_train_batch_size": 4,
-        "max_steps": STEPS,
-        "learning_rate": 1e-3,
-        "bf16": False,
-        "use_cpu": True,
-        "gradient_checkpointing": False,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": [],
-        "disable_tqdm": True,
-        "dataloader_pin_memory": False,
-    }
-    online = name in ("GRPO", "RLOO")
-    task = "SequenceClassification" if name == "Reward" else "CausalLM"
-    head = {"num_labels": 1} if name == "Reward" else {"tie_word_embeddings": name != "DPO"}
-    tiny("Qwen2", task, **head).save_pretrained(folder / "model")  # references are loaded from there
-    rows = Dataset.from_list(conversations(*columns))
-    if not online:
-        options |= {"eval_strategy": "steps", "eval_steps": STEPS, "per_device_eval_batch_size": 4}
-    trainer = getattr(trl, f"{name}Trainer")(
-        model=getattr(transformers, f"AutoModelFor{task}").from_pretrained(folder / "model"),
-        processing_class=tokenizer,
-        args=getattr(trl, f"{name}Config")(**options, **extra),
-        train_dataset=rows,
-        eval_dataset=None if online else rows,
-        callbacks=[callback],
-        **({"reward_funcs": rewards} if online else {}),
-    )
-    trainer.remove_callback(transformers.PrinterCallback)
-    return trainer
+    kind = KINDS[kind]
+    reward = kind.trainer == "Reward"
+    head = {"num_labels": 1} if reward else {"tie_word_embeddings": kind.trainer != "DPO"}
+    given = ALL | {"output_dir": str(folder)} | kind.options
+    if not kind.online:
+        given |= {"eval_strategy": "steps", "eval_steps": STEPS, "per_device_eval_batch_size": 4}
+    model = saved(folder, task="SequenceClassification" if reward else "CausalLM", **head)
+    model["processing_class"] = tokenizer
+    return built(kind, given, model, [callback], evaluates=not kind.online)
 
 
 class Watch(transformers.TrainerCallback):

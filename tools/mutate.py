@@ -35,6 +35,7 @@ SWITCH = "RLFAST_MUTANT"
 OPS = ("tests/test_token_logps.py", "tests/test_linear_token_logps.py", "tests/test_token_loss.py")
 # The tests of a mutant whose file is of another family: the first word that its path holds.
 FAMILIES = {
+    "trl_divergence": ("tests/test_integrations_trl_divergence.py",),
     "ops/linear_loss": ("tests/test_linear_preference_loss.py",),
     "policy_linear": tuple(f"tests/test_{x}.py" for x in ("linear_policy_loss", "full_kl", "lora_head")),
     "full_kl": ("tests/test_full_kl.py",),
@@ -74,7 +75,8 @@ FAMILIES = {
     **dict.fromkeys(("kernels/rows", "kernels/whiten"), ("tests/test_affine_scan.py",)),
     "attention": ("tests/test_paged_attention.py",),
     "trl_grpo": ("tests/test_integrations_trl_grpo.py",),
-    "trl_head": ("tests/test_integrations_trl_grpo.py", "tests/test_integrations_trl_dpo.py"),
+    "trl_head": tuple(f"tests/test_integrations_trl{x}.py" for x in ("", "_grpo", "_dpo")),
+    "trl_mixins": ("tests/test_integrations_trl_mixins.py",),
     **dict.fromkeys(
         ("trl_preference", "trl_outputs", "trl_dpo"),
         ("tests/test_integrations_trl_preference.py", "tests/test_integrations_trl_dpo.py"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from typing import NamedTuple
 
+from rlfast.compare.watch import flat, updates_apart
 from rlfast.demo.settings import Common
 from rlfast.demo.trainer import ARMS, kernels, quiet, training_of
 from rlfast.demo.workers import Worker
@@ -86,7 +87,7 @@ class Seen:
     def watch(self, trainer) -> None:
         """Look at the trainer's own results as it trains."""
         training_of(self.settings).observe(trainer, self._now)
-        self.weights.append(_flat(trainer.model))
+        self.weights.append(flat(trainer.model))
 
     def callback(self):
         import torch
@@ -103,26 +104,19 @@ class Seen:
                 if "grad_norm" in logs:  # not the summary at the end of training
                     kept = training_of(seen.settings).logged(logs)
                     seen.steps.append({**seen._now, "grad_norm": logs["grad_norm"], **kept})
-                    seen.weights.append(_flat(model))
+                    seen.weights.append(flat(model))
 
         return Callback()
 
 
-def _flat(model):
-    import torch
-
-    return torch.cat([p.detach().reshape(-1) for p in model.parameters()])
-
-
 def _apart(stock: Seen, ours: Seen, k: int) -> Step:
     a, b = stock.steps[k], ours.steps[k]
-    update = stock.weights[k + 1] - stock.weights[k]
-    difference = (ours.weights[k + 1] - ours.weights[k]).sub_(update)
+    update, _ = updates_apart(ours.weights[k : k + 2], stock.weights[k : k + 2])
     return Step(
         loss=(a["loss"], b["loss"]),
         grad_norm=(a["grad_norm"], b["grad_norm"]),
         scale=a["scale"],
         flat_groups=a.get("flat_groups", 0.0),
         logp=(a["logp"] - b["logp"]).abs().max().item(),
-        update=(difference.norm() / update.norm()).item(),
+        update=update,
     )

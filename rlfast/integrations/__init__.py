@@ -32,6 +32,12 @@ _patches: dict[str, Patch] = {}
 _options: dict[str, dict] = {}  # those of the patch in place
 
 
+def installed(trainer: str) -> None:
+    """ImportError, with what to run, if a trainer of ``TRAINERS`` is not installed."""
+    if importlib.util.find_spec(trainer) is None:
+        raise ImportError(f'{trainer} is not installed: run `pip install "{TRAINERS[trainer].requirement}"`')
+
+
 def patch(trainer: str, *, untested: bool = False, rollouts: bool = False, bitwise: bool = False) -> Patch:
     """Put rlfast's kernels in the place of a trainer's own, until undone.
 
@@ -71,10 +77,10 @@ def patch(trainer: str, *, untested: bool = False, rollouts: bool = False, bitwi
     if trainer not in TRAINERS:
         validate.fail("trainer", f"one of {tuple(TRAINERS)}", repr(trainer))
     known = TRAINERS[trainer]
-    if importlib.util.find_spec(trainer) is None:
-        raise ImportError(
-            f'rlfast.patch("{trainer}"): {trainer} is not installed: run `pip install "{known.requirement}"`'
-        )
+    try:
+        installed(trainer)
+    except ImportError as error:
+        raise ImportError(f'rlfast.patch("{trainer}"): {error}') from None
     asked = {"rollouts": validate.flag("rollouts", rollouts) or validate.flag("bitwise", bitwise), "bitwise": bitwise}
     for option, value in asked.items():
         if value and option not in known.options:

@@ -91,6 +91,14 @@ class AfterImport(importlib.abc.MetaPathFinder):
         return spec
 
 
+_originals: dict[tuple[Any, str], Any] = {}  # (owner, name) → what a patch has replaced there
+
+
+def original_of(owner, name: str):
+    """The library's own ``owner.name``, also while a patch is on; None where it has none of its own."""
+    return _originals.get((owner, name), vars(owner).get(name))
+
+
 class Patch:
     """What ``rlfast.patch`` put in place: undo by calling it, or by leaving its ``with`` block.
 
@@ -110,6 +118,7 @@ class Patch:
             if swap.owner is None:
                 names = rebind(swap.prefix, swap.original, swap.replacement)
             else:
+                _originals.setdefault((swap.owner, swap.name), swap.original)
                 setattr(swap.owner, swap.name, swap.replacement)
                 names = [f"{_dotted(swap.owner)}.{swap.name}"]
             self._names.update((name, swap) for name in names)
@@ -143,6 +152,7 @@ class Patch:
                 rebind(swap.prefix, swap.replacement, swap.original)
             else:
                 setattr(swap.owner, swap.name, swap.original)
+                _originals.pop((swap.owner, swap.name), None)
 
     def __call__(self) -> None:
         self.undo()
@@ -179,6 +189,21 @@ def or_original(ours, original, why_not):
         return original(*args, **kwargs)
 
     return call
+
+
+@functools.cache
+def _static(ours, original, why_not):
+    return staticmethod(or_original(ours, original.__func__, why_not))
+
+
+def static_swap(owner, name: str, ours, why_not) -> Swap | None:
+    """``ours`` for a static method of a class; None where there is no such class, or its method is another one."""
+    original = original_of(owner, name) if owner is not None else None
+    if not isinstance(original, staticmethod):
+        return None
+    if list(inspect.signature(original.__func__).parameters) != list(inspect.signature(ours).parameters):
+        return None
+    return Swap(original, _static(ours, original, why_not), owner=owner, name=name)
 
 
 def runs_as_it_is(original, reason: str) -> None:

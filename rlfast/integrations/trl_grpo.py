@@ -16,7 +16,7 @@ import importlib
 
 import torch
 
-from rlfast.integrations.patching import Swap, reads, runs_as_it_is, takes
+from rlfast.integrations.patching import Swap, original_of, reads, runs_as_it_is, takes
 from rlfast.integrations.trl_head import Fusion, fusing
 from rlfast.loss_table import loss
 from rlfast.losses import Loss
@@ -151,7 +151,7 @@ def swaps(strange: list[str]) -> list[Swap]:
     """The method to swap; ``strange`` gets the reason where TRL's own is not as known."""
     owner = getattr(importlib.import_module("trl.trainer.grpo_trainer"), "GRPOTrainer", None)
     name = "trl.trainer.grpo_trainer.GRPOTrainer._compute_loss"
-    original = vars(owner).get("_compute_loss") if owner is not None else None
+    original = original_of(owner, "_compute_loss") if owner is not None else None
     if not takes(original, ("self", "model", "inputs"), name, strange):
         return []
     missing = [what for what in KNOWS if not reads(original.__code__, what)]

@@ -1,12 +1,53 @@
-"""Where a loss of TRL's and the fused head meet: within a trainer's loss the head may make it with its log-probs."""
+"""The fused head: what TRL asks of it, and where it meets a loss, which it may make with its log-probs.
+
+chunked_logprob   ``ChunkedLogProbFunction.apply``, on rlfast's kernels
+Fusion            a loss that the head makes when a model calls it, within ``fusing``
+swaps             what ``rlfast.patch("trl")`` puts in place
+own_heads         the same for the models of one trainer
+"""
 
 from __future__ import annotations
 
 import contextlib
+import importlib
+import inspect
+import types
 from contextvars import ContextVar
 
 import torch
 
+from rlfast.integrations.patching import Swap, or_original, reads, rebind, takes, tensor_unsupported
+from rlfast.logps import linear_token_logps
+from rlfast.rollout import training
+
+
+def compute_dtype(hidden) -> torch.dtype:
+    """What a head's projection runs in: autocast's dtype if that is on, else hidden's."""
+    device = hidden.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+
+
+def counted_rows_only(device: torch.device) -> bool:
+    """Whether TRL should gather the positions whose label counts before it calls the head: always.
+
+    TRL asks its ``_use_triton``, because a varying row count would be slow on devices that recompile for each shape.
+    The CPU does not, and each prompt or padding position costs it a row of three GEMMs over the vocabulary.
+    """
+    return True
+
+
+def zero3() -> str | None:
+    """Why TRL's own head runs under DeepSpeed ZeRO-3, if it does."""
+    from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+
+    if is_deepspeed_zero3_enabled():
+        return (
+            "under DeepSpeed ZeRO-3 the head is partitioned again before the backward, and only TRL's kernel gathers it"
+        )
+    return None
+
+
+OPTIONAL_OUTPUTS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 _current: ContextVar[Fusion | None] = ContextVar("rlfast_trl_fusion", default=None)
 
 
@@ -70,3 +111,97 @@ def current(hidden) -> Fusion | None:
     """The fusion that a call of the head belongs to."""
     fusion = _current.get()
     return fusion if fusion is not None and fusion.takes(hidden) else None
+
+
+def chunked_logprob(
+    hidden,
+    weight,
+    bias,
+    targets,
+    temperature,
+    chunk_size,
+    final_logit_softcapping=None,
+    logit_scale=1.0,
+    outputs=OPTIONAL_OUTPUTS,
+):
+    """``ChunkedLogProbFunction.apply``: log-probs of ``targets`` under hidden·weightᵀ + bias, logits never in full.
+
+    Args:
+        hidden: [N, D] float. weight: [V, D]. bias: [V] or None. targets: [N] int in [0, V).
+        chunk_size: TRL's vocabulary tile; rlfast chooses its own.
+        outputs: which of ``OPTIONAL_OUTPUTS`` to compute; the others come back as None.
+
+    Returns:
+        (logprobs, entropy, log_sum_sq_probs, mean_logits, is_top1), each [N]; float32, the last bool. The first two
+        are differentiable. The projection runs in autocast's dtype if that is on, else in hidden's.
+    """
+    dtype = compute_dtype(hidden)
+    wanted = tuple(name for name in OPTIONAL_OUTPUTS if name in outputs)
+    head = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype), targets
+    options = {"temperature": temperature, "softcap": final_logit_softcapping, "logit_scale": logit_scale}
+    fusion = current(hidden)
+    with torch.autocast(hidden.device.type, enabled=False):
+        if fusion is not None:
+            return fusion.head(*head, wanted, **options)
+        hidden, weight, bias, targets = head
+        out = linear_token_logps(
+            hidden, weight, targets, bias, **options, outputs=("logp", *wanted), batch_invariant=training.active()
+        )
+    floats = (out.logp, out.entropy, out.log_sum_sq_probs, out.mean_logits)
+    return (*(x if x is None else x.float() for x in floats), out.is_top1)
+
+
+def _unsupported(hidden, weight, bias, *_, **__) -> str | None:
+    return zero3() or tensor_unsupported(hidden=hidden, weight=weight, bias=bias)
+
+
+def head_of(utils, strange: list[str]):
+    """``_ChunkedLogProbFunction`` of TRL's utils with rlfast's ``apply``; None where it is not as known."""
+    head = getattr(utils, "_ChunkedLogProbFunction", None)
+    if getattr(head, "of_rlfast", False):
+        return head  # TRL is patched
+    name = "trl.trainer.utils._ChunkedLogProbFunction.forward"
+    wanted = inspect.signature(chunked_logprob).parameters
+    if not takes(getattr(head, "forward", None), wanted, name, strange, skip="ctx"):
+        return None
+    apply = or_original(chunked_logprob, head.apply, _unsupported)
+    return type(head.__name__, (head,), {"apply": staticmethod(apply), "of_rlfast": True, "__doc__": head.__doc__})
+
+
+def swaps(utils, strange: list[str]) -> list[Swap]:
+    """The head in every TRL module, and whether it is given the counted rows alone."""
+    ours = head_of(utils, strange)
+    if ours is None:
+        return []
+    found = [Swap(utils._ChunkedLogProbFunction, ours, prefix="trl")]
+    if _asks_before_compacting(utils):
+        found.append(Swap(utils._use_triton, counted_rows_only, owner=utils, name="_use_triton"))
+    else:
+        strange.append("trl.trainer.utils.add_fused_lm_head does not ask _use_triton whether to drop masked rows")
+    return found
+
+
+def _asks_before_compacting(utils) -> bool:
+    """Whether the fused forward is the only code of TRL's utils that reads the global ``_use_triton``."""
+    readers = [f.__name__ for f in vars(utils).values() if inspect.isfunction(f) and reads(f.__code__, "_use_triton")]
+    return hasattr(utils, "_use_triton") and [r for r in readers if r != "_use_triton"] == ["add_fused_lm_head"]
+
+
+@contextlib.contextmanager
+def own_heads():
+    """Within it, a model that TRL adds a fused head to gets rlfast's, and keeps it. Other models are left alone.
+
+    Raises:
+        RuntimeError: TRL's head is not as known.
+    """
+    utils, strange = importlib.import_module("trl.trainer.utils"), []
+    names = {"_ChunkedLogProbFunction": head_of(utils, strange), "_use_triton": counted_rows_only}
+    if strange:
+        raise RuntimeError(f"TRL does not look as it should: {'; '.join(strange)}")
+    theirs = utils.add_fused_lm_head
+    ours = types.FunctionType(theirs.__code__, vars(utils) | names, theirs.__name__, theirs.__defaults__)
+    rebind("trl", theirs, ours)
+    try:
+        yield
+    finally:
+        rebind("trl", ours, theirs)

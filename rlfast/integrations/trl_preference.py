@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import torch
 
-from rlfast.integrations.patching import Swap, reads, runs_as_it_is, takes, tensor_unsupported
+from rlfast.integrations.patching import Swap, original_of, reads, runs_as_it_is, takes, tensor_unsupported
 from rlfast.integrations.trl_dpo import dpo, dpo_fused, dpo_unsupported
 from rlfast.integrations.trl_outputs import Seen, scored, scores_unsupported, sums, tokens, watched, with_router
 from rlfast.reward_losses import reward_loss
@@ -138,7 +138,7 @@ def swaps(strange: list[str]) -> list[Swap]:
     for seam in SEAMS:
         name = f"trl.trainer.{seam.module}.{seam.trainer}.{seam.method}"
         owner = getattr(importlib.import_module(f"trl.trainer.{seam.module}"), seam.trainer, None)
-        original = vars(owner).get(seam.method) if owner is not None else None
+        original = original_of(owner, seam.method) if owner is not None else None
         if not takes(original, seam.parameters, name, strange):
             continue
         missing = [what for what in seam.knows if not reads(original.__code__, what)]

