@@ -15,7 +15,7 @@ from rlfast.ops.dispatch import unobserved
 
 
 def covariance(logp, adv, mask, ranks: Ranks | None = None):
-    """((A − mean A)·(log p − mean log p), A as [B, T], mask as bool, its count on all ranks); where masked, anything."""
+    """((A − mean A)·(log p − mean log p), A as [B, T], mask as bool, its count on all ranks); masked: anything."""
     validate.tensor("logp", logp)
     validate.tensor("adv", adv)
     logp, adv = logp.detach(), adv.detach()
