@@ -11,7 +11,7 @@ if not (_root / "_build_record.py").exists():
 if not (_root / "kernels").exists():  # in a source tree, the Triton kernels are the folder next to this one
     __path__.append(str(_root.parent))
 
-from rlfast import backends, rollout  # noqa: E402
+from rlfast import backends, distributed, rollout  # noqa: E402
 from rlfast.advantages import (  # noqa: E402
     GroupStatistics,
     affine_scan,
@@ -103,6 +103,7 @@ __all__ = [
     "backends",
     "clip_cov_keep",
     "discounted_returns",
+    "distributed",
     "divergence",
     "ema_update",
     "extrapolate",

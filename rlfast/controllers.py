@@ -9,13 +9,8 @@ from __future__ import annotations
 import torch
 
 from rlfast import limits, validate
-
-
-def _summed(parts: torch.Tensor, process_group) -> torch.Tensor:
-    """Σ over the processes of a group."""
-    if process_group is not None:
-        torch.distributed.all_reduce(parts, group=process_group)
-    return parts
+from rlfast.distributed.ranks import Ranks, ranks_of, summed
+from rlfast.reductions import moments_of_all
 
 
 class _State:
@@ -41,11 +36,12 @@ class _State:
             getattr(self, name).copy_(torch.as_tensor(x))
 
 
-def _mean(name: str, measured, n, like: torch.Tensor, process_group):
+def _mean(name: str, measured, n, like: torch.Tensor, ranks: Ranks | None):
     """(mean over every process's n, Σ n) of a measurement that is a mean over n; over none it has no effect."""
     measured, n = validate.scalar(name, measured), validate.scalar("n", n)
     measured, n = (x.to(like) if isinstance(x, torch.Tensor) else torch.full_like(like, x) for x in (measured, n))
-    total, count = _summed(torch.stack([torch.where(n == 0, 0.0, measured * n), n]), process_group).unbind()
+    parts = torch.stack([torch.where(n == 0, 0.0, measured * n), n])
+    total, count = (parts if ranks is None else summed(parts, ranks, name)).unbind()
     return total / count.clamp(min=1.0), count
 
 
@@ -76,7 +72,7 @@ class AdaptiveKL(_State):
     def __init__(self, value: float, *, target: float, horizon: float, device=None, process_group=None):
         self.value = torch.tensor(validate.finite("value", value), dtype=torch.float32, device=device)
         self.target, self.horizon = validate.positive("target", target), validate.positive("horizon", horizon)
-        self.process_group = process_group
+        self.ranks = ranks_of(process_group)
 
     def update(self, kl, n) -> None:
         """One step.
@@ -85,7 +81,7 @@ class AdaptiveKL(_State):
             kl: a number or a 0-dim tensor. The mean KL of this process's n samples. A NaN leaves β as it was.
             n: a number or a 0-dim tensor. How many samples that was.
         """
-        kl, n = _mean("kl", kl, n, self.value, self.process_group)
+        kl, n = _mean("kl", kl, n, self.value, self.ranks)
         error = (kl / self.target - 1.0).clamp(-0.2, 0.2)
         self.value.mul_((1.0 + error * n / self.horizon).nan_to_num(nan=1.0))
 
@@ -123,7 +119,7 @@ class AdaptiveEntropy(_State):
         self.target, self.delta = validate.finite("target", target), validate.positive("delta", delta)
         self.low, self.high = (validate.number(x, y, limits.ANY) for x, y in (("low", low), ("high", high)))
         validate.ordered("low", low, "high", high)
-        self.process_group = process_group
+        self.ranks = ranks_of(process_group)
 
     def update(self, entropy, n) -> None:
         """One step.
@@ -133,7 +129,7 @@ class AdaptiveEntropy(_State):
                 value as they were.
             n: a number or a 0-dim tensor. How many tokens that was.
         """
-        entropy, _ = _mean("entropy", entropy, n, self.coef, self.process_group)
+        entropy, _ = _mean("entropy", entropy, n, self.coef, self.ranks)
         below, known = entropy <= self.target, ~entropy.isnan()
         moved = (self.coef + torch.where(below, self.delta, -self.delta)).clamp(self.low, self.high)
         self.coef.copy_(torch.where(known, moved, self.coef))
@@ -163,7 +159,7 @@ class RunningMeanStd(_State):
 
     def __init__(self, *, device=None, process_group=None):
         self.mean, self.square, self.count = (torch.zeros((), dtype=torch.float64, device=device) for _ in range(3))
-        self.process_group = process_group
+        self.ranks = ranks_of(process_group)
 
     @property
     def std(self) -> torch.Tensor:
@@ -181,9 +177,11 @@ class RunningMeanStd(_State):
         mask = validate.counted(mask, "x", x).to(self.mean.device)
         x = x.detach().to(self.mean)
         x = torch.where(mask, x, 0.0)
-        total, n = _summed(torch.stack([x.sum(), mask.sum().to(x)]), self.process_group).unbind()
-        mean = total / n.clamp(min=1.0)
-        spread = _summed(torch.where(mask, (x - mean).square(), 0.0).sum(), self.process_group)
+        n = mask.sum().to(x)
+        mean = x.sum() / n.clamp(min=1.0)
+        spread = torch.where(mask, (x - mean).square(), 0.0).sum()
+        if self.ranks is not None:
+            n, mean, spread = moments_of_all(n, mean, spread, self.ranks, "RunningMeanStd")
         whole = (self.count + n).clamp(min=1.0)
         delta = mean - self.mean
         self.square.add_(spread + delta.square() * self.count * n / whole)

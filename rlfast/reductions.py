@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 
 from rlfast import validate
+from rlfast.distributed.ranks import Ranks, gathered, ranks_of
 
 CHUNK = 4096  # elements that one thread adds up, then as many of these sums
 WHERE = ("inside", "outside", "floor")
@@ -76,10 +77,12 @@ def _valid(mask, x) -> torch.Tensor:
     return torch.ones(x.shape, dtype=torch.bool, device=x.device) if mask is None else mask
 
 
-def mean_of(x, valid, dim, mean: Mean) -> torch.Tensor:
-    """The mean of the valid elements in float64."""
+def mean_of(x, valid, dim, mean: Mean, ranks: Ranks | None = None) -> torch.Tensor:
+    """The mean of the valid elements in float64, of those of all ranks if there are some."""
     kept = torch.where(valid, x, 0.0).double()
     summed, count = (total(kept), valid.sum()) if dim is None else (kept.sum(dim), valid.sum(dim))
+    if ranks is not None:
+        summed, count = gathered(torch.stack((summed, count.to(summed))), ranks, "masked_mean").sum(0)
     return summed / (count + mean.eps).clamp(min=mean.least)
 
 
@@ -90,14 +93,31 @@ def deviation(var: torch.Tensor, eps: float, where: str) -> torch.Tensor:
     return (var.clamp(min=eps) if where == "floor" else var + eps).sqrt()
 
 
-def whitened(x, mask, *, bessel: bool, eps: float, where: str, shift_mean: bool) -> torch.Tensor:
+def moments_of_all(count, mean, square, ranks: Ranks, what: str) -> torch.Tensor:
+    """(count, mean, Σ(x − mean)²) of all ranks, of those of each; one collective of three numbers.
+
+    M = Σ M_i + Σ n_i·(mean_i − mean)², Chan, Golub and LeVeque 1979: nothing is subtracted from a sum of squares.
+    """
+    n, means, squares = gathered(torch.stack((count.to(mean), mean, square)), ranks, what).unbind(-1)
+    whole = n.sum()
+    mean = (n * means).sum() / whole.clamp(min=1)
+    return torch.stack((whole, mean, (squares + n * (means - mean).square()).sum()))
+
+
+def whitened(
+    x, mask, *, bessel: bool, eps: float, where: str, shift_mean: bool, ranks: Ranks | None = None
+) -> torch.Tensor:
     """``masked_whiten`` of checked arguments."""
     valid, places = _valid(mask, x), _places(mask)
     kept = torch.where(valid, x, 0.0).double()
     count = valid.sum()
     mean = total(kept, places) / count.clamp(min=1)
     centred = torch.where(valid, kept - mean, 0.0)
-    var = total(centred * centred, places) / (count - int(bessel)).clamp(min=1)
+    square = total(centred * centred, places)
+    if ranks is not None:
+        count, mean, square = moments_of_all(count, mean, square, ranks, "masked_whiten")
+        centred = torch.where(valid, kept - mean, 0.0)
+    var = square / (count - int(bessel)).clamp(min=1)
     out = centred / deviation(var, eps, where) + (0.0 if shift_mean else mean)
     return torch.where(valid, out, 0.0).to(x.dtype)
 
@@ -107,7 +127,7 @@ def _checked(x, mask):
     return validate.mask_like(mask, "x", x)
 
 
-def masked_mean(x, mask=None, *, dim=None, eps=None, least=None, like=None) -> torch.Tensor:
+def masked_mean(x, mask=None, *, dim=None, eps=None, least=None, like=None, process_group=None) -> torch.Tensor:
     """The mean of the valid elements: Σ mask·x ÷ max(Σ mask + eps, least), summed in float64.
 
     Args:
@@ -117,6 +137,8 @@ def masked_mean(x, mask=None, *, dim=None, eps=None, least=None, like=None) -> t
         eps: added to the count; 0 unless ``like`` says otherwise.
         least: the smallest count to divide by; 0 (an empty mask gives NaN) unless ``like`` says otherwise.
         like: "trl" or "torchrl" (at least 1), "verl" (eps 1e-8), "openrlhf" (none).
+        process_group: ranks, or a ``DeviceMesh`` of one dimension, over which x is spread: the mean is over all of it,
+            the same on every rank. Then ``dim`` is None.
 
     Returns:
         The mean, in x's dtype; differentiable.
@@ -132,10 +154,15 @@ def masked_mean(x, mask=None, *, dim=None, eps=None, least=None, like=None) -> t
     mean = preset(MEANS, like) or Mean()
     eps = mean.eps if eps is None else validate.finite("eps", eps)
     least = mean.least if least is None else validate.finite("least", least)
-    return mean_of(x, _valid(mask, x), dim, Mean(eps, least)).to(x.dtype)
+    ranks = ranks_of(process_group)
+    if ranks is not None and dim is not None:
+        validate.fail("dim", "None beside process_group", repr(dim))
+    return mean_of(x, _valid(mask, x), dim, Mean(eps, least), ranks).to(x.dtype)
 
 
-def masked_whiten(x, mask=None, *, bessel=None, eps=None, where=None, shift_mean=None, like=None) -> torch.Tensor:
+def masked_whiten(
+    x, mask=None, *, bessel=None, eps=None, where=None, shift_mean=None, like=None, process_group=None
+) -> torch.Tensor:
     """x with a mean of 0 and a variance of 1 over the valid elements; 0 elsewhere.
 
     (x − mean) ÷ √(var + eps), sums in float64: the same bits for any number of threads.
@@ -150,6 +177,8 @@ def masked_whiten(x, mask=None, *, bessel=None, eps=None, where=None, shift_mean
         like: "trl" or "verl" (Bessel, 1e-8 inside), "openrlhf" (biased, variance at least 1e-8), "torchrl" (Bessel,
             variance at least 1e-8); other arguments go before it. Alone, a valid element is at the mean: it
             becomes 0, with Bessel's correction too.
+        process_group: ranks, or a ``DeviceMesh`` of one dimension, over which x is spread: mean and variance are of all
+            of it. As many elements as a rank has, none too.
 
     Returns:
         Like x; differentiable.
@@ -162,7 +191,8 @@ def masked_whiten(x, mask=None, *, bessel=None, eps=None, where=None, shift_mean
         tensor([-0.7071,  0.7071,  0.0000])
     """
     mask = _checked(x, mask)
-    return whitened(x, mask, **whitening(like, bessel, eps, where, shift_mean)._asdict())
+    chosen = whitening(like, bessel, eps, where, shift_mean)
+    return whitened(x, mask, **chosen._asdict(), ranks=ranks_of(process_group))
 
 
 def whitening(like=None, bessel=None, eps=None, where=None, shift_mean=None) -> Whiten:

@@ -41,6 +41,11 @@ class RewardLoss:
         """Of the row."""
         return self.objective.name
 
+    @property
+    def reduce(self) -> str:
+        """Over the pairs."""
+        return self.objective.reduce
+
     def with_options(self, **options) -> RewardLoss:
         """The same loss with some options changed: hyper-parameters of its links, ``reduce``, ``centring``.
 

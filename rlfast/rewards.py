@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from rlfast import limits, validate
+from rlfast.distributed.ranks import gathered_batch, ranks_of
 from rlfast.kl import kl_penalty
 from rlfast.presets import REWARDS
 
@@ -89,7 +90,7 @@ def _vector(name: str, x) -> None:
         validate.fail(name, "shape [B]", validate.shape(x))
 
 
-def length_reward(lengths, correct, *, group_size=None):
+def length_reward(lengths, correct, *, group_size=None, process_group=None):
     """Kimi's length reward: within a group the short are paid, and the wrong only lose.
 
         λ = ½ − (len − min len)/(max len − min len);   λ if the answer is right, else min(0, λ);   0 if max = min
@@ -98,6 +99,7 @@ def length_reward(lengths, correct, *, group_size=None):
         lengths: [B], int or float. Tokens of each response.
         correct: [B], bool or number. Whether its answer is right.
         group_size: responses to one prompt, which are neighbours; None is all of them.
+        process_group: ranks over which the responses are spread: neighbours in the order of the ranks.
 
     Returns:
         [B] float32.
@@ -114,6 +116,10 @@ def length_reward(lengths, correct, *, group_size=None):
     """
     _vector("lengths", lengths)
     validate.like("correct", correct, "lengths", lengths, validate.MASKS)
+    ranks = ranks_of(process_group)
+    if ranks is not None:
+        both, own = gathered_batch({"lengths": lengths, "correct": correct}, ranks)
+        return length_reward(**both, group_size=group_size)[own]
     size = lengths.shape[0] if group_size is None else group_size
     if not lengths.shape[0]:
         return lengths.float()

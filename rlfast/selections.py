@@ -10,10 +10,11 @@ import math
 import torch
 
 from rlfast import limits, validate
+from rlfast.distributed.ranks import Ranks, counts_of, gathered, gathered_batch, own, ranks_of, summed
 
 
-def _covariance(logp, adv, mask, process_group):
-    """((A − mean A)·(log p − mean log p), A as [B, T], mask as bool, its count here)."""
+def _covariance(logp, adv, mask, ranks: Ranks | None):
+    """((A − mean A)·(log p − mean log p), A as [B, T], mask as bool, its count on all ranks)."""
     validate.tensor("logp", logp)
     validate.tensor("adv", adv)
     logp, adv = logp.detach(), adv.detach()
@@ -23,9 +24,10 @@ def _covariance(logp, adv, mask, process_group):
     count, acc = mask.sum(), torch.promote_types(torch.promote_types(logp.dtype, adv.dtype), torch.float32)
     both = torch.stack([torch.where(mask, x.to(acc), 0.0) for x in (adv, logp)])
     sums = torch.cat([both.flatten(1).sum(1), count.to(acc).reshape(1)])
-    if process_group is not None:
-        torch.distributed.all_reduce(sums, group=process_group)
-    means = sums[:2] / sums[2].clamp(min=1.0)
+    if ranks is not None:
+        sums = summed(sums.double(), ranks, "the covariance")
+        count = sums[2].long()
+    means = (sums[:2] / sums[2].clamp(min=1.0)).to(acc)
     moved = torch.where(mask, both - means.reshape(2, *[1] * logp.dim()), 0.0)
     return moved[0] * moved[1], adv, mask, count.clamp(min=1)
 
@@ -35,9 +37,22 @@ def _share(ratio, count):
     return (validate.number("ratio", ratio, limits.SOME) * count).long().clamp(min=1)
 
 
-def _ranked_below(score, number):
-    """The ``number`` elements of the largest score, a 0-dim tensor; −inf is never among them."""
+def _ranked_below(score, number, ratio: float, ranks: Ranks | None, counts=None):
+    """The ``number`` elements of the largest score, a 0-dim tensor; −inf is never among them.
+
+    Over ranks, each sends the largest of its own, as many as ``ratio`` of all ``counts`` elements can be.
+    """
     flat = score.reshape(-1)
+    if ranks is not None:
+        most = min(int(ratio * sum(counts)) + 1, max(counts))
+        if not most:
+            return torch.zeros_like(score, dtype=torch.bool)
+        order = flat.argsort(descending=True, stable=True)[:most]
+        best = torch.nn.functional.pad(flat[order], (0, most - order.numel()), value=-math.inf)
+        every = gathered(best, ranks, "the largest scores").reshape(-1)
+        chosen = _ranked_below(every, number, ratio, None).reshape(ranks.size, most)[ranks.rank]
+        out = torch.zeros(flat.shape, dtype=torch.bool, device=flat.device)
+        return out.scatter_(0, order, chosen[: order.numel()]).reshape(score.shape)
     order = flat.argsort(descending=True, stable=True)
     rank = torch.empty_like(order).scatter_(0, order, torch.arange(flat.numel(), device=flat.device))
     return ((rank < number) & (flat > -math.inf)).reshape(score.shape)
@@ -48,9 +63,9 @@ def _signed(x: int) -> int:
     return x - (1 << 64) if x >> 63 else x
 
 
-def _lots(like, seed):
+def _lots(like, seed, first: int = 0):
     """A number in [0, 1) for each place and seed, the same on every device: splitmix64, whose top 24 bits they are."""
-    place = torch.arange(like.numel(), device=like.device)
+    place = torch.arange(first, first + like.numel(), device=like.device)
     x = (place + torch.full((), seed, dtype=torch.int64, device=like.device) * (1 << 40)) * _signed(0x9E3779B97F4A7C15)
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
         x = (x ^ ((x >> shift) & ((1 << (64 - shift)) - 1))) * _signed(factor)
@@ -76,7 +91,8 @@ def clip_cov_keep(
         low, high: bounds of the covariance.
         eps_low, eps_high: PPO's clip range.
         seed: of the draw; give a new one at each step.
-        process_group: the means are over the batches of these processes; n is of this one.
+        process_group: the batch is spread over these ranks (or a ``DeviceMesh``'s, of one dimension): the means, n and
+            the choice are over all of it, in the order of the ranks.
 
     Returns:
         bool [B, T], for ``keep`` of a loss.
@@ -92,7 +108,8 @@ def clip_cov_keep(
         >>> rlfast.clip_cov_keep(logp, logp, adv).sum().item()
         2
     """
-    cov, adv, mask, count = _covariance(logp, adv, mask, process_group)
+    ranks = ranks_of(process_group)
+    cov, adv, mask, count = _covariance(logp, adv, mask, ranks)
     validate.like("old_logp", old_logp, "logp", logp)
     for name, x, limit in (("low", low, limits.ANY), ("high", high, limits.ANY), ("eps_low", eps_low, limits.BOUND),
                            ("eps_high", eps_high, limits.BOUND)):  # fmt: skip
@@ -103,7 +120,9 @@ def clip_cov_keep(
     moved = (logp.detach() - old_logp).exp()
     clipped = ((moved < 1.0 - eps_low) & (adv < 0)) | ((moved > 1.0 + eps_high) & (adv > 0))
     eligible = mask & ~clipped & (cov > low) & (cov < high)
-    return ~_ranked_below(torch.where(eligible, _lots(cov, seed), -math.inf), _share(ratio, count))
+    counts = None if ranks is None else counts_of({"logp": cov.reshape(-1)}, ranks)
+    lots = _lots(cov, seed, 0 if ranks is None else own(ranks, counts).start)
+    return ~_ranked_below(torch.where(eligible, lots, -math.inf), _share(ratio, count), ratio, ranks, counts)
 
 
 def kl_cov_extra(logp, adv, mask=None, *, ratio=2e-4, process_group=None):
@@ -116,7 +135,8 @@ def kl_cov_extra(logp, adv, mask=None, *, ratio=2e-4, process_group=None):
         adv: [B, T] or [B] float. Advantages.
         mask: [B, T], bool or number. The tokens that count, of which there are n; None is all.
         ratio: the part of the n tokens that is chosen, of (0, 1].
-        process_group: the means are over the batches of these processes; n is of this one.
+        process_group: the batch is spread over these ranks (or a ``DeviceMesh``'s, of one dimension): the means, n and
+            the choice are over all of it, in the order of the ranks.
 
     Returns:
         [B, T] like logp, for ``extra`` of ``rlfast.loss("kl_cov")``.
@@ -132,8 +152,11 @@ def kl_cov_extra(logp, adv, mask=None, *, ratio=2e-4, process_group=None):
         >>> rlfast.kl_cov_extra(logp, adv)
         tensor([[1., 0., 0.]])
     """
-    cov, _, mask, count = _covariance(logp, adv, mask, process_group)
-    return _ranked_below(torch.where(mask, cov, -math.inf), _share(ratio, count)).to(logp.dtype)
+    ranks = ranks_of(process_group)
+    cov, _, mask, count = _covariance(logp, adv, mask, ranks)
+    counts = None if ranks is None else counts_of({"logp": cov.reshape(-1)}, ranks)
+    score = torch.where(mask, cov, -math.inf)
+    return _ranked_below(score, _share(ratio, count), ratio, ranks, counts).to(logp.dtype)
 
 
 def top_entropy_keep(entropy, mask=None, *, quantile=0.8, process_group=None):
@@ -145,7 +168,7 @@ def top_entropy_keep(entropy, mask=None, *, quantile=0.8, process_group=None):
         entropy: [B, T] float, in nats.
         mask: [B, T], bool or number. The tokens that count; None is all.
         quantile: in [0, 1]; 0.8 keeps the upper fifth.
-        process_group: the quantile is over the batches of these processes, which must have one shape.
+        process_group: the quantile is over the batches of these ranks (or of a ``DeviceMesh``'s, of one dimension).
 
     Returns:
         bool [B, T], for ``keep`` of a loss. No token where the mask is empty.
@@ -165,10 +188,9 @@ def top_entropy_keep(entropy, mask=None, *, quantile=0.8, process_group=None):
     mask = validate.counted(mask, "entropy", entropy)
     entropy = entropy.detach()
     counted = torch.where(mask, entropy, math.inf).reshape(-1)
-    if process_group is not None:
-        parts = [torch.empty_like(counted) for _ in range(torch.distributed.get_world_size(process_group))]
-        torch.distributed.all_gather(parts, counted, group=process_group)
-        counted = torch.cat(parts)
+    ranks = ranks_of(process_group)
+    if ranks is not None:
+        counted = gathered_batch({"entropy": counted}, ranks)[0]["entropy"]
     if not counted.numel():
         return mask
     ascending = counted.sort().values.to(torch.promote_types(entropy.dtype, torch.float32))

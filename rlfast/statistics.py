@@ -5,24 +5,19 @@ from __future__ import annotations
 import torch
 
 from rlfast import limits, validate
+from rlfast.distributed.ranks import Ranks, gathered, gathered_batch, ranks_of, summed
 
 TINY = torch.finfo(torch.float32).tiny
 
 
-def gathered(vectors, process_group=None) -> tuple[torch.Tensor, torch.Tensor]:
-    """(means, counts) in float64 of some vectors over every rank of a process group, where they may have other lengths;
-    one collective. The mean of none is 0."""
+def means_of(vectors, ranks: Ranks | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """(means, counts) in float64 of some vectors over every rank of a group, where they may have other lengths; one
+    collective. The mean of none is 0."""
     parts = torch.stack([x.detach().double().sum() for x in vectors])
     counts = torch.tensor([float(x.numel()) for x in vectors], dtype=torch.float64, device=parts.device)
     both = torch.stack((parts, counts))
-    if process_group is not None:
-        torch.distributed.all_reduce(both, group=process_group)
+    both = both if ranks is None else summed(both, ranks, "a mean over the ranks")
     return both[0] / both[1].clamp(min=1), both[1]
-
-
-def gathered_mean(x: torch.Tensor, process_group=None) -> torch.Tensor:
-    """The mean of a vector over every rank of a process group; 0 if it is empty."""
-    return gathered((x,), process_group)[0][0].float()
 
 
 def kto_reference_point(kl_logps, ref_kl_logps, *, process_group=None) -> torch.Tensor:
@@ -31,7 +26,7 @@ def kto_reference_point(kl_logps, ref_kl_logps, *, process_group=None) -> torch.
     Args:
         kl_logps: [K] float, sums of log π over the mismatched responses.
         ref_kl_logps: [K], the same of log π_ref.
-        process_group: the mean is over all of its ranks.
+        process_group: the mean is over all of its ranks (or a ``DeviceMesh``'s, of one dimension).
 
     Returns:
         float32 [], for ``shared`` of ``rlfast.unpaired_loss("kto")``.
@@ -46,7 +41,8 @@ def kto_reference_point(kl_logps, ref_kl_logps, *, process_group=None) -> torch.
     validate.tensor("ref_kl_logps", ref_kl_logps)
     if kl_logps.shape != ref_kl_logps.shape:
         validate.fail("ref_kl_logps", f"shape {validate.shape(kl_logps)} like kl_logps", validate.shape(ref_kl_logps))
-    return gathered_mean(kl_logps.float() - ref_kl_logps.float(), process_group).clamp(min=0)
+    gaps = kl_logps.float() - ref_kl_logps.float()
+    return means_of((gaps,), ranks_of(process_group))[0][0].float().clamp(min=0)
 
 
 class RunningDelta:
@@ -78,7 +74,7 @@ class RunningDelta:
         sides = chosen_rewards, rejected_rewards
         if process_group is None and not any(x.numel() for x in sides):
             return self.value
-        means, counts = gathered(sides, process_group)
+        means, counts = means_of(sides, ranks_of(process_group))
         if process_group is not None and not counts.any():  # of any rank: looked at, as the collective was waited for
             return self.value
         mean = (means.sum() / (counts > 0).sum()).float()
@@ -125,7 +121,8 @@ class DynamicBeta:
             beta: the β that the factors multiply.
             generator: a ``torch.Generator``: the pairs that stay are drawn by it with those probabilities, as the
                 authors' code does. Without one the most probable stay.
-            process_group: M₀ and σ are of the gaps of all of its ranks; each filters its own.
+            process_group: M₀ and σ are of the gaps of all of its ranks, and so is the share that is filtered. With a
+                generator the first rank draws for all.
 
         Raises:
             ValueError, TypeError: an argument is of the wrong type, shape or range; then nothing has changed.
@@ -134,11 +131,21 @@ class DynamicBeta:
         if gaps.dim() != 1:
             validate.fail("gaps", "shape [B], one a pair", validate.shape(gaps))
         least, gaps = self.least / validate.positive("beta", beta), gaps.detach().float()
-        if process_group is not None or gaps.numel():
-            self._average(gaps, process_group)
-        if not gaps.numel():
+        ranks, own = ranks_of(process_group), slice(None)
+        if ranks is not None:
+            whole, own = gathered_batch({"gaps": gaps}, ranks)
+            gaps = whole["gaps"]
+        if not gaps.numel():  # on any rank
             return gaps, gaps.clone()
+        self._average(gaps)
         factor = (1 + self.a * (gaps - self.mean)).clamp(min=least)
+        weights = self._kept(gaps, generator)
+        if ranks is not None and generator is not None:
+            weights = gathered(weights, ranks, "the pairs that stay")[0]
+        return factor[own], weights[own]
+
+    def _kept(self, gaps, generator) -> torch.Tensor:
+        """1 where a pair stays, else 0."""
         distance = (gaps - self.mean).abs()
         kept = gaps.numel() - int(self.filtered * gaps.numel())
         if generator is None:
@@ -147,13 +154,11 @@ class DynamicBeta:
             odds = -0.5 * (distance / self.std.clamp(min=TINY)).square()
             odds = (odds - odds.max()).exp().clamp(min=TINY)
             stay = torch.multinomial(odds, kept, replacement=False, generator=generator)
-        return factor, torch.zeros_like(gaps).index_fill_(0, stay, 1.0)
+        return torch.zeros_like(gaps).index_fill_(0, stay, 1.0)
 
-    def _average(self, gaps, process_group) -> None:
-        """M₀ and σ after one more batch; a batch that is empty on every rank leaves them."""
-        (mean, square), counts = gathered((gaps, gaps.double().square()), process_group)
-        if process_group is not None and not counts.any():  # looked at, as the collective was waited for
-            return
+    def _average(self, gaps) -> None:
+        """M₀ and σ after one more batch."""
+        mean, square = means_of((gaps, gaps.double().square()))[0]
         m, std = self.momentum if self.count else 0.0, (square - mean.square()).clamp(min=0).sqrt()
         self.mean = m * self.mean.to(gaps.device) + (1 - m) * mean.float()
         self.std = m * self.std.to(gaps.device) + (1 - m) * std.float()

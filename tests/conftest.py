@@ -10,6 +10,7 @@ import torch
 import torch._dynamo  # its table of torch's functions is made on import: before any of them is poisoned
 
 from rlfast import backends, heads
+from tests.rank_pool import Ranks
 
 # What a machine may lack. Any other skip is a failure: a test that does not run must not look like one that passed.
 HARDWARE_REASONS = (
@@ -169,6 +170,14 @@ def poisoned_allocations(request, monkeypatch):
 def small_chunks(monkeypatch):
     """A fused loss takes chunks of any number of rows."""
     monkeypatch.setattr(heads, "FEWEST_ROWS", 1)
+
+
+@pytest.fixture(scope="session")
+def ranks():
+    """Four processes over gloo, which stay until the end: ``tests/rank_pool.py``."""
+    pool = Ranks()
+    yield pool
+    pool.close()
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Controllers and running statistics: their rules, their state, and several processes."""
+"""Controllers and running statistics: their rules, and their state."""
 
 from __future__ import annotations
 
@@ -129,47 +129,3 @@ def test_state_survives(name):
     assert all(vars(other)[k] is v for k, v in held.items() if isinstance(v, torch.Tensor)), "loaded in place"
     with pytest.raises(ValueError, match="state: expected entries"):
         other.load_state_dict({})
-
-
-def two_processes(rank: int, file: str, results):
-    torch.distributed.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
-    group = torch.distributed.group.WORLD
-    kl = rlfast.AdaptiveKL(0.2, target=0.1, horizon=1000, process_group=group)
-    kl.update((0.05, 0.2)[rank], (30, 10)[rank])
-    entropy = rlfast.AdaptiveEntropy(0.01, target=0.2, process_group=group)
-    entropy.update((0.1, 0.4)[rank], (300, 100)[rank])
-    seen = rlfast.RunningMeanStd(process_group=group)
-    seen.update(torch.arange(4.0)[rank * 3 : rank * 3 + 3])
-    keep = rlfast.top_entropy_keep(
-        torch.tensor([[0.0, 1.0], [2.0, 3.0]])[rank : rank + 1], quantile=0.5, process_group=group
-    )
-    half = slice(rank, rank + 1)
-    logp, adv = torch.tensor([[-0.1, -5.0], [-2.0, -3.0]]), torch.tensor([[2.0, -2.0], [9.0, 0.0]])
-    both = {"ratio": 1.0, "process_group": group}
-    chosen = rlfast.clip_cov_keep(logp[half], logp[half], adv[half], low=0.0, high=5.0, **both)
-    covariance = rlfast.selections._covariance(logp[half], adv[half], None, group)[0]
-    results[2 + rank] = chosen.tolist(), covariance.tolist()
-    results[rank] = (kl.value.item(), entropy.value.item(), seen.mean.item(), seen.std.item(), keep.tolist())
-    torch.distributed.destroy_process_group()
-
-
-def test_two_processes_update_as_one(tmp_path):
-    context = torch.multiprocessing.get_context("spawn")
-    with context.Manager() as manager:
-        results = manager.dict()
-        torch.multiprocessing.start_processes(
-            two_processes, (str(tmp_path / "rendezvous"), results), nprocs=2, start_method="spawn"
-        )
-        first, second = results[0], results[1]
-        covariances = [results[2 + rank] for rank in (0, 1)]
-    logp, adv = torch.tensor([[-0.1, -5.0], [-2.0, -3.0]]), torch.tensor([[2.0, -2.0], [9.0, 0.0]])
-    whole = (adv - adv.mean()) * (logp - logp.mean())
-    for row, (kept, seen) in enumerate(covariances):
-        assert seen[0] == pytest.approx(whole[row].tolist())
-        assert kept[0] == (~((whole[row] > 0.0) & (whole[row] < 5.0))).tolist()
-    assert first[:4] == second[:4]
-    mean = (0.05 * 30 + 0.2 * 10) / 40
-    assert first[0] == pytest.approx(0.2 * (1 + (mean / 0.1 - 1) * 40 / 1000))
-    assert first[1] == pytest.approx(0.015)
-    assert first[2:4] == (1.5, pytest.approx(torch.arange(4.0).std().item()))
-    assert (first[4], second[4]) == ([[False, False]], [[True, True]])

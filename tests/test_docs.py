@@ -76,9 +76,9 @@ def names() -> dict:
     }
 
 
-def run_examples(text: str, where: str) -> int:
-    """Run the ``>>>`` examples of a text; how many there were."""
-    test = doctest.DocTestParser().get_doctest(text, names(), where, where, 0)
+def run_examples(text: str, where: str, **more) -> int:
+    """Run the ``>>>`` examples of a text, which may use ``more`` too; how many there were."""
+    test = doctest.DocTestParser().get_doctest(text, names() | more, where, where, 0)
     runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
     said = []
     assert runner.run(test, out=said.append).failed == 0, "".join(said)

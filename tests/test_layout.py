@@ -41,6 +41,7 @@ FLOORS = {
     "rlfast.heads": 3,
     "rlfast.row_inputs": 3,
     "rlfast.distributed": 3,
+    "rlfast.distributed.ranks": 1,
     "rlfast.distributed.gather": 2,
     "rlfast.distributed.groups": 2,
     "rlfast.distributed.merge": 2,

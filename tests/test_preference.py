@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import socket
-
 import pytest
 import torch
 
@@ -552,38 +550,6 @@ def test_cpo_ipo_of_trl_is_of_means():
     means = [given[f"{s}_logps"] / given[f"{s}_lengths"] for s in ("chosen", "rejected")]
     beta = row.parts[0].hyper.get("beta", 0.1)
     torch.testing.assert_close(row(**given).loss, ((means[0] - means[1] - 0.5 / beta) ** 2).mean())
-
-
-def _updated(rank: int, port: int, results) -> None:
-    torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    delta = rlfast.RunningDelta()
-    sides = (torch.tensor([2.0]), torch.zeros(0)) if rank == 0 else (torch.zeros(0), torch.tensor([4.0, 6.0]))
-    world = torch.distributed.group.WORLD
-    value = delta.update(*sides, process_group=world)
-    betas = rlfast.DynamicBeta(filtered=0.0)
-    empty = betas.update(torch.zeros(0), beta=0.1, process_group=world)[0].numel(), betas.state_dict()["count"]
-    factors, _ = betas.update(torch.tensor([[1.0, 2.0, 6.0], []][rank]), beta=0.1, process_group=world)
-    factors, _ = betas.update(torch.tensor([[3.0], [5.0, 7.0]][rank]), beta=0.1, process_group=world)
-    results[rank] = value.item(), empty, *betas.state_dict().values(), factors.tolist()
-    torch.distributed.destroy_process_group()
-
-
-def test_running_statistics_are_those_of_all_ranks():
-    """Also where a rank has one of the sides alone, or no pairs, or none has."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    with torch.multiprocessing.Manager() as manager:
-        results = manager.dict()
-        torch.multiprocessing.spawn(_updated, (port, results), nprocs=2)
-        found = dict(results)
-    alone = rlfast.DynamicBeta(filtered=0.0)
-    for gaps in ([1.0, 2.0, 6.0], [3.0, 5.0, 7.0]):
-        factors, _ = alone.update(torch.tensor(gaps), beta=0.1)
-    for rank, own in ((0, factors[:1]), (1, factors[1:])):
-        assert found[rank][:2] == (3.5, (0, 0)) and found[rank][4] == alone.count == 2
-        assert found[rank][2:4] == pytest.approx((alone.mean.item(), alone.std.item()), rel=1e-6)
-        assert found[rank][5] == pytest.approx(own.tolist(), rel=1e-6)
 
 
 def test_running_statistics_survive_a_checkpoint():

@@ -11,10 +11,11 @@ import time
 import pytest
 import torch
 
-from rlfast.rollout import Engine, Request, SamplingParams, remote
+from rlfast.rollout import Engine, Request, SamplingParams, ray_pool, remote
 from rlfast.rollout.generate import GenerateEngine
 from rlfast.rollout.kv import PagePool
-from rlfast.rollout.remote import RayPool, ServerError, VLLMServer
+from rlfast.rollout.ray_pool import RayPool
+from rlfast.rollout.remote import ServerError, VLLMServer
 from rlfast.rollout.scheduler import Sample, Scheduler
 from tests.decoders import VOCAB, decoder, prompts
 from tests.rollout_servers import StandIn, serving
@@ -380,7 +381,7 @@ def test_a_request_to_a_server_is_cancelled():
 
 
 class Pool(RayPool):
-    """One whose worker is here, in an event loop of a thread."""
+    """One whose workers are here, in an event loop of a thread."""
 
     class Ray:
         """What it asks of Ray."""
@@ -395,13 +396,19 @@ class Pool(RayPool):
             def __init__(self, cause):
                 self.cause = cause
 
-        def get(self, handles):
-            if isinstance(handles, list):
-                return [self.get(handle) for handle in handles]
+        class ActorDiedError(RayError):
+            pass
+
+        def get(self, handle):
             try:
-                return handles.result(60)
+                return handle.result(60)
+            except self.ActorDiedError:
+                raise
             except Exception as error:
                 raise self.RayTaskError(error) from None
+
+        def put(self, x):
+            return x
 
         def wait(self, handles, timeout=None):
             from concurrent.futures import FIRST_COMPLETED, wait
@@ -412,19 +419,38 @@ class Pool(RayPool):
             handle.cancel()
 
     class Actor:
-        """Whose methods have a ``remote``."""
+        """Whose methods have a ``remote``; after ``die`` nothing that it was or is asked has an answer."""
 
         def __init__(self, worker, loop):
+            self.loop, self.dead, self.asked, self.tasks = loop, False, 0, []
             for name, method in inspect.getmembers(worker, inspect.iscoroutinefunction):
-                call = lambda *args, m=method: asyncio.run_coroutine_threadsafe(m(*args), loop)  # noqa: E731
+                call = lambda *args, m=method: asyncio.run_coroutine_threadsafe(self.answer(m, args), loop)  # noqa: E731
                 setattr(self, name, type("Method", (), {"remote": staticmethod(call)}))
 
-    def __init__(self, make):
+        async def answer(self, method, args):
+            self.asked += 1
+            if self.dead:
+                raise Pool.Ray.ActorDiedError("the actor is dead")
+            self.tasks.append(asyncio.ensure_future(method(*args)))
+            try:
+                return await self.tasks[-1]
+            except asyncio.CancelledError:
+                if self.dead:
+                    raise Pool.Ray.ActorDiedError("the actor has died") from None
+                raise
+
+        def die(self):
+            self.dead = True
+            for task in self.tasks:
+                self.loop.call_soon_threadsafe(task.cancel)
+
+    def __init__(self, make, workers=1):
         remote.Remote.__init__(self)
         self.loop = asyncio.new_event_loop()
         threading.Thread(target=self.loop.run_forever, daemon=True).start()
-        self.ray, self.worker = self.Ray(self.loop), remote._Worker(make)
-        self.workers, self.load, self.place = [self.Actor(self.worker, self.loop)], [0], {}
+        self.ray, self.engines = self.Ray(self.loop), [ray_pool._Worker(make) for _ in range(workers)]
+        self.workers, self.load = [self.Actor(x, self.loop) for x in self.engines], [0] * workers
+        self.worker, self.place, self.dead = self.engines[0], {}, set()
 
     def close(self):
         self.loop.call_soon_threadsafe(self.loop.stop)
@@ -512,3 +538,36 @@ def test_the_fallback_has_no_dropout():
     same(one.generate([[3, 4]], GREEDY), [wanted])
     assert torch.equal(one.score([[3, 4, 5]])[0].logp_raw, score.logp_raw)
     assert all(m.training for m in model.modules())
+
+
+def test_a_worker_that_has_died_is_asked_no_more():
+    """What it had under way fails, each request by itself; the others go on, and what comes later goes to them."""
+    pool, given = Pool(lambda: Engine(copy.deepcopy(decoder("llama")), kv_budget=1 << 22), workers=3), prompts(6)
+    wanted = engine().generate(given, GREEDY)
+    same(pool.generate(given, GREEDY), wanted)
+    pool.pause()
+    numbers = pool.submit([Request(tuple(p), GREEDY) for p in given])
+    pool.workers[0].die()
+    pool.resume()
+    assert pool.dead == {0}, "resume() asks every worker"
+    found, failed = [], 0
+    while pool.under_way or pool.later or pool.failed:
+        try:
+            found += pool.step()
+        except ServerError as error:
+            failed += "its worker, number 0, has died" in str(error)
+    assert failed == 2 and sorted(r.request for r in found) == [n for i, n in enumerate(numbers) if i % 3]
+    asked = pool.workers[0].asked
+    same(pool.generate(given, GREEDY), wanted)
+    pool.sync_weights(decoder("llama", seed=1).named_parameters(), version=2)
+    new = Engine(decoder("llama", seed=1), kv_budget=1 << 22).generate(given, GREEDY)
+    same(pool.generate(given, GREEDY), new)
+    assert pool.workers[0].asked == asked and pool.load == [0, 0, 0]
+    pool.workers[1].die()  # found out when it is asked for its check, before a request is taken
+    same(pool.generate(given, GREEDY), new)
+    assert pool.dead == {0, 1} and pool.bitwise
+    pool.workers[2].die()
+    for _ in range(2):
+        with pytest.raises(ServerError, match="all 3 workers have died"):
+            pool.generate(given, GREEDY)
+    assert not pool.waiting

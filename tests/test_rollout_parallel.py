@@ -1,13 +1,12 @@
-"""``RankPool``: two processes over gloo give what one engine gives, and a rank that fails says so on both."""
+"""``RankPool``: processes over gloo give what one engine gives, and a rank that fails says so on all."""
 
 from __future__ import annotations
 
-import pickle
+import copy
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from rlfast.rollout import Engine, RankPool, Request, RolloutBackend, SamplingParams
 from tests.decoders import decoder, prompts
@@ -25,11 +24,11 @@ def said(call) -> str:
     return ""
 
 
-def ranked(rank: int, folder: str) -> None:
-    """What a process does; its answers into a file."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
-    pool, given, found = RankPool(engine()), prompts(5), {}
+def ranked(group) -> dict:
+    """What a process does."""
+    rank, found = dist.get_rank(group), {}
+    model = copy.deepcopy(decoder("llama"))  # its weights change
+    pool, given = RankPool(Engine(model, kv_budget=1 << 22), group), prompts(5)
     found["whole"] = pool.generate(given, PARAMS)
     found["one"] = pool.generate(given[:1], PARAMS)  # nothing is rank 1's
     found["stream"] = list(pool.stream(given, PARAMS, until=lambda so_far: len(so_far) == 3))
@@ -57,20 +56,28 @@ def ranked(rank: int, folder: str) -> None:
     pool.sync_weights(None, 5)
     found["new"] = pool.generate(given, PARAMS)
     found["held"], found["bitwise"] = pool.engine.pool.held, pool.bitwise
-    pool.submit([Request((3,), PARAMS)] * (1 + rank))
-    found["other prompts"] = said(pool.step)
+    for name, requests in (("other prompts", [(3 + rank,)]), ("more prompts", [(3,)] * (1 + rank))):
+        other = RankPool(engine(), group)
+        other.submit([Request(prompt, PARAMS) for prompt in requests])
+        found[name] = said(other.step)
+        other.close()
     pool.close()
-    with open(f"{folder}/{rank}", "wb") as file:
-        pickle.dump(found, file)
-    dist.destroy_process_group()
+    return found
+
+
+def generated(group, count: int) -> list:
+    """On a mesh over the ranks."""
+    mesh = dist.DeviceMesh("cpu", range(dist.get_world_size(group)))
+    pool = RankPool(engine(), mesh)
+    found = pool.generate(prompts(count), PARAMS), pool.engine.forwards
+    pool.close()
+    return found
 
 
 @pytest.fixture(scope="module")
-def answers(tmp_path_factory) -> list[dict]:
+def answers(ranks) -> list[dict]:
     """Of both ranks."""
-    folder = tmp_path_factory.mktemp("ranks")
-    mp.spawn(ranked, (str(folder),), nprocs=2)
-    return [pickle.loads((folder / str(rank)).read_bytes()) for rank in range(2)]
+    return ranks.run(ranked, size=2)
 
 
 def test_ranks_give_what_one_engine_gives(answers):
@@ -93,11 +100,22 @@ def test_a_rank_that_fails_says_so_on_every_rank(answers):
     """And nothing is lost by it: the next step has it all."""
     for found in answers:
         assert found["wrong prompt"] == "prompts: expected at least one token each, got an empty prompt"
-        assert "requests: expected the same on every rank, got [" in found["other prompts"]
+        assert found["more prompts"] == "requests: expected the same on every rank, got [1, 2] of them"
+        assert found["other prompts"] == "requests: expected the same on every rank, got others on rank 1"
         assert found["idle"] == []
         assert found["failure"] == "rank 1: ZeroDivisionError: integer division or modulo by zero"
         assert [reason for _, reason in found["cancelled"]].count("abort") == 2
         assert "the engine is paused" in found["paused"][0] and found["paused"][1] == []
+
+
+@pytest.mark.parametrize("count", [1, 6])
+def test_tokens_do_not_depend_on_how_many_ranks_there_are(ranks, count):
+    """Every rank has its share of the work, if there is enough."""
+    wanted, found = engine().generate(prompts(count), PARAMS), ranks.run(generated, count, size=4)
+    for rollouts, forwards in found:
+        same(rollouts, wanted)
+        assert count < 4 or forwards
+    assert sum(forwards > 0 for _, forwards in found) == min(count, 4)
 
 
 def test_without_a_process_group():

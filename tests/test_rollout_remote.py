@@ -9,7 +9,8 @@ import torch
 
 from rlfast.rollout import Engine, Request, RolloutBackend, SamplingParams
 from rlfast.rollout.generate import GenerateEngine
-from rlfast.rollout.remote import RayPool, ServerError, SGLangServer, VLLMServer
+from rlfast.rollout.ray_pool import RayPool
+from rlfast.rollout.remote import ServerError, SGLangServer, VLLMServer
 from tests.decoders import decoder, prompts
 from tests.rollout_servers import StandIn, engine, serving
 

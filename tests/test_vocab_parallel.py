@@ -19,18 +19,10 @@ from tests.cases import ALL, DIFFERENTIABLE, Problem, head_of, label, logits_of,
 from tests.divergence_cases import Pair, heads_of, logits_pair
 from tests.linear_policy_cases import BONUS, case_of
 from tests.numerics import assert_gradient, assert_same_bits, assert_value, assert_zero, by_name
-from tests.rank_pool import SIZE, Ranks
+from tests.rank_pool import SIZE
 from tests.vocab_cases import ALONG, mismatches, on_ranks, together, traffic
 
 BACKENDS = tuple(name for name in ("cpu", "torch") if backends.why_not(name) is None)
-
-
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
-    """Four processes."""
-    pool = Ranks(tmp_path_factory.mktemp("ranks"), ["tests.vocab_cases"])
-    yield pool
-    pool.close()
 
 
 def reordered(case, seed: int) -> tuple[dict, dict]:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 
 from rlfast import backends, validate
+from rlfast.distributed.ranks import gathered_batch, gathered_objects, ranks_of
 from rlfast.ops import group_advantage as group_op
 from rlfast.ops.group_records import (
     LEAVE_ONE_OUT,
@@ -165,6 +166,19 @@ def _like_rewards(name: str, x, rewards):
     return x.double().contiguous()
 
 
+def _of_all_ranks(process_group, group_ids, **named) -> tuple[dict, slice]:
+    """(the arguments of all ranks, which samples are this one's)."""
+    ranks = ranks_of(process_group)
+    for name, x in named.items():
+        if x is not None or name == "rewards":
+            validate.tensor(name, x, (*validate.FLOATS, *validate.MASKS))
+    ids = group_ids if isinstance(group_ids, torch.Tensor) else None
+    named, own = gathered_batch({**named, "group_ids": ids}, ranks)
+    if ids is None and group_ids is not None:
+        named["group_ids"] = [x for part in gathered_objects(list(group_ids), ranks, "group_ids") for x in part]
+    return named, own
+
+
 def _over_groups(rewards, ids, size, mask, lengths, m: Method):
     inputs = Inputs(rewards.detach().contiguous(), ids, mask, lengths if m.baseline == WEIGHTED else None)
     options = Options(size, m.baseline, SCALES[m.scale], m.bessel, m.lone_raw, m.skip_zero, float(m.eps), float(m.tau))
@@ -207,7 +221,7 @@ def _over_batch(advantages, rewards, mask, lengths, m: Method):
 
 def group_advantage(
     rewards, *, group_size=None, group_ids=None, method="grpo", like=None, mask=None, lengths=None, baselines=None,
-    weights=None, scale=None, bessel=None, eps=None, tau=None, delta=None,
+    weights=None, scale=None, bessel=None, eps=None, tau=None, delta=None, process_group=None,
 ) -> torch.Tensor:  # fmt: skip
     """The advantage of each answer over the others to its prompt.
 
@@ -235,6 +249,9 @@ def group_advantage(
         tau: of "kimi_soft" and "a*-po", in place of the method's.
         delta: added to the baseline, in place of the method's: −0.1 for "asymre", 0 for the others. Where a group's
             deviation divides, where whitening would take it away, and for "pass@k", it must be 0.
+        process_group: ranks, or a ``DeviceMesh`` of one dimension, over which the samples are spread, each with its own
+            N. What is computed is what one process would of all of them, in the order of the ranks, bit for bit: a
+            group may straddle ranks, with ``group_ids`` of one meaning everywhere, or where ``group_size`` counts on.
 
     Returns:
         [N] float32 (float64 for float64), a constant.
@@ -249,6 +266,11 @@ def group_advantage(
         >>> rlfast.group_advantage(torch.tensor([1.0, 0.0, 0.0, 1.0]), group_size=4, method="rloo")
         tensor([ 0.6667, -0.6667, -0.6667,  0.6667])
     """
+    if process_group is not None:
+        named = {"rewards": rewards, "mask": mask, "lengths": lengths, "baselines": baselines}
+        named, own = _of_all_ranks(process_group, group_ids, **named)
+        options = {"scale": scale, "bessel": bessel, "eps": eps, "tau": tau, "delta": delta, "weights": weights}
+        return group_advantage(**named, group_size=group_size, method=method, like=like, **options)[own]
     validate.tensor("rewards", rewards)
     m = _method(method, like, {"scale": scale, "bessel": bessel, "eps": eps, "tau": tau, "delta": delta})
     several = method == "gdpo" and rewards.dim() == 2
@@ -294,13 +316,15 @@ def _weighted_sum(rewards, ids, size, mask, lengths, weights, m: Method):
     return sum(w * part.double() for w, part in zip(weights, parts, strict=True)).to(parts[0].dtype)
 
 
-def group_statistics(rewards, *, group_size=None, group_ids=None, mask=None, bessel=True) -> GroupStatistics:
+def group_statistics(
+    rewards, *, group_size=None, group_ids=None, mask=None, bessel=True, process_group=None
+) -> GroupStatistics:
     """What trainers log of the rewards: how many groups say nothing, and how rewards spread.
 
     zero_variance = groups whose valid rewards are all equal ÷ groups
 
     Args:
-        rewards, group_size, group_ids, mask, bessel: as in ``group_advantage``.
+        rewards, group_size, group_ids, mask, bessel, process_group: as in ``group_advantage``.
 
     Returns:
         GroupStatistics.
@@ -312,6 +336,9 @@ def group_statistics(rewards, *, group_size=None, group_ids=None, mask=None, bes
         >>> rlfast.group_statistics(torch.tensor([1.0, 1.0, 0.0, 1.0]), group_size=2).zero_variance
         tensor(0.5000, dtype=torch.float64)
     """
+    if process_group is not None:
+        named, _ = _of_all_ranks(process_group, group_ids, rewards=rewards, mask=mask)
+        return group_statistics(**named, group_size=group_size, bessel=bessel)
     validate.tensor("rewards", rewards)
     if rewards.dim() != 1:
         validate.fail("rewards", "shape (N,)", validate.shape(rewards))

@@ -7,6 +7,7 @@ import math
 import torch
 
 from rlfast import backends, validate
+from rlfast.distributed.ranks import Ranks
 from rlfast.ops import affine_scan as scan_op
 from rlfast.ops.scan_records import (
     ADVANTAGES,
@@ -127,7 +128,7 @@ def _whiten_bits(w: Whiten) -> int:
 def estimate(
     rows: Rows, *, wanted, gamma, lam, critic_lam=None, rewards=None, values=None, log_ratio=None, kl=None,
     kl_coef=0.0, clips=(1.0, 1.0, 1.0), mask=None, masking="carry", done=None, truncated=None, bootstrap=None,
-    whiten: Whiten | None = None,
+    whiten: Whiten | None = None, ranks: Ranks | None = None,
 ):  # fmt: skip
     """The op on checked arguments: (advantages, returns), shaped like the tokens, of which ``wanted`` are there."""
     if masking not in MASKINGS:
@@ -151,7 +152,7 @@ def estimate(
         row_rewards=by_row, bootstrap=start, gammas=gammas, lams=lams, critic_lams=critics, cu_seqlens=rows.cu,
     )  # fmt: skip
     recorded = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
-    inside = whiten is not None and not recorded
+    inside = whiten is not None and not recorded and ranks is None
     bits = REVERSE | wanted | (ZERO if masking == "zero" else 0) | (DECOUPLED if critic_lam is not None else 0)
     options = Options(
         gamma, lam, critic, kl_coef, *clips, bits | (VTRACE if log_ratio is not None else 0),
@@ -162,7 +163,8 @@ def estimate(
         out = out.reshape(out.shape[0], *rows.shape)
     advantages = out[0] if wanted & ADVANTAGES else None
     if whiten is not None and not inside:
-        advantages = whitened(advantages, mask if mask is None else mask.reshape(rows.shape), **whiten._asdict())
+        mask = mask if mask is None else mask.reshape(rows.shape)
+        advantages = whitened(advantages, mask, **whiten._asdict(), ranks=ranks)
     return advantages, out[-1] if wanted & RETURNS else None
 
 

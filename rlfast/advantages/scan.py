@@ -9,6 +9,7 @@ import torch
 
 from rlfast import backends, validate
 from rlfast.advantages.rows import Rows, estimate
+from rlfast.distributed.ranks import ranks_of
 from rlfast.ops import affine_scan as scan_op
 from rlfast.ops.scan_records import ADVANTAGES, RETURNS, REVERSE, Inputs, Options
 from rlfast.reductions import WHITENINGS, Whiten, checked_whiten, preset
@@ -52,7 +53,7 @@ def _coefficient(kl, kl_coef) -> float:
 
 def gae(
     rewards, values, mask=None, *, gamma, lam, masking=None, done=None, truncated=None, bootstrap=None, cu_seqlens=None,
-    critic_lam=None, kl=None, kl_coef=0.0, whiten=None, like=None,
+    critic_lam=None, kl=None, kl_coef=0.0, whiten=None, like=None, process_group=None,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """Generalised advantage estimation: advantages and returns, in one pass over the inputs.
 
@@ -81,6 +82,8 @@ def gae(
         like: "trl", "verl", "openrlhf", "nemo-rl", "torchrl": the masking and whitening of that trainer. Valid tokens
             have its values; masked ones are 0, where verl leaves what it carried. TRL's PPO has two masks: see
             docs/advantages.md.
+        process_group: ranks, or a ``DeviceMesh`` of one dimension, over which the rows of the batch are spread: the
+            whitening is over all of it. (Of rows whose tokens are spread: ``rlfast.distributed.gae``.)
 
     Returns:
         (advantages, returns), float32 (float64 for float64), shaped like values. Differentiable in rewards, values,
@@ -98,15 +101,18 @@ def gae(
         >>> adv
         tensor([[0.4700, 0.6000]])
     """
-    if done is truncated is bootstrap is cu_seqlens is critic_lam is kl is masking is whiten is like is None:
+    plain = done is truncated is bootstrap is cu_seqlens is critic_lam is kl is masking is whiten is like is None
+    if plain and process_group is None:
         out = scan_op.usual(rewards, values, mask, gamma, lam) if kl_coef == 0.0 else None
         if out is not None:
             return out[0], out[1]
     masking, whiten = _gae_options(like, masking, whiten)
+    if process_group is not None and whiten is None:
+        validate.fail("process_group", "None: nothing is whitened", type(process_group).__name__)
     return estimate(
         Rows("values", values, cu_seqlens), wanted=BOTH, gamma=gamma, lam=lam, critic_lam=critic_lam, rewards=rewards,
         values=values, kl=kl, kl_coef=_coefficient(kl, kl_coef), mask=mask, masking=masking, done=done,
-        truncated=truncated, bootstrap=bootstrap, whiten=whiten,
+        truncated=truncated, bootstrap=bootstrap, whiten=whiten, ranks=ranks_of(process_group),
     )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""More than one process: a vocabulary that ranks share, and a head that they gather for a use."""
+"""More than one process: heads, batches and rows that ranks share."""
 
 from __future__ import annotations
 
@@ -8,8 +8,17 @@ import importlib
 _HOME = {
     "Gathered": "gather",
     "Partitioned": "gather",
+    "Share": "data",
     "VocabParallel": "groups",
+    "affine_scan": "context",
+    "discounted_returns": "context",
+    "gae": "context",
+    "gather_batch": "data",
     "gathered": "gather",
+    "lambda_returns": "context",
+    "share": "data",
+    "shifted_targets": "context",
+    "vtrace": "context",
 }
 __all__ = sorted(_HOME)
 

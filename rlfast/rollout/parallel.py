@@ -14,6 +14,7 @@ import time
 import torch.distributed as dist
 
 from rlfast import validate
+from rlfast.distributed.ranks import gathered_objects, ranks_of
 from rlfast.rollout.api import Request, Rollout
 from rlfast.rollout.calls import PATIENCE, Calls, alone
 
@@ -21,13 +22,17 @@ from rlfast.rollout.calls import PATIENCE, Calls, alone
 class RankPool(Calls):
     """``RolloutBackend`` over the ranks of a process group. Its calls are collective: every rank makes the same ones.
 
+    A sample's tokens are a function of its prompt, seed and index: they do not depend on how many ranks there are.
+
     Args:
         engine: this rank's, any backend; on every rank it has the same weights.
-        process_group: by default all ranks.
+        process_group: ranks, or a ``DeviceMesh`` of one dimension; by default all ranks. Its timeout has to be longer
+            than the time by which one rank generates longer than another.
 
     Raises:
         RuntimeError: torch.distributed is not initialised. In a call: a rank has failed, or was given other requests;
-            which and why, on every rank. What the others have comes with a later step.
+            which and why, on every rank. What the others have comes with a later step. A rank that is gone, or does not
+            come within the group's timeout, raises on all others.
 
     Example:
         >>> pool = rlfast.rollout.RankPool(rlfast.rollout.Engine(model, tokenizer))
@@ -38,9 +43,10 @@ class RankPool(Calls):
         if not (dist.is_available() and dist.is_initialized()):
             raise RuntimeError("RankPool: torch.distributed is not initialised: init_process_group() comes first")
         super().__init__()
-        self.engine, self.group, self.tokenizer = engine, process_group, engine.tokenizer
-        self.rank, self.size = dist.get_rank(process_group), dist.get_world_size(process_group)
-        self.logp_means = engine.logp_means
+        self.engine, self.tokenizer, self.logp_means = engine, engine.tokenizer, engine.logp_means
+        self.ranks = ranks_of(dist.group.WORLD if process_group is None else process_group)
+        self.rank, self.size = self.ranks.rank, self.ranks.size
+        self.given = 0  # a number that is another where requests were others
         self.under_way: dict[int, int] = {}  # request → how many samples are missing, on every rank
         self.own: dict[int, int] = {}  # the same of this rank's, by the engine's numbers
         self.numbers: dict[int, int] = {}  # the engine's number → ours
@@ -56,6 +62,8 @@ class RankPool(Calls):
 
     def _start(self, number: int, request: Request) -> None:
         """Request i is generated on rank i modulo how many there are."""
+        p = request.params  # numbers alone: their hash is one on every rank
+        self.given = hash((self.given, *request.prompt, p.n, p.seed, p.max_tokens, p.temperature, p.top_p, p.top_k))
         self.under_way[number] = request.params.n
         if number % self.size == self.rank:
             (theirs,) = self.engine.submit([request])
@@ -82,14 +90,16 @@ class RankPool(Calls):
     def _share(self, error: Exception | None = None) -> None:
         """What every rank has found, to every rank, in one order; a RuntimeError on all of them if one has an error."""
         said = None if error is None else f"{type(error).__name__}: {error}"
-        every = [None] * self.size
-        dist.all_gather_object(every, (self.requests, self.found, said), group=self.group)
-        counts, found, errors = zip(*every, strict=True)
-        failed = [f"rank {rank}: {text}" for rank, text in enumerate(errors) if text is not None]
+        every = gathered_objects((self.requests, self.given, self.found, said), self.ranks, "RankPool")
+        counts, given, found, errors = zip(*every, strict=True)
+        failed = [f"{self.ranks.name(rank)}: {text}" for rank, text in enumerate(errors) if text is not None]
         if failed:
             raise RuntimeError("; ".join(failed)) from error
         if len({*counts}) > 1:
             raise RuntimeError(f"requests: expected the same on every rank, got {list(counts)} of them")
+        others = [self.ranks.name(rank) for rank, number in enumerate(given) if number != given[0]]
+        if others:
+            raise RuntimeError(f"requests: expected the same on every rank, got others on {', '.join(others)}")
         self.found = []
         together = sorted((r for part in found for r in part), key=lambda r: (r.request, r.index))
         self._hand_over(together)

@@ -1,4 +1,4 @@
-"""Rollouts from elsewhere: vLLM and SGLang servers over HTTP, and a pool of Ray workers, behind ``RolloutBackend``.
+"""Rollouts from vLLM and SGLang servers over HTTP, behind ``RolloutBackend``.
 
 A server has its own kernels, so its log-probs are not those of the trainer (``bitwise`` is false): the loss wants a
 correction for the difference (``rlfast.loss(..., correction=...)``). ``logp_means`` says which distribution a server's
@@ -7,18 +7,14 @@ log-prob is of; what it does not report (raw log-probs, kept mass, entropy) is N
 
 from __future__ import annotations
 
-import asyncio
 import concurrent.futures
 import math
-from collections.abc import Sequence
 from pathlib import Path
-
-import torch
 
 from rlfast import validate
 from rlfast.rollout import responses
 from rlfast.rollout.api import MODES, Request, Rollout, checked_request
-from rlfast.rollout.calls import PATIENCE, Calls, RequestError, alone
+from rlfast.rollout.calls import Calls, RequestError, alone
 from rlfast.rollout.scheduler import Sample
 
 REASONS = {"stop": "stop", "length": "length", "abort": "abort"}
@@ -262,132 +258,3 @@ class SGLangServer(Server):
         if not (found or {}).get("success", True):
             raise ServerError(f"{self.http.base_url}: the weights were not loaded: {found.get('message')}")
         self.version = version
-
-
-class RayPool(Remote):
-    """Engines in Ray workers: a request goes to the one with the fewest samples under way, and shares its steps.
-
-    Args:
-        make: a function without arguments that makes an ``Engine``; it runs in the worker.
-        workers: how many.
-        options: of ``ray.remote``, such as ``num_gpus=1``.
-    """
-
-    logp_means = "processed"
-
-    def __init__(self, make, workers: int = 1, **options):
-        import ray
-
-        super().__init__()
-        self.ray = ray
-        worker = ray.remote(**options)(_Worker) if options else ray.remote(_Worker)
-        self.workers = [worker.remote(make) for _ in range(workers)]
-        self.load = [0] * workers
-        self.place: dict = {}  # handle → which worker
-
-    def _every(self, name: str, *args) -> list:
-        """What each worker's engine says to a call."""
-        return self.ray.get([worker.call.remote(name, *args) for worker in self.workers])
-
-    @property
-    def bitwise(self) -> bool:
-        """Whether all of the workers' engines are."""
-        return all(self._every("bitwise"))
-
-    def submit(self, requests: Sequence[Request]) -> list[int]:
-        """Their numbers; a wrong one raises here, by the check of the first worker's engine, and none is taken then."""
-        self._open()
-        try:
-            return super().submit(self.ray.get(self.workers[0].checked.remote(list(requests))))
-        except self.ray.exceptions.RayTaskError as error:
-            raise error.cause from None
-
-    def _checked(self, request: Request) -> Request:
-        return request  # by the worker
-
-    def _start(self, number: int, request: Request) -> None:
-        place = self.load.index(min(self.load))
-        self.load[place] += request.params.n
-        handle = self.workers[place].generate.remote(number, request)
-        self.place[handle], self.waiting[number] = place, (handle, request)
-
-    def _done(self, handles: list, timeout: float | None):
-        return self.ray.wait(handles, timeout=timeout)[0] if handles else ()
-
-    def _rollouts(self, number: int, request: Request, handle) -> list[Rollout]:
-        self._unload(handle, request)
-        try:
-            return self.ray.get(handle)
-        except self.ray.exceptions.RayError as error:
-            raise ServerError(f"request {number}: its worker failed: {error}") from error
-
-    def _unload(self, handle, request: Request) -> None:
-        self.load[self.place.pop(handle)] -= request.params.n
-
-    def _forget(self, handle, request: Request) -> None:
-        self._unload(handle, request)
-        self.ray.cancel(handle)
-
-    @alone
-    def pause(self, mode: str = "keep") -> None:
-        """Nothing is generated until ``resume``; the modes are those of the workers' engines."""
-        self._every("pause", validate.one_of("mode", mode, MODES))
-        self.paused = True
-
-    @alone
-    def resume(self) -> None:
-        """Go on."""
-        self._every("resume")
-        self.paused = False
-
-    @alone
-    def sync_weights(self, named_params, version: int) -> None:
-        """The parameters into every worker's model."""
-        weights = self.ray.put({name: p.detach().cpu() for name, p in named_params})
-        self.ray.get([worker.load.remote(weights, version) for worker in self.workers])
-        self.version = version
-
-    def close(self) -> None:
-        """End the workers."""
-        self.closed = True
-        self.waiting.clear()
-        for worker in self.workers:
-            self.ray.kill(worker)
-
-
-class _Worker:
-    """An engine in a process of Ray's, whose calls run beside each other: their requests share the engine's steps."""
-
-    def __init__(self, make):
-        self.engine = make()
-
-    async def call(self, name: str, *args):
-        found = getattr(self.engine, name)
-        return found(*args) if callable(found) else found
-
-    async def checked(self, requests: list[Request]) -> list[Request]:
-        return [self.engine._checked(request) for request in requests]
-
-    async def generate(self, number: int, request: Request) -> list[Rollout]:
-        engine, found = self.engine, []
-        (own,) = engine.submit([request])
-        left = {own: request.params.n}
-        try:
-            while left:
-                rollout = engine._take(left)
-                if rollout is not None:
-                    found.append(rollout._replace(request=number))
-                elif engine.paused:
-                    await asyncio.sleep(PATIENCE)
-                else:
-                    await engine._stepped()
-        finally:
-            engine._drop({own})  # cancelled, or failed
-        return found
-
-    async def load(self, weights: dict, version: int) -> None:
-        model = self.engine.model if hasattr(self.engine, "model") else self.engine.decoder.model
-        with self.engine.lock, torch.no_grad():
-            for name, p in model.named_parameters():
-                p.copy_(weights[name])
-            self.engine.sync_weights(None, version)

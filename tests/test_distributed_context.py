@@ -1,0 +1,251 @@
+"""Rows spread over ranks: scans, estimators and targets, against the oracle of the whole rows."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import rlfast
+from tests.numerics import assert_gradient, assert_value
+from tests.rank_pool import sent
+from tests.scan_cases import Call, call_of, draw, gradients, oracle
+
+ROWS, STEPS = 3, 40
+NAMES = ("gae", "lambda_returns", "discounted_returns", "vtrace", "affine_scan")
+MASKS = ("none", "right", "left", "holes")
+LAYOUTS = ("contiguous", "zigzag")
+
+
+def places(layout: str, rank: int, size: int, steps: int = STEPS) -> torch.Tensor:
+    """Which tokens of a row a rank has; in the contiguous layout not as many as the others."""
+    if layout == "contiguous":
+        edges = [0, 7, 19, 20, steps] if size == 4 else [0, 23, steps]
+        return torch.arange(edges[rank], edges[rank + 1])
+    chunks = torch.arange(steps).chunk(2 * size)
+    return torch.cat((chunks[rank], chunks[2 * size - 1 - rank]))
+
+
+def part(x, at):
+    """Of what is one a token, a rank's."""
+    tokens = isinstance(x, torch.Tensor) and x.dim() > 0 and x.shape[-1] == STEPS
+    return x[..., at] if tokens else x
+
+
+def run_part(group, layout: str, call: Call, names=()):
+    """A rank's outputs, and its gradients by ``names``."""
+    at = places(layout, dist.get_rank(group), dist.get_world_size(group))
+    inputs = {k: part(v, at).clone().requires_grad_(k in names) for k, v in call.inputs.items()}
+    options = {k: part(v, at).clone().requires_grad_() if k in names else part(v, at) for k, v in call.options.items()}
+    out = getattr(rlfast.distributed, call.name)(**inputs, **options, process_group=group, layout=layout)
+    out = out if isinstance(out, tuple) else (out,)
+    if not names:
+        return out, ()
+    weights = [draw((ROWS, STEPS), seed=9 + i)[:, at] for i in range(len(out))]
+    loss = sum((x * w).sum() for x, w in zip(out, weights, strict=True))
+    grads = torch.autograd.grad(loss, [inputs.get(name, options.get(name)) for name in names])
+    return tuple(x.detach() for x in out), grads
+
+
+def run_parts(group, layout: str, calls):
+    """Of several calls."""
+    return [run_part(group, layout, *call) for call in calls]
+
+
+def joined(parts, layout: str):
+    """The ranks' parts as whole rows; of what is one a row, the sum of the ranks' gradients."""
+    if parts[0].shape[-1:] == (ROWS,) and parts[0].dim() == 1:
+        return sum(parts)
+    out = torch.zeros(*parts[0].shape[:-1], STEPS, dtype=parts[0].dtype)
+    for rank, x in enumerate(parts):
+        out[..., places(layout, rank, len(parts))] = x
+    return out
+
+
+def check(ranks, calls, layout: str, size: int) -> None:
+    """Outputs and gradients of calls by the one tolerance."""
+    found = ranks.run(run_parts, layout, calls, size=size)
+    for i, (call, *names) in enumerate(calls):
+        names = names[0] if names else ()
+        outs = [joined([x[i][0][k] for x in found], layout) for k in range(len(found[0][i][0]))]
+        for k, got in enumerate(outs):
+            assert_value(f"{call.name}[{k}]", got, oracle(call, torch.float64)[k], oracle(call, torch.float32)[k])
+        if not names:
+            continue
+        wide = Call(call.name, {k: v.double() for k, v in call.inputs.items()}, call.options)
+        truth = gradients(wide, names, lambda c: oracle(c, torch.float64))
+        own = gradients(call, names, lambda c: oracle(c, torch.float32))
+        for k, name in enumerate(names):
+            got = joined([x[i][1][k] for x in found], layout)
+            assert_gradient(f"{call.name}: {name}", got, truth[name].double(), own[name])
+
+
+def some(p: float, seed: int):
+    return torch.rand(ROWS, STEPS, generator=torch.Generator().manual_seed(seed)) < p
+
+
+def options() -> dict:
+    """name → options of gae and vtrace."""
+    rates = torch.Generator().manual_seed(3)
+    by_row, by_token = draw((ROWS,), seed=6), draw((ROWS, STEPS), seed=7)
+    return {
+        "done": {"done": some(0.15, 3)},
+        "bootstrap": {"bootstrap": by_row},
+        "done and truncated": {"done": some(0.15, 3), "truncated": some(0.15, 4), "bootstrap": by_token},
+        "value after the last token": {"bootstrap": by_token},
+        "rates a row": {"gamma": torch.rand(ROWS, generator=rates), "lam": torch.rand(ROWS, generator=rates)},
+        "rates a token": {"gamma": torch.rand(ROWS, STEPS, generator=rates)},
+        "no discount": {"gamma": 1.0, "lam": 1.0},
+        "no trace": {"lam": 0.0},
+    }
+
+
+@pytest.mark.parametrize("size, layout", [(2, "contiguous"), (4, "contiguous"), (4, "zigzag")])
+def test_estimators_of_rows_over_ranks(ranks, size, layout):
+    """Every option, masks and both maskings: ends, holes and padding fall on both sides of the boundaries."""
+    calls = [(call_of(name, ROWS, STEPS, mask=mask),) for name in NAMES for mask in MASKS]
+    for name in ("gae", "vtrace"):
+        for given in options().values():
+            calls += [
+                (call_of(name, ROWS, STEPS, mask=mask, masking=masking, **given),)
+                for mask, masking in (("none", "carry"), ("holes", "carry"), ("right", "zero"), ("left", "zero"))
+            ]
+    calls += [(call_of("gae", ROWS, STEPS, mask="holes", critic_lam=1.0),)]
+    by_row = call_of("gae", ROWS, STEPS, mask="right")
+    calls += [(Call("gae", by_row.inputs | {"rewards": draw((ROWS,), seed=4)}, by_row.options),)]
+    calls += [(call_of("affine_scan", ROWS, STEPS, mask="holes", reverse=False, initial=draw((ROWS,), seed=5)),)]
+    check(ranks, calls, layout, size)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_gradients_of_rows_over_ranks(ranks, layout):
+    calls = [
+        (
+            call_of("gae", ROWS, STEPS, mask="holes", bootstrap=draw((ROWS,), seed=6)),
+            ("rewards", "values", "bootstrap"),
+        ),
+        (call_of("gae", ROWS, STEPS, mask="right", masking="zero", done=some(0.1, 3)), ("rewards", "values")),
+        (call_of("gae", ROWS, STEPS, critic_lam=1.0), ("values",)),
+        (call_of("lambda_returns", ROWS, STEPS, mask="left"), ("rewards", "values")),
+        (call_of("discounted_returns", ROWS, STEPS, mask="holes"), ("rewards",)),
+        (call_of("affine_scan", ROWS, STEPS, mask="holes", initial=draw((ROWS,), seed=5)), ("a", "b", "initial")),
+        (call_of("affine_scan", ROWS, STEPS, reverse=False, initial=draw((ROWS,), seed=5)), ("a", "b", "initial")),
+    ]
+    check(ranks, calls, layout, 4)
+
+
+def test_a_long_row_is_as_exact_as_in_one_process(ranks):
+    """A common offset of the values, which cancels in δ, and no discount: nothing of it is lost at a boundary."""
+    call = call_of("gae", ROWS, STEPS, gamma=1.0, lam=1.0)
+    call.inputs["values"] += 1e4
+    check(ranks, [(call,), (call_of("gae", ROWS, STEPS, "bf16", "holes"),)], "contiguous", 4)
+    wide = call_of("gae", ROWS, STEPS)
+    wide = Call("gae", {k: v.double() for k, v in wide.inputs.items()}, wide.options)
+    (out, _), *_ = ranks.run(run_part, "contiguous", wide, size=2)
+    assert out[0].dtype == torch.float64
+
+
+def targets_of(group, layout, ids):
+    at = places(layout, dist.get_rank(group), dist.get_world_size(group))
+    return rlfast.distributed.shifted_targets(ids[..., at], process_group=group, layout=layout)
+
+
+@pytest.mark.parametrize("size, layout", [(2, "contiguous"), (4, "contiguous"), (2, "zigzag"), (4, "zigzag")])
+def test_targets_cross_the_boundaries(ranks, size, layout):
+    ids = torch.randint(100, (2, ROWS, STEPS), generator=torch.Generator().manual_seed(1))
+    found = ranks.run(targets_of, layout, ids, size=size)
+    whole = torch.cat((ids[..., 1:], torch.full_like(ids[..., :1], -100)), -1)
+    assert torch.equal(joined(found, layout), whole)
+    assert torch.equal(joined(ranks.run(targets_of, layout, ids[0, 0], size=size), layout), whole[0, 0])
+
+
+def logps_of(group, logits, ids):
+    at = places("contiguous", dist.get_rank(group), dist.get_world_size(group))
+    targets = rlfast.distributed.shifted_targets(ids[:, at], process_group=group)
+    return rlfast.token_logps(logits[:, at], targets, mask=targets != -100).logp
+
+
+def test_log_probs_of_a_sequence_over_ranks(ranks):
+    """A rank's log-probs have the bits of the whole sequence's."""
+    draw_ = torch.Generator().manual_seed(2)
+    logits, ids = torch.randn(2, STEPS, 64, generator=draw_), torch.randint(64, (2, STEPS), generator=draw_)
+    whole = rlfast.token_logps(logits[:, :-1], ids[:, 1:]).logp
+    found = torch.cat(ranks.run(logps_of, logits, ids, size=4), 1)
+    assert torch.equal(found[:, :-1], whole)
+
+
+LOOK = 80  # bytes: how many rows the others have, where that may be looked at
+
+
+def volumes(group, layout: str) -> dict:
+    """Bytes that a rank sends, forward and backward."""
+    x, found = [torch.randn(ROWS, 8).requires_grad_() for _ in range(3)], {}
+    options = {"process_group": group, "layout": layout}
+    rates = options | {"gamma": 0.9, "lam": 0.8}
+    calls = {
+        "targets": lambda: rlfast.distributed.shifted_targets(torch.zeros(ROWS, 8, dtype=torch.int64), **options),
+        "scan": lambda: rlfast.distributed.affine_scan(*x[:2], **options),
+        "gae": lambda: rlfast.distributed.gae(*x[:2], **rates)[0],
+        "two λ": lambda: sum(rlfast.distributed.gae(*x[:2], critic_lam=1.0, **rates)),
+        "returns": lambda: rlfast.distributed.discounted_returns(x[0], gamma=0.9, **options),
+        "by row": lambda: rlfast.distributed.gae(torch.ones(ROWS), x[1], **rates)[0],
+        "vtrace": lambda: rlfast.distributed.vtrace(*x, **rates)[0],
+    }
+    for name, call in calls.items():
+        with sent() as forward:
+            out = call()
+        with sent() as backward:
+            if out.requires_grad:
+                out.sum().backward()
+        found[name] = forward, backward
+    return found
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_bytes_on_the_wire(ranks, layout):
+    """What docs/distributed.md says of a row and part, whatever the number of tokens."""
+    one = ROWS * {"contiguous": 1, "zigzag": 2}[layout]
+    wanted = {
+        "targets": ([8], []), "scan": ([16], [8]), "gae": ([16] * 2, [8] * 2), "two λ": ([16] * 3, [8] * 3),
+        "returns": ([16] * 2, [8]), "by row": ([16] * 3, [8] * 2), "vtrace": ([16] * 2, []),
+    }  # fmt: skip
+    for found in ranks.run(volumes, layout, size=2):
+        for name, (forward, backward) in wanted.items():
+            assert found[name] == ([LOOK, *(one * n for n in forward)], [one * n for n in backward]), name
+
+
+def refused(group, what: str):
+    """Calls that are wrong on one rank or on all."""
+    rank = dist.get_rank(group)
+    x = torch.zeros(2 + (rank == 1), 4) if what == "rows" else torch.zeros(2, 4)
+    calls = {
+        "rows": lambda: rlfast.distributed.gae(x, x, gamma=1.0, lam=1.0, process_group=group),
+        "targets": lambda: rlfast.distributed.shifted_targets(x[: 1 + (rank == 1)].long(), process_group=group),
+        "no group": lambda: rlfast.distributed.gae(x, x, gamma=1.0, lam=1.0, process_group=None),
+        "layout": lambda: rlfast.distributed.affine_scan(x, x, process_group=group, layout="striped"),
+        "odd": lambda: rlfast.distributed.affine_scan(x[:, :3], x[:, :3], process_group=group, layout="zigzag"),
+        "bootstrap": lambda: rlfast.distributed.gae(x, x, gamma=1.0, lam=1.0, bootstrap=x[0], process_group=group),
+        "masking": lambda: rlfast.distributed.gae(x, x, gamma=1.0, lam=1.0, masking="drop", process_group=group),
+        "clip": lambda: rlfast.distributed.vtrace(x, x, x, gamma=1.0, clip_c=-1.0, process_group=group),
+    }
+    calls[what]()
+
+
+REFUSED = {
+    "rows": r"values: expected one dtype, and one shape, on all ranks, got \(2, 0\) float32 on rank 0, \(3, 0\)",
+    "targets": r"ids: expected one dtype, and one shape, on all ranks, got \(1, 0\) int64 on rank 0, \(2, 0\)",
+    "no group": "process_group: expected the ranks over which rows are spread, got None",
+    "layout": "layout: expected one of 'contiguous', 'zigzag', got 'striped'",
+    "odd": r"a: expected tokens in 2 chunks of one length, in a zigzag layout, got \(2, 3\)",
+    "bootstrap": r"bootstrap: expected shape \(2,\), one a row, or \(2, 4\), got \(4,\)",
+    "masking": r"masking: expected one of 'carry', 'zero', got 'drop'",
+    "clip": "clip_c: expected a float ≥ 0, got -1.0",
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_bad_input_is_named_on_every_rank(ranks, what):
+    for well, said in ranks.outcomes(refused, what, size=2):
+        assert not well and said[0] in ("ValueError", "TypeError")
+        with pytest.raises(ValueError, match=REFUSED[what]):
+            raise ValueError(said[1])
