@@ -234,7 +234,8 @@ def test_ranks_that_differ(ranks):
         assert "same vocab size" in answer["vocab_size"] and "21 on rank 3" in answer["vocab_size"]
         assert "at least 25 columns" in answer["too few columns"] and "6 on rank 0" in answer["too few columns"]
         assert answer["target"].startswith("ValueError: targets: expected values in [0, 24)")
-        assert answer["group"].startswith("TypeError: process_group: expected a ProcessGroup, a DeviceMesh")
+        assert answer["group"].startswith("TypeError: process_group: expected a ProcessGroup or a DeviceMesh")
+        assert answer["no group"].startswith("ValueError: group: expected a group, since the weight is no DTensor")
         assert answer["plain"].startswith("ValueError: weight: expected a DTensor")
         assert answer["batch_invariant"].startswith("ValueError: batch_invariant: expected False")
         assert answer["dimension"].startswith("ValueError: weight: expected a DTensor sharded on dimension 0")
@@ -262,7 +263,7 @@ def test_a_rank_with_other_rows(ranks):
         assert error == f"ValueError: process_group: expected {wanted}"
 
 
-@pytest.mark.parametrize("named", (False, True), ids=("its own mesh", "a mesh"))
+@pytest.mark.parametrize("named", ("its own mesh", "a mesh", "options"))
 def test_heads_that_are_dtensors(ranks, named):
     """Sharded over the vocabulary, every rank with all tokens: gradients have the layout of the parameters."""
     for inputs in (head_of(64, 20, 1301, bias=True), {"logits": logits_of(64, 1301)}):
