@@ -218,14 +218,8 @@ def linear_divergence(
         )  # fmt: skip
     targets, mask, options = _flat_rows(call, keep_two=False)
     n = math.prod(lead)
-    heads = (
-        hidden.reshape(n, hidden.shape[-1]),
-        weight,
-        bias,
-        ref_hidden.reshape(n, ref_hidden.shape[-1]),
-        ref_weight,
-        ref_bias,
-    )
+    hidden, ref_hidden = (x.reshape(n, x.shape[-1]) for x in (hidden, ref_hidden))
+    heads = hidden, weight, bias, ref_hidden, ref_weight, ref_bias
     heads = tuple(x if x is None or x.dim() == 1 else logps.unit_stride(x) for x in heads)
     needs_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in heads)
     keep = needs_grad and 2 * max(4, hidden.element_size()) * n * weight.shape[0] <= budget

@@ -162,6 +162,7 @@ def mismatches() -> dict:
     found["too few columns"] = call(hidden, weight, targets, share=VocabParallel(whole, vocab_size=25))
     found["target"] = call(hidden, weight, targets + 20)
     found["group"] = call(hidden, weight, targets, share="tp")
+    found["no group"] = call(hidden, weight, targets, share=VocabParallel())
     found["plain"] = call(hidden, weight, targets, share=Gathered())
     found["batch_invariant"] = call(hidden, weight, targets, batch_invariant=True)
     across = distribute_tensor(torch.randn(24, 8), mesh_of(), [Shard(1)])
@@ -203,12 +204,12 @@ def mesh_of(size: int = SIZE):
     return dist.device_mesh.init_device_mesh("cpu", (size,), mesh_dim_names=("tp",))
 
 
-def on_mesh(problem, backend: str, named: bool) -> tuple:
+def on_mesh(problem, backend: str, named: str) -> tuple:
     """A head whose weight and bias are ``DTensor``s: the mesh is theirs, or named."""
     mesh = mesh_of()
     along = {name: x for name, x in problem.inputs.items() if name in ALONG and x is not None}
     spread = {name: distribute_tensor(x, mesh, [Shard(ALONG[name] % x.dim())]) for name, x in along.items()}
-    more = {"process_group": mesh} if named else {}
+    more = {"a mesh": {"process_group": mesh}, "options": {"process_group": VocabParallel(width=512)}}.get(named, {})
     out, gradients = cases.run(replace(problem, inputs=problem.inputs | spread, call=problem.call | more), backend)
     assert all(gradients[name].placements == spread[name].placements for name in spread)
     return plain(out), {name: g.full_tensor() if name in spread else g for name, g in gradients.items()}

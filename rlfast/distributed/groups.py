@@ -13,7 +13,7 @@ import math
 import zlib
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
@@ -23,6 +23,7 @@ import torch.distributed as dist
 
 from rlfast import backends, validate
 from rlfast.distributed.gather import Gathered, Partitioned, gathered, placement
+from rlfast.distributed.ranks import ranks_of
 from rlfast.ops.linear_token_logps import NAME as HEAD
 from rlfast.ops.token_logps import NAME as LOGITS
 
@@ -34,7 +35,8 @@ class VocabParallel:
     """A head whose rows are shared out over the ranks of a group, in their order; every rank has all tokens.
 
     Args:
-        group: a ``torch.distributed.ProcessGroup``, or a ``DeviceMesh`` of one dimension.
+        group: a ``torch.distributed.ProcessGroup``, or a ``DeviceMesh`` of one dimension. None: the mesh of the weight,
+            a ``DTensor``.
         vocab_size: columns from there on are padding: no token of them is possible, and they get a gradient of 0.
             None: all are tokens.
         width: columns of a piece; None: a rank's shard is one. A record goes over the wire a piece, so that the bits of
@@ -46,7 +48,7 @@ class VocabParallel:
         >>> out = rlfast.linear_token_logps(hidden, head_shard, targets, process_group=share)
     """
 
-    group: object
+    group: object = None
     vocab_size: int | None = None
     width: int | None = None
     timeout: float | None = None
@@ -135,17 +137,19 @@ def resolved(process_group, weight, dim: int, name: str) -> tuple:
         return None, weight
     if torch.compiler.is_compiling():
         validate.fail("process_group", "None in compiled code", type(process_group).__name__)
-    group = process_group
+    its_own = None
     if there is not None:
         mesh, at, where = there
         if where != dim % weight.dim():
             validate.fail(name, f"a DTensor sharded on dimension {dim}", f"Shard({where})")
-        weight = weight.to_local()
-        group = mesh.get_group(at) if group is None else group
-    if isinstance(group, Shards | Partitioned):
-        return group, weight
-    share = group if isinstance(group, VocabParallel) else VocabParallel(group)
-    return VocabParallel(plain_group(share.group), share.vocab_size, share.width, share.timeout), weight
+        weight, its_own = weight.to_local(), mesh.get_group(at)
+    if isinstance(process_group, Shards | Partitioned):
+        return process_group, weight
+    share = process_group if isinstance(process_group, VocabParallel) else VocabParallel(process_group)
+    group = its_own if share.group is None else share.group
+    if group is None:
+        validate.fail("group", "a group, since the weight is no DTensor", "None")
+    return replace(share, group=ranks_of(group).group), weight
 
 
 def local(x):
@@ -158,18 +162,6 @@ def alike(process_group, x):
     if isinstance(process_group, Gathered) and placement(x) is not None:
         return gathered(x, mean=process_group.mean).tensor()
     return local(x)
-
-
-def plain_group(group):
-    """The ``ProcessGroup`` of a group or of a mesh of one dimension."""
-    if isinstance(group, dist.ProcessGroup):
-        return group
-    if isinstance(group, dist.device_mesh.DeviceMesh):
-        if group.ndim != 1:
-            validate.fail("process_group", "a DeviceMesh of one dimension, as mesh['tp']", f"{group.ndim} dimensions")
-        return group.get_group()
-    wanted = "a ProcessGroup, a DeviceMesh of one dimension, a VocabParallel or a Gathered"
-    return validate.fail("process_group", wanted, type(group).__name__, TypeError)
 
 
 _agreed: WeakKeyDictionary = WeakKeyDictionary()  # group → {what a rank has: the shards}
@@ -190,8 +182,6 @@ def agreed(share: VocabParallel | Shards | None, columns: int, facts: dict, rows
     if isinstance(share, Partitioned):
         alone = Shards(None, (0,), None, 0, 0, (), (1,), (), 0, share.gather)
         return cut(alone, [columns], None, None, 0)
-    if dist.get_rank(share.group) < 0:
-        validate.fail("process_group", "a group that this rank is in", f"rank {dist.get_rank()} is not")
     facts = {"vocab_size": share.vocab_size or 0, "width": share.width or 0, "rows": rows} | facts
     known = _agreed.setdefault(share.group, {})
     key = (columns, share.timeout, *(item for item in facts.items() if item[0] != "rows"))
