@@ -102,8 +102,8 @@ PYTHON = [
     ),
     *python(
         "advantages", "rlfast/reductions.py",
-        ("centred, places) / (count - int(bessel))", "centred, places) / count"),
-        ("var = total(centred * centred, places)", "var = total(centred * centred)"),
+        ("var = square / (count - int(bessel))", "var = square / count"),
+        ("functools.partial(total, places=«_places(mask)»)", "None"),
         ("torch.where(valid, out, 0.0).to(x.dtype)", "out.to(x.dtype)"),
         ("var.clamp(min=eps) if where == \"floor\"", "var + eps if where == \"floor\""),
         ("(count + mean.eps).clamp(min=mean.least)", "(count + mean.eps).clamp(min=0.0)"),

@@ -8,7 +8,9 @@ PYTHON = [
     *python(
         "torch", "rlfast/policy_linear.py",
         ("kl, «1.0 if share is None else share[number]»)", "1.0", "bonus"),
-        ("launch(loss, «part._replace(num_items=count)»,", "part", "every_way"),
+        ("launch(alone, «part._replace(num_items=count)»,", "part", "every_way"),
+        ("by.of(lambda x: «x * each[slice(*chunks[number])]»)", "x", "within"),
+        ("«weighed._replace(entropy=by.entropy)» if plan.entropy_mean", "weighed", "within"),
         ("metrics[TOKENS if plan.reduce == TOKEN_MEAN else SEQUENCES]", "metrics[TOKENS]", "every_way"),
         ("whole.mask if whole.keep is None else «whole.mask & whole.keep»", "whole.mask", "bonus"),
         ("if plan.gate_masks and (fields.old_logp is None or plan.entropy_mean):", "if False:", "correction"),

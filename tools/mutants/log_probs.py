@@ -118,7 +118,7 @@ CUDA = [
 PYTHON = [
     *python(
         "torch", "rlfast/fallback/token_logps.py",
-        ("logp = -torch.logaddexp(", "logp = torch.logaddexp("),
+        ("return -torch.logaddexp(", "return torch.logaddexp("),
         ("others = e.scatter(-1, one, 0.0).sum(-1)", "others = e.sum(-1)"),
         ("entropy = log_sum - (", "entropy = log_sum + ("),
         ("torch.logsumexp(2 * (x - log_sum.unsqueeze(-1)), -1)", "torch.logsumexp(x - log_sum.unsqueeze(-1), -1)"),
@@ -142,8 +142,8 @@ PYTHON = [
     ),
     *python(
         "torch", "rlfast/fallback/linear_token_logps.py",
-        ("total[1].addmm_(g.T,", "sums[1].copy_(g.T @ hidden[rows].to(dtype)) if rows.start else total[1].addmm_(g.T,"),
-        ("torch.where(live, hidden[rows].to(dtype), 0.0)", "hidden[rows].to(dtype)"),
+        ("total[1].addmm_(g.T,", "sums[1].copy_(g.T @ hidden[rows].to(acc)) if rows.start else total[1].addmm_(g.T,"),
+        ("torch.where(live, hidden[rows].to(acc), 0.0)", "hidden[rows].to(acc)"),
         ("total[2] += g.sum(0)", "sums[2] += g[:-1].sum(0)"),
         ("else z.add_(bias.to(dtype))", "else z"),
         ("z = hidden.to(dtype) @ weight.to(dtype).T", "z = (hidden @ weight.T).to(dtype)"),
@@ -160,11 +160,14 @@ PYTHON = [
     ),
     *python(
         "ops", "rlfast/logps.py",
-        ("mask if mask.dtype == torch.bool else mask != 0", "mask if mask.dtype == torch.bool else mask > 1"),
         ("saved(row.mean_logits)", "saved(row.log_sum)"),
     ),
     *python(
-        "validate", "rlfast/logps.py",
+        "ops", "rlfast/row_inputs.py",
+        ("mask if mask.dtype == torch.bool else mask != 0", "mask if mask.dtype == torch.bool else mask > 1"),
+    ),
+    *python(
+        "validate", "rlfast/row_inputs.py",
         ("high >= vocab or low < 0", "high > vocab or low < 0"),
     ),
     *python(

@@ -144,7 +144,7 @@ PYTHON = [
         "preference", "rlfast/statistics.py",
         ("stay = distance.sort(stable=True).indices[:kept]", "stay = distance.sort(stable=True).indices[-kept:]",
          "survive"),
-        ("if process_group is not None or gaps.numel():", "if True:", "without_pairs"),
+        ("if not gaps.numel():", "if False:", "without_pairs"),
     ),
     *python(
         "preference", "rlfast/weights.py",
