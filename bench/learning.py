@@ -59,9 +59,9 @@ class Plan(NamedTuple):
 
 
 PLANS = {
-    "grpo": Plan(GRPO, 4, 4, 16, 0, "reward", "TRL's GRPOTrainer"),
-    "ppo": Plan(rlfast.recipe("gpt4"), 8, 2, 12, 1, "reward", "the oracle backend"),
-    "dpo": Plan(rlfast.recipe("zephyr"), 8, 4, 12, 0, "accuracy", "TRL's DPOTrainer"),
+    "grpo": Plan(GRPO, 4, 4, 12, 0, "reward", "TRL's GRPOTrainer"),
+    "ppo": Plan(rlfast.recipe("gpt4"), 6, 2, 10, 1, "reward", "the oracle backend"),
+    "dpo": Plan(rlfast.recipe("zephyr"), 6, 4, 12, 0, "accuracy", "TRL's DPOTrainer"),
 }
 
 
@@ -150,7 +150,7 @@ def run(name: str, model: str, seeds: int, steps: int | None, rate: float, arms:
 
         def keep(record, tokenizer, pairs=pairs):
             """Texts of the pairs, for TRL."""
-            if name == "dpo" and tokenizer is not None:
+            if name == "dpo" and model != "tiny":
                 pairs += _texts(record, tokenizer)
 
         for arm in reversed(arms):  # ours first: its pairs are TRL's
