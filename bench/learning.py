@@ -61,7 +61,7 @@ class Plan(NamedTuple):
 PLANS = {
     "grpo": Plan(GRPO, 4, 4, 12, 0, "reward", "TRL's GRPOTrainer"),
     "ppo": Plan(rlfast.recipe("gpt4"), 6, 2, 10, 1, "reward", "the oracle backend"),
-    "dpo": Plan(rlfast.recipe("zephyr"), 6, 4, 12, 0, "accuracy", "TRL's DPOTrainer"),
+    "dpo": Plan(rlfast.recipe("zephyr"), 6, 4, 10, 0, "accuracy", "TRL's DPOTrainer"),
 }
 
 
