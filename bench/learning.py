@@ -59,9 +59,9 @@ class Plan(NamedTuple):
 
 
 PLANS = {
-    "grpo": Plan(GRPO, 4, 4, 16, 0, "reward", "TRL's GRPOTrainer"),
-    "ppo": Plan(rlfast.recipe("gpt4"), 8, 2, 12, 1, "reward", "the oracle backend"),
-    "dpo": Plan(rlfast.recipe("zephyr"), 8, 4, 12, 0, "accuracy", "TRL's DPOTrainer"),
+    "grpo": Plan(GRPO, 4, 4, 12, 0, "reward", "TRL's GRPOTrainer"),
+    "ppo": Plan(rlfast.recipe("gpt4"), 6, 2, 10, 1, "reward", "the oracle backend"),
+    "dpo": Plan(rlfast.recipe("zephyr"), 6, 4, 10, 0, "accuracy", "TRL's DPOTrainer"),
 }
 
 
@@ -110,6 +110,7 @@ def stock_grpo(seed: int, steps: int, rate: float) -> list[float]:
 def stock_dpo(seed: int, steps: int, rate: float, pairs: list[dict]) -> list[float]:
     """TRL's DPOTrainer on the pairs that ours had."""
     from datasets import Dataset
+    from transformers import PrinterCallback
     from trl import DPOConfig, DPOTrainer
 
     from rlfast.demo import model, trainer
@@ -122,6 +123,7 @@ def stock_dpo(seed: int, steps: int, rate: float, pairs: list[dict]) -> list[flo
     freeze(loaded["model"])
     config = DPOConfig(**trainer.options(settings, steps), beta=0.1)
     made = DPOTrainer(**loaded, args=config, train_dataset=Dataset.from_list(pairs[: count * steps]))
+    made.remove_callback(PrinterCallback)
     made.train()
     return [log["rewards/accuracies"] for log in made.state.log_history if "rewards/accuracies" in log]
 

@@ -13,6 +13,7 @@ from rlfast.integrations.patching import Patch
 logger = logging.getLogger("rlfast.integrations")
 
 
+
 class Trainer(NamedTuple):
     """A trainer that can be patched."""
 
