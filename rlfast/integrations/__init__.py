@@ -13,7 +13,6 @@ from rlfast.integrations.patching import Patch
 logger = logging.getLogger("rlfast.integrations")
 
 
-
 class Trainer(NamedTuple):
     """A trainer that can be patched."""
 
