@@ -83,7 +83,8 @@ def linear_cross_entropy(hidden, weight, labels, temperature=1.0, reduction="non
         dist_process_group: the ranks that share the vocabulary; None: there is one.
 
     Returns:
-        (log-probs [tokens] or [], entropies [tokens]), float32. ∂hidden is summed over the ranks.
+        (log-probs [tokens] or [], entropies [tokens]), float32. ∂hidden is summed over the ranks; verl's kernel leaves
+        that to the gather of Megatron's before it.
     """
     validate.one_of("reduction", str(reduction).lower(), REDUCTIONS)
     rows, labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1).long()
