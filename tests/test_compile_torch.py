@@ -46,7 +46,7 @@ def samples(backend: str):
             args = (*leaves, targets, mask, *options, outputs, top_k, keep, backend)
             yield linear_op.op, args
             *_, kept = out = linear_op.op(*args)
-            rest = (targets, mask, *options, out[1].detach(), kept.detach(), *grads, [True, keep, True], backend)
+            rest = (targets, mask, *options, out[1].detach(), kept.detach(), *grads, [True, keep, True], keep, backend)
             yield linear_op.op_backward, (h.clone(), w.clone(), b.clone(), *rest)
 
 
