@@ -89,7 +89,14 @@ def verl_rows() -> list[Row]:
     return of_verl()
 
 
-TRAINERS = (verl_rows,)
+def openrlhf_rows() -> list[Row]:
+    """Those of OpenRLHF."""
+    from bench.trainers_openrlhf import rows as of_openrlhf
+
+    return of_openrlhf()
+
+
+TRAINERS = (verl_rows, openrlhf_rows)
 
 
 def main() -> int:
