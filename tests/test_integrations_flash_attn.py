@@ -110,8 +110,11 @@ def test_install_offers_the_leaf_and_nothing_else():
         assert flash_attn.LEAF in sys.modules  # the first to come takes it back
     assert flash_attn.LEAF not in sys.modules and absent()
     undo = flash_attn.install()
+    from flash_attn.ops.triton.cross_entropy import cross_entropy_loss as kept
+
     undo()
     undo()
+    assert kept is flash_attn.cross_entropy_loss  # who has imported it keeps it
     with pytest.raises(ImportError):
         from flash_attn.ops.triton.cross_entropy import cross_entropy_loss
     assert {name for name in sys.modules.keys() - modules.keys() if name.startswith("flash_attn")} == set()

@@ -102,6 +102,7 @@ def test_originals_run_where_rlfast_cannot_and_say_so_once(loaded, caplog):
         "log-probs are of shape": lambda: loss.DPOLoss(0.1)(*d.pair[:, :, None])[0],
         "beside logits": lambda: utils.log_probs_from_logits(d.logits.double(), d.labels[:, :, None].expand(-1, -1, 1)),
         "not of one shape": lambda: utils.compute_reward(d.score, 0.1, d.kl, d.mask[:, 1:]),
+        "rewards is torch.int64": lambda: maker_of.get_cumulative_returns(None, d.rewards.long(), d.mask, 1.0),
         "gamma is 1.5": lambda: maker_of.get_cumulative_returns(None, d.rewards, d.mask, 1.5),
     }
     ring.ring_attn_group = object()

@@ -134,6 +134,10 @@ def test_install_puts_back_what_was_set():
     undo()
     undo()
     assert vars(model)["_loss_function"] is ForCausalLMLoss
+    undo = ours.install(model)
+    mine = model.loss_function = lambda *_, **__: 0.0
+    undo()
+    assert model.loss_function is mine
 
 
 def test_install_refuses_a_model_with_another_loss():

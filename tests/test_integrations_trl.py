@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import logging
+import subprocess
 import sys
 
 import pytest
@@ -125,6 +126,30 @@ def test_a_head_that_a_trainers_module_adds_is_ours(module, patched, monkeypatch
     patched.undo()
     model(input_ids=ids, labels=ids, fused_lm_head=True)
     assert len(calls) == 1
+
+
+def test_what_was_set_since_stays(patched):
+    """An undo takes back what is the patch's, and nothing that somebody has put in its place."""
+    from trl import DPOTrainer
+
+    stock = patching.original_of(DPOTrainer, "_compute_loss")
+    mine = DPOTrainer._compute_loss = lambda *_: None
+    patched.undo()
+    assert vars(DPOTrainer)["_compute_loss"] is mine
+    DPOTrainer._compute_loss = stock
+
+
+def test_importing_patches_nothing():
+    """In a process of its own: not rlfast, before TRL or after it; the patch reaches what is imported afterwards."""
+    code = (
+        "import rlfast, trl.trainer.utils as utils; kernel = utils._ChunkedLogProbFunction\n"
+        "assert kernel.__module__.startswith('trl.')\n"
+        "undo = rlfast.patch('trl')\n"
+        "from trl.trainer import sft_trainer\n"
+        "assert utils._ChunkedLogProbFunction is not kernel\n"
+        "undo(); assert utils._ChunkedLogProbFunction is kernel\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
 
 
 HEADS = [

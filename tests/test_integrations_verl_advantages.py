@@ -77,6 +77,10 @@ def test_gae_of_other_layouts_and_types():
         leaves["rewards"].bfloat16(), leaves["critic"].bfloat16(), mask, 1.0, 1.0
     )
     assert [x.dtype for x in got] == [torch.bfloat16] * 2
+    for kind in (torch.float32, torch.float64):  # of a mask that counts in the type of the result
+        narrow = leaves["rewards"].bfloat16(), leaves["critic"].bfloat16(), mask.to(kind), 1.0, 1.0
+        types = [[x.dtype for x in v.core.compute_gae_advantage_return(*narrow)] for v in (stock(), VERL)]
+        assert types[0] == types[1]
     tensors = torch.tensor(0.9), torch.tensor(0.8)
     same(lambda verl, rewards, critic: verl.core.compute_gae_advantage_return(rewards, critic, mask, *tensors), leaves)
 
@@ -215,9 +219,14 @@ def test_optimal_token_baselines(name, weighted, zero_tail):
     same(call, {"rewards": rewards(6, outcome=False)})
 
 
+def whole_numbers():
+    return (rewards() * 3).round().long()
+
+
 REASONS = {
     "compute_gae_advantage_return": lambda f: f(rewards(), rewards(1, False), mask_of().float(), 1.5, 1.0),
     "compute_grpo_outcome_advantage": lambda f: f(rewards(), mask_of()[1:2], NAMES),
+    "compute_rloo_vectorized_outcome_advantage": lambda f: f(whole_numbers(), mask_of().float(), NAMES),
     "compute_opo_outcome_advantage": lambda f: f(rewards(), mask_of().float() * 0.5, NAMES),
     "compute_reinforce_plus_plus_outcome_advantage": lambda f: f(
         rewards(), mask_of().float(), config=Settings(gamma=1.5)

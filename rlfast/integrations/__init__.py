@@ -28,6 +28,12 @@ TRAINERS = {
     "torchrl": Trainer("rlfast.integrations.torchrl", "torchrl==0.14.*"),
 }
 
+# Libraries that get one function, and what puts it there.
+INSTALLED = {
+    "transformers": "rlfast.integrations.transformers.install(model)",
+    "flash_attn": "rlfast.integrations.flash_attn.install()",
+}
+
 _patches: dict[str, Patch] = {}
 _options: dict[str, dict] = {}  # those of the patch in place
 
@@ -74,6 +80,8 @@ def patch(trainer: str, *, untested: bool = False, rollouts: bool = False, bitwi
     """
     if not isinstance(trainer, str):
         validate.fail("trainer", "a name", repr(trainer), TypeError)
+    if trainer in INSTALLED:
+        validate.fail("trainer", f"one of {tuple(TRAINERS)}; {INSTALLED[trainer]} does this one", repr(trainer))
     if trainer not in TRAINERS:
         validate.fail("trainer", f"one of {tuple(TRAINERS)}", repr(trainer))
     known = TRAINERS[trainer]

@@ -71,8 +71,8 @@ def install() -> Undo:
     checks still say that flash-attn is absent.
 
     Returns:
-        Undo: takes it back when called, or at the end of its ``with`` block. Twice is once: the second has nothing to
-        take back.
+        Undo: takes it back when called, or at the end of its ``with`` block, for imports to come: a module that has
+        imported it by name, as verl's and OpenRLHF's do, keeps it. Twice is once: the second has nothing to take back.
 
     Raises:
         RuntimeError: flash-attn is installed, and would be hidden.

@@ -19,6 +19,7 @@ logger = logging.getLogger("rlfast.integrations")
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 DEVICES = ("cpu", "cuda")
+WHOLE = ("labels", "shift_labels", "done", "terminated")  # and masks: what need not be floating point
 
 
 class Swap(NamedTuple):
@@ -151,7 +152,8 @@ class Patch:
             if swap.owner is None:
                 rebind(swap.prefix, swap.replacement, swap.original)
             else:
-                setattr(swap.owner, swap.name, swap.original)
+                if vars(swap.owner).get(swap.name) is swap.replacement:  # else somebody has put another one there since
+                    setattr(swap.owner, swap.name, swap.original)
                 _originals.pop((swap.owner, swap.name), None)
 
     def __call__(self) -> None:
@@ -228,6 +230,8 @@ def tensor_unsupported(**tensors) -> str | None:
             return f"{name} has layout {x.layout}, rlfast takes dense tensors"
         if x.device.type not in DEVICES:
             return f"{name} is on {x.device.type}, rlfast runs on {' and '.join(DEVICES)}"
+        if not (x.is_floating_point() or name in WHOLE or name.endswith("mask")):
+            return f"{name} is {x.dtype}, rlfast takes floating point"
         if x.is_floating_point() and x.dtype not in DTYPES:
             return f"{name} is {x.dtype}, rlfast takes {', '.join(str(d) for d in DTYPES)}"
     return None

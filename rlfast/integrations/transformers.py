@@ -92,6 +92,15 @@ def install(model) -> Undo:
     if not takes(stock, inspect.signature(loss_function).parameters, "ForCausalLMLoss", strange):
         raise RuntimeError(f"rlfast.integrations.transformers.install: {strange[0]}")
     own = "_loss_function" in vars(model)  # where the property of PreTrainedModel keeps what was set
-    model.loss_function = or_original(loss_function, stock, _unsupported)
-    undo.callback(setattr, model, "loss_function", stock) if own else undo.callback(delattr, model, "_loss_function")
+    ours = model.loss_function = or_original(loss_function, stock, _unsupported)
+
+    def back():
+        if model.loss_function is not ours:
+            return  # somebody has set another one since
+        if own:
+            model.loss_function = stock
+        else:
+            del model._loss_function
+
+    undo.callback(back)
     return undo

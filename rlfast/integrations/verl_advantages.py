@@ -26,7 +26,7 @@ def compute_gae_advantage_return(token_level_rewards, values, response_mask, gam
     Raises:
         ValueError: fewer than two tokens count.
     """
-    kind = torch.result_type(token_level_rewards, values)
+    kind = torch.promote_types(torch.result_type(token_level_rewards, values), response_mask.dtype)
     mask = response_mask if response_mask.dtype == torch.bool else response_mask != 0
     advantages, returns = gae(token_level_rewards, values, mask, gamma=float(gamma), lam=float(lam))
     count = mask.count_nonzero()

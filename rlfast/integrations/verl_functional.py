@@ -114,12 +114,12 @@ def masked_mean(values, mask, axis=None):
 
 
 def masked_var(values, mask, unbiased=True):
-    """The variance of the unmasked values, by Bessel's correction unless ``unbiased`` is False.
+    """The variance of the unmasked values, by Bessel's correction unless ``unbiased`` is False; float32 at least.
 
     Raises:
         ValueError: the mask has no element, or with the correction only one.
     """
-    return _moments(values, mask, unbiased)[1].to(values.dtype)
+    return _moments(values, mask, unbiased)[1].to(torch.promote_types(values.dtype, torch.float32))
 
 
 def masked_whiten(values, mask, shift_mean=True):

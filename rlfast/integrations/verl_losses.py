@@ -365,6 +365,8 @@ def value_unsupported(vpreds, returns, values, response_mask, cliprange_value, l
     """Why rlfast cannot take a call of ``compute_value_loss``."""
     fields = {"returns": returns, "values": values, "response_mask": response_mask}
     reason = tensor_unsupported(vpreds=vpreds, **fields) or _laid_out(vpreds, fields) or mask_unsupported(response_mask)
+    if reason is None and isinstance(cliprange_value, torch.Tensor):
+        return "cliprange_value is a tensor, rlfast clips by a number"
     if reason is None and not 1e-30 < cliprange_value < math.inf:
         return f"cliprange_value is {cliprange_value!r}, rlfast clips by a number > 0"
     return reason or counts_unsupported(*counts, **named)
