@@ -52,6 +52,14 @@ def test_every_loss(backend, device, name, form):
     check(case_of(name, form=form), backend, device)
 
 
+@pytest.mark.backends("torch", "cpu", "cuda")
+@pytest.mark.parametrize("name", LOSSES)
+def test_every_loss_over_a_frozen_head(backend, device, name):
+    """Padded and packed, in chunks and in one."""
+    check(case_of(name, form="padded", needs=("hidden",)), backend, device)
+    check(case_of(name, form="packed", budget="keep", needs=("hidden",)), backend, device)
+
+
 @pytest.mark.parametrize("budget", BUDGETS)
 @pytest.mark.parametrize("dtype", ("bf16", "f16"))
 def test_narrow_heads(backend, device, dtype, budget):

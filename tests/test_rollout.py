@@ -244,6 +244,17 @@ def test_a_stream_may_be_left_and_gone_on_with():
     tokens = [token for token, _ in engine().tokens(given[0], params[0])]
     assert tokens == everything[0].tokens
 
+    async def both():
+        """Two at once: their steps are shared."""
+        one = engine()
+
+        async def read(i: int):
+            return [token async for token, _ in one.atokens(given[i], params[i])]
+
+        return await asyncio.gather(read(0), read(1))
+
+    assert asyncio.run(both()) == [everything[0].tokens, everything[1].tokens]
+
 
 def test_priorities_and_cancelling():
     one, given = engine(max_batch=1), prompts(3)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import importlib
 
@@ -11,7 +12,7 @@ import torch
 import rlfast
 from rlfast.integrations import trl as ours
 from rlfast.integrations import trl_rollout
-from rlfast.rollout import Engine, SamplingParams
+from rlfast.rollout import Engine, SamplingParams, attention
 from tests.decoders import decoder, prompts
 from tests.numerics import assert_same_bits
 
@@ -80,6 +81,21 @@ def test_the_model_s_own_head_has_the_bits(dtype):
         found.append((logits.dtype, torch.equal(logp.detach(), rollout.logp_raw)))
     assert found == [(torch.float32, True), (dtype, False)]
     assert model.lm_head.weight.grad.isfinite().all() and "forward" not in vars(model.lm_head)
+
+
+def test_without_its_attention_the_bits_are_others(monkeypatch):
+    """The control of one part alone: the linears and the head are rlfast's still."""
+    model = copy.deepcopy(decoder("llama")).train()
+    engine = Engine(model, kv_budget=1 << 22)
+    (rollout,) = engine.generate(prompts(1, seed=1, longest=60), SamplingParams(max_tokens=40, ignore_eos=True))
+    ids, found = torch.tensor([[*rollout.prompt_tokens, *rollout.tokens]]), []
+    for off in (False, True):
+        if off:
+            monkeypatch.setattr(attention, "implementation", lambda *_: contextlib.nullcontext())
+        with engine.training_mode():
+            logits = model(input_ids=ids, use_cache=False).logits
+        found.append(torch.equal(rlfast.token_logps(logits[0, :-1], ids[0, 1:]).logp[-40:].detach(), rollout.logp_raw))
+    assert found == [True, False]
 
 
 def test_gradients_are_those_of_the_model():

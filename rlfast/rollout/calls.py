@@ -143,6 +143,24 @@ class Calls:
 
     def tokens(self, prompt, params: SamplingParams | None = None) -> Iterator[tuple[int, str]]:
         """The tokens of one response as they come: (id, the text that it adds). It is cancelled if nobody asks on."""
+        with contextlib.closing(self._token_by_token(prompt, params)) as each:
+            for token in each:
+                if token is None:
+                    self._work(PATIENCE)
+                else:
+                    yield token
+
+    async def atokens(self, prompt, params: SamplingParams | None = None):
+        """``tokens`` for asyncio: every step runs in a thread, one for all who wait."""
+        with contextlib.closing(self._token_by_token(prompt, params)) as each:
+            for token in each:
+                if token is None:
+                    await self._stepped()
+                else:
+                    yield token
+
+    def _token_by_token(self, prompt, params) -> Iterator[tuple[int, str] | None]:
+        """(id, text) of one response, None where a step is due first."""
         params = params or SamplingParams()
         if params.n != 1:
             validate.fail("n", "1: the tokens are those of one response", str(params.n))
@@ -160,7 +178,7 @@ class Calls:
                     yield tokens[shown - 1], whole[len(text) :]
                     text = whole
                 if rollout is None:
-                    self._work(PATIENCE)
+                    yield None
         finally:
             self._drop({number})
 
