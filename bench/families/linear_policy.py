@@ -91,11 +91,10 @@ class Rows(HeadCase):
             return run
 
         logits = 4 * self.rows * self.vocab
-        budgets = {"rlfast": {}, "rlfast keep": {"memory_budget": 1 << 40},
-                   "rlfast tenth": {"memory_budget": logits // 10}, "rlfast recompute": {"memory_budget": 0}}  # fmt: skip
+        budgets = {"rlfast": None, "rlfast keep": 1 << 40, "rlfast tenth": logits // 10, "rlfast recompute": 0}
         if self.gpu_only:  # a curve of time over memory
-            budgets |= {"rlfast half": {"memory_budget": logits // 2}, "rlfast quarter": {"memory_budget": logits // 4}}
-        return self._arms({name: with_budget(budget) for name, budget in budgets.items()}, data)
+            budgets |= {"rlfast half": logits // 2, "rlfast quarter": logits // 4}
+        return self._arms({name: with_budget({"memory_budget": budget}) for name, budget in budgets.items()}, data)
 
     def plain(self, data: dict) -> dict:
         few = max(1, 512 // self.length)
