@@ -23,6 +23,7 @@ from rlfast.distributed import groups
 from rlfast.full_kl import FULL
 from rlfast.heads import Head, compacts, live_before, logits_bytes, most_rows, numbers, unit_strides
 from rlfast.loss_inputs import Given
+from rlfast.ops import linear_loss
 from rlfast.ops.divergence_records import Head as Reference
 from rlfast.ops.known_gradients import with_gradients
 from rlfast.ops.linear_loss import Numbers, Rows, chunked
@@ -156,9 +157,9 @@ def run(loss, tokens: Tokens, budget: float | None, entropy: bool) -> tuple:
     ways = {None: in_two_passes, 1: in_one}
     taken = ways.get(chunks and len(chunks), in_chunks)
     with torch.no_grad():
-        out, found, gradients = taken(loss, tokens, chunks, needs, budget, outputs, backend)
+        out, found, gradients, *times = taken(loss, tokens, chunks, needs, budget, outputs, backend)
     into = None if tokens.into is None else {WEIGHT: tokens.into}
-    return out._replace(loss=with_gradients(out.loss, rows.leaves(), gradients, into)), tokens.shaped(found)
+    return out._replace(loss=with_gradients(out.loss, rows.leaves(), gradients, into, *times)), tokens.shaped(found)
 
 
 def in_chunks(loss, tokens: Tokens, chunks, needs, budget, outputs, backend) -> tuple:
@@ -171,7 +172,7 @@ def in_chunks(loss, tokens: Tokens, chunks, needs, budget, outputs, backend) -> 
 
 
 def in_one(loss, tokens: Tokens, chunks, needs, budget, outputs, backend) -> tuple:
-    """The same of one chunk, whose loss is the loss."""
+    """The same of one chunk, whose loss is the loss; and ``times`` of ``linear_loss.in_one``, where that is the way."""
     out = None
 
     def coefficients(_, found: Numbers) -> Numbers:
@@ -179,6 +180,9 @@ def in_one(loss, tokens: Tokens, chunks, needs, budget, outputs, backend) -> tup
         out, kl = launch(loss, tokens.fields, tokens.settings, tokens.shaped(found), True, backend)
         return gradient_of(loss, out, kl)
 
+    if tokens.rows.lora is None and tokens.into is None and chunks[0] == (0, tokens.rows.mask.shape[0]):
+        found, *gradients = linear_loss.in_one(tokens.rows, coefficients, needs, backend, outputs)
+        return out, found, *gradients
     found, gradients = chunked(tokens.rows, [(slice(*chunks[0]),)], coefficients, needs, backend, outputs)
     return out, found, gradients
 
@@ -245,27 +249,26 @@ def whole_sequences(plan: Plan, settings: Settings) -> bool:
     return reads_sequences(plan, settings) or (row_wise(plan, settings) and bool(plan.gate_masks))
 
 
-def apart(loss, tokens: Tokens) -> tuple:
-    """(the loss of a chunk, what each token's part of it is multiplied by or None).
+def apart(loss, tokens: Tokens, count) -> tuple:
+    """(the loss of a chunk, what it divides by, what each token's part of it is multiplied by or None).
 
     A mean over sequences of means over tokens is a sum over tokens, weighed by 1 ÷ the tokens of the sequence, which
     the mask says beforehand: chunks may end anywhere.
     """
     plan, fields = loss.prepared.plan, tokens.fields
     if whole_sequences(plan, tokens.settings) or not row_wise(plan, tokens.settings):
-        return loss, None
+        return loss, count, None
+    alone = loss.with_options(reduce="token_mean")
+    if plan.reduce != SEQ_MEAN_TOKEN_MEAN:
+        return alone, count * tokens.settings.max_len if plan.reduce == SEQ_SUM_OVER_MAX_LEN else count, None
     mask, ends = fields.mask, fields.cu_seqlens
-    if plan.reduce == SEQ_SUM_OVER_MAX_LEN:
-        each = torch.full_like(fields.logp, 1.0 / tokens.settings.max_len)
-    elif plan.reduce != SEQ_MEAN_TOKEN_MEAN:
-        each = torch.ones_like(fields.logp)
-    elif ends is None:
+    if ends is None:
         each = (1.0 / mask.sum(-1, keepdim=True).clamp(min=1)).expand(mask.shape)
     else:
         before = torch.nn.functional.pad(mask.cumsum(0), (1, 0))[ends.long()]
         at = torch.searchsorted(ends, torch.arange(mask.shape[0], device=ends.device), right=True) - 1
         each = (1.0 / before.diff().clamp(min=1))[at]
-    return loss.with_options(reduce="token_mean"), each.to(fields.logp.dtype).reshape(-1)
+    return alone, count, each.to(fields.logp.dtype).reshape(-1)
 
 
 def ends_of(plan: Plan, tokens: Tokens):
@@ -310,7 +313,7 @@ def taker(loss, tokens: Tokens, chunks, count, backend: str):
         share = [kept.reshape(-1)[first:last].sum() for first, last in chunks]
         share = torch.stack(share).clamp(min=1) / kept.sum().clamp(min=1)
 
-    alone, each = apart(loss, tokens)
+    alone, count, each = apart(loss, tokens, count)
 
     def coefficients(number: int, found: Numbers) -> Numbers:
         part = part_of(plan, tokens, *chunks[number])

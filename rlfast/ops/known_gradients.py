@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from rlfast.ops.dispatch import first_derivatives_only
@@ -10,27 +12,34 @@ from rlfast.ops.response_losses import scaled
 
 class _KnownGradients(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, loss, gradients, into, *inputs):
+    def forward(ctx, loss, gradients, into, times, *inputs):
         ctx.save_for_backward(*gradients)
         ctx.set_materialize_grads(False)
         ctx.dtypes = [None if x is None else x.dtype for x in inputs]
-        ctx.into = into
+        ctx.into, ctx.times = into, times
         return loss.view_as(loss)
 
     @staticmethod
     @first_derivatives_only
     def backward(ctx, g):
         if g is None:
-            return (None,) * (3 + len(ctx.dtypes))
+            return (None,) * (4 + len(ctx.dtypes))
         into = ctx.into or {}
         if None in into.values():
             raise RuntimeError("accumulate_grad: a first backward has added the gradient and given up its memory")
-        needs, known = list(ctx.needs_input_grad[3:]), list(_saved(ctx))
+        needs, known = list(ctx.needs_input_grad[4:]), list(_saved(ctx))
+        if ctx.times is not None and not _exact(g.item()):
+            return g, None, None, None, *ctx.times(g)
         for at, parameter in into.items():
             accumulate(parameter, known[at], g)
             needs[at], into[at] = False, None
         found = zip(needs, known, ctx.dtypes, strict=True)
-        return g, None, None, *(scaled(x, g, dtype) if need else None for need, x, dtype in found)
+        return g, None, None, None, *(scaled(x, g, dtype) if need else None for need, x, dtype in found)
+
+
+def _exact(g: float) -> bool:
+    """Whether a product with g does not round: a power of two; or what leaves no digit to round."""
+    return not math.isfinite(g) or abs(math.frexp(g)[0]) in (0.0, 0.5)
 
 
 def _saved(ctx) -> tuple:
@@ -57,10 +66,11 @@ def accumulate(parameter, gradient, g) -> None:
         total.add_(gradient)
 
 
-def with_gradients(loss: torch.Tensor, inputs: tuple, gradients: tuple, into: dict | None = None):
+def with_gradients(loss: torch.Tensor, inputs: tuple, gradients: tuple, into: dict | None = None, times=None):
     """``loss`` [] as a function of ``inputs`` too (None has no gradient); its gradients by them are given.
 
     They are kept until the backward, which multiplies them by the upstream gradient and rounds them to the dtype of
-    their input. Those that ``into`` has a parameter for, by their place, it adds to that parameter's own instead.
+    their input. Those that ``into`` has a parameter for, by their place, it adds to that parameter's own instead. If
+    they are rounded already, ``times(g)`` makes them again for a factor that would round them twice.
     """
-    return _KnownGradients.apply(loss, gradients, into, *inputs)
+    return _KnownGradients.apply(loss, gradients, into, times, *inputs)

@@ -95,11 +95,12 @@ class Numbers(NamedTuple):
 
 
 def numbers_of(rows: Rows, outputs: int, keep: bool, backend: str) -> tuple[Numbers, Callable]:
-    """(the numbers, ``pull(by, sums, need_hidden, head)``).
+    """(the numbers, ``pull(by, sums, need_hidden, head, wide)``).
 
     That function takes the gradient by the numbers, adds to the sums of weight and bias, where they are not None, and
     gives ∂hidden; of another (hidden, weight, bias) with these logits, if it is given one. Without sums it gives all
-    three gradients, those that are needed. All are of the compute dtype, since a factor is still to come.
+    three gradients, those that are needed. All are of the compute dtype, since a factor is still to come; without sums
+    and ``wide`` they are rounded to the head's.
 
     Args:
         rows: the head and its rows, widened.
@@ -118,10 +119,10 @@ def numbers_of(rows: Rows, outputs: int, keep: bool, backend: str) -> tuple[Numb
         out, at = Outputs.named(asked, wanted), Row.of(1, wanted)
         metrics = (out.aux[i] if i >= 0 else None for i in (at.log_sum_sq_probs, at.mean_logits))
 
-        def pull(by: Numbers, sums, needs, head=own):
+        def pull(by: Numbers, sums, needs, head=own, wide=True):
             saved = (*head, *given, out.aux, kept, by.logp)
             if sums is None:
-                return linear_token_logps.op_backward(*saved, None, by.entropy, needs, True, backend)
+                return linear_token_logps.op_backward(*saved, None, by.entropy, needs, wide, backend)
             return linear_token_logps.op_accumulate(*saved, by.entropy, *sums, needs, backend)
 
         return Numbers(out.logp, out.entropy, None, *metrics, out.is_top1), pull
@@ -131,11 +132,11 @@ def numbers_of(rows: Rows, outputs: int, keep: bool, backend: str) -> tuple[Numb
     *asked, kept, ref_kept = linear_divergence.op(*own, *given, outputs, keep, backend)
     out = pairs.Outputs.named(asked, True, outputs)
 
-    def pull_pair(by: Numbers, sums, needs, head=own):
+    def pull_pair(by: Numbers, sums, needs, head=own, wide=True):
         grads = by.full_kl, by.logp, None, by.entropy
         saved = (*head, *given, *pairs.saved_of(out.aux, 1, outputs, False), *grads, kept, ref_kept)
         if sums is None:
-            return linear_divergence.op_backward(*saved, needs, True, backend)
+            return linear_divergence.op_backward(*saved, needs, wide, backend)
         return linear_divergence.op_accumulate(*saved, *sums, needs, backend)
 
     return Numbers(out.logp, out.entropy, out.value), pull_pair
@@ -156,11 +157,11 @@ def _of_shards(rows: Rows, outputs: int, keep: bool, backend: str) -> tuple[Numb
         found = shared.head_statistics(own, said, wanted, keep, backend)
         out = found.out
 
-    def pull(by: Numbers, sums, needs, head=own):
+    def pull(by: Numbers, sums, needs, head=own, wide=True):
         grads = by.logp, None, by.entropy
         needs = needs if sums is None else (needs, *(x is not None for x in sums))
         got = shared.head_gradients(
-            shared.Head(*head), said, found.out.aux, found.logp, found.kept, grads, needs, sums, backend, True
+            shared.Head(*head), said, found.out.aux, found.logp, found.kept, grads, needs, sums, backend, wide
         )
         return got if sums is None else got[0]
 
@@ -183,11 +184,11 @@ def _of_shared_pair(rows: Rows, own, outputs: int, keep: bool, backend: str) -> 
         found = shared_pairs.head_statistics(own, ref, call, keep)
         out = found.out
 
-    def pull(by: Numbers, sums, needs, head=own):
+    def pull(by: Numbers, sums, needs, head=own, wide=True):
         needs = needs if sums is None else (needs, *(x is not None for x in sums))
         side = options, pairs.saved_of(out.aux, 1, outputs, False), (by.full_kl, by.logp, None, by.entropy)
         heads = shared.Head(*head), ref
-        got = shared_pairs.head_gradients(call, heads, found.logp, found.kept, side, False, needs, sums, True)
+        got = shared_pairs.head_gradients(call, heads, found.logp, found.kept, side, False, needs, sums, wide)
         return got if sums is None else got[0]
 
     return Numbers(out.logp, out.entropy, out.value), pull
@@ -201,15 +202,41 @@ def _of_counted(rows: Rows, outputs: int, keep: bool, backend: str) -> tuple[Num
     def spread(x):
         return x.new_zeros((rows.mask.shape[0], *x.shape[1:])).index_copy(0, there, x)
 
-    def pull(by: Numbers, sums, needs, head=rows[:3]):
+    def pull(by: Numbers, sums, needs, head=rows[:3], wide=True):
         head, by = (head[0].index_select(0, there), *head[1:]), by.of(lambda x: x.index_select(0, there))
         if sums is None:
-            d, *rest = pull_some(by, None, needs, head)
+            d, *rest = pull_some(by, None, needs, head, wide)
             return spread(d) if needs[0] else d, *rest
         d = pull_some(by, sums, needs, head)
         return spread(d) if needs else d
 
     return numbers.of(spread), pull
+
+
+def in_one(
+    rows: Rows, coefficients: Callable, needs: list, backend: str, outputs: int = 0
+) -> tuple[Numbers, tuple, Callable | None]:
+    """(the numbers, the gradients, what makes the gradients times a factor) of all rows as one chunk.
+
+    A factor of a power of two does not round, so bfloat16 gradients are rounded at once: half the memory to write. For
+    any other they are made again, from the logits on. On a GPU, where a factor is not looked at, and in float16, which
+    has not got the range, they stay in the compute dtype, and there is no such function.
+    """
+    hidden = rows.hidden
+    early = hidden.dtype == torch.bfloat16 and hidden.is_cpu and not torch.compiler.is_compiling()
+    numbers, pull = numbers_of(rows, outputs, True, backend)
+    by, leaves = coefficients(0, numbers), rows.leaves()
+    gradients, versions = pull(by, None, needs, wide=not early), [x is not None and x._version for x in leaves]
+
+    def times(g) -> tuple:
+        if versions != [x is not None and x._version for x in leaves]:
+            raise RuntimeError("hidden, weight or bias has been changed in place since the loss was computed")
+        with torch.no_grad():
+            found = numbers_of(rows, outputs, True, backend)[1](by.of(lambda x: x * g), None, needs, wide=False)
+        return tuple(x if need else None for x, need in zip(found, needs, strict=True))
+
+    found = tuple(x if need else None for x, need in zip(gradients, needs, strict=True))
+    return numbers, found, times if early else None
 
 
 def chunked(
@@ -229,11 +256,6 @@ def chunked(
         The numbers, 0 in rows of no chunk; the gradients in the compute dtype, None where not needed.
     """
     hidden, acc, found = rows.hidden, compute_dtype(rows.hidden), None
-    whole = len(chunks) == 1 and chunks[0] == (slice(0, hidden.shape[0]),)
-    if whole and rows.lora is None:
-        numbers, pull = numbers_of(rows, outputs, True, backend)
-        gradients = pull(coefficients(0, numbers), None, needs)
-        return numbers, tuple(x if need else None for x, need in zip(gradients, needs, strict=True))
     d_hidden, *sums = (
         torch.zeros(x.shape, dtype=acc, device=x.device) if need else None
         for x, need in zip(rows[:3], needs[:3], strict=True)
