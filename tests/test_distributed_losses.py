@@ -87,13 +87,13 @@ def whole(parts) -> torch.Tensor:
 
 @pytest.mark.parametrize("size", SIZES)
 def test_every_loss_of_the_table(ranks, size):
-    """Ranks that pad to lengths of their own have the loss and the gradient of one process, in float64."""
+    """Ranks that pad to lengths of their own have the loss and the gradient of one process."""
     found, wanted = ranks.run(of_rows, size=size), of_rows(None)
     assert len({x["dapo"][1].shape[1] for x in found}) > 1, "ranks pad to lengths of their own"
     for name, (loss, gradient) in wanted.items():
-        exact = {"rtol": 1e-9, "atol": 1e-12, "msg": name}
-        torch.testing.assert_close(mean_of([x[name][0] for x in found]), loss, **exact)
-        torch.testing.assert_close(whole([x[name][1] for x in found]) / size, whole([gradient]), **exact)
+        close = {"rtol": 3e-7, "atol": 1e-7, "msg": name}  # a count that is given is float32
+        torch.testing.assert_close(mean_of([x[name][0] for x in found]), loss, **close)
+        torch.testing.assert_close(whole([x[name][1] for x in found]) / size, whole([gradient]), **close)
         assert gradient.any(), name
 
 
