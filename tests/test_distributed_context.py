@@ -114,6 +114,8 @@ def test_estimators_of_rows_over_ranks(ranks, size, layout):
                 for mask, masking in (("none", "carry"), ("holes", "carry"), ("right", "zero"), ("left", "zero"))
             ]
     calls += [(call_of("gae", ROWS, STEPS, mask="holes", critic_lam=1.0),)]
+    clips = {"clip_rho": 1.4, "clip_c": 0.9, "clip_pg_rho": 1.2}
+    calls += [(call_of("vtrace", ROWS, STEPS, mask="holes", **clips),)]
     by_row = call_of("gae", ROWS, STEPS, mask="right")
     calls += [(Call("gae", by_row.inputs | {"rewards": draw((ROWS,), seed=4)}, by_row.options),)]
     calls += [(call_of("affine_scan", ROWS, STEPS, mask="holes", reverse=False, initial=draw((ROWS,), seed=5)),)]
@@ -135,6 +137,20 @@ def test_gradients_of_rows_over_ranks(ranks, layout):
         (call_of("affine_scan", ROWS, STEPS, reverse=False, initial=draw((ROWS,), seed=5)), ("a", "b", "initial")),
     ]
     check(ranks, calls, layout, 4)
+
+
+def initial_gradients(group) -> list:
+    """Whether this rank has a gradient of the state before the first step, from the right and from the left."""
+    found, x = [], torch.ones(2, 4)
+    for reverse in (True, False):
+        initial = torch.ones(2).requires_grad_()
+        out = rlfast.distributed.affine_scan(x, x, reverse, initial=initial, process_group=group)
+        found.append(bool(torch.autograd.grad(out.sum(), initial)[0].any()))
+    return found
+
+
+def test_who_has_the_first_step_has_the_gradient_of_what_was_before(ranks):
+    assert ranks.run(initial_gradients, size=4) == [[False, True], [False, False], [False, False], [True, False]]
 
 
 def test_a_long_row_is_as_exact_as_in_one_process(ranks):

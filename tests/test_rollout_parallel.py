@@ -59,7 +59,10 @@ def ranked(group) -> dict:
     pool.sync_weights(None, 5)
     found["new"] = pool.generate(given, PARAMS)
     found["held"], found["bitwise"] = pool.engine.pool.held, pool.bitwise
-    requests = {"other prompts": [Request((3 + rank,), PARAMS)], "more prompts": [Request((3,), PARAMS)] * (1 + rank)}
+    requests = {
+        "other prompts": [Request((prompt,), PARAMS) for prompt in (3 + rank, 5)],
+        "more prompts": [Request((3,), PARAMS)] * (1 + rank),
+    }
     requests["other params"] = [Request((3,), SamplingParams(max_tokens=2, logit_bias={4: 0.5 + rank}))]
     for name, own in requests.items():
         other = RankPool(engine(), group)

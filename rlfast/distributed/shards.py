@@ -119,10 +119,9 @@ class State(NamedTuple):
     out: torch.Tensor  # [chunks·R, T]
     carry: torch.Tensor  # [chunks·R]: the state before the first step of each chunk
 
-    def before(self, reverse: bool = True):
-        """The state that each step started from."""
-        first = self.carry.unsqueeze(1)
-        return torch.cat((self.out[:, 1:], first), 1) if reverse else torch.cat((first, self.out[:, :-1]), 1)
+    def before(self):
+        """The state that each step started from, of a scan from the right."""
+        return torch.cat((self.out[:, 1:], self.carry.unsqueeze(1)), 1)
 
 
 def scan(a, b, mask, initial, shards: Shards, reverse: bool = True) -> State:

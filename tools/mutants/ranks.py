@@ -30,7 +30,6 @@ PYTHON = [
         ("        if total.numel():\n            with together(f\"{ctx.what}, backward\", ctx.ranks):\n"
          "                dist.all_reduce(total, group=ctx.ranks.group)\n", ""),
         ("start = sum(counts[: «ranks.rank»])", "ranks.rank + 1"),
-        ("(*one[:2], *one[«2 + rows» :])", "3"),
         ("if «len({*found}) > 1»:\n        validate.fail(name, \"the same", "False"),
     ),
     *python(
@@ -43,6 +42,7 @@ PYTHON = [
         "data_parallel", "rlfast/advantages/otb.py",
         ("return tuple(x[«own»] for x in", "slice(0, len(rewards))"),
     ),
+    *python("context_parallel", "rlfast/distributed/ranks.py", ("(*one[:2], *one[«2 + rows» :])", "3")),
     *python(
         "context_parallel", "rlfast/distributed/shards.py",
         ("every.flip(0) if «reverse» else every", "False"),
@@ -56,7 +56,7 @@ PYTHON = [
         ("(a if mask is None else «torch.where(mask, a, 1.0)»).prod(1)", "a"),
         ("(alone[:, 0] if «reverse» else alone[:, -1])", "True"),
         ("local_scan(a, b, reverse, mask=mask, initial=«carry»)", "carry * 0"),
-        ("torch.cat((self.out[:, 1:], first), 1) if «reverse» else", "True"),
+        ("torch.cat((self.out[:, 1:], «self.carry.unsqueeze(1)»), 1)", "self.out[:, -1:]"),
         ("words = {«\"function\": function, »\"layout\"", ""),
     ),
     *python(
