@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 from rlfast import validate
-from rlfast.distributed.ranks import Ranks, gathered, ranks_of
+from rlfast.distributed.ranks import Ranks, gathered_alike, ranks_of
 
 CHUNK = 4096  # elements that one thread adds up, then as many of these sums
 WHERE = ("inside", "outside", "floor")
@@ -83,7 +83,7 @@ def mean_of(x, valid, dim, mean: Mean, ranks: Ranks | None = None) -> torch.Tens
     kept = torch.where(valid, x, 0.0).double()
     summed, count = (total(kept), valid.sum()) if dim is None else (kept.sum(dim), valid.sum(dim))
     if ranks is not None:
-        summed, count = gathered(torch.stack((summed, count.to(summed))), ranks, "masked_mean").sum(0)
+        summed, count = gathered_alike(torch.stack((summed, count.to(summed))), ranks, "masked_mean").sum(0)
     return summed / (count + mean.eps).clamp(min=mean.least)
 
 
@@ -99,7 +99,7 @@ def moments_of_all(count, mean, square, ranks: Ranks, what: str) -> torch.Tensor
 
     M = Σ M_i + Σ n_i·(mean_i − mean)², Chan, Golub and LeVeque 1979: nothing is subtracted from a sum of squares.
     """
-    n, means, squares = gathered(torch.stack((count.to(mean), mean, square)), ranks, what).unbind(-1)
+    n, means, squares = gathered_alike(torch.stack((count.to(mean), mean, square)), ranks, what).unbind(-1)
     whole = n.sum()
     mean = (n * means).sum() / whole.clamp(min=1)
     return torch.stack((whole, mean, (squares + n * (means - mean).square()).sum()))

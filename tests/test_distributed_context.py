@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from datetime import timedelta
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -111,6 +114,8 @@ def test_estimators_of_rows_over_ranks(ranks, size, layout):
                 for mask, masking in (("none", "carry"), ("holes", "carry"), ("right", "zero"), ("left", "zero"))
             ]
     calls += [(call_of("gae", ROWS, STEPS, mask="holes", critic_lam=1.0),)]
+    clips = {"clip_rho": 1.4, "clip_c": 0.9, "clip_pg_rho": 1.2}
+    calls += [(call_of("vtrace", ROWS, STEPS, mask="holes", **clips),)]
     by_row = call_of("gae", ROWS, STEPS, mask="right")
     calls += [(Call("gae", by_row.inputs | {"rewards": draw((ROWS,), seed=4)}, by_row.options),)]
     calls += [(call_of("affine_scan", ROWS, STEPS, mask="holes", reverse=False, initial=draw((ROWS,), seed=5)),)]
@@ -132,6 +137,20 @@ def test_gradients_of_rows_over_ranks(ranks, layout):
         (call_of("affine_scan", ROWS, STEPS, reverse=False, initial=draw((ROWS,), seed=5)), ("a", "b", "initial")),
     ]
     check(ranks, calls, layout, 4)
+
+
+def initial_gradients(group) -> list:
+    """Whether this rank has a gradient of the state before the first step, from the right and from the left."""
+    found, x = [], torch.ones(2, 4)
+    for reverse in (True, False):
+        initial = torch.ones(2).requires_grad_()
+        out = rlfast.distributed.affine_scan(x, x, reverse, initial=initial, process_group=group)
+        found.append(bool(torch.autograd.grad(out.sum(), initial)[0].any()))
+    return found
+
+
+def test_who_has_the_first_step_has_the_gradient_of_what_was_before(ranks):
+    assert ranks.run(initial_gradients, size=4) == [[False, True], [False, False], [False, False], [True, False]]
 
 
 def test_a_long_row_is_as_exact_as_in_one_process(ranks):
@@ -174,7 +193,7 @@ def test_log_probs_of_a_sequence_over_ranks(ranks):
     assert torch.equal(found[:, :-1], whole)
 
 
-LOOK = 80  # bytes: how many rows the others have, where that may be looked at
+LOOK = 160  # bytes: of what kind the others' call is, and how many rows they have, where that may be looked at
 
 
 def volumes(group, layout: str) -> dict:
@@ -216,11 +235,31 @@ def test_bytes_on_the_wire(ranks, layout):
 
 def refused(group, what: str):
     """Calls that are wrong on one rank or on all."""
-    rank = dist.get_rank(group)
-    x = torch.zeros(2 + (rank == 1), 4) if what == "rows" else torch.zeros(2, 4)
+    second = dist.get_rank(group) == 1
+    layout = {"process_group": group, "layout": "zigzag" if second else "contiguous"}
+    gae = functools.partial(rlfast.distributed.gae, gamma=1.0, lam=1.0, process_group=group)
+    scan = functools.partial(rlfast.distributed.affine_scan, process_group=group)
+    x = torch.zeros(2 + second, 4) if what == "rows" else torch.zeros(2, 4)
+    trained, one = x.clone().requires_grad_(second), torch.ones(2)
     calls = {
-        "rows": lambda: rlfast.distributed.gae(x, x, gamma=1.0, lam=1.0, process_group=group),
-        "targets": lambda: rlfast.distributed.shifted_targets(x[: 1 + (rank == 1)].long(), process_group=group),
+        "layouts": lambda: rlfast.distributed.gae(x, x, gamma=1.0, lam=1.0, **layout),
+        "layouts of targets": lambda: rlfast.distributed.shifted_targets(x.long(), **layout),
+        "layouts of a scan": lambda: rlfast.distributed.affine_scan(x, x, **layout),
+        "functions": lambda: gae(x, x) if second else scan(x, x),
+        "estimators": lambda: (
+            rlfast.distributed.vtrace(x, x, x, gamma=1.0, process_group=group) if second else gae(x, x)
+        ),
+        "bootstraps": lambda: gae(x, x, bootstrap=x if second else None),
+        "bootstraps of rows": lambda: gae(x, x, bootstrap=one if second else x),
+        "rewards": lambda: gae(one if second else x, x),
+        "critic_lam": lambda: gae(x, x, critic_lam=0.5 if second else None),
+        "maskings": lambda: gae(x, x, masking="zero" if second else "carry"),
+        "directions": lambda: scan(x, x, not second),
+        "initial": lambda: scan(x, x, initial=one if second else None),
+        "gradients": lambda: gae(x, trained),
+        "gradients of a scan": lambda: scan(trained, x),
+        "rows": lambda: gae(x, x),
+        "targets": lambda: rlfast.distributed.shifted_targets(x[: 1 + second].long(), process_group=group),
         "no group": lambda: rlfast.distributed.gae(x, x, gamma=1.0, lam=1.0, process_group=None),
         "layout": lambda: rlfast.distributed.affine_scan(x, x, process_group=group, layout="striped"),
         "odd": lambda: rlfast.distributed.affine_scan(x[:, :3], x[:, :3], process_group=group, layout="zigzag"),
@@ -231,7 +270,22 @@ def refused(group, what: str):
     calls[what]()
 
 
+ALIKE = "expected the same on all ranks, got"
 REFUSED = {
+    "layouts": f"layout: {ALIKE} contiguous on rank 0, zigzag on rank 1",
+    "layouts of targets": f"layout: {ALIKE} contiguous on rank 0, zigzag on rank 1",
+    "layouts of a scan": f"layout: {ALIKE} contiguous on rank 0, zigzag on rank 1",
+    "functions": f"function: {ALIKE} affine_scan on rank 0, gae on rank 1",
+    "estimators": f"function: {ALIKE} gae on rank 0, vtrace on rank 1",
+    "bootstraps": f"bootstrap: {ALIKE} None on rank 0, one a token on rank 1",
+    "bootstraps of rows": f"bootstrap: {ALIKE} one a token on rank 0, one a row on rank 1",
+    "rewards": f"rewards: {ALIKE} one a token on rank 0, one a row on rank 1",
+    "critic_lam": f"critic_lam: {ALIKE} None on rank 0, given on rank 1",
+    "maskings": f"masking: {ALIKE} carry on rank 0, zero on rank 1",
+    "directions": f"reverse: {ALIKE} True on rank 0, False on rank 1",
+    "initial": f"initial: {ALIKE} None on rank 0, one a row on rank 1",
+    "gradients": f"values.requires_grad: {ALIKE} False on rank 0, True on rank 1",
+    "gradients of a scan": f"a.requires_grad: {ALIKE} False on rank 0, True on rank 1",
     "rows": r"values: expected one dtype, and one shape, on all ranks, got \(2, 0\) float32 on rank 0, \(3, 0\)",
     "targets": r"ids: expected one dtype, and one shape, on all ranks, got \(1, 0\) int64 on rank 0, \(2, 0\)",
     "no group": "process_group: expected the ranks over which rows are spread, got None",
@@ -249,3 +303,28 @@ def test_bad_input_is_named_on_every_rank(ranks, what):
         assert not well and said[0] in ("ValueError", "TypeError")
         with pytest.raises(ValueError, match=REFUSED[what]):
             raise ValueError(said[1])
+
+
+def late(group, what: str):
+    """Rank 1 fails between two collectives: on an argument of its own, or before the backward."""
+    patient = dist.new_group(timeout=timedelta(seconds=1))
+    second, x = dist.get_rank() == 1, torch.ones(2, 4).requires_grad_()
+    mask = torch.ones(2, 5 if second and what == "mask" else 4)
+    adv, _ = rlfast.distributed.gae(x, x, mask, gamma=1.0, lam=1.0, process_group=patient)
+    if second:
+        raise ZeroDivisionError("of rank 1")
+    adv.sum().backward()
+
+
+@pytest.mark.parametrize("what", ["mask", "backward"])
+def test_a_rank_that_fails_raises_on_all(ranks, what):
+    """Its own error there, and within the group's timeout on the others; who waited says so."""
+    backward = what == "backward"
+    own = "of rank 1" if backward else "mask: expected shape (2, 4) like values, got (2, 5)"
+    for rank, (well, said) in enumerate(ranks.outcomes(late, what, size=4)):
+        assert not well
+        if rank == 1:
+            assert said[1] == own
+        else:
+            waited = "the maps of the scan" + (", backward" if backward else "")
+            assert said[0] == "RuntimeError" and f"{waited}: rank {rank} did not get what it waited for" in said[1]

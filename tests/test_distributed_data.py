@@ -1,10 +1,8 @@
-"""A batch spread over ranks: losses, normalisers, selections and statistics are those of one process."""
+"""A batch spread over ranks: normalisers, selections and statistics are those of one process."""
 
 from __future__ import annotations
 
-import functools
 import inspect
-from datetime import timedelta
 
 import pytest
 import torch
@@ -12,179 +10,11 @@ import torch.distributed as dist
 
 import rlfast
 from rlfast.advantages.group import METHODS
-from rlfast.distributed import ranks as ranks_module
 from tests.numerics import assert_gradient, assert_same_bits, assert_value
+from tests.rank_batch import GROUP, ROWS, SIZES, STEPS, batch, mine
 from tests.rank_pool import sent
 
-ROWS, STEPS, GROUP = 12, 9, 3
-SIZES = (2, 4)
 LOOK = 80  # bytes an argument: how many rows the others have
-EDGES = {2: [0, 7, ROWS], 4: [0, 5, 5, 10, ROWS]}  # the ranks' rows: not as many each, and none on one
-
-
-def mine(group, x):
-    """This rank's rows of a tensor or a list of the whole batch."""
-    rank, edges = dist.get_rank(group), EDGES[dist.get_world_size(group)]
-    return x[edges[rank] : edges[rank + 1]] if isinstance(x, torch.Tensor | list) else x
-
-
-@functools.cache
-def batch() -> dict:
-    """What a step has, the same in every process."""
-    draw = torch.Generator().manual_seed(4)
-    rewards = torch.randint(3, (ROWS,), generator=draw).float()
-    lengths = torch.randint(1, STEPS + 1, (ROWS,), generator=draw)
-    lengths[4] = 0
-    return {
-        "logp": -torch.rand(ROWS, STEPS, generator=draw) - 0.1,
-        "old_logp": -torch.rand(ROWS, STEPS, generator=draw) - 0.1,
-        "adv": torch.randn(ROWS, generator=draw),
-        "mask": torch.arange(STEPS) < lengths.unsqueeze(1),
-        "values": torch.randn(ROWS, STEPS, generator=draw) + 3.0,
-        "rewards": rewards,
-        "lengths": lengths.clamp(min=1),
-        "sums": torch.randn(4, ROWS, generator=draw) - 20.0,
-    }
-
-
-def mean_of(losses):
-    """What a trainer makes of the ranks' losses or gradients."""
-    return sum(losses) / len(losses)
-
-
-# Losses
-
-OBJECTIVES = {
-    "dapo": {}, "grpo": {"beta": 0.0}, "dr_grpo": {}, "gspo": {}, "reinforce": {"reduce": "seq_mean_token_sum"},
-    "ppo": {"reduce": "token_sum"}, "cispo": {"reduce": "seq_mean_token_mean", "count_empty": True},
-}  # fmt: skip
-
-
-def losses(group, dtype) -> dict:
-    """(loss, gradient) of this rank's rows by each objective, padded and packed."""
-    b, found = {k: mine(group, x) for k, x in batch().items() if k != "sums"}, {}
-    for name, options in OBJECTIVES.items():
-        objective = rlfast.loss(name, **options)
-        share = rlfast.distributed.share(objective, b["mask"], process_group=group)
-        call = {"adv": b["adv"].to(dtype), "old_logp": b["old_logp"].to(dtype), "mask": b["mask"]}
-        logp = b["logp"].to(dtype).requires_grad_()
-        loss = objective(logp, **call, **share._asdict()).loss
-        found[name] = loss.detach(), *torch.autograd.grad(loss, logp)
-    return found
-
-
-@pytest.mark.parametrize("size", SIZES)
-def test_the_loss_of_ranks_is_that_of_one(ranks, size):
-    """In values and gradients, which trainers average; a rank without rows takes part."""
-    found, b = ranks.run(losses, torch.float32, size=size), batch()
-    for name, options in OBJECTIVES.items():
-        objective = rlfast.loss(name, **options)
-        one = []
-        for dtype in (torch.float64, torch.float32):
-            logp = b["logp"].to(dtype).requires_grad_()
-            call = {k: b[k].to(dtype) for k in ("adv", "old_logp")} | {"mask": b["mask"]}
-            with rlfast.use_backend("reference"):
-                loss = objective(logp, **call).loss
-            one.append((loss.detach(), *torch.autograd.grad(loss, logp)))
-        (truth, gradient), (own, own_gradient) = one
-        value = mean_of([x[name][0].double() for x in found]).float()
-        size_of_terms = objective(b["logp"], **call | {"adv": b["adv"].abs()}).loss.double().abs()
-        assert_value(name, value, truth, own, size=size_of_terms)
-        got = torch.cat([x[name][1] for x in found]) / size
-        assert_gradient(name, got, gradient, own_gradient)
-
-
-def shares(group) -> dict:
-    """n by everything that is counted."""
-    share = functools.partial(rlfast.distributed.share, process_group=group)
-    mask = mine(group, batch()["mask"])
-    lengths = mask.sum(-1)
-    packed, ends = mask[mask], torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
-    pairs = rlfast.preference_loss("dpo")
-    return {
-        "tokens": share("token_mean", mask), "micro-batches": share("token_mean", [mask, mask.int()]),
-        "sequences": share("seq_mean_token_mean", mask), "packed": share("seq_mean_token_sum", packed, cu_seqlens=ends),
-        "empty": share(rlfast.loss("grpo", count_empty=True), mask), "sum": share("token_sum", mask),
-        "empty packed": share(rlfast.loss("grpo", count_empty=True), packed, cu_seqlens=ends),
-        "pairs": share(pairs, 2 + dist.get_rank(group)), "sum of pairs": share(pairs.with_options(reduce="sum"), 3),
-        "nothing": share("token_mean", torch.zeros(1, 2)), "rewards": share(rlfast.reward_loss("bradley_terry"), 2),
-    }  # fmt: skip
-
-
-def test_what_is_counted(ranks):
-    tokens = float(batch()["mask"].sum())
-    wanted = {
-        "tokens": tokens, "micro-batches": 2 * tokens, "sequences": ROWS - 1.0, "packed": ROWS - 1.0,
-        "empty": float(ROWS), "empty packed": float(ROWS), "sum": 1.0, "pairs": 14.0, "sum of pairs": 1.0,
-        "nothing": 1.0, "rewards": 8.0,
-    }  # fmt: skip
-    for found in ranks.run(shares, size=4):
-        assert {k: x.num_items.item() for k, x in found.items()} == wanted
-        assert {x.world_size for x in found.values()} == {4}
-
-
-def others(group) -> dict:
-    """(loss, gradient) of losses of other kinds; None: of the whole batch, in one process."""
-    b = {k: x if group is None else mine(group, x) for k, x in batch().items() if k != "sums"}
-    sums = [x if group is None else mine(group, x) for x in batch()["sums"]]
-    pair = {} if group is None else {"process_group": group}
-
-    def shared(objective, counted):
-        return {} if group is None else rlfast.distributed.share(objective, counted, **pair)._asdict()
-
-    n, found, leaf = len(sums[0]), {}, [x.clone().requires_grad_() for x in sums[:2]]
-    dpo, kto = rlfast.preference_loss("dpo", reference_free=True), rlfast.unpaired_loss("kto", beta=0.5)
-    bradley_terry, z = rlfast.reward_loss("bradley_terry"), rlfast.kto_reference_point(sums[2] + 1.0, sums[3], **pair)
-    values, clip = b["values"].clone().requires_grad_(), {"returns": b["logp"], "mask": b["mask"]}
-    hidden = b["values"].unsqueeze(-1).repeat(1, 1, 8).requires_grad_()
-    head, dapo = torch.linspace(-1.0, 1.0, 16 * 8).sin().reshape(16, 8), rlfast.loss("dapo")
-    ids, call = b["mask"].long(), {"adv": b["adv"], "mask": b["mask"], **shared(dapo, b["mask"])}
-    calls = {
-        "dpo": (dpo(*leaf, **shared(dpo, n)), leaf[0]),
-        "kto": (kto(leaf[0], sums[0] > -20, ref_logps=sums[2], shared=z, **shared(kto, n)), leaf[0]),
-        "rewards": (bradley_terry(*leaf, **shared(bradley_terry, n)), leaf[1]),
-        "values": (rlfast.value_loss(values, None, clip=None, **clip, **shared("token_mean", b["mask"])), values),
-        "linear": (dapo.linear(hidden, head, ids, **call), hidden),
-    }
-    for name, (out, x) in calls.items():
-        found[name] = out.loss.detach(), *torch.autograd.grad(out.loss, x)
-    return found
-
-
-@pytest.mark.parametrize("size", SIZES)
-def test_other_losses_of_ranks_are_those_of_one(ranks, size):
-    """Pairs, responses, rewards, values, and from hidden states."""
-    found, wanted = ranks.run(others, size=size), others(None)
-    for name, (loss, gradient) in wanted.items():
-        torch.testing.assert_close(mean_of([x[name][0] for x in found]), loss, msg=name)
-        torch.testing.assert_close(torch.cat([x[name][1] for x in found]) / size, gradient, msg=name)
-
-
-def aot(group):
-    chosen, rejected, ref_chosen, ref_rejected = (mine(group, x) for x in batch()["sums"])
-    own = [x.clone().requires_grad_() for x in (chosen, rejected)]
-    whole = rlfast.distributed.gather_batch(*own, ref_chosen, ref_rejected, None, process_group=group)
-    assert whole[4] is None
-    loss = rlfast.preference_loss("aot", beta=0.3)(
-        *whole[:2], ref_chosen_logps=whole[2], ref_rejected_logps=whole[3]
-    ).loss
-    return loss.detach(), *torch.autograd.grad(loss, own)
-
-
-@pytest.mark.parametrize("size", SIZES)
-def test_aot_sorts_the_whole_batch(ranks, size):
-    """To the bit: every rank sees all pairs; and the mean of the ranks' gradients is the gradient."""
-    sums = batch()["sums"]
-    chosen, rejected = (x.clone().requires_grad_() for x in sums[:2])
-    loss = rlfast.preference_loss("aot", beta=0.3)(
-        chosen, rejected, ref_chosen_logps=sums[2], ref_rejected_logps=sums[3]
-    ).loss
-    wanted = torch.autograd.grad(loss, (chosen, rejected))
-    found = ranks.run(aot, size=size)
-    for got, *_ in found:
-        assert_same_bits("loss", got, loss.detach())
-    for i, gradient in enumerate(wanted):
-        torch.testing.assert_close(torch.cat([x[1 + i] for x in found]) / size, gradient)
 
 
 # Whitening and means
@@ -268,6 +98,17 @@ def calls_of_methods() -> dict:
     return calls
 
 
+def baselines(group) -> tuple:
+    """(advantages, returns) over a baseline for each token, by ids and in order; None: of the whole batch."""
+    b, part = batch(), (lambda x: x) if group is None else (lambda x: mine(group, x))
+    rewards, logp, ratio, mask = (part(b[name]) for name in ("values", "logp", "old_logp", "mask"))
+    more = {"process_group": group, "ratio": -ratio}
+    by_id = rlfast.optimal_token_baseline(
+        rewards, logp, logp - 0.5, mask, group_ids=part(torch.arange(ROWS) % 4), **more
+    )
+    return *by_id, *rlfast.optimal_token_baseline(rewards, logp, logp - 0.5, group_size=GROUP, **more)
+
+
 def grouped(group) -> dict:
     found = {}
     for name, (given, options) in calls_of_methods().items():
@@ -275,6 +116,7 @@ def grouped(group) -> dict:
         found[name] = rlfast.group_advantage(**part, **options, process_group=group)
     b = {k: mine(group, x) for k, x in batch().items() if k != "sums"}
     found["statistics"] = rlfast.group_statistics(b["rewards"], group_size=GROUP, process_group=group)
+    found["tokens"] = baselines(group)
     found["length"] = rlfast.length_reward(b["lengths"], b["rewards"] > 0, group_size=GROUP, process_group=group)
     return found
 
@@ -290,6 +132,8 @@ def test_groups_may_straddle_ranks(ranks, size):
     assert [x["statistics"] for x in found] == [wanted] * size
     wanted = rlfast.length_reward(b["lengths"], b["rewards"] > 0, group_size=GROUP)
     assert torch.equal(torch.cat([x["length"] for x in found]), wanted)
+    for i, wanted in enumerate(baselines(None)):
+        assert_same_bits(f"a baseline for each token, {i}", torch.cat([x["tokens"][i] for x in found]), wanted)
 
 
 # Selections
@@ -380,6 +224,7 @@ def volumes(group) -> dict:
     kl, vector = rlfast.AdaptiveKL(0.1, target=1.0, horizon=10, **pair), x.detach()[:, 0]
     calls = {
         "share": lambda: rlfast.distributed.share("token_mean", x, **pair),
+        "length": lambda: rlfast.distributed.share("seq_sum_over_max_len", x, **pair),
         "mean": lambda: rlfast.masked_mean(x, **pair),
         "whiten": lambda: rlfast.masked_whiten(x, **pair),
         "gae": lambda: rlfast.gae(vector, x.detach(), gamma=1.0, lam=1.0, whiten=True, **pair),
@@ -406,123 +251,12 @@ def volumes(group) -> dict:
 def test_bytes_on_the_wire(ranks):
     """What docs/distributed.md says, of 30 elements or 6 rows on each of two ranks."""
     wanted = {
-        "share": ([8], []), "mean": ([16], [32]), "whiten": ([24], [48]), "gae": ([24], []),
+        "share": ([8], []), "length": ([24], []), "mean": ([24], [48]), "whiten": ([32], [64]), "gae": ([32], []),
         "groups": ([5 * LOOK, 24], []), "z": ([16], []), "delta": ([32], []), "beta": ([LOOK, 24], []),
-        "seen": ([24], []), "kl": ([8], []), "kl_cov": ([24, LOOK, 7 * 4], []), "top": ([LOOK, 120], []),
-        "rows": ([LOOK, 120], [240]),
+        "seen": ([32], []), "kl": ([8], []), "kl_cov": ([24, LOOK, 7 * 4], []), "top": ([LOOK, 120], []),
+        "rows": ([LOOK + 8, 120], [240]),
     }  # fmt: skip
     assert ranks.run(volumes, size=2) == [wanted] * 2
-
-
-# What goes wrong
-
-
-def refused(group, what: str):
-    """Calls that are wrong on one rank or on all."""
-    rank, x = dist.get_rank(group), torch.ones(4)
-    second = rank == 1
-    calls = {
-        "shapes": lambda: rlfast.distributed.gather_batch(torch.ones(2, 3 + second), process_group=group),
-        "dtypes": lambda: rlfast.distributed.gather_batch(x.double() if second else x, process_group=group),
-        "presence": lambda: rlfast.group_advantage(
-            x, group_size=2, mask=x if second else None, process_group=group
-        ),
-        "rows": lambda: rlfast.group_advantage(x, group_ids=torch.arange(3), process_group=group),
-        "group size": lambda: rlfast.group_advantage(x, group_size=3, process_group=group),
-        "no group": lambda: rlfast.masked_mean(x, process_group="dp"),
-        "share": lambda: rlfast.distributed.share("token_mean", x, process_group=None),
-        "dim": lambda: rlfast.masked_mean(x, dim=0, process_group=group),
-        "not whitened": lambda: rlfast.gae(x, x, gamma=1.0, lam=1.0, process_group=group),
-        "gate": lambda: rlfast.distributed.share(
-            rlfast.Loss("ppo_clip", correction=rlfast.Correction(gate="token", gate_high=1.0, masks=True)), x,
-            process_group=group,
-        ),
-        "objective": lambda: rlfast.distributed.share("mean_of_all", x, process_group=group),
-        "boundaries": lambda: rlfast.distributed.share("seq_mean_token_sum", x, process_group=group),
-    }  # fmt: skip
-    calls[what]()
-
-
-REFUSED = {
-    "shapes": r"tensors\[0\]: expected one dtype, and one shape beyond the rows, on all ranks, got \(2, 3\) float32 on "
-    r"rank 0, \(2, 4\) float32 on rank 1",
-    "dtypes": r"got \(4,\) float32 on rank 0, \(4,\) float64 on rank 1",
-    "presence": r"mask: expected .* got None on rank 0, \(4,\) float32 on rank 1",
-    "rows": r"group_ids: expected 4 rows like rewards, got \(3,\)",
-    "group size": "group_size: expected a divisor of the 8 rewards, got 3",
-    "no group": "process_group: expected a ProcessGroup or a DeviceMesh, got str",
-    "share": "process_group: expected the ranks over which the batch is spread, got None",
-    "dim": "dim: expected None beside process_group, got 0",
-    "not whitened": "process_group: expected None: nothing is whitened, got ProcessGroup",
-    "gate": r"objective: expected one whose gate leaves n alone: put rollout_keep\(...\) into the mask",
-    "objective": "objective: expected one of 'token_mean', .* 'mean', 'sum', got 'mean_of_all'",
-    "boundaries": "cu_seqlens: expected the boundaries of packed sequences: n counts sequences, got None",
-}
-
-
-@pytest.mark.parametrize("what", REFUSED)
-def test_bad_input_is_named_on_every_rank(ranks, what):
-    for well, said in ranks.outcomes(refused, what, size=2):
-        assert not well and said[0] in ("ValueError", "TypeError"), said
-        with pytest.raises(ValueError, match=REFUSED[what]):
-            raise ValueError(said[1])
-
-
-def late(group, what: str):
-    """Rank 1 raises before its collective."""
-    patient = dist.new_group(timeout=timedelta(seconds=1))
-    if dist.get_rank() == 1:
-        raise ZeroDivisionError("of rank 1")
-    x = torch.ones(2, 3).requires_grad_(what == "backward")
-    if what == "objects":
-        ranks_module.gathered_objects(x, ranks_module.ranks_of(patient), "RankPool")
-    rlfast.masked_mean(x, process_group=patient)
-
-
-@pytest.mark.parametrize("what", ["tensors", "objects"])
-def test_a_rank_that_fails_raises_on_all(ranks, what):
-    """Its own error there, and within the group's timeout on the others; who waited says so."""
-    for rank, (well, said) in enumerate(ranks.outcomes(late, what, size=4)):
-        assert not well
-        if rank == 1:
-            assert said[:2] == ("ZeroDivisionError", "of rank 1")
-        else:
-            name = "RankPool" if what == "objects" else "masked_mean"
-            assert said[0] == "RuntimeError" and f"{name}: rank {rank} did not get what it waited for" in said[1]
-            assert "of ranks [0, 1, 2, 3]" in said[1]
-
-
-def outside(group):
-    pair = dist.new_group([0, 1])
-    if dist.get_rank() > 1:
-        rlfast.masked_mean(torch.ones(2), process_group=pair)
-
-
-def test_a_rank_outside_the_group(ranks):
-    for rank, (well, said) in enumerate(ranks.outcomes(outside, size=4)):
-        assert well is (rank < 2)
-        assert well or said[1] == f"process_group: expected a group that this process is in, got one without {rank}"
-
-
-def meshed(group):
-    mesh = dist.init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
-    found = rlfast.masked_mean(torch.tensor([float(dist.get_rank())]), process_group=mesh["dp"])
-    try:
-        rlfast.masked_mean(torch.ones(2), process_group=mesh)
-    except ValueError as error:
-        return found.item(), str(error)
-
-
-def test_a_mesh_has_one_dimension(ranks):
-    said = "process_group: expected a DeviceMesh of one dimension, such as mesh[\"dp\"], got one of 2: ('dp', 'tp')"
-    assert ranks.run(meshed, size=4) == [(mean, said) for mean in (1.0, 2.0, 1.0, 2.0)]
-
-
-def test_without_torch_distributed():
-    with pytest.raises(
-        ValueError, match=r"process_group: expected None: torch.distributed is not initialised, got int"
-    ):
-        rlfast.masked_mean(torch.ones(2), process_group=3)
 
 
 def documented(group) -> int:

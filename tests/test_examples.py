@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 
@@ -51,3 +53,19 @@ def test_grpo_over_ranks(ranks):
     """The ranks agree on every step, and the reward grows."""
     history, other = ranks.run(trained, 4, size=2)
     assert len(history) == 4 and other == history and history[-1] > history[0]
+
+
+@pytest.mark.slow  # ten seconds of imports in three processes
+def test_torchrun():
+    """As its first lines say, on two processes; a rank that waits for ever is ended after a minute."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    path = os.pathsep.join([str(EXAMPLES.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    done = subprocess.run(
+        [*command, str(EXAMPLES / "torchrun_grpo.py"), "--steps", "2"],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert not done.returncode, done.stderr
+    said = done.stdout.splitlines()
+    assert [line.partition("  mean")[0] for line in said if line.startswith("step")] == ["step  0", "step  1"]
+    assert "advantages of rows over 2 ranks: those of whole rows" in said
+    assert "log-probs of a head that 2 ranks share: those of the whole" in said

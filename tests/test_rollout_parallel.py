@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import functools
 
 import pytest
 import torch
 import torch.distributed as dist
 
 from rlfast.rollout import Engine, RankPool, Request, RolloutBackend, SamplingParams
+from rlfast.rollout.parallel import spelled
 from tests.decoders import decoder, prompts
 from tests.test_rollout import engine, same
 
@@ -56,9 +59,14 @@ def ranked(group) -> dict:
     pool.sync_weights(None, 5)
     found["new"] = pool.generate(given, PARAMS)
     found["held"], found["bitwise"] = pool.engine.pool.held, pool.bitwise
-    for name, requests in (("other prompts", [(3 + rank,)]), ("more prompts", [(3,)] * (1 + rank))):
+    requests = {
+        "other prompts": [Request((prompt,), PARAMS) for prompt in (3 + rank, 5)],
+        "more prompts": [Request((3,), PARAMS)] * (1 + rank),
+    }
+    requests["other params"] = [Request((3,), SamplingParams(max_tokens=2, logit_bias={4: 0.5 + rank}))]
+    for name, own in requests.items():
         other = RankPool(engine(), group)
-        other.submit([Request(prompt, PARAMS) for prompt in requests])
+        other.submit(own)
         found[name] = said(other.step)
         other.close()
     pool.close()
@@ -101,11 +109,38 @@ def test_a_rank_that_fails_says_so_on_every_rank(answers):
     for found in answers:
         assert found["wrong prompt"] == "prompts: expected at least one token each, got an empty list"
         assert found["more prompts"] == "requests: expected the same on every rank, got [1, 2] of them"
-        assert found["other prompts"] == "requests: expected the same on every rank, got others on rank 1"
+        others = "requests: expected the same on every rank, got others on rank 1"
+        assert found["other prompts"] == found["other params"] == others
         assert found["idle"] == []
         assert found["failure"] == "rank 1: ZeroDivisionError: integer division or modulo by zero"
         assert [reason for _, reason in found["cancelled"]].count("abort") == 2
         assert "the engine is paused" in found["paused"][0] and found["paused"][1] == []
+
+
+def allowed(tokens):
+    return [3, 4]
+
+
+OTHER = {
+    "temperature": 0.5, "top_p": 0.5, "top_k": 3, "min_p": 0.5, "max_tokens": 5, "min_tokens": 2, "n": 2, "seed": 1,
+    "stop": ("a",), "stop_token_ids": (3,), "ignore_eos": True, "repetition_penalty": 1.5, "presence_penalty": -1.0,
+    "frequency_penalty": -2.0, "logit_bias": {3: 1.0}, "allowed_token_ids": (3, 4), "priority": 1,
+}  # fmt: skip
+
+
+def test_every_parameter_tells_requests_apart():
+    """By a text that is one in every process: no address and no hash is in it; what is equal has the same."""
+    assert set(OTHER) == {field.name for field in dataclasses.fields(SamplingParams)}
+    texts = [repr(spelled(SamplingParams(**{name: x}))) for name, x in OTHER.items()]
+    texts += [repr(spelled(SamplingParams(**x))) for x in (
+        {}, {"stop": ("a", "b")}, {"presence_penalty": -2.0}, {"logit_bias": {3: 1.5}}, {"logit_bias": {4: 1.0}},
+        {"allowed_token_ids": allowed}, {"allowed_token_ids": functools.partial(allowed)},
+    )]  # fmt: skip
+    assert len({*texts}) == len(texts)
+    assert "tests.test_rollout_parallel.allowed" in texts[-2] and not any("0x" in text for text in texts)
+    same_again = {"temperature": 1, "stop_token_ids": [3, 4], "logit_bias": {4: 1, 3: 2}}
+    again = {"temperature": 1.0, "stop_token_ids": (3, 4), "logit_bias": {3: 2.0, 4: 1.0}}
+    assert spelled(SamplingParams(**same_again)) == spelled(SamplingParams(**again))
 
 
 @pytest.mark.parametrize("count", [1, 6])

@@ -103,6 +103,8 @@ RUNS = {
         {},
     ),
     "preference": (("tests/test_preference.py", "tests/test_reward_losses.py", "tests/test_weights.py"), {}),
+    "data_parallel": (tuple(f"tests/test_distributed_{x}.py" for x in ("losses", "data", "faults")), {}),
+    "context_parallel": (("tests/test_distributed_context.py",), {}),
     "advantages": (("tests/test_advantages.py", "tests/test_affine_scan.py::test_n_step_returns"), {}),
 }
 

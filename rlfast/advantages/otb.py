@@ -5,13 +5,14 @@ from __future__ import annotations
 import torch
 
 from rlfast import validate
-from rlfast.advantages.group import _groups
+from rlfast.advantages.group import _groups, _of_all_ranks
 from rlfast.advantages.scan import affine_scan, reward_to_go
 
 
 def optimal_token_baseline(
-    rewards, logp, log_sum_sq_probs, mask=None, *, group_size=None, group_ids=None, ratio=None, zero_tail=True, eps=1e-8
-) -> tuple[torch.Tensor, torch.Tensor]:
+    rewards, logp, log_sum_sq_probs, mask=None, *, group_size=None, group_ids=None, ratio=None, zero_tail=True,
+    eps=1e-8, process_group=None,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """Advantages over a baseline for each token, weighted by how much of the policy's gradient each answer has by then.
 
     W_t = Σ_{j≤t} ρ_j²·(1 − 2π_j + Σπ²);  B_t = Σ_i G_t W_t ÷ (Σ_i W_t + eps);  A_t = G_t − B_t
@@ -25,6 +26,7 @@ def optimal_token_baseline(
         ratio: [R, T], importance weights ρ; None: 1.
         zero_tail: tokens that only one answer of the group is long enough for have no baseline.
         eps: a float ≥ 0.
+        process_group: as in ``group_advantage``, of the R rows, which have one T on all ranks.
 
     Returns:
         (advantages, returns), [R, T] float32 (float64 as rewards): constants. An answer alone in its group has no
@@ -39,6 +41,11 @@ def optimal_token_baseline(
         >>> adv
         tensor([[ 0.5000], [-0.5000]])
     """
+    if process_group is not None:
+        named = {"rewards": rewards, "logp": logp, "log_sum_sq_probs": log_sum_sq_probs, "mask": mask, "ratio": ratio}
+        named, own = _of_all_ranks(process_group, group_ids, **named)
+        options = {"group_size": group_size, "zero_tail": zero_tail, "eps": eps}
+        return tuple(x[own] for x in optimal_token_baseline(**named, **options))
     validate.tensor("rewards", rewards)
     if rewards.dim() != 2:
         validate.fail("rewards", "shape (R, T)", validate.shape(rewards))

@@ -7,6 +7,7 @@ import importlib
 # Floors below import a module of this package while it is still being made: a public name is looked up when asked for.
 _HOME = {
     "Gathered": "gather",
+    "LengthShare": "data",
     "Partitioned": "gather",
     "Share": "data",
     "VocabParallel": "groups",

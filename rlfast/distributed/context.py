@@ -11,124 +11,31 @@ rows are: they are functions of their own so that a call can only mean one of th
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import torch
 
-from rlfast import backends, validate
-from rlfast.advantages import affine_scan as local_scan
+from rlfast import validate
 from rlfast.advantages.rows import MASKINGS, Rows
-from rlfast.distributed.ranks import alike, gathered, ranks_of
+from rlfast.distributed.ranks import gathered, needs_gradient
+from rlfast.distributed.shards import Shards, State, form, scan
 
-LAYOUTS = {"contiguous": 1, "zigzag": 2}  # chunks of a row that a rank has
 CLIP = validate.Limit("a float ≥ 0", 0.0, math.inf)
-
-
-class Shards:
-    """Which part of every row a rank has: one chunk after the other along the first dimension.
-
-    "contiguous": rank r of W has the r-th of W. "zigzag": the r-th and the (2W − 1 − r)-th of 2W, side by side, as
-    causal attention over ranks wants it.
-    """
-
-    def __init__(self, process_group, layout: str):
-        self.ranks = ranks_of(process_group)
-        if self.ranks is None:
-            validate.fail("process_group", "the ranks over which rows are spread", "None", TypeError)
-        self.layout = validate.one_of("layout", layout, tuple(LAYOUTS))
-        self.chunks = LAYOUTS[layout]
-
-    def split(self, name: str, x):
-        """[R, T] → [chunks·R, T/chunks]; None stays None."""
-        if x is None or self.chunks == 1:
-            return x
-        if x.shape[1] % self.chunks:
-            validate.fail(name, f"tokens in {self.chunks} chunks of one length, in a zigzag layout", validate.shape(x))
-        return x.unflatten(1, (self.chunks, -1)).transpose(0, 1).flatten(0, 1)
-
-    def joined(self, x):
-        """The other way."""
-        return x if self.chunks == 1 else x.unflatten(0, (self.chunks, -1)).transpose(0, 1).flatten(1)
-
-    def in_order(self, every):
-        """[ranks, chunks, …] → the chunks of a row in their order."""
-        if self.chunks == 1:
-            return every[:, 0]
-        return torch.cat((every[:, 0], every[:, 1].flip(0)))
-
-    def own(self, each):
-        """Of the chunks of a row in their order, this rank's."""
-        rank, size = self.ranks.rank, self.ranks.size
-        places = [rank] if self.chunks == 1 else [rank, 2 * size - 1 - rank]
-        return each[places]
-
-
-class _Carry(torch.autograd.Function):
-    """The state before each of this rank's chunks: the maps of those before it, folded.
-
-    s_{c+1} = b_c + a_c·s_c in the order of the scan. With u_c the gradient of s_c and of all that comes of it,
-    u_c = g_c + a_c·u_{c+1}, ∂b_c = u_{c+1}, ∂a_c = u_{c+1}·s_c.
-    """
-
-    @staticmethod
-    def forward(ctx, maps, initial, shards: Shards, reverse: bool):
-        every = shards.in_order(gathered(maps, shards.ranks, "the maps of the scan"))
-        every = every.flip(0) if reverse else every  # in the order of the scan
-        states = [initial]
-        for a, b in every.unbind(0):
-            states.append(b + a * states[-1])
-        states = torch.stack(states[:-1])
-        ctx.save_for_backward(every[:, 0], states)
-        ctx.shards, ctx.reverse = shards, reverse
-        return shards.own(states.flip(0) if reverse else states)
-
-    @staticmethod
-    def backward(ctx, g):
-        a, states = ctx.saved_tensors
-        shards, flip = ctx.shards, ctx.reverse
-        g = shards.in_order(gathered(g, shards.ranks, "the maps of the scan, backward"))
-        g = g.flip(0) if flip else g
-        later, found = torch.zeros_like(g[0]), []
-        for c in reversed(range(len(g))):
-            found.append(torch.stack((later * states[c], later)))
-            later = g[c] + a[c] * later
-        found = torch.stack(found)  # from the last to the first
-        last = shards.own(torch.arange(len(g)))
-        first = (len(g) - 1 if flip else 0) in last.tolist()  # who has the row's first step was given the state
-        own = shards.own(found if flip else found.flip(0))
-        return own, later if first else torch.zeros_like(later), None, None
-
-
-class State(NamedTuple):
-    """What a scan found, in float64."""
-
-    out: torch.Tensor  # [chunks·R, T]
-    carry: torch.Tensor  # [chunks·R]: the state before the first step of each chunk
-
-    def before(self, reverse: bool = True):
-        """The state that each step started from."""
-        first = self.carry.unsqueeze(1)
-        return torch.cat((self.out[:, 1:], first), 1) if reverse else torch.cat((first, self.out[:, :-1]), 1)
-
-
-def _scan(a, b, mask, initial, shards: Shards, reverse: bool = True) -> State:
-    """The recurrence over the chunks [chunks·R, T] of all ranks; initial [R]."""
-    with backends.use_backend("torch"):  # float64
-        alone = local_scan(a, b, reverse, mask=mask)
-        product = (a if mask is None else torch.where(mask, a, 1.0)).prod(1)
-        edge = (alone[:, 0] if reverse else alone[:, -1]) if b.shape[1] else torch.zeros_like(product)
-        maps = torch.stack((product, edge)).unflatten(1, (shards.chunks, -1)).transpose(0, 1)
-        carry = _Carry.apply(maps, initial, shards, reverse).flatten()
-        return State(local_scan(a, b, reverse, mask=mask, initial=carry), carry)
 
 
 class _Call:
     """An estimator's arguments, checked, in float64, as chunks side by side: see ``fallback/affine_scan.py``."""
 
-    def __init__(self, name, like, shards: Shards, *, gamma, mask, masking, done=None, truncated=None, bootstrap=None):
+    def __init__(
+        self, function, values, shards: Shards, *, rewards, gamma, mask, masking, done=None, truncated=None,
+        bootstrap=None, critic_lam=None,
+    ):  # fmt: skip
         validate.one_of("masking", masking, MASKINGS)
-        self.rows, self.shards = Rows(name, like, None), shards
-        alike({name: like[..., :0]}, shards.ranks)
+        self.rows, self.shards, like = Rows("values", values, None), shards, values
+        needs = needs_gradient(rewards=rewards, values=values, bootstrap=bootstrap)
+        shards.compare(
+            function, {"values": values}, masking=masking, rewards=form(rewards, values),
+            bootstrap=form(bootstrap, values), critic_lam="None" if critic_lam is None else "given", **needs,
+        )  # fmt: skip
         if truncated is not None and (not isinstance(bootstrap, torch.Tensor) or bootstrap.shape != like.shape):
             came = validate.shape(bootstrap) if isinstance(bootstrap, torch.Tensor) else repr(bootstrap)
             validate.fail("bootstrap", f"shape {tuple(like.shape)}, the values after truncated tokens", came)
@@ -167,7 +74,7 @@ class _Call:
     def final(self):
         """The last valid token of each row, on the rank that has it."""
         one = self.valid.double()
-        after = _scan(torch.ones_like(one), one, None, torch.zeros_like(self.start), self.shards).before()
+        after = scan(torch.ones_like(one), one, None, torch.zeros_like(self.start), self.shards).before()
         return self.valid & (after == 0)
 
     def rewards(self, rewards):
@@ -181,7 +88,7 @@ class _Call:
     def errors(self, rewards, values):
         """(δ, 1 where the recurrence goes on after a token, else 0)."""
         done, cut = self.ends
-        ahead = _scan(torch.zeros_like(values), values, self.part, self.start, self.shards).before()
+        ahead = scan(torch.zeros_like(values), values, self.part, self.start, self.shards).before()
         if self.given is not None:
             cut = cut | self.final()
             ahead = torch.where(cut, self.given, ahead)
@@ -190,7 +97,7 @@ class _Call:
 
     def scan(self, a, b) -> State:
         """From the row's end, where nothing more is to come: what is there is in the last δ."""
-        return _scan(a, b, self.part, torch.zeros_like(self.start), self.shards)
+        return scan(a, b, self.part, torch.zeros_like(self.start), self.shards)
 
     def out(self, x, *inputs):
         """A result as it is handed out."""
@@ -230,7 +137,7 @@ def shifted_targets(ids, *, process_group, layout="contiguous", ignore_index=val
     if ids.dim() == 0 or not ids.shape[-1]:
         validate.fail("ids", "shape [*, T], one token at least", validate.shape(ids))
     rows = ids.reshape(-1, ids.shape[-1])
-    alike({"ids": rows[:, :0]}, shards.ranks)
+    shards.compare("shifted_targets", {"ids": rows})
     rows = shards.split("ids", rows)
     firsts = gathered(rows[:, 0].unflatten(0, (shards.chunks, -1)), shards.ranks, "the first tokens")
     firsts = shards.in_order(firsts)
@@ -259,14 +166,15 @@ def affine_scan(a, b, reverse=True, *, mask=None, initial=None, process_group, l
     shards = Shards(process_group, layout)
     rows = Rows("b", b, None)
     validate.tensor("a", a)
-    alike({"b": b[..., :0]}, shards.ranks)
+    says = {"reverse": str(bool(reverse)), "initial": form(initial, b)} | needs_gradient(a=a, b=b, initial=initial)
+    shards.compare("affine_scan", {"b": b}, **says)
     start = rows.by_row("initial", initial)
     if initial is not None and start is None:
         validate.fail("initial", f"shape {tuple(rows.lead)}, one a row", validate.shape(initial))
     start = torch.zeros(rows.count, dtype=torch.float64, device=b.device) if start is None else start
     split = [shards.split(name, rows.tokens(name, x)).double() for name, x in (("a", a), ("b", b))]
     mask = shards.split("mask", rows.flags("mask", mask))
-    out = shards.joined(_scan(*split, mask, start, shards, reverse).out)
+    out = shards.joined(scan(*split, mask, start, shards, reverse).out)
     return out.to(torch.float64 if torch.float64 in (a.dtype, b.dtype) else torch.float32).reshape(b.shape)
 
 
@@ -292,7 +200,8 @@ def gae(
         TypeError, ValueError: as in ``rlfast.gae`` and ``shifted_targets``.
     """
     ends = {"done": done, "truncated": truncated, "bootstrap": bootstrap}
-    call = _Call("values", values, Shards(process_group, layout), gamma=gamma, mask=mask, masking=masking, **ends)
+    given = {"rewards": rewards, "critic_lam": critic_lam, "gamma": gamma, "mask": mask, "masking": masking}
+    call = _Call("gae", values, Shards(process_group, layout), **given, **ends)
     v = call.tokens("values", values)
     delta, goes_on = call.errors(call.rewards(rewards), v)
     adv = ret = call.scan(call.gamma * call.rate("lam", lam) * goes_on, delta).out
@@ -371,7 +280,8 @@ def vtrace(
     rho, c, pg = (math.inf if x is None else validate.number(k, x, CLIP) for k, x in clips.items())
     ends = {"done": done, "truncated": truncated, "bootstrap": bootstrap}
     with torch.no_grad():
-        call = _Call("values", values, Shards(process_group, layout), gamma=gamma, mask=mask, masking=masking, **ends)
+        given = {"rewards": rewards, "gamma": gamma, "mask": mask, "masking": masking}
+        call = _Call("vtrace", values, Shards(process_group, layout), **given, **ends)
         v = call.tokens("values", values)
         validate.tensor("log_ratio", log_ratio)
         ratio = call.tokens("log_ratio", log_ratio).exp()

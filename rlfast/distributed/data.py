@@ -11,12 +11,13 @@ from typing import NamedTuple
 import torch
 
 from rlfast import validate
-from rlfast.distributed.ranks import Ranks, gathered_batch, ranks_of, summed
+from rlfast.distributed.ranks import Ranks, gathered, gathered_batch, ranks_of, the_same
 from rlfast.loss_inputs import boundaries
 from rlfast.losses import Loss
-from rlfast.ops.loss_records import REDUCTIONS
+from rlfast.ops.loss_records import REDUCTIONS, SEQ_SUM_OVER_MAX_LEN
 
 REDUCED = ("token_sum", "sum")  # whose n is 1
+PER_LENGTH = REDUCTIONS[SEQ_SUM_OVER_MAX_LEN]
 
 
 class Share(NamedTuple):
@@ -26,7 +27,15 @@ class Share(NamedTuple):
     world_size: int
 
 
-def share(objective, counted, *, cu_seqlens=None, process_group) -> Share:
+class LengthShare(NamedTuple):
+    """The same of ``seq_sum_over_max_len``, whose length has to be one on all ranks."""
+
+    num_items: torch.Tensor
+    world_size: int
+    max_len: float
+
+
+def share(objective, counted, *, cu_seqlens=None, max_len=None, process_group) -> Share | LengthShare:
     """n of all ranks, and how many ranks there are: with them the mean of the ranks' losses is that of the whole batch.
 
         Σ_ranks loss_rank ÷ N = Σ_ranks Σ_t … ÷ n,   n = Σ_ranks n_rank
@@ -36,14 +45,18 @@ def share(objective, counted, *, cu_seqlens=None, process_group) -> Share:
         counted: of a ``Loss`` the mask of its call, [B, T], or [N] with ``cu_seqlens``. Of any other loss the number of
             pairs, responses or groups of its call. Of several micro-batches: their masks, or numbers, in a list.
         cu_seqlens: int [B + 1], or a list of them: where packed sequences begin and end, where n counts sequences.
+        max_len: what "seq_sum_over_max_len" divides by, the same on all ranks; None: the largest T of the ranks' masks,
+            for which the host waits. Others do not read it.
         process_group: the ranks, or a ``DeviceMesh`` of one dimension, over which the batch is spread.
 
     Returns:
-        Share(num_items, world_size), for the arguments of those names. One collective of one number.
+        Share(num_items, world_size), for the arguments of those names, of "seq_sum_over_max_len" LengthShare, which has
+        max_len too. One collective of one number, or of three.
 
     Raises:
         ValueError, TypeError: an argument is of the wrong type or shape; or the objective's gate takes tokens out of
-            n, which is known only when the loss is: give ``rlfast.rollout_keep`` in the mask instead.
+            n, which is known only when the loss is: give ``rlfast.rollout_keep`` in the mask instead. Or max_len is not
+            the same on all ranks (not looked at on a GPU); the message names them.
 
     Example:
         >>> logp, mask = torch.full((4, 8), -1.0), torch.ones(4, 8)
@@ -67,8 +80,29 @@ def share(objective, counted, *, cu_seqlens=None, process_group) -> Share:
     n = sum(_count(x, cu, reduce, empty) for x, cu in zip(parts, ends, strict=True))
     device = next((x.device for x in parts if isinstance(x, torch.Tensor)), None)
     n = torch.as_tensor(n, dtype=torch.float64, device=_device(ranks, device))
-    n = summed(n, ranks, "share").clamp(min=1.0)
-    return Share(torch.ones_like(n) if reduce in REDUCED else n, ranks.size)
+    length = _length(parts, max_len) if reduce == PER_LENGTH else None
+    numbers = (n,) if length is None else (n, *(torch.full_like(n, x) for x in (length, max_len is not None)))
+    n, *lengths = gathered(torch.stack(numbers), ranks, "share").unbind(1)
+    n = n.sum().clamp(min=1.0)
+    n = torch.ones_like(n) if reduce in REDUCED else n
+    return Share(n, ranks.size) if length is None else LengthShare(n, ranks.size, _longest(*lengths, max_len, ranks))
+
+
+def _length(parts: list, max_len) -> float:
+    """What this rank knows of the length."""
+    if max_len is not None:
+        return validate.positive("max_len", max_len)
+    if not all(isinstance(x, torch.Tensor) and x.dim() == 2 for x in parts):
+        validate.fail("max_len", f"the length of {PER_LENGTH}, where counted is not masks [B, T]", "None")
+    return float(max((x.shape[1] for x in parts), default=0))
+
+
+def _longest(lengths, said, max_len, ranks: Ranks) -> float:
+    """The one length of all ranks."""
+    if validate.looked_at(lengths) and said.any():
+        pairs = zip(lengths.tolist(), said.tolist(), strict=True)
+        the_same("max_len", [length if given else None for length, given in pairs], ranks)
+    return lengths.max().item() if max_len is None else float(max_len)
 
 
 def _device(ranks: Ranks, device):
@@ -114,7 +148,8 @@ def gather_batch(*tensors, process_group) -> tuple[torch.Tensor | None, ...]:
         As many [Σ B, *]; differentiable.
 
     Raises:
-        ValueError: the ranks' dtypes, or shapes beyond the rows, differ; the message names the ranks. On every rank.
+        ValueError: the ranks' dtypes, or shapes beyond the rows, differ, or a tensor needs a gradient on some ranks
+            alone; the message names the ranks. On every rank.
 
     Example:
         >>> chosen, rejected = torch.randn(4) - 20, torch.randn(4) - 20
@@ -128,4 +163,4 @@ def gather_batch(*tensors, process_group) -> tuple[torch.Tensor | None, ...]:
     for name, x in named.items():
         if x is not None:
             validate.tensor(name, x, (*validate.FLOATS, *validate.MASKS))
-    return tuple(gathered_batch(named, ranks)[0].values())
+    return tuple(gathered_batch(named, ranks, recorded=True)[0].values())

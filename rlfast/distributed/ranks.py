@@ -12,6 +12,7 @@ from rlfast import validate
 
 _DTYPES = (*validate.FLOATS, torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8, torch.bool)
 _DIMS = 8
+FLAGS = ("False", "True")
 
 
 class Ranks(NamedTuple):
@@ -53,6 +54,34 @@ def ranks_of(process_group, name: str = "process_group") -> Ranks | None:
     return Ranks(group, rank, dist.get_world_size(group))
 
 
+class Said(NamedTuple):
+    """What of a call is to be the same on all ranks."""
+
+    words: dict[str, str]  # by the name of what they are about
+    known: tuple[str, ...]  # all words that there are
+    most: int = 0  # numbers to send, so that calls that say less are as long
+
+    def numbers(self) -> list[int]:
+        found = [self.known.index(word) for word in self.words.values()]
+        return found + [0] * (self.most - len(found))
+
+
+def needs_gradient(**named) -> dict[str, str]:
+    """What a call says of its inputs: the backward has collectives of its own."""
+    needs = {k: torch.is_grad_enabled() and isinstance(x, torch.Tensor) and x.requires_grad for k, x in named.items()}
+    return {f"{name}.requires_grad": str(x) for name, x in needs.items()}
+
+
+def _by_rank(found, ranks: Ranks) -> str:
+    return ", ".join(f"{x} on {ranks.name(rank)}" for rank, x in enumerate(found))
+
+
+def the_same(name: str, found: list, ranks: Ranks) -> None:
+    """An error that names the ranks if what they have is not the same."""
+    if len({*found}) > 1:
+        validate.fail(name, "the same on all ranks", _by_rank(found, ranks))
+
+
 @contextlib.contextmanager
 def together(what: str, ranks: Ranks):
     """A collective, whose failure says what it was and who waited; the timeout is the group's own."""
@@ -86,6 +115,18 @@ class _Gathered(torch.autograd.Function):
 def gathered(x: torch.Tensor, ranks: Ranks, what: str) -> torch.Tensor:
     """[ranks, …]: x of every rank, which has one shape on all of them; differentiable."""
     return _Gathered.apply(x, ranks, what)
+
+
+def gathered_alike(x: torch.Tensor, ranks: Ranks, what: str) -> torch.Tensor:
+    """``gathered`` of a vector that needs a gradient on all ranks or on none, as its backward is a collective too.
+
+    That is one number more, where values may be looked at; a ValueError on every rank if it is not so.
+    """
+    if not validate.looked_at(x):
+        return gathered(x, ranks, what)
+    every = gathered(torch.cat((x, torch.full_like(x[:1], float(x.requires_grad)))), ranks, what)
+    the_same(f"{what}, requires_grad", [FLAGS[int(flag)] for flag in every[:, -1].tolist()], ranks)
+    return every[:, :-1]
 
 
 def summed(x: torch.Tensor, ranks: Ranks, what: str) -> torch.Tensor:
@@ -140,35 +181,40 @@ def _said(one: list[int]) -> str:
     return "None" if dtype < 0 else f"{tuple(shape[:dim])} {str(_DTYPES[dtype]).removeprefix('torch.')}"
 
 
-def counts_of(named: dict, ranks: Ranks, rows: bool = True) -> list[int]:
+def counts_of(named: dict, ranks: Ranks, rows: bool = True, said: Said | None = None) -> list[int]:
     """How many rows each rank has; the host waits for it.
 
     Args:
         named: tensors by their names, or None; they have one number of rows.
         ranks: of the group.
         rows: whether ranks may have unequally many.
+        said: what is to be the same on all ranks besides.
 
     Raises:
-        ValueError: the ranks' dtypes or shapes differ; the message names the argument and the ranks. On every rank.
+        ValueError: the ranks' dtypes or shapes, or what they say, differ; the message names the argument and the ranks.
+            On every rank.
     """
     device = next(x.device for x in named.values() if x is not None)
-    said = torch.tensor([_described(x) for x in named.values()], dtype=torch.int64, device=device)
-    every = gathered(said, ranks, ", ".join(named)).tolist()
+    numbers = [number for x in named.values() for number in _described(x)] + ([] if said is None else said.numbers())
+    every = gathered(torch.tensor(numbers, dtype=torch.int64, device=device), ranks, ", ".join(named)).tolist()
+    width = 2 + _DIMS
+    for i, name in enumerate({} if said is None else said.words):
+        the_same(name, [said.known[one[len(named) * width + i]] for one in every], ranks)
     for i, name in enumerate(named):
-        found = [one[i] for one in every]
+        found = [one[i * width : (i + 1) * width] for one in every]
         if len({(*one[:2], *one[2 + rows :]) for one in found}) > 1:
             wanted = "one dtype, and one shape" + (" beyond the rows" if rows else "") + ", on all ranks"
-            each = ", ".join(f"{_said(one)} on {ranks.name(rank)}" for rank, one in enumerate(found))
-            validate.fail(name, wanted, each)
-    return [next(x[2] for x in one if x[0] >= 0) for one in every]
+            validate.fail(name, wanted, _by_rank(map(_said, found), ranks))
+    return [next(one[at + 2] for at in range(0, len(named) * width, width) if one[at] >= 0) for one in every]
 
 
-def gathered_batch(named: dict, ranks: Ranks) -> tuple[dict, slice]:
+def gathered_batch(named: dict, ranks: Ranks, recorded: bool = False) -> tuple[dict, slice]:
     """Every tensor of all ranks along its first dimension, and where this rank's rows stand; differentiable.
 
     Args:
         named: tensors by their names, or None; a rank's have as many rows as the first, ranks may have unequally many.
         ranks: of the group.
+        recorded: a backward may follow, so what needs a gradient has to on every rank.
 
     Raises:
         ValueError: as in ``counts_of``.
@@ -177,16 +223,17 @@ def gathered_batch(named: dict, ranks: Ranks) -> tuple[dict, slice]:
     for name, x in named.items():
         if x is not None and (x.dim() == 0 or x.shape[0] != named[first].shape[0]):
             validate.fail(name, f"{named[first].shape[0]} rows like {first}", validate.shape(x))
-    counts = counts_of(named, ranks)
+    counts = counts_of(named, ranks, said=Said(needs_gradient(**named), FLAGS) if recorded else None)
     whole = {name: x if x is None else _Rows.apply(x, ranks, counts, name) for name, x in named.items()}
     return whole, own(ranks, counts)
 
 
-def alike(named: dict, ranks: Ranks) -> None:
-    """One shape on every rank, where values may be looked at: elsewhere the host would have to wait for it.
+def alike(named: dict, ranks: Ranks, said: Said | None = None) -> None:
+    """One shape on every rank, and one of what they say, where values may be looked at: elsewhere the host would have
+    to wait for it.
 
     Raises:
         ValueError: it is not so; the message names the argument and the ranks. On every rank.
     """
     if validate.looked_at(next(x for x in named.values() if x is not None)):
-        counts_of(named, ranks, rows=False)
+        counts_of(named, ranks, rows=False, said=said)

@@ -8,15 +8,34 @@ With torch.distributed initialised, on every rank alike:
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import math
+import numbers
 import time
 
 import torch.distributed as dist
 
 from rlfast import validate
 from rlfast.distributed.ranks import gathered_objects, ranks_of
-from rlfast.rollout.api import Request, Rollout
+from rlfast.rollout.api import Request, Rollout, SamplingParams
 from rlfast.rollout.calls import PATIENCE, Calls, alone
+
+
+def spelled(x):
+    """What is one text where parameters are equal, in every process: ``hash`` of a string is not. A function's name."""
+    if isinstance(x, SamplingParams):
+        return [spelled(getattr(x, field.name)) for field in dataclasses.fields(x)]
+    if isinstance(x, dict):
+        return sorted((spelled(key), spelled(value)) for key, value in x.items())
+    if isinstance(x, tuple | list):
+        return [spelled(y) for y in x]
+    if isinstance(x, numbers.Real):
+        return x.as_integer_ratio()  # 1 is 1.0
+    if callable(x):
+        x = x if hasattr(x, "__qualname__") else type(x)
+        return f"{getattr(x, '__module__', None)}.{x.__qualname__}"
+    return x
 
 
 class RankPool(Calls):
@@ -30,9 +49,10 @@ class RankPool(Calls):
             than the time by which one rank generates longer than another.
 
     Raises:
-        RuntimeError: torch.distributed is not initialised. In a call: a rank has failed, or was given other requests;
-            which and why, on every rank. What the others have comes with a later step. A rank that is gone, or does not
-            come within the group's timeout, raises on all others.
+        RuntimeError: torch.distributed is not initialised. In a call: a rank has failed, or was given other requests
+            (a function among their parameters is known by its name); which and why, on every rank. What the others have
+            comes with a later step. A rank that is gone, or does not come within the group's timeout, raises on all
+            others.
 
     Example:
         >>> pool = rlfast.rollout.RankPool(rlfast.rollout.Engine(model, tokenizer))
@@ -46,7 +66,7 @@ class RankPool(Calls):
         self.engine, self.tokenizer, self.logp_means = engine, engine.tokenizer, engine.logp_means
         self.ranks = ranks_of(dist.group.WORLD if process_group is None else process_group)
         self.rank, self.size = self.ranks.rank, self.ranks.size
-        self.given = 0  # a number that is another where requests were others
+        self.given = ""  # a digest of all requests so far
         self.under_way: dict[int, int] = {}  # request → how many samples are missing, on every rank
         self.own: dict[int, int] = {}  # the same of this rank's, by the engine's numbers
         self.numbers: dict[int, int] = {}  # the engine's number → ours
@@ -62,8 +82,8 @@ class RankPool(Calls):
 
     def _start(self, number: int, request: Request) -> None:
         """Request i is generated on rank i modulo how many there are."""
-        p = request.params  # numbers alone: their hash is one on every rank
-        self.given = hash((self.given, *request.prompt, p.n, p.seed, p.max_tokens, p.temperature, p.top_p, p.top_k))
+        text = repr((self.given, request.prompt, spelled(request.params)))
+        self.given = hashlib.sha256(text.encode()).hexdigest()
         self.under_way[number] = request.params.n
         if number % self.size == self.rank:
             (theirs,) = self.engine.submit([request])
