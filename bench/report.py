@@ -14,7 +14,7 @@ import re
 import sys
 from pathlib import Path
 
-from bench import outcome, rollouts_report, suite
+from bench import beside_report, outcome, rollouts_report, suite
 from rlfast import backends
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -186,6 +186,14 @@ def targets(found: list[dict]) -> list[str]:
             state = "not measured" if passed is None else "met" if passed else "**missed**"
             lines.append(f"| {name} | {text} | {'' if value is None else f'{value:.3g}'} | {state} |")
         lines.append("")
+    for result in beside_report.measured(found):
+        where = f"{result['device']}; {stamp(result)}; `{result['command']}`:"
+        lines += [where, "", "| case | must reach | reached | |", "|---|---|---|---|"]
+        lines += [
+            f"| {x.case} | {x.text} | {x.value:.3g} | {'met' if x.passed else '**missed**'} |"
+            for x in beside_report.outcomes(result)
+        ]
+        lines.append("")
     for result in demos(found):
         least = DEMO_RATIO[_demo(result)[0]]
         state = "met" if result["ratio"] >= least and not result["failures"] else "**missed**"
@@ -226,6 +234,9 @@ def losses(found: list[dict]) -> list[str]:
             f"- rollouts, {name}, on {result['device']}: wanted {text}, reached {value:.3g}."
             for name, text, value, _ in missed
         ]
+    for result in beside_report.measured(found):
+        missed = [x for x in beside_report.outcomes(result) if not x.passed]
+        lines += [f"- {x.case}, {result['command']}: wanted {x.text}, reached {x.value:.3g}." for x in missed]
     for result in demos(found):
         least = DEMO_RATIO[_demo(result)[0]]
         if result["ratio"] < least:

@@ -69,7 +69,7 @@ def test_narrow_heads(backend, device, dtype, budget):
 
 @pytest.mark.backends("torch", "cpu")
 def test_a_factor_that_would_round_twice(backend, device):
-    """bfloat16 gradients of one chunk are made again, as often as they are asked for; not of weights that have moved."""
+    """bfloat16 gradients of one chunk are made again, as often as they are asked for; not if weights have moved."""
     data = {k: x.nan_to_num() if x.is_floating_point() else x for k, x in drawn(dtype="bf16").items()}
     hidden, weight = (data[k].clone().requires_grad_() for k in ("hidden", "weight"))
     given = {k: data[k] for k in ("adv", "old_logp", "mask")}
