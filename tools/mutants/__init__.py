@@ -11,6 +11,7 @@ from mutants import (
     ranked_loss,
     rollout,
     sampling,
+    shared_vocabulary,
     token_loss,
 )
 from mutants.formulas import FORMULAS
@@ -27,6 +28,7 @@ _FAMILIES = (
     integrations,
     rollout,
     sampling,
+    shared_vocabulary,
 )
 CPP = [mutant for family in _FAMILIES for mutant in getattr(family, "CPP", ())]
 CUDA = [mutant for family in _FAMILIES for mutant in getattr(family, "CUDA", ())]
