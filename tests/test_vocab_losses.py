@@ -7,7 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+import rlfast
 from rlfast.preference_table import PREFERENCES
+from rlfast.reference.linear_token_logps import linear_token_logps as reference
 from tests import cases, divergence_cases
 from tests import linear_policy_cases as policy
 from tests import test_linear_preference_loss as preference
@@ -25,8 +27,13 @@ PADDED = 1500
 
 
 def pairs_of(name: str, form: str) -> preference.Case:
-    """A row of the table, with what else it needs."""
+    """A row of the table, with what else it needs, and a reference so near that squares do not eat their digits."""
     case = preference.case_of(name, form=form)
+    if name == "sppo_hard":  # its loss is of the size of 1/(2β)², 250000 by default: a log-prob's last digit counts
+        case = replace(case, loss=rlfast.preference_loss(name, beta=0.5))
+    given = (case.data[k] for k in ("hidden", "weight", "targets", "bias"))
+    near = reference(*given, mask=case.data["live"], dtype=torch.float64)["logp"].float()
+    case = replace(case, data=case.data | {"ref": near * torch.where(case.data["live"], 0.9, 0.0)})
     pairs, draw = case.data["targets"].shape[0] // 2, torch.Generator().manual_seed(8)
     fields = {k: torch.rand(pairs, generator=draw) for k in ("margin", "extra", "weights")} | {"shared": 0.25}
     return replace(case, rest={k: fields[k] for k in case.loss.needs})
