@@ -125,7 +125,6 @@ def test_padded_losses(ranks, name, rest):
     check_policy(Narrow(ranks, policy.VOCAB), policy.case_of(name, **rest), "cpu")
 
 
-@pytest.mark.slow
 @pytest.mark.backends("triton")
 def test_tritons_kernels(ranks, backend):
     """Their records merge as those of the others do."""
