@@ -20,6 +20,7 @@ from rlfast.ops.records import ENTROPY, LSE
 
 REDUCTIONS = ("none", "mean", "sum", "batchmean")
 TAILS = ("renormalize", "bucket")
+SUPPORTS = (None, "teacher", "student")
 # The tail's mass is 1 − Σ p of the float32 log-probs inside, whose own rounding is of this size.
 LEAST_TAIL = 2.0**-26
 
@@ -80,8 +81,8 @@ def divergence(
     An outcome with p = 0 adds 0 to KL(p‖q); one with q = 0 < p makes it infinite.
 
     Args:
-        logits: [*, V] float32, bfloat16 or float16 (float64 runs on the torch backend), any strides: the student, the
-        policy.
+        logits: [*, V] float32, bfloat16 or float16 (float64 runs on the torch backend), any strides: the
+            student, the policy.
         ref_logits: the same of the teacher, the reference. It gets a gradient if it needs one.
         kind: "forward_kl", "reverse_kl" or "jsd".
         beta: a float in [0, 1], of the JSD.
@@ -89,19 +90,16 @@ def divergence(
         ref_temperature: of the teacher; None: the student's.
         ref_softcap, ref_logit_scale: of the teacher, whose head may differ.
         targets: None, or [*] or [*, K] ids as in ``token_logps``: gives the student's ``logp`` of them in the same
-        pass. A row
-            whose targets are all −100 is skipped.
+            pass. A row whose targets are all −100 is skipped.
         mask: [*], zero where a row is skipped: its outputs and its gradients are 0, whatever it holds.
         outputs: more to return: "lse", "entropy" (the student's), "ref_lse".
         reduce: "none", "mean" (over the rows that count), "sum", or "batchmean" (the sum over the first dimension's
         size).
         top_k: None, or how many outcomes to compare: the largest of the distribution named by ``support``.
         tail: what becomes of the outcomes outside the top-k: "renormalize" leaves them out on both sides, "bucket"
-        makes them
-            one more outcome on both sides, of a mass of 2⁻²⁶ at least.
+            makes them one more outcome on both sides, of a mass of 2⁻²⁶ at least.
         support: "teacher" or "student"; None: the one that the expectation is under, the student for a reverse KL
-        (and a JSD
-            with β = 1), else the teacher.
+            (and a JSD with β = 1), else the teacher.
         process_group: as in ``token_logps``: both logits are this rank's columns.
 
     Returns:
@@ -118,8 +116,12 @@ def divergence(
         >>> out.value.shape
         torch.Size([2])
     """
-    shards, logits, vocab = row_inputs.columns_of(process_group, logits)
-    ref_logits = groups.local(ref_logits)
+    choices = {"kind": (kind, KINDS), "tail": (tail, TAILS), "support": (support, SUPPORTS)}
+    asked = functools.partial(
+        row_inputs.to_agree, "divergence", logits, targets, top_k, outputs, (ref_logits,), **choices
+    )
+    shards, logits, vocab = row_inputs.columns_of(process_group, logits, asked)
+    ref_logits = groups.alike(process_group, ref_logits, "ref_logits", -1)
     validate.tensor("ref_logits", ref_logits)
     if ref_logits.shape != logits.shape:
         validate.fail("ref_logits", f"shape {validate.shape(logits)} like logits", validate.shape(ref_logits))
@@ -181,11 +183,9 @@ def linear_divergence(
         ref_hidden: [*, E] of hidden's dtype: the teacher's; E need not be D.
         ref_weight: [V, E] of hidden's dtype.
         bias, ref_bias: [V] of hidden's dtype, or None.
-        memory_budget: bytes that the forward may keep for the backward: 8·N·V for both float32 logits. Else they are
-        made again.
+        memory_budget: bytes that the forward may keep: 8·N·V for both float32 logits. Else they are made again.
         kind, beta, temperature, ref_temperature, softcap, ref_softcap, logit_scale, ref_logit_scale, targets, mask,
-        outputs,
-        reduce, top_k, tail, support: as in ``divergence``.
+            outputs, reduce, top_k, tail, support: as in ``divergence``.
         process_group: as in ``linear_token_logps``, of both heads.
 
     Returns:
@@ -201,8 +201,11 @@ def linear_divergence(
         >>> rlfast.linear_divergence(*student, *teacher, kind="jsd", reduce="mean").value.shape
         torch.Size([])
     """
-    shards, hidden, weight, bias = row_inputs.shared_head(process_group, hidden, weight, bias)
-    reference = groups.local(ref_hidden), *(groups.alike(process_group, x) for x in (ref_weight, ref_bias))
+    choices = {"kind": (kind, KINDS), "tail": (tail, TAILS), "support": (support, SUPPORTS)}
+    other = ref_hidden, ref_weight, ref_bias
+    asked = functools.partial(row_inputs.to_agree, "divergence", hidden, targets, top_k, outputs, other, **choices)
+    shards, hidden, weight, bias = row_inputs.shared_head(process_group, hidden, weight, bias, asked)
+    reference = row_inputs.laid_out(process_group, *other)
     ref_hidden, ref_weight, ref_bias = checked_reference(hidden, weight, *reference)
     lead, vocab = hidden.shape[:-1], row_inputs.vocabulary(weight, shards)
     transform = (temperature, ref_temperature, softcap, ref_softcap, logit_scale, ref_logit_scale)
@@ -222,7 +225,8 @@ def linear_divergence(
     heads = hidden, weight, bias, ref_hidden, ref_weight, ref_bias
     heads = tuple(x if x is None or x.dim() == 1 else logps.unit_stride(x) for x in heads)
     needs_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in heads)
-    keep = needs_grad and 2 * max(4, hidden.element_size()) * n * weight.shape[0] <= budget
+    widest = weight.shape[0] if shards is None else shards.widest
+    keep = needs_grad and 2 * max(4, hidden.element_size()) * n * widest <= budget
     if shards is not None:
         given = shards, (n,), targets, mask, (*options, *call.measure), call.bits, backends.requested()
         return _named(pairs.linear_divergence(heads, pairs.call_of(*given), keep), call)
@@ -304,7 +308,7 @@ def _bits(outputs, targets) -> int:
 def _top_k(top_k, tail, support, vocab: int) -> bool:
     """Whether outcomes are selected; the whole vocabulary is no selection."""
     validate.one_of("tail", tail, TAILS)
-    validate.one_of("support", support, (None, "teacher", "student"))
+    validate.one_of("support", support, SUPPORTS)
     if top_k is None:
         return False
     if isinstance(top_k, bool) or not isinstance(top_k, int):

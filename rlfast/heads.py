@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import zlib
 from typing import NamedTuple
 
 import torch
 
 from rlfast import backends, logps, validate
-from rlfast.distributed import groups
+from rlfast.distributed.gather import Gathered, Partitioned
 from rlfast.ops.linear_loss import Numbers, Rows, numbers_of
 from rlfast.ops.linear_token_logps import NAME as HEAD
 
@@ -36,9 +37,11 @@ class Head(NamedTuple):
         softcap = 0.0 if self.softcap is None else validate.positive("softcap", self.softcap)
         return softcap, validate.finite("logit_scale", self.logit_scale)
 
-    def laid_out(self, hidden, weight, bias) -> tuple:
-        """Another head, whose rows lie on the ranks as those of this one."""
-        return groups.local(hidden), *(groups.alike(self.process_group, x) for x in (weight, bias))
+    def asked(self, loss: str) -> dict:
+        """What ranks that share it have to ask for alike, of a loss of that name."""
+        budget = self.budget()
+        budget = -1 if budget is None else int(min(budget, 1 << 62))
+        return {"loss": zlib.crc32(loss.encode()), "memory_budget": budget}
 
     def budget(self) -> float | None:
         """The memory budget, checked; None where nothing is said."""
@@ -51,6 +54,9 @@ class Head(NamedTuple):
         if torch.compiler.is_compiling():
             validate.fail("accumulate_grad", "False in compiled code, which changes no parameter", "True")
         validate.tensor("weight", self.weight)
+        if isinstance(self.process_group, Gathered | Partitioned):
+            wanted = f"False with {type(self.process_group).__name__}, whose gradient is not the parameter's yet"
+            validate.fail("accumulate_grad", wanted, "True")
         if not (self.weight.is_leaf and self.weight.requires_grad):
             validate.fail("weight", "a leaf that needs a gradient, with accumulate_grad", validate.shape(self.weight))
         return self.weight

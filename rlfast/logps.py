@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Collection
 from typing import NamedTuple
@@ -22,6 +23,7 @@ from rlfast.row_inputs import (
     checked_temperature,
     columns_of,
     shared_head,
+    to_agree,
     vocabulary,
 )
 
@@ -103,7 +105,8 @@ def token_logps(
         >>> out.logp.shape
         torch.Size([2, 5])
     """
-    shards, logits, columns = columns_of(process_group, logits)
+    said = functools.partial(to_agree, "log-probs", logits, targets, top_k, outputs)
+    shards, logits, columns = columns_of(process_group, logits, said)
     lead = logits.shape[:-1]
     wanted = _wanted(outputs, top_k, columns)
     targets, mask, temperatures, temperature = _rows(lead, columns, targets, mask, temperature, ("logits", logits))
@@ -178,7 +181,8 @@ def linear_token_logps(
         >>> out.logp.shape
         torch.Size([2, 5])
     """
-    shards, hidden, weight, bias = shared_head(process_group, hidden, weight, bias)
+    said = functools.partial(to_agree, "log-probs", hidden, targets, top_k, outputs)
+    shards, hidden, weight, bias = shared_head(process_group, hidden, weight, bias, said)
     lead, columns = hidden.shape[:-1], vocabulary(weight, shards)
     wanted = _wanted(outputs, top_k, columns)
     targets, mask, temperatures, temperature = _rows(lead, columns, targets, mask, temperature, ("hidden", hidden))
@@ -189,7 +193,8 @@ def linear_token_logps(
     if len(lead) != 1:
         hidden, targets, mask, temperatures = _rows_flattened(hidden, len(lead), targets, mask, temperatures)
     needs_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (hidden, weight, bias))
-    keep = needs_grad and max(4, hidden.element_size()) * hidden.shape[0] * weight.shape[0] <= budget
+    widest = weight.shape[0] if shards is None else shards.widest
+    keep = needs_grad and max(4, hidden.element_size()) * hidden.shape[0] * widest <= budget
     transform = temperature, softcap, logit_scale
     if shards is not None:
         if batch_invariant:

@@ -344,7 +344,7 @@ class Loss:
             sync: tokens that are masked go into no product on a GPU either, for which the host waits to learn how many
                 are left, once a chunk. On the CPU they never do.
             process_group: as in ``rlfast.linear_token_logps``: weight, bias, ref_weight, ref_bias and lora's b are this
-                rank's rows, and so are their gradients.
+                rank's rows, and so are their gradients. ``Gathered`` goes with no ``accumulate_grad``.
 
         Returns:
             LinearLossOutput(loss, metrics, logp, entropy). The gradients are made with the loss, and kept until its
@@ -371,7 +371,7 @@ class Loss:
             "extra": extra, "mask": mask, "keep": keep, "cu_seqlens": cu_seqlens, "num_items": num_items,
         }  # fmt: skip
         call, ref = (max_len, world_size, accumulation), (ref_hidden, ref_weight, ref_bias)
-        tokens = policy_linear.checked(self, head, hidden, targets, given, call, ref, lora, sync)
+        tokens = policy_linear.checked(self, head, hidden, targets, given, call, ref, lora, sync, entropy)
         wanted = validate.flag("entropy", entropy)
         out, found = policy_linear.run(self, tokens, head.budget(), wanted)
         return LinearLossOutput(out.loss, LossMetrics(out.metrics), found.logp, found.entropy if wanted else None)

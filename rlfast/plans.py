@@ -68,7 +68,7 @@ def plan(loss: Loss | PreferenceLoss, *args, **given) -> LinearPlan:
     bound = inspect.signature(loss.linear).bind(*args, **given)
     bound.apply_defaults()
     said = bound.arguments
-    head = heads.Head(*(said[name] for name in heads.Head._fields if name in said))
+    head = heads.Head(**{name: said[name] for name in heads.Head._fields if name in said})
     if isinstance(loss, PreferenceLoss):
         return _of_pairs(loss, head, said)
     fields = {name: said[name] for name in Given._fields if name not in ("logp", "entropy", "full_kl")}

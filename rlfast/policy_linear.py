@@ -10,6 +10,7 @@ Where a sequence's logits do not fit the memory budget, or too few rows would, t
 
 from __future__ import annotations
 
+import functools
 import math
 from bisect import bisect_left, bisect_right
 from itertools import pairwise
@@ -62,7 +63,9 @@ class Tokens(NamedTuple):
         return found.of(lambda x: x.view(self.fields.logp.shape))
 
 
-def checked(loss, head: Head, hidden, targets, given: dict, call: tuple, ref: tuple, lora=None, sync=False) -> Tokens:
+def checked(
+    loss, head: Head, hidden, targets, given: dict, call: tuple, ref: tuple, lora=None, sync=False, entropy=False
+) -> Tokens:
     """The batch, or an error that names the argument.
 
     Args:
@@ -73,12 +76,13 @@ def checked(loss, head: Head, hidden, targets, given: dict, call: tuple, ref: tu
         call: (max_len, world_size, accumulation).
         ref: (ref_hidden, ref_weight, ref_bias) as they came.
         lora: (a, b, scale) as it came, or None.
-        sync: as it came.
+        sync, entropy: as they came.
     """
     validate.tensor("hidden", hidden)
     if hidden.dim() not in (2, 3):
         validate.fail("hidden", "shape [B, T, D], or [N, D] with cu_seqlens", validate.shape(hidden))
-    shards, hidden, weight, bias = row_inputs.shared_head(head.process_group, hidden, head.weight, head.bias)
+    said = functools.partial(asked, loss, head, hidden, targets, ref, lora, entropy)
+    shards, hidden, weight, bias = row_inputs.shared_head(head.process_group, hidden, head.weight, head.bias, said)
     lead, source = hidden.shape[:-1], ("hidden", hidden)
     targets = row_inputs.checked_targets(lead, row_inputs.vocabulary(weight, shards), targets, source)
     if targets.shape != lead:
@@ -94,11 +98,24 @@ def checked(loss, head: Head, hidden, targets, given: dict, call: tuple, ref: tu
     targets, mask, temperatures = (x if x is None else x.reshape(-1) for x in (targets, fields.mask, temperatures))
     rows = Rows(hidden.reshape(targets.shape[0], hidden.shape[-1]), weight, bias, targets, mask.contiguous(),
                 temperatures, (temperature, *head.options()),
-                checked_reference(loss, hidden, weight, *head.laid_out(*ref)),
-                checked_lora(hidden, weight, lora), checked_sync(sync) and not compacts(hidden), shards)  # fmt: skip
+                checked_reference(loss, hidden, weight, *row_inputs.laid_out(head.process_group, *ref)),
+                checked_lora(hidden, weight, lora, head.process_group),
+                checked_sync(sync) and not compacts(hidden), shards)  # fmt: skip
     ends = given["cu_seqlens"]
     ends = ends.tolist() if ends is not None and validate.looked_at(ends) else None
     return Tokens(unit_strides(rows), fields, settings, head.accumulated(), ends)
+
+
+def asked(loss, head: Head, hidden, targets, ref: tuple, lora, entropy) -> dict:
+    """What ranks have to ask for alike."""
+    a = lora[0] if isinstance(lora, tuple | list) and lora else None
+    more = head.asked(loss.name) | {
+        "accumulate_grad": int(bool(head.accumulate_grad)),
+        "rank of lora": a.shape[0] if isinstance(a, torch.Tensor) and a.dim() else 0,
+        "gradients of lora": groups.learning(*(lora or ())),
+    }
+    outputs = ("entropy",) if entropy or loss.has_bonus else ()
+    return row_inputs.to_agree("policy loss", hidden, targets, None, outputs, ref, more)
 
 
 def checked_reference(loss, hidden, weight, ref_hidden, ref_weight, ref_bias) -> Reference | None:
@@ -125,13 +142,14 @@ def checked_sync(sync) -> bool:
     return sync
 
 
-def checked_lora(hidden, weight, lora) -> Lora | None:
+def checked_lora(hidden, weight, lora, process_group) -> Lora | None:
     """The low-rank part of a head, or an error that names it."""
     if lora is None:
         return None
     if not isinstance(lora, tuple | list) or len(lora) != 3:
         validate.fail("lora", "(a, b, scale)", type(lora).__name__, TypeError)
-    a, b, scale = map(groups.local, lora)
+    a, b, scale = lora
+    a, b = groups.everywhere(process_group, a, "lora[0]"), groups.alike(process_group, b, "lora[1]")
     if isinstance(a, torch.Tensor) and a.dim() != 2:
         validate.fail("lora[0]", f"shape (r, {hidden.shape[-1]})", validate.shape(a))
     (_, a, _), rank = row_inputs.checked_head(hidden, a, None, weight_name="lora[0]", sizes="rD"), len(a)

@@ -7,6 +7,7 @@ the logits again.
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 from operator import index
 from typing import NamedTuple
@@ -14,6 +15,7 @@ from typing import NamedTuple
 import torch
 
 from rlfast import backends, row_inputs, validate
+from rlfast.distributed.groups import learning
 from rlfast.heads import Head, live_before, most_rows, numbers, room, unit_strides
 from rlfast.loss_inputs import boundaries
 from rlfast.ops import preference_records as records
@@ -111,7 +113,7 @@ def run(loss, head: Head, sides: tuple, rest: PairGiven, nll, factor: float, per
         rest, nll, factor, per_pair: as in ``PreferenceLoss.run``.
         outputs: what is computed beside the log-probs: bits of ``rlfast/ops/records.py``.
     """
-    checked, joined, needs, places, groups, budget = prepared(loss, head, sides)
+    checked, joined, needs, places, groups, budget = prepared(loss, head, sides, outputs)
     if groups is None:
         found = numbers(joined.rows, any(needs), budget, outputs)
         parts = found.logp.split([side.targets.shape[0] for side in checked])
@@ -128,13 +130,13 @@ def names_of(sides) -> tuple[TokenNames, ...]:
     return (ROWS,) if len(sides) == 1 else SIDES
 
 
-def prepared(loss, head: Head, sides: tuple) -> tuple:
+def prepared(loss, head: Head, sides: tuple, outputs: int = 0) -> tuple:
     """(checked sides, their rows, which gradients are needed, where responses lie, groups of pairs or None, budget)."""
     if loss.kl:
         wanted = f"log-probs: {loss.name} reads KL(π_ref‖π), which rlfast.linear_divergence gives beside them"
         validate.fail(ROWS.hidden, wanted, "hidden states")
     given = head.budget()
-    shards, weight, bias, checked = checked_sides(head, sides, names_of(sides))
+    shards, weight, bias, checked = checked_sides(head, sides, names_of(sides), loss.name, outputs)
     joined = join(checked, weight, bias, head, shards)
     rows, places, groups = joined.rows, None, None
     needs = [x is not None and x.requires_grad and torch.is_grad_enabled() for x in rows[:3]]
@@ -144,7 +146,15 @@ def prepared(loss, head: Head, sides: tuple) -> tuple:
     return checked, joined, needs, places, groups, room(rows, given, 1)
 
 
-def checked_sides(head: Head, sides, names) -> tuple:
+def asked(head: Head, sides, loss: str, outputs: int) -> dict:
+    """What ranks that share the head have to ask for alike."""
+    every = [side.hidden for side in sides if isinstance(side.hidden, torch.Tensor)]
+    rows = sum(math.prod(x.shape[:-1]) for x in every)
+    more = head.asked(loss) | {"rows": rows, "gradients of hidden": learning(*every)}
+    return row_inputs.to_agree("preference loss", sides[0].hidden, None, None, (str(outputs),), (), more)
+
+
+def checked_sides(head: Head, sides, names, loss: str, outputs: int) -> tuple:
     """(the shards or None, weight, bias, the sides), or an error that names the argument."""
     found, share, weight, bias = [], head.process_group, head.weight, head.bias
     for given, name in zip(sides, names, strict=True):
@@ -153,7 +163,7 @@ def checked_sides(head: Head, sides, names) -> tuple:
             wanted = f"shape [B, T, D], or [N, D] with {name.cu_seqlens}"
             validate.fail(name.hidden, wanted, validate.shape(given.hidden))
         shards, hidden, weight, bias = row_inputs.shared_head(
-            share, given.hidden, weight, bias, hidden_name=name.hidden
+            share, given.hidden, weight, bias, lambda: asked(head, sides, loss, outputs), hidden_name=name.hidden
         )
         share = shards  # the second side has the same weight, gathered already if it was to be
         found.append(checked_side(hidden, row_inputs.vocabulary(weight, shards), given, name))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import zlib
+from collections.abc import Callable, Collection
+
 import torch
 
 from rlfast import validate
@@ -109,8 +112,11 @@ def checked_head(
     return hidden, weight, bias
 
 
-def columns_of(process_group, logits) -> tuple:
-    """(the shards, or None; this rank's logits; the columns of all ranks)."""
+def columns_of(process_group, logits, asked: Callable[[], dict]) -> tuple:
+    """(the shards, or None; this rank's logits; the columns of all ranks).
+
+    ``asked`` gives what ranks have to ask for alike, as integers by name; it is called where a vocabulary is shared.
+    """
     share = None
     if process_group is not None or type(logits) not in _PLAIN:
         share, logits = groups.resolved(process_group, logits, -1, "logits")
@@ -119,18 +125,60 @@ def columns_of(process_group, logits) -> tuple:
         validate.fail("logits", "shape [*, V] with V > 0", validate.shape(logits))
     if share is None:
         return None, logits, logits.shape[-1]
-    shards = groups.agreed_logits(share, logits)
+    shards = groups.agreed_logits(share, logits, asked())
     return shards, logits, shards.vocab
 
 
-def shared_head(process_group, hidden, weight, bias, **names) -> tuple:
-    """(the shards, or None; this rank's hidden, weight and bias, as ``checked_head`` checks them)."""
+def shared_head(process_group, hidden, weight, bias, asked: Callable[[], dict], **names) -> tuple:
+    """(the shards, or None; this rank's hidden, weight and bias, as ``checked_head`` checks them).
+
+    ``asked``: as in ``columns_of``.
+    """
     share = None
-    if process_group is not None or type(weight) not in _PLAIN:
+    if process_group is not None or any(type(x) not in _PLAIN for x in (hidden, weight)):
         share, weight = groups.resolved(process_group, weight, 0, "weight")
-        hidden, bias = groups.local(hidden), groups.alike(process_group, bias)
+        hidden = groups.local(hidden, names.get("hidden_name", "hidden"))
+        bias = groups.alike(process_group, bias, "bias")
     head = checked_head(hidden, weight, bias, least=1 if share is None else 0, **names)
-    return None if share is None else groups.agreed_head(share, *head), *head
+    return None if share is None else groups.agreed_head(share, *head, asked()), *head
+
+
+FUNCTIONS = ("log-probs", "divergence", "policy loss", "preference loss")
+
+
+def to_agree(
+    function: str, x, targets, top_k, outputs, other: tuple = (), numbers: dict | None = None, **choices
+) -> dict:
+    """What ranks that share a vocabulary have to ask for alike, as integers by name.
+
+    Args:
+        function: one of ``FUNCTIONS``.
+        x: logits or hidden states, whose rows those of the targets are.
+        targets, top_k, outputs: as they came; outputs may be any names.
+        other: the reference's logits, or its hidden states and its head.
+        numbers: more of them.
+        choices: by name, (one, of which).
+    """
+    names = outputs if isinstance(outputs, Collection) and not isinstance(outputs, str) else ()
+    found = {
+        "function": FUNCTIONS.index(function),
+        "outputs": zlib.crc32(repr(sorted(map(str, set(names) - {"logp", "value"}))).encode()),
+        "top_k": top_k if isinstance(top_k, int) else 0,
+        "number of targets a row": groups.candidates(targets, x),
+        **(numbers or {}),
+    }
+    for name, (one, among) in choices.items():
+        found[name] = among.index(validate.one_of(name, one, among))
+    if other:
+        found["gradients of the reference"] = groups.learning(*other)
+        found["depth of the reference"] = other[0].shape[-1] if len(other) > 1 and hasattr(other[0], "shape") else 0
+    return found
+
+
+def laid_out(process_group, hidden, weight, bias) -> tuple:
+    """A reference's head, whose rows lie on the ranks as those of the policy's."""
+    rows = groups.local(hidden, "ref_hidden")
+    return rows, *(groups.alike(process_group, x, name) for x, name in ((weight, "ref_weight"), (bias, "ref_bias")))
 
 
 def vocabulary(weight, shards) -> int:

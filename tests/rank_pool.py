@@ -14,7 +14,15 @@ import torch.distributed as dist
 
 SIZE = 4
 PATIENCE = 30.0  # seconds that a rank waits for another
-PRELOAD = ["rlfast", "pytest", "tests.scan_cases", "tests.vocab_cases", "tests.decoders", "tests.rank_pool"]
+PRELOAD = [
+    "rlfast",
+    "pytest",
+    "tests.scan_cases",
+    "tests.vocab_cases",
+    "tests.vocab_layouts",
+    "tests.decoders",
+    "tests.rank_pool",
+]
 _groups: dict = {}
 
 

@@ -10,7 +10,7 @@ import torch
 
 pytest.importorskip("verl", reason='the verl package is missing: pip install --no-deps "verl==0.9.*"')
 import rlfast
-from rlfast.integrations import patching, verl_functional
+from rlfast.integrations import megatron, patching, verl_functional
 from rlfast.integrations import verl as ours
 from tests.numerics import assert_gradient, assert_value
 from tests.verl_parity import LENGTH, MASKS, ROWS, VERL, close, mask_of, same, stock
@@ -139,16 +139,21 @@ def test_linear_cross_entropy():
     got = kernel.linear_cross_entropy(hidden, weight, labels, 0.7, "none")
     for name, *x in zip(("logp", "entropy"), got, plain(torch.float64), plain(torch.float32), strict=True):
         assert_value(name, *x)
-    for bad in (("sum", None), ("none", object())):
-        with pytest.raises(ValueError, match=r"reduction is 'sum'|process group"):
-            ours.linear_cross_entropy(hidden, weight, labels, 0.7, *bad)
+    for reduction in ("sum", "mean"):
+        total, entropy = kernel.linear_cross_entropy(hidden, weight, labels, 0.7, reduction)
+        close(reduction, total, getattr(got[0], reduction)())
+        close("entropy", entropy, got[1])
+    with pytest.raises(ValueError, match="reduction: expected one of 'none', 'sum', 'mean'"):
+        ours.linear_cross_entropy(hidden, weight, labels, 0.7, "max")
 
 
-def test_a_sharded_vocabulary_goes_to_verl(as_they_are):
+def test_a_sharded_vocabulary_is_ours(as_they_are):
+    """It is the function that ``tests/test_vocab_layouts.py`` runs on ranks; here it says that there is no group."""
     kernel = importlib.import_module("verl.utils.kernel.linear_cross_entropy")
-    with pytest.raises((RuntimeError, AssertionError, ImportError)):  # verl's kernel needs a GPU
+    assert ours.linear_cross_entropy is verl_functional.linear_cross_entropy is megatron.linear_cross_entropy
+    with pytest.raises(ValueError, match=r"process_group: expected None: torch\.distributed is not initialised"):
         kernel.linear_cross_entropy(torch.randn(2, 4), torch.randn(9, 4), torch.zeros(2).long(), 1.0, "none", object())
-    assert as_they_are == ["the vocabulary is shared out over a process group"]
+    assert not as_they_are
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -20,7 +20,7 @@ from tests.divergence_cases import Pair, heads_of, logits_pair
 from tests.linear_policy_cases import BONUS, case_of
 from tests.numerics import assert_gradient, assert_same_bits, assert_value, assert_zero, by_name
 from tests.rank_pool import SIZE
-from tests.vocab_cases import ALONG, mismatches, on_ranks, together, traffic
+from tests.vocab_cases import ALONG, mismatches, on_ranks, together
 
 BACKENDS = tuple(name for name in ("cpu", "torch") if backends.why_not(name) is None)
 
@@ -107,9 +107,11 @@ def combinations(op: str) -> list[dict]:
     return pairwise(axes | {"vocab": (1000, 17, 1025, 2051)})[::3]
 
 
+@pytest.mark.parametrize("product", (False, pytest.param(True, marks=pytest.mark.slow)))
 @pytest.mark.parametrize("op", ("token_logps", "linear_token_logps"))
-def test_options_pairwise(ranks, op):
-    for combination in combinations(op):
+def test_options_pairwise(ranks, op, product):
+    every = combinations(op)
+    for combination in every if product else every[::4]:
         problem = problem_of(op, combination)
         backend = BACKENDS[0]
         solution = cases.solution_of(problem)
@@ -144,8 +146,14 @@ def test_relative_precision_as_p_nears_one(ranks, margin):
 OPTIONS = {"temperature": 0.75, "ref_temperature": 1.25, "softcap": 4.0, "ref_logit_scale": 0.5, "beta": 0.25}
 
 
-@pytest.mark.parametrize("kernels", BACKENDS)
-@pytest.mark.parametrize("kind", divergence_cases.KINDS)
+@pytest.mark.parametrize(
+    ("kind", "kernels"),
+    [
+        pytest.param(kind, name, marks=pytest.mark.slow if name != BACKENDS[0] and kind != "jsd" else ())
+        for kind in divergence_cases.KINDS
+        for name in BACKENDS
+    ],
+)
 def test_divergences(ranks, kind, kernels):
     n, vocab = 64, 1301
     targets, mask = targets_of(n, vocab, 2), torch.arange(n) % 5 != 2
@@ -187,6 +195,31 @@ def test_the_bits_do_not_depend_on_the_number_of_ranks(ranks, kernels):
         cases.hold(problem, *results[SIZE], *cases.solution_of(problem))
 
 
+FUSED = {
+    "chunks": ("grpo", {"options": BONUS}),
+    "all": ("ppo", {"budget": "keep", "options": BONUS}),
+    "a sequence": ("gspo", {"budget": "a sequence", "dtype": "bf16"}),
+    "again": ("ppo", {"budget": "recompute"}),
+    "full kl": ("ppo", {"options": {"kl": "full", "beta": 0.25}}),
+    "lora": ("grpo", {"lora": 1.5, "needs": ("hidden", "bias", "lora_b")}),
+}
+
+
+@pytest.mark.parametrize("way", (*FUSED, "preference"))
+def test_the_bits_of_fused_losses(ranks, way):
+    """Chunks are of the whole vocabulary where a width is given, so they are the same for every number of ranks."""
+    case = preference.case_of() if way == "preference" else case_of(FUSED[way][0], **FUSED[way][1])
+    results = together(ranks.run(on_pieces, case, BACKENDS[0], {"width": 128}))
+    expected, gradients = results[1]
+    for size in (2, SIZE):
+        out, found = results[size]
+        for number, (got, wanted) in enumerate(zip(out, expected, strict=True)):
+            if isinstance(got, torch.Tensor):
+                assert_same_bits(f"output {number} of {size}", got, wanted)
+        for name in set(gradients) - {"hidden"}:
+            assert_same_bits(f"{name} of {size}", found[name], gradients[name])
+
+
 def on_pieces(case, backend: str, share: dict) -> dict:
     """``on_ranks`` with the options of ``VocabParallel``."""
     return on_ranks(case, backend, **share)
@@ -205,24 +238,6 @@ def test_padded_vocabularies(ranks):
                 assert_zero(f"{name} of padding", gradients[name].narrow(along, vocab, padded - vocab))
                 gradients[name] = gradients[name].narrow(along, 0, vocab)
             cases.hold(real, out, gradients, *cases.solution_of(real))
-
-
-def test_what_is_sent(ranks):
-    """5 numbers a token forward, H a token backward; two integers a call once hands are shaken."""
-    n, depth, vocab = 40, 24, 1301
-    outputs, grads = ("entropy", "log_sum_sq_probs"), ("logp", "entropy")
-    problem = Problem(head_of(n, depth, vocab), targets_of(n, vocab), {}, outputs, grads)
-    for seen in ranks.run(traffic, problem, BACKENDS[0]):
-        assert seen == ([2, 5 * n], [depth * n])
-    for more, count in ((("entropy", "log_sum_sq_probs", "mean_logits", "is_top1"), 7), ((), 3)):
-        problem = Problem({"logits": logits_of(n, vocab)}, targets_of(n, vocab), {}, more, ("logp",))
-        assert ranks.run(traffic, problem, BACKENDS[0]) == [([2, count * n], [])] * SIZE
-    pair = Pair(logits_pair(n, vocab), {"kind": "reverse_kl"})
-    assert ranks.run(traffic, pair, BACKENDS[0]) == [([2, 7 * n], [])] * SIZE
-    case = case_of("grpo", budget="keep")
-    rows = case.data["targets"].numel()
-    for gathered, reduced in ranks.run(traffic, case, BACKENDS[0]):
-        assert (sum(gathered) - 2, sum(reduced)) == (4 * rows, policy.DEPTH * rows)  # the entropies are asked for
 
 
 def test_ranks_that_differ(ranks):
@@ -272,18 +287,6 @@ def test_heads_that_are_dtensors(ranks, named):
             cases.hold(problem, out, gradients, *cases.solution_of(problem))
 
 
-@pytest.mark.parametrize("mean", (False, True), ids=("sum", "mean"))
-def test_heads_that_are_gathered(ranks, mean):
-    """Tokens of their own on each rank: the gradient is the sum over all, or the mean of the ranks'."""
-    problem = Problem(head_of(64, 20, 1301, bias=True), targets_of(64, 1301), {}, grads=("logp",), upstream="ones")
-    answers = ranks.run(work.on_own_tokens, problem, BACKENDS[0], mean)
-    out = type(answers[0][0])(torch.cat([out.logp for out, _ in answers]))
-    gradients = answers[0][1] | {"hidden": torch.cat([g["hidden"] for _, g in answers])}
-    if mean:
-        gradients |= {name: gradients[name] * SIZE for name in ("weight", "bias")}
-    cases.hold(problem, out, gradients, *cases.solution_of(problem))
-
-
 @pytest.mark.parametrize("way", ("gathered for the call", "gathered before", "kept by the root"))
 def test_a_lora_body_under_fsdp2(ranks, way):
     """The step of a model of which FSDP2 has a shard on each rank is that of one process."""
@@ -307,7 +310,7 @@ def test_megatrons_names(ranks):
         value, *gradients = zip(*(answer[name] for answer in answers), strict=True)
         assert_value(name, value[0], truth[name][0], own[name][0])
         if name == "head":
-            assert_gradient("hidden", gradients[0][0], truth[name][1], own[name][1])
+            assert_gradient("hidden", sum(gradients[0]), truth[name][1], own[name][1])
         along = 0 if name == "head" else -1
         assert_gradient(name, torch.cat(gradients[-1], along), truth[name][-1], own[name][-1])
     for name in ("mean", "squares"):

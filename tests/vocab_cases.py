@@ -103,16 +103,18 @@ class Counted:
     """Numbers that this process gives to collectives, within a ``with``."""
 
     def __enter__(self):
-        self.gathered, self.reduced = [], []
+        self.gathered, self.reduced, self.bytes = [], [], []
         self.name = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
         self.before = getattr(dist, self.name), dist.all_reduce
 
         def gather(out, x, **more):
             self.gathered.append(x.numel())
+            self.bytes.append(x.numel() * x.element_size())
             return self.before[0](out, x, **more)
 
         def reduce(x, **more):
             self.reduced.append(x.numel())
+            self.bytes.append(x.numel() * x.element_size())
             return self.before[1](x, **more)
 
         setattr(dist, self.name, gather)
@@ -122,14 +124,6 @@ class Counted:
     def __exit__(self, *_):
         setattr(dist, self.name, self.before[0])
         dist.all_reduce = self.before[1]
-
-
-def traffic(case, backend: str) -> tuple:
-    """(numbers gathered, numbers summed) of a second call on four ranks, the first having shaken hands."""
-    on_ranks(case, backend, (SIZE,))
-    with Counted() as seen:
-        on_ranks(case, backend, (SIZE,))
-    return seen.gathered, seen.reduced
 
 
 def said(call) -> str:
@@ -211,19 +205,6 @@ def on_mesh(problem, backend: str, named: str) -> tuple:
     spread = {name: distribute_tensor(x, mesh, [Shard(ALONG[name] % x.dim())]) for name, x in along.items()}
     more = {"a mesh": {"process_group": mesh}, "options": {"process_group": VocabParallel(width=512)}}.get(named, {})
     out, gradients = cases.run(replace(problem, inputs=problem.inputs | spread, call=problem.call | more), backend)
-    assert all(gradients[name].placements == spread[name].placements for name in spread)
-    return plain(out), {name: g.full_tensor() if name in spread else g for name, g in gradients.items()}
-
-
-def on_own_tokens(problem, backend: str, mean: bool) -> tuple:
-    """A quarter of the rows on each rank, with a head that FSDP2 has sharded."""
-    mesh, rank = mesh_of(), dist.get_rank()
-    rows = problem.targets.shape[0] // SIZE
-    at = slice(rank * rows, (rank + 1) * rows)
-    spread = {k: distribute_tensor(problem.inputs[k], mesh, [Shard(0)]) for k in ("weight", "bias")}
-    inputs = spread | {"hidden": problem.inputs["hidden"][at]}
-    mine = replace(problem, inputs=inputs, targets=problem.targets[at], call={"process_group": Gathered(mean)})
-    out, gradients = cases.run(mine, backend)
     assert all(gradients[name].placements == spread[name].placements for name in spread)
     return plain(out), {name: g.full_tensor() if name in spread else g for name, g in gradients.items()}
 

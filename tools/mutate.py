@@ -93,6 +93,7 @@ RUNS = {
     "cpp": ((*OPS, "--backend", "cpu", "-k", SLOW), {}),
     "cuda": ((), {}),  # the C++ test program
     "triton": ((*OPS, "--backend", "triton", "-k", SLOW), {"TRITON_INTERPRET": "1"}),
+    "ranks": ((*(f"tests/test_vocab_{x}.py" for x in ("parallel", "layouts", "losses")), "-k", SLOW), {}),
     "sampling": (("tests/test_sample.py", "-k", "penalties or named"), {}),
     "trl": (("tests/test_integrations_trl.py", "tests/test_integrations_trl_preference.py"), {}),
     "rollout": (

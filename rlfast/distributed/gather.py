@@ -1,10 +1,12 @@
 """A head that is sharded over ranks with tokens of their own, as FSDP2 and ZeRO-3 have it: gathered for a use.
 
-The gather is a ``DTensor``'s redistribution, and its backward a reduce-scatter into the layout of the parameter.
+The gather is a ``DTensor``'s redistribution, and its backward the sum over every dimension of its mesh, in the layout
+of the parameter.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import sys
 from collections.abc import Callable
@@ -13,23 +15,31 @@ from dataclasses import dataclass
 import torch
 
 from rlfast import validate
+from rlfast.distributed.ranks import failed
 
 
 @dataclass(frozen=True)
 class Gathered:
     """``process_group=Gathered()``: the weight is a ``DTensor`` sharded over ranks that have different tokens.
 
+    Every rank of its mesh counts, those along which it is replicated (HSDP) too.
+
     Args:
         mean: the gradient is the mean over the ranks, as FSDP2 has it; False: the sum.
+        dtype: that the weight is gathered in, as FSDP2's ``param_dtype``; None: its own. Its gradient is added up in
+            the weight's own.
 
     Example:
         >>> out = loss.linear(hidden, model.lm_head.weight, targets, adv=adv, process_group=Gathered())
     """
 
     mean: bool = True
+    dtype: torch.dtype | None = None
 
     def __post_init__(self):
         validate.flag("mean", self.mean)
+        if self.dtype not in (None, *validate.FLOATS):
+            validate.fail("dtype", f"None or one of {validate.FLOATS}", repr(self.dtype))
 
 
 @dataclass(frozen=True)
@@ -70,65 +80,104 @@ def within(function: Callable) -> Callable:
 class Gathering:
     """A gather that is under way."""
 
-    def __init__(self, begun, ranks: int):
-        self._begun, self._ranks = begun, ranks
+    def __init__(self, weight, mean: bool, dtype: torch.dtype | None, name: str):
+        self._weight, self._mean, self._name = weight, mean, name
+        with together(weight.device_mesh, f"the gather of {name}"):
+            own = weight.detach() if dtype is None else weight.detach().to(dtype)
+            self._begun = _moved(own, [_placements().Replicate()] * own.device_mesh.ndim)
 
     def tensor(self) -> torch.Tensor:
         """The whole tensor, as soon as it is there."""
-        return _Waited.apply(self._begun, self._ranks)
+        return _Waited.apply(self._weight, self._begun, self._mean, self._name)
+
+
+def _moved(x, placements):
+    """What this rank has of it under other placements, perhaps not there yet."""
+    return x.redistribute(placements=placements, async_op=True).to_local()
+
+
+def _there(begun) -> torch.Tensor:
+    return (begun.wait() if hasattr(begun, "wait") else begun).detach()
+
+
+def _placements():
+    return sys.modules["torch.distributed.tensor"]  # who has a DTensor has imported it; it takes half a second
+
+
+@contextlib.contextmanager
+def together(mesh, what: str):
+    """A collective over a mesh, whose failure names the ranks."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise failed(mesh.mesh.flatten().tolist(), what) from error
 
 
 class _Waited(torch.autograd.Function):
-    """The tensor; its gradient is divided by a number, so that the sum over so many ranks is their mean."""
+    """The tensor. Its gradient is what all ranks of the mesh give, in the layout of the parameter."""
 
     @staticmethod
-    def forward(ctx, x, ranks):
-        ctx.ranks = ranks
-        return x.wait() if hasattr(x, "wait") else x.view_as(x)
+    def forward(ctx, weight, begun, mean: bool, name: str):
+        ctx.spec, ctx.dtype, ctx.mean, ctx.name = (weight.device_mesh, weight.placements), weight.dtype, mean, name
+        with together(weight.device_mesh, f"the gather of {name}"):
+            return _there(begun)
 
     @staticmethod
     def backward(ctx, g):
-        return g if ctx.ranks == 1 else g / ctx.ranks, None
+        (mesh, placements), module = ctx.spec, _placements()
+        g = g.to(ctx.dtype)
+        g = g / mesh.size() if ctx.mean else g
+        with together(mesh, f"the gradient of {ctx.name}"):
+            parts = module.DTensor.from_local(g, mesh, [module.Partial("sum")] * mesh.ndim, run_check=False)
+            own = _there(_moved(parts, placements))
+        like = {"shape": parts.shape, "stride": parts.stride()}
+        return module.DTensor.from_local(own, mesh, placements, run_check=False, **like), None, None, None
 
 
-def placement(x):
-    """(mesh, number of its dimension, dimension of x) of a ``DTensor`` sharded once; None: no DTensor."""
+def is_dtensor(x) -> bool:
+    """Whether it is a ``DTensor``."""
     if type(x) in (torch.Tensor, torch.nn.Parameter):
-        return None
-    module = sys.modules.get("torch.distributed.tensor")  # who has a DTensor has imported it; it takes half a second
-    if module is None or not isinstance(x, module.DTensor):
+        return False
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(x, module.DTensor)
+
+
+def laid_out_like(parameter, local):
+    """A ``DTensor`` of which this rank has that part, in the layout of a parameter."""
+    like = {"shape": parameter.shape, "stride": parameter.stride()}
+    return _placements().DTensor.from_local(local, parameter.device_mesh, parameter.placements, run_check=False, **like)
+
+
+def placement(x, name: str):
+    """(mesh, number of its dimension, dimension of x) of a ``DTensor`` sharded once; None: no DTensor."""
+    if not is_dtensor(x):
         return None
     shards = [(at, p.dim) for at, p in enumerate(x.placements) if p.is_shard()]
     if len(shards) != 1 or any(p.is_partial() for p in x.placements):
-        validate.fail(
-            "weight", "a DTensor sharded on one dimension of its mesh, replicated on the others", x.placements
-        )
+        validate.fail(name, "a DTensor sharded on one dimension of its mesh, replicated on the others", x.placements)
     return x.device_mesh, *shards[0]
 
 
-def gathered(weight, *, mean: bool = True, name: str = "weight") -> Gathering:
+def gathered(weight, *, mean: bool = True, dtype: torch.dtype | None = None, name: str = "weight") -> Gathering:
     """Begin to gather a sharded weight; ``.tensor()`` waits for it.
 
     Begun before the body of the model runs, the gather is over when the head is reached. ``process_group=Gathered()``
     begins it with the call, and waits.
 
     Args:
-        weight: a ``DTensor``, as ``fully_shard`` leaves a parameter. Its gradient has its layout.
-        mean: as in ``Gathered``.
+        weight: a ``DTensor``, as ``fully_shard`` leaves a parameter, of a mesh of any number of dimensions. Its
+            gradient has its layout and its dtype.
+        mean, dtype: as in ``Gathered``.
         name: of the argument, for errors.
 
     Returns:
         Gathering.
 
     Raises:
-        ValueError: the weight is no ``DTensor``.
+        ValueError: the weight is no ``DTensor``. RuntimeError: another rank has failed; it names those it waited for.
     """
-    if placement(weight) is None:
-        validate.fail(name, "a DTensor, with process_group=Gathered()", type(weight).__name__)
-    from torch.distributed.tensor import Partial, Replicate
-
-    mesh, at, _ = placement(weight)
-    everywhere = [Replicate()] * mesh.ndim
-    by = [Partial("sum") if i == at else Replicate() for i in range(mesh.ndim)]
-    local = weight.redistribute(placements=everywhere, async_op=True).to_local(grad_placements=by)
-    return Gathering(local, mesh.size(at) if mean else 1)
+    if not is_dtensor(weight) or any(p.is_partial() for p in weight.placements):
+        came = weight.placements if is_dtensor(weight) else type(weight).__name__
+        validate.fail(name, "a DTensor, sharded or replicated, with process_group=Gathered()", came)
+    Gathered(mean, dtype)
+    return Gathering(weight, mean, dtype, name)

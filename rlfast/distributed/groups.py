@@ -1,10 +1,10 @@
 """How a vocabulary is shared out over the ranks of a group, and that they agree on it.
 
-Before the first exchange of a kind the ranks show each other what they have: an all-gather of 16 integers, whose answer
+Before the first exchange of a kind the ranks show each other what they have: an all-gather of 24 integers, whose answer
 is kept for as long as the group lives. On a CPU every call begins with two, a checksum of what has to be alike and
 whether the answer is there: collectives of different sizes would end the processes. On a GPU looking would synchronise,
-so later calls cost a look-up, and what differs then is a timeout; two heads of one group that differ in another rank's
-columns alone are told apart by their ``vocab_size``.
+so later calls cost a look-up, and what differs then is a timeout. A rank cannot see there that another's columns have
+changed: the answer belongs to the weight that it was given for, and logits say their ``vocab_size``.
 """
 
 from __future__ import annotations
@@ -13,21 +13,22 @@ import math
 import zlib
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
+from torch.utils.weak import WeakIdKeyDictionary
 
 from rlfast import backends, validate
-from rlfast.distributed.gather import Gathered, Partitioned, gathered, placement
-from rlfast.distributed.ranks import ranks_of
+from rlfast.distributed.gather import Gathered, Partitioned, gathered, is_dtensor, placement
+from rlfast.distributed.ranks import failed, ranks_of
 from rlfast.ops.linear_token_logps import NAME as HEAD
 from rlfast.ops.token_logps import NAME as LOGITS
 
-FACTS = 16  # integers of a handshake
+FACTS = 24  # integers of a handshake
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,8 @@ class VocabParallel:
             None: all are tokens.
         width: columns of a piece; None: a rank's shard is one. A record goes over the wire a piece, so that the bits of
             what comes back are the same for every number of ranks whose shards begin at multiples of ``width``.
+        sum_hidden: whether ∂hidden is the sum over the ranks; False leaves each rank what its own columns add to it, as
+            Megatron's layers want it, whose gather of the hidden states sums in its backward.
         timeout: seconds until a rank that waits for others raises. None: the group's own.
 
     Example:
@@ -51,6 +54,7 @@ class VocabParallel:
     group: object = None
     vocab_size: int | None = None
     width: int | None = None
+    sum_hidden: bool = True
     timeout: float | None = None
 
     def __post_init__(self):
@@ -58,6 +62,7 @@ class VocabParallel:
             x = getattr(self, name)
             if x is not None and (isinstance(x, bool) or not isinstance(x, int) or x < least):
                 validate.fail(name, f"None or an int ≥ {least}", repr(x))
+        validate.flag("sum_hidden", self.sum_hidden)
         if self.timeout is not None:
             validate.positive("timeout", self.timeout)
 
@@ -69,11 +74,12 @@ class Shards(NamedTuple):
     ranks: tuple[int, ...]  # of the group, as the default group numbers them
     timeout: timedelta | None
     vocab: int
-    widest: int  # columns of the largest shard
+    widest: int  # columns that memory is reckoned by: of the largest shard; with a width of all, for the same chunks
     spans: tuple[tuple[int, int], ...]  # global columns [first, last) of each piece, of rank 0 first
     counts: tuple[int, ...]  # pieces of each rank
     mine: tuple[slice, ...]  # this rank's pieces among its own columns
     first: int  # number of the first of them
+    sum_hidden: bool = True
     around: Callable = nullcontext  # the context in which a backward finds the weight
 
     def own(self) -> list[tuple[slice, tuple[int, int]]]:
@@ -108,17 +114,15 @@ class Shards(NamedTuple):
             else:
                 work.wait(self.timeout)
         except RuntimeError as error:
-            raise failed(self.group, self.ranks, f"{what} {x.shape[-1]} columns of rows {tuple(x.shape)}") from error
+            raise failed(self.ranks, f"{what} {x.shape[-1]} columns of rows {tuple(x.shape)}") from error
 
 
-def failed(group, ranks, what: str) -> RuntimeError:
-    """What a rank says whose exchange did not come about."""
-    me = dist.get_rank()
-    others = [r for r in ranks if r != me]
-    return RuntimeError(
-        f"process_group: rank {me} waited in vain for ranks {others} with {what}: "
-        "one of them has raised, is gone, or has tensors of another shape"
-    )
+@dataclass(frozen=True)
+class Share(VocabParallel):
+    """A ``VocabParallel`` whose group is known, beside the tensor that it is said of."""
+
+    columns: int = 0  # of all ranks, where a ``DTensor`` says it
+    owner: object = field(default=None, compare=False)  # the tensor as it came
 
 
 def resolved(process_group, weight, dim: int, name: str) -> tuple:
@@ -131,43 +135,82 @@ def resolved(process_group, weight, dim: int, name: str) -> tuple:
         name: of the argument ``weight``.
     """
     if isinstance(process_group, Gathered):
-        return None, gathered(weight, mean=process_group.mean, name=name).tensor()
-    there = placement(weight)
+        return None, whole(process_group, weight, name)
+    there, came = placement(weight, name), weight
     if process_group is None and there is None:
         return None, weight
     if torch.compiler.is_compiling():
         validate.fail("process_group", "None in compiled code", type(process_group).__name__)
     its_own = None
     if there is not None:
-        mesh, at, where = there
-        if where != dim % weight.dim():
-            validate.fail(name, f"a DTensor sharded on dimension {dim}", f"Shard({where})")
-        weight, its_own = weight.to_local(), mesh.get_group(at)
+        weight, its_own = shard(weight, dim, name), there[0].get_group(there[1])
     if isinstance(process_group, Shards | Partitioned):
         return process_group, weight
-    share = process_group if isinstance(process_group, VocabParallel) else VocabParallel(process_group)
-    group = its_own if share.group is None else share.group
+    said = process_group if isinstance(process_group, VocabParallel) else VocabParallel(process_group)
+    group = its_own if said.group is None else said.group
     if group is None:
         validate.fail("group", "a group, since the weight is no DTensor", "None")
-    return replace(share, group=ranks_of(group).group), weight
+    columns = 0 if there is None else came.shape[dim]
+    options = said.vocab_size, said.width, said.sum_hidden, said.timeout
+    return Share(ranks_of(group).group, *options, columns, came), weight
 
 
-def local(x):
-    """What this rank has of a tensor."""
-    return x if placement(x) is None else x.to_local()
+def whole(process_group: Gathered, x, name: str) -> torch.Tensor:
+    """A tensor that is sharded over other tokens, gathered."""
+    return gathered(x, mean=process_group.mean, dtype=process_group.dtype, name=name).tensor()
 
 
-def alike(process_group, x):
-    """Another weight, whose rows lie as those of the first."""
-    if isinstance(process_group, Gathered) and placement(x) is not None:
-        return gathered(x, mean=process_group.mean).tensor()
-    return local(x)
+def shard(x, dim: int, name: str) -> torch.Tensor:
+    """This rank's part of a ``DTensor`` that is sharded over the vocabulary, its dimension ``dim``."""
+    _, _, where = placement(x, name)
+    if where != dim % x.dim():
+        validate.fail(name, f"a DTensor sharded on dimension {dim}", f"Shard({where})")
+    return x.to_local()
 
 
-_agreed: WeakKeyDictionary = WeakKeyDictionary()  # group → {what a rank has: the shards}
+def local(x, name: str):
+    """What this rank computes with of a tensor that every rank has whole."""
+    if not is_dtensor(x):
+        return x
+    if not all(p.is_replicate() for p in x.placements):
+        validate.fail(name, "a tensor of this rank's own, or a DTensor that is replicated", x.placements)
+    return x.to_local()
 
 
-def agreed(share: VocabParallel | Shards | None, columns: int, facts: dict, rows: int, device) -> Shards | None:
+def alike(process_group, x, name: str, dim: int = 0):
+    """Another tensor with the vocabulary, whose parts lie as those of the first."""
+    if not is_dtensor(x):
+        return x
+    return whole(process_group, x, name) if isinstance(process_group, Gathered) else shard(x, dim, name)
+
+
+def everywhere(process_group, x, name: str):
+    """Another parameter of the head, without the vocabulary."""
+    gathers = isinstance(process_group, Gathered) and is_dtensor(x)
+    return whole(process_group, x, name) if gathers else local(x, name)
+
+
+_agreed: WeakKeyDictionary = WeakKeyDictionary()  # group → a tensor, or that there is none → {what a rank has: shards}
+
+
+class _NoOwner:
+    """Where an answer is for every tensor."""
+
+
+_NO_OWNER = _NoOwner()
+
+
+def _known(share: Share, facts: dict, device) -> dict:
+    """What has been agreed on, on a GPU for this weight: all ranks have seen it before, or none has."""
+    looks = device.type == "cpu" or len(dist.get_process_group_ranks(share.group)) == 1
+    told_apart = looks or share.columns or share.vocab_size is not None
+    if not told_apart and facts["op"] == 0:
+        validate.fail("vocab_size", "an int for logits on a GPU: VocabParallel(group, vocab_size=)", "None")
+    of_group = _agreed.setdefault(share.group, WeakIdKeyDictionary())
+    return of_group.setdefault(_NO_OWNER if told_apart else share.owner, {})
+
+
+def agreed(share: Share | Shards | Partitioned | None, columns: int, facts: dict, rows: int, device) -> Shards | None:
     """The shards, once every rank has shown the same facts.
 
     Args:
@@ -180,10 +223,11 @@ def agreed(share: VocabParallel | Shards | None, columns: int, facts: dict, rows
     if share is None or isinstance(share, Shards):
         return share
     if isinstance(share, Partitioned):
-        alone = Shards(None, (0,), None, 0, 0, (), (1,), (), 0, share.gather)
+        alone = Shards(None, (0,), None, 0, 0, (), (1,), (), 0, True, share.gather)
         return cut(alone, [columns], None, None, 0)
-    facts = {"vocab_size": share.vocab_size or 0, "width": share.width or 0, "rows": rows} | facts
-    known = _agreed.setdefault(share.group, {})
+    said = {"vocab_size": share.vocab_size or 0, "width": share.width or 0, "sum_hidden": int(share.sum_hidden)}
+    facts = said | {"columns": share.columns, "rows": rows} | facts
+    known = _known(share, facts, device)
     key = (columns, share.timeout, *(item for item in facts.items() if item[0] != "rows"))
     found = known.get(key)
     if found is not None and device.type != "cpu":
@@ -191,7 +235,7 @@ def agreed(share: VocabParallel | Shards | None, columns: int, facts: dict, rows
     size = dist.get_world_size(share.group)
     ranks = tuple(dist.get_process_group_ranks(share.group))
     timeout = None if share.timeout is None else timedelta(seconds=share.timeout)
-    shards = Shards(share.group, ranks, timeout, 0, 0, (), (1,) * size, (), 0)
+    shards = Shards(share.group, ranks, timeout, 0, 0, (), (1,) * size, (), 0, share.sum_hidden)
     if device.type == "cpu":
         # what a rank knows of the others' columns counts: another head may differ from this one in those alone
         checksum = zlib.crc32(repr((list(facts.items()), found and found.spans)).encode())
@@ -232,7 +276,12 @@ def cut(shards: Shards, columns: list[int], vocab_size: int | None, width: int |
         spans, start = spans + here, start + n
         counts.append(len(here))
     return shards._replace(
-        vocab=vocab, widest=max(columns), spans=tuple(spans), counts=tuple(counts), mine=mine, first=first
+        vocab=vocab,
+        widest=max(columns) if width is None else vocab,
+        spans=tuple(spans),
+        counts=tuple(counts),
+        mine=mine,
+        first=first,
     )
 
 
@@ -244,18 +293,29 @@ def facts_of(x, op: str) -> dict:
     return {"dtype": validate.FLOATS.index(x.dtype), "backend": backends.NAMES.index(backend)}
 
 
-def agreed_logits(share: VocabParallel | Shards, logits) -> Shards:
-    """The shards of logits [*, columns of this rank]."""
-    facts = facts_of(logits, LOGITS) | {"kind": 0, "dimensions": logits.dim()}
+def agreed_logits(share: Share | Shards, logits, asked: dict) -> Shards:
+    """The shards of logits [*, columns of this rank]; ``asked``: what else is to be alike."""
+    facts = facts_of(logits, LOGITS) | {"op": 0, "dimensions": logits.dim()} | asked
     return agreed(share, logits.shape[-1], facts, rows_of(logits.shape[:-1]), logits.device)
 
 
-def agreed_head(share: VocabParallel | Shards, hidden, weight, bias) -> Shards:
-    """The shards of a head, of which weight and bias are this rank's rows."""
-    facts = facts_of(hidden, HEAD) | {"kind": 1, "depth": hidden.shape[-1], "bias": int(bias is not None)}
-    grads = enumerate((hidden, weight, bias))
-    facts["needs_grad"] = sum(1 << i for i, x in grads if x is not None and x.requires_grad and torch.is_grad_enabled())
+def agreed_head(share: Share | Shards | Partitioned, hidden, weight, bias, asked: dict) -> Shards:
+    """The shards of a head, of which weight and bias are this rank's rows; ``asked``: what else is to be alike."""
+    facts = facts_of(hidden, HEAD) | {"op": 1, "depth": hidden.shape[-1], "bias": int(bias is not None)}
+    facts |= {"needs_grad": learning(hidden, weight, bias)} | asked
     return agreed(share, weight.shape[0], facts, rows_of(hidden.shape[:-1]), hidden.device)
+
+
+def learning(*tensors) -> int:
+    """Which of them need a gradient, as bits."""
+    needs = [isinstance(x, torch.Tensor) and x.requires_grad and torch.is_grad_enabled() for x in tensors]
+    return sum(1 << i for i, need in enumerate(needs) if need)
+
+
+def candidates(targets, rows) -> int:
+    """K of targets [*, K] of ``rows`` [*, …]; 0: there is none."""
+    many = isinstance(targets, torch.Tensor) and targets.dim() == rows.dim()
+    return targets.shape[-1] if many else 0
 
 
 def rows_of(lead) -> int:

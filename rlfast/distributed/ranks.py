@@ -95,6 +95,16 @@ def together(what: str, ranks: Ranks):
         ) from error
 
 
+def failed(ranks, what: str) -> RuntimeError:
+    """What a rank says whose exchange with ``ranks``, as the default group numbers them, did not come about."""
+    me = dist.get_rank()
+    others = [r for r in ranks if r != me]
+    return RuntimeError(
+        f"process_group: rank {me} waited in vain for ranks {others} with {what}: "
+        "one of them has raised, is gone, or has tensors of another shape"
+    )
+
+
 class _Gathered(torch.autograd.Function):
     """[ranks, …] of one shape everywhere. The gradient is that of the sum of all ranks' losses."""
 

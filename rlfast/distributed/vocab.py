@@ -212,8 +212,8 @@ def head_statistics(head: Head, rows: Rows, wanted: Wanted, keep: bool, backend:
 
 
 def summed(shards: Shards, d_hidden, dtype: torch.dtype):
-    """∂hidden over all columns, rounded once."""
-    return shards.total(d_hidden.contiguous()).to(dtype)
+    """∂hidden over all columns, rounded once; of this rank's alone, if its sum is another's to take."""
+    return (shards.total(d_hidden.contiguous()) if shards.sum_hidden else d_hidden).to(dtype)
 
 
 def pulled(head: Head, run, shards: Shards, parts, needs, sums, wide: bool = False) -> tuple:

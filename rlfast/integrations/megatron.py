@@ -16,6 +16,8 @@ import sys
 import torch
 
 from rlfast import validate
+from rlfast.distributed.groups import VocabParallel
+from rlfast.distributed.ranks import ranks_of
 from rlfast.logps import linear_token_logps, token_logps
 
 REDUCTIONS = ("none", "sum", "mean")
@@ -31,13 +33,21 @@ def group_of(group):
     return state.get_tensor_model_parallel_group()
 
 
+def _shared(logits, group):
+    """The group; with the vocabulary's size where ranks do not look at each other's shards: Megatron's are equal."""
+    group = group_of(group)
+    if logits.device.type == "cpu":
+        return group
+    return VocabParallel(group, vocab_size=logits.shape[-1] * ranks_of(group).size)
+
+
 def _any_target(logits):
     return torch.zeros(logits.shape[:-1], dtype=torch.int64, device=logits.device)
 
 
 def vocab_parallel_log_probs_from_logits(logits, labels, group=None):
     """Log-probs of ``labels`` under logits [*, V / ranks]; ids of the whole vocabulary, shaped [*]."""
-    return token_logps(logits, labels, process_group=group_of(group)).logp
+    return token_logps(logits, labels, process_group=_shared(logits, group)).logp
 
 
 def vocab_parallel_cross_entropy(vocab_parallel_logits, target, label_smoothing=0.0, tp_group=None):
@@ -58,8 +68,8 @@ def fused_vocab_parallel_cross_entropy(vocab_parallel_logits, target, tp_group=N
 
 def vocab_parallel_entropy(vocab_parallel_logits, group=None):
     """Entropies in nats under logits [*, V / ranks], with gradient: [*]."""
-    any_target, group = _any_target(vocab_parallel_logits), group_of(group)
-    return token_logps(vocab_parallel_logits, any_target, outputs=("entropy",), process_group=group).entropy
+    logits, wanted = vocab_parallel_logits, ("entropy",)
+    return token_logps(logits, _any_target(logits), outputs=wanted, process_group=_shared(logits, group)).entropy
 
 
 def vocab_parallel_entropy_with_chunking(vocab_parallel_logits, chunk_size=2048, group=None):
@@ -70,7 +80,7 @@ def vocab_parallel_entropy_with_chunking(vocab_parallel_logits, chunk_size=2048,
 def vocab_parallel_sum_pi_squared(vocab_parallel_logits, group=None):
     """Σ p² under logits [*, V / ranks]: [*]. A constant: no gradient flows through it."""
     logits, wanted = vocab_parallel_logits.detach(), ("log_sum_sq_probs",)
-    out = token_logps(logits, _any_target(logits), outputs=wanted, process_group=group_of(group))
+    out = token_logps(logits, _any_target(logits), outputs=wanted, process_group=_shared(logits, group))
     return out.log_sum_sq_probs.exp()
 
 
@@ -83,12 +93,13 @@ def linear_cross_entropy(hidden, weight, labels, temperature=1.0, reduction="non
         dist_process_group: the ranks that share the vocabulary; None: there is one.
 
     Returns:
-        (log-probs [tokens] or [], entropies [tokens]), float32. ∂hidden is summed over the ranks; verl's kernel leaves
-        that to the gather of Megatron's before it.
+        (log-probs [tokens] or [], entropies [tokens]), float32. ∂hidden is what this rank's rows add to it, as verl's
+        kernel has it: Megatron's gather of the hidden states, or its copy to the ranks, sums in its backward.
     """
     validate.one_of("reduction", str(reduction).lower(), REDUCTIONS)
     rows, labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1).long()
-    wanted = {"outputs": ("logp", "entropy"), "process_group": dist_process_group}
+    share = None if dist_process_group is None else VocabParallel(dist_process_group, sum_hidden=False)
+    wanted = {"outputs": ("logp", "entropy"), "process_group": share}
     out = linear_token_logps(rows, weight, labels, temperature=temperature, **wanted)
     reduced = {"none": out.logp, "sum": out.logp.sum(), "mean": out.logp.mean()}
     return reduced[str(reduction).lower()], out.entropy

@@ -3,7 +3,7 @@
     verl.utils.torch_functional                   logprobs_from_logits, logprobs_from_logits_v2, entropy_from_logits,
                                                   entropy_from_logits_with_chunking, masked_sum, masked_mean, …
     verl.utils.experimental.torch_functional      FusedLinearForPPO
-    verl.utils.kernel.linear_cross_entropy        linear_cross_entropy
+    verl.utils.kernel.linear_cross_entropy        linear_cross_entropy, which is in ``megatron.py``
 
 Log-probs and entropies are float32, as those of flash-attn, verl's fast path on a GPU, are. The temperature is the
 caller's: verl's engine divides the logits, and hands it to the fused heads.
@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import torch
 
+from rlfast.integrations.megatron import REDUCTIONS
+from rlfast.integrations.megatron import linear_cross_entropy as linear_cross_entropy
 from rlfast.integrations.patching import tensor_unsupported
 from rlfast.logps import linear_token_logps, token_logps
 from rlfast.reductions import masked_mean as mean_over
@@ -79,27 +81,6 @@ class FusedLinearForPPO(torch.nn.Module):
     def forward(self, hidden_states, vocab_weights, input_ids, temperature=1.0):
         """``fused_linear_for_ppo``."""
         return fused_linear_for_ppo(hidden_states, vocab_weights, input_ids, temperature, self.chunk_size)
-
-
-def linear_cross_entropy(hidden, weight, labels, temperature=1.0, reduction="none", dist_process_group=None):
-    """Log-probs and entropies of a head, one a token; verl's Triton kernel of that name.
-
-    Args:
-        hidden: [*, D] float. weight: [V, D]. labels: [*] int.
-        reduction: "none". dist_process_group: None.
-
-    Returns:
-        (log-probs, entropies), float32 [tokens].
-
-    Raises:
-        ValueError: another reduction, or a process group.
-    """
-    reason = cross_entropy_unsupported(hidden, weight, labels, temperature, reduction, dist_process_group)
-    if reason is not None:
-        raise ValueError(reason)
-    rows, labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1).long()
-    out = linear_token_logps(rows, weight, labels, temperature=temperature, outputs=("logp", "entropy"))
-    return out.logp, out.entropy
 
 
 def masked_sum(values, mask, axis=None):
@@ -201,10 +182,8 @@ def cross_entropy_unsupported(
     hidden, weight, labels, temperature=1.0, reduction="none", dist_process_group=None
 ) -> str | None:
     """Why rlfast cannot take a call of ``linear_cross_entropy``."""
-    if dist_process_group is not None:
-        return "the vocabulary is shared out over a process group"
-    if str(reduction).lower() != "none":
-        return f"reduction is {reduction!r}, rlfast has 'none'"
+    if str(reduction).lower() not in REDUCTIONS:
+        return f"reduction is {reduction!r}, rlfast has {REDUCTIONS}"
     return tensor_unsupported(hidden=hidden, weight=weight)
 
 

@@ -6,6 +6,7 @@ import math
 
 import torch
 
+from rlfast.distributed.gather import is_dtensor, laid_out_like
 from rlfast.ops.dispatch import first_derivatives_only
 from rlfast.ops.response_losses import scaled
 
@@ -60,10 +61,12 @@ def accumulate(parameter, gradient, g) -> None:
     gradient.mul_(g)
     total = getattr(parameter, "main_grad", None)
     total = parameter.grad if total is None else total
-    if total is None:
-        parameter.grad = gradient.to(parameter.dtype)
+    if total is not None:
+        (total.to_local() if is_dtensor(total) else total).add_(gradient)
+    elif is_dtensor(parameter):
+        parameter.grad = laid_out_like(parameter, gradient.to(parameter.dtype))
     else:
-        total.add_(gradient)
+        parameter.grad = gradient.to(parameter.dtype)
 
 
 def with_gradients(loss: torch.Tensor, inputs: tuple, gradients: tuple, into: dict | None = None, times=None):

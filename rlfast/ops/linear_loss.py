@@ -281,7 +281,7 @@ def chunked(
             at = end
     low_rank = [] if factors is None else list(factors.gradients())
     if rows.shards is not None:  # what every rank's columns add to them
-        for x in (d_hidden, *low_rank[:1]):
+        for x in (d_hidden if rows.shards.sum_hidden else None, *low_rank[:1]):
             if x is not None:
                 rows.shards.total(x)
     return found, (d_hidden, *sums, *low_rank)

@@ -12,6 +12,7 @@ from mutants import (
     ranks,
     rollout,
     sampling,
+    shared_vocabulary,
     token_loss,
 )
 from mutants.formulas import FORMULAS
@@ -29,6 +30,7 @@ _FAMILIES = (
     integrations,
     rollout,
     sampling,
+    shared_vocabulary,
 )
 CPP = [mutant for family in _FAMILIES for mutant in getattr(family, "CPP", ())]
 CUDA = [mutant for family in _FAMILIES for mutant in getattr(family, "CUDA", ())]
