@@ -1,14 +1,41 @@
-"""OpenRLHF's functions and losses beside ours, on batches of a training step's kind."""
+"""OpenRLHF's functions and losses stock and patched, on batches of a training step's kind."""
 
 from __future__ import annotations
 
+import importlib
+
 import torch
 
+import rlfast
+from rlfast.compare import openrlhf_code
 from rlfast.compare.functions import Case
+from rlfast.compare.openrlhf_code import LOSS, MAKER, UTILS
 
-OURS = "rlfast.integrations.openrlhf"
-UTILS, LOSS = "openrlhf.models.utils", "openrlhf.models.loss"
+LIBRARY, OURS = "openrlhf", "rlfast.integrations.openrlhf"
 ROWS, LENGTH, VOCAB = 32, 96, 8192
+
+
+class Foreign(torch.Tensor):
+    """Not a plain tensor: rlfast gives it to OpenRLHF's own function."""
+
+
+def load() -> list[str]:
+    """Import what is compared; with stand-ins for what its trainers need, where that is missing."""
+    try:
+        for name in (UTILS, LOSS, MAKER):
+            importlib.import_module(name)
+    except ImportError as error:
+        openrlhf_code.load()
+        return [
+            f"OpenRLHF was imported with stand-ins for what its trainers need ({error}): its arithmetic is compared, "
+            "no run"
+        ]
+    return []
+
+
+def patch():
+    """rlfast's functions in their place."""
+    return rlfast.patch("openrlhf")
 
 
 def _normal(draw, *shape, scale=1.0):
@@ -22,6 +49,10 @@ def _mask(draw):
 
 def _logits(draw) -> dict:
     return {"logits": _normal(draw, 2, LENGTH, VOCAB, scale=3.0)}
+
+
+def _foreign(draw) -> dict:
+    return {name: x.as_subclass(Foreign) for name, x in _logits(draw).items()}
 
 
 def _labelled(draw) -> dict:
@@ -75,6 +106,14 @@ def _preference(draw) -> dict:
     return {name: -_normal(draw, ROWS).abs() for name in names}
 
 
+def _rewards(draw) -> dict:
+    return {"self": None, "rewards": _normal(draw, ROWS, LENGTH), "action_mask": _mask(draw), "gamma": 0.99}
+
+
+def _gae(draw) -> dict:
+    return _rewards(draw) | {"values": _normal(draw, ROWS, LENGTH), "lambd": 0.95}
+
+
 POLICIES = {
     "ppo": {},
     "dual clip": {"dual_clip": 3.0},
@@ -89,11 +128,14 @@ CHOSEN = ("policy_chosen_logps", "policy_rejected_logps")
 CASES = (
     Case(UTILS, "log_probs_from_logits", _labelled, ("logits",)),
     Case(UTILS, "compute_entropy", _logits, ("logits",)),
+    Case(UTILS, "compute_entropy", _foreign, ("logits",), note="of a tensor's subclass"),
     *(Case(UTILS, "compute_approx_kl", _kl(kind), ("log_probs",), note=kind) for kind in ("k1", "k2", "k3")),
     Case(UTILS, "compute_reward", _reward),
     Case(UTILS, "masked_mean", _masked(), ("tensor",)),
     Case(UTILS, "masked_mean", _masked(dim=1), ("tensor",), note="of rows"),
     Case(UTILS, "masked_normalize", _masked(), ("tensor",)),
+    Case(MAKER, "RemoteExperienceMaker.get_advantages_and_returns", _gae),
+    Case(MAKER, "RemoteExperienceMaker.get_cumulative_returns", _rewards, note="reinforce"),
     *(Case(LOSS, "PolicyLoss", _policy, ("log_probs",), made, name) for name, made in POLICIES.items()),
     Case(LOSS, "ValueLoss", _critic, ("values",), {"clip_eps": 0.2}),
     Case(LOSS, "SFTLoss", _sft, ("per_token_logps",), {}),
