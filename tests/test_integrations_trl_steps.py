@@ -262,7 +262,8 @@ def exact_head(hidden, weight, bias, targets, temperature, _, softcap=None, logi
         return logp.gather(-1, targets[:, None])[:, 0].float(), *made
 
 
-AUTOCAST = Bounds()  # measured below
+# The gradients of both are rounded to bfloat16, mostly to the same numbers; an error of 1% moves norm and update by 7e-3.
+AUTOCAST = Bounds(1e-3, 5e-3, 2e-3, 4e-3, 1e-5)
 ROUNDED = ("SFT nll", "DPO sigmoid", "DPO ipo", "KTO", "GRPO grpo", "RLOO")
 
 

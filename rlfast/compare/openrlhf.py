@@ -51,10 +51,6 @@ def _logits(draw) -> dict:
     return {"logits": _normal(draw, 2, LENGTH, VOCAB, scale=3.0)}
 
 
-def _foreign(draw) -> dict:
-    return {name: x.as_subclass(Foreign) for name, x in _logits(draw).items()}
-
-
 def _labelled(draw) -> dict:
     return _logits(draw) | {"labels": torch.randint(VOCAB, (2, LENGTH), generator=draw), "temperature": 0.7}
 
@@ -110,6 +106,11 @@ def _rewards(draw) -> dict:
     return {"self": None, "rewards": _normal(draw, ROWS, LENGTH), "action_mask": _mask(draw), "gamma": 0.99}
 
 
+def _foreign(draw) -> dict:
+    given = _rewards(draw)
+    return given | {"rewards": given["rewards"].as_subclass(Foreign)}
+
+
 def _gae(draw) -> dict:
     return _rewards(draw) | {"values": _normal(draw, ROWS, LENGTH), "lambd": 0.95}
 
@@ -128,7 +129,6 @@ CHOSEN = ("policy_chosen_logps", "policy_rejected_logps")
 CASES = (
     Case(UTILS, "log_probs_from_logits", _labelled, ("logits",)),
     Case(UTILS, "compute_entropy", _logits, ("logits",)),
-    Case(UTILS, "compute_entropy", _foreign, ("logits",), note="of a tensor's subclass"),
     *(Case(UTILS, "compute_approx_kl", _kl(kind), ("log_probs",), note=kind) for kind in ("k1", "k2", "k3")),
     Case(UTILS, "compute_reward", _reward),
     Case(UTILS, "masked_mean", _masked(), ("tensor",)),
@@ -136,6 +136,7 @@ CASES = (
     Case(UTILS, "masked_normalize", _masked(), ("tensor",)),
     Case(MAKER, "RemoteExperienceMaker.get_advantages_and_returns", _gae),
     Case(MAKER, "RemoteExperienceMaker.get_cumulative_returns", _rewards, note="reinforce"),
+    Case(MAKER, "RemoteExperienceMaker.get_cumulative_returns", _foreign, note="of a tensor's subclass"),
     *(Case(LOSS, "PolicyLoss", _policy, ("log_probs",), made, name) for name, made in POLICIES.items()),
     Case(LOSS, "ValueLoss", _critic, ("values",), {"clip_eps": 0.2}),
     Case(LOSS, "SFTLoss", _sft, ("per_token_logps",), {}),
