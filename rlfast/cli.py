@@ -165,32 +165,39 @@ def bench(
 
 @app.command()
 def compare(
+    context: typer.Context,
     library: str = typer.Argument(help="trl, or the functions of verl or openrlhf."),
     trainer: str = typer.Option("grpo", help="TRL's: grpo, rloo, dpo, kto or sft."),
-    steps: int = typer.Option(5, help="Of each arm."),
-    model: str = typer.Option("tiny", help="tiny (random), smollm2, or the folder of a model."),
-    loss_type: str = typer.Option("", help="One of the trainer's configuration (DPO: several with a comma between)."),
-    batch: int = typer.Option(4, help="Examples a step."),
-    learning_rate: float = typer.Option(1e-4, help="Of AdamW, constant."),
+    steps: int = typer.Option(5, help="Of each arm of TRL's trainer."),
+    model: str = typer.Option("tiny", help="TRL's: tiny (random), smollm2, or the folder of a model."),
+    loss_type: str = typer.Option("", help="One of TRL's trainer (DPO: several with a comma between)."),
+    batch: int = typer.Option(4, help="Examples a step of TRL's trainer."),
+    learning_rate: float = typer.Option(1e-4, help="Of AdamW, constant, in TRL's trainer."),
     threads: int = typer.Option(0, help="0: torch's default."),
     seed: int = typer.Option(0, help="Of the data and of sampling."),
     as_json: bool = typer.Option(False, "--json", help="Print one JSON object."),
 ) -> None:
-    """A trainer stock beside the same trainer patched, in fresh processes. Exit 1 if they differ."""
+    """TRL's trainer, or a library's functions, stock beside patched, in fresh processes. Exit 1 if they differ."""
     from rlfast import integrations
     from rlfast.compare import run
-    from rlfast.demo.settings import DemoError
+    from rlfast.demo.settings import DemoError, at_least
 
-    asked = {"trainer": trainer, "steps": steps, "model": model, "loss_type": loss_type, "batch": batch}
-    asked |= {"learning_rate": learning_rate, "threads": threads, "seed": seed}
+    asked = {"threads": threads, "seed": seed}
+    of_trl = {"trainer": trainer, "steps": steps, "model": model, "loss_type": loss_type, "batch": batch}
+    of_trl |= {"learning_rate": learning_rate}
     try:
         if library not in run.LIBRARIES:
             raise DemoError(f"expected one of {run.LIBRARIES}, got {library!r}")
+        at_least(0, **asked)
+        given = [name for name in of_trl if context.get_parameter_source(name).name != "DEFAULT"]
+        if library != "trl" and given:
+            raise DemoError(f"--{given[0].replace('_', '-')}: of TRL's trainers; of {library} functions are compared")
         integrations.installed(library)
+        asked |= of_trl if library == "trl" else {}
         found = run.run(library, asked, lambda text: print(text, file=sys.stderr) if sys.stderr.isatty() else None)
     except (DemoError, ImportError) as error:
         print(f"rlfast compare: {error}", file=sys.stderr)
-        raise typer.Exit(1) from None
+        raise typer.Exit(2) from None
     if as_json:
         print(json.dumps(found.json))
     else:

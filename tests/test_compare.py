@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import json
-import sys
-import types
 
 import pytest
 import torch
@@ -14,66 +11,41 @@ from typer.testing import CliRunner
 
 from rlfast import cli, integrations
 from rlfast.compare import functions, report, run, steps, trainers
-from rlfast.compare.functions import Case
 from rlfast.compare.steps import Compared
 from rlfast.demo.parity import Step
 from rlfast.demo.settings import DemoError
+from tests import compare_library
 
 runner = CliRunner()
 SAME = Compared(Step((0.7, 0.7), (4.0, 4.0), 1.0, 2e-6, 3e-5), 1e-7, (0.2, 0.1), (3 << 20, 2 << 20))
 
 
-def library(monkeypatch, scale: float = 1.0, gradient: float = 1.0):
-    """A module that stands for a trainer's library, and one for ours whose numbers are off by a factor."""
-
-    def entropy(logits, temperature=1.0):
-        logits.div_(temperature)  # as OpenRLHF does
-        logp = logits.log_softmax(-1)
-        return -(logp.exp() * logp).sum(-1), {"tokens": len(logits), "none": None}
-
-    def off(logits, temperature=1.0):
-        value, metrics = entropy(logits, temperature)
-        return scale * (gradient * value - (gradient - 1) * value.detach()), metrics
-
-    class Loss:
-        def __init__(self, weight):
-            self.weight = weight
-
-        def __call__(self, logits):
-            return self.weight * entropy(logits)[0].mean()
-
-    class Off(Loss):
-        def __call__(self, logits):
-            return scale * self.weight * off(logits)[0].mean()
-
-    for name, function, loss in (("theirs", entropy, Loss), ("ours", off, Off)):
-        monkeypatch.setitem(sys.modules, f"stands_for.{name}", types.SimpleNamespace(entropy=function, Loss=loss))
-    given = lambda draw: {"logits": torch.randn(5, 9, generator=draw)}  # noqa: E731
-    return (
-        Case("stands_for.theirs", "entropy", lambda draw: given(draw) | {"temperature": 0.7}, ("logits",), note="0.7"),
-        Case("stands_for.theirs", "entropy", given),
-        Case("stands_for.theirs", "Loss", given, ("logits",), {"weight": 3.0}),
-    )
+TABLE = "tests.compare_library"
 
 
-def test_functions_that_are_the_same(monkeypatch):
-    done = functions.compare(library(monkeypatch), "stands_for.ours")
-    assert [measured.label for measured in done] == ["entropy 0.7", "entropy", "Loss"]
-    assert [measured.value for measured in done] == [0.0] * 3
-    assert [measured.gradient for measured in done] == [0.0, None, 0.0]
-    assert not any(measured.failures for measured in done)
+def test_functions_that_are_the_same():
+    done = functions.compare(TABLE, seed=3)
+    assert [m.label for m in done.measured][:5] == ["entropy 0.7", "entropy", "Loss", "alone", "product"]
+    assert [m.value for m in done.measured] == [0.0] * len(done.measured)
+    assert [m.gradient for m in done.measured][:5] == [0.0, None, 0.0, None, 0.0]
+    assert not any(m.failures for m in done.measured) and min(done.peak) > 1 << 26
+    ran = [m.ran for m in done.measured]
+    assert ran[1] == "it runs as it is: three rows" and "a patch leaves the library's as it is" in ran[3]
+    assert not ran[0] and not ran[2] and not ran[4]
+    assert done.notes[0] == "it is small"
 
 
-@pytest.mark.parametrize("wrong, words", (({"scale": 1.01}, "values"), ({"gradient": 1.01}, "gradients")))
-def test_a_function_that_is_one_percent_off(wrong, words, monkeypatch):
-    done = functions.compare(library(monkeypatch, **wrong), "stands_for.ours")
-    failures = [failure for measured in done for failure in measured.failures]
-    assert failures and any(f": {words} 0.01 apart" in failure for failure in failures)
+@pytest.mark.parametrize("wrong", ("values", "gradients"))
+def test_a_function_that_is_one_percent_off(wrong, monkeypatch):
+    monkeypatch.setenv(compare_library.WRONG, wrong)
+    failures = [failure for m in functions.compare(TABLE).measured for failure in m.failures]
+    assert failures and any(f": {wrong} 0.01 apart" in failure for failure in failures)
 
 
-def test_a_library_that_cannot_be_imported():
-    with pytest.raises(DemoError, match=r"nonesuch\.module cannot be imported: No module named 'nonesuch'"):
-        functions.compare((Case("nonesuch.module", "f", lambda draw: {}),), "rlfast.nonesuch")
+def test_a_library_that_cannot_be_imported(monkeypatch):
+    monkeypatch.setenv(compare_library.WRONG, "missing")
+    with pytest.raises(DemoError, match="a library cannot be imported: No module named 'nonesuch'"):
+        functions.compare(TABLE)
 
 
 def test_numbers_that_are_not_numbers_are_a_failure():
@@ -81,24 +53,50 @@ def test_numbers_that_are_not_numbers_are_a_failure():
     assert functions.Measured("f", 0.0, float("nan"), (1.0, 1.0)).failures
 
 
+LEFT = ("compute_approx_kl", "masked_mean", "masked_normalize")  # of OpenRLHF, by choice
+
+
 @pytest.mark.parametrize("name", ("verl", "openrlhf"))
 def test_the_functions_of(name):
-    if name == "openrlhf":
-        importlib.import_module("tests.openrlhf_code").load()  # without what its trainers need
     done = runner.invoke(cli.app, ["compare", name, "--json"])
     assert done.exit_code == 0, done.output
     found = json.loads(done.stdout)
     assert len(found["functions"]) > 20 and not found["failures"]
+    assert min(found["peak_bytes"]) > 1 << 26
+    for row in found["functions"]:
+        if row["label"].endswith("of a tensor's subclass"):
+            assert "runs as it is" in row["ran"]
+        elif name == "openrlhf" and row["label"].startswith(LEFT):
+            assert "a patch leaves" in row["ran"]
+        else:
+            assert not row["ran"], row
+    if name == "openrlhf" and not importlib.util.find_spec("deepspeed"):
+        assert any("stand-ins" in note for note in found["notes"])
+    if name == "verl" and not torch.cuda.is_available():
+        assert found["notes"] == ["linear_cross_entropy is not compared: the library's own needs a GPU"]
 
 
-@pytest.mark.parametrize(
-    "change, words",
-    (({"loss": (0.7, 0.71)}, "losses"), ({"grad_norm": (4.0, 4.04)}, "gradient norms"), ({"update": 0.01}, "updates")),
-)
-def test_a_step_out_of_tolerance_fails(change, words):
-    assert not report.failures([SAME, SAME])
-    (failure,) = report.failures([SAME, SAME._replace(step=SAME.step._replace(**change))])
+APART = {
+    "losses": {"loss": (0.7, 0.70002)},
+    "gradient norms": {"grad_norm": (4.0, 4.0002)},
+    "log-probs": {"logp": 5e-5},
+    "updates": {"update": 0.01},
+}
+
+
+@pytest.mark.parametrize("words", APART)
+def test_a_step_out_of_tolerance_fails(words):
+    assert not report.failures([SAME, SAME], report.TINY)
+    wrong = SAME._replace(step=SAME.step._replace(**APART[words]))
+    (failure,) = report.failures([SAME, wrong], report.TINY)
     assert failure.startswith(f"step 2: {words}")
+    assert bool(report.failures([wrong])) == (words == "updates")  # a deep model has wider bounds
+
+
+@pytest.mark.parametrize("weights", (2e-5, float("nan")))
+def test_weights_out_of_tolerance_fail(weights):
+    (failure,) = report.failures([SAME, SAME._replace(weights=weights)])
+    assert failure.startswith("step 2: weights")
 
 
 def test_what_is_written_of_steps():
@@ -133,6 +131,18 @@ WRONG = {
     "a trainer": (["trl", "--trainer", "ppo"], r"--trainer: expected one of ('grpo', "),
     "steps": (["trl", "--steps", "0"], "--steps: expected at least 1, got 0"),
     "a model": (["trl", "--model", "nowhere"], "--model: expected tiny, smollm2 or the folder of a model"),
+    "a batch": (["trl", "--trainer", "dpo", "--batch", "0"], "--batch: expected at least 1, got 0"),
+    "half a group": (["trl", "--batch", "3"], "--batch: expected a multiple of 2"),
+    "more than there is": (["trl", "--batch", "14"], "and at most 12, got 14"),
+    "no other completion": (["trl", "--trainer", "kto", "--batch", "1"], "--batch: expected at least 2, got 1"),
+    "a loss": (["trl", "--loss-type", "ppo"], "--loss-type: expected one of ('grpo', "),
+    "one of two losses": (["trl", "--trainer", "dpo", "--loss-type", "ipo,nll"], "got 'nll'"),
+    "two losses": (["trl", "--trainer", "sft", "--loss-type", "nll,dft"], "--loss-type: expected one name"),
+    "a loss of none": (["trl", "--trainer", "rloo", "--loss-type", "grpo"], "rloo has one loss"),
+    "a rate": (["trl", "--learning-rate", "0"], "--learning-rate: expected a float > 0, got 0.0"),
+    "threads": (["verl", "--threads", "-1"], "--threads: expected at least 0, got -1"),
+    "a trainer of verl": (["verl", "--trainer", "ppo"], "--trainer: of TRL's trainers; of verl functions are compared"),
+    "steps of OpenRLHF": (["openrlhf", "--steps", "5"], "--steps: of TRL's trainers"),
 }
 
 
@@ -141,13 +151,13 @@ def test_wrong_arguments(what):
     pytest.importorskip("trl")
     arguments, words = WRONG[what]
     done = runner.invoke(cli.app, ["compare", *arguments])
-    assert done.exit_code == 1 and words in done.output
+    assert done.exit_code == 2 and words in done.output
 
 
 def test_a_library_that_is_not_installed(monkeypatch):
     monkeypatch.setattr(integrations.importlib.util, "find_spec", lambda name: None)
     done = runner.invoke(cli.app, ["compare", "openrlhf"])
-    assert done.exit_code == 1
+    assert done.exit_code == 2
     assert 'openrlhf is not installed: run `pip install "openrlhf==0.11.*"`' in done.output
 
 

@@ -41,7 +41,23 @@ in for the people or the model that ranked answers. Likelihoods that are mixed i
 The numbers of a cluster (prompts a step, answers a prompt, lengths) are bounded by what a run is given (`fitted`).
 
 `tests/recipes/` takes two steps of every row beside an independent float64 script that begins with the same weights and
-tokens: losses, advantages, values and reward-model losses agree to 1e-6, and a coefficient that is 1% off is found.
+tokens: losses, advantages, values and reward-model losses agree to 1e-6. What of the numbers it holds:
+
+- every number is written a second time, in `tests/recipes/reported.py`, and has to be the same exactly;
+- every coefficient (what a formula multiplies, bounds or divides by) that is 1% off in a run is found beside the
+  script, once for stages that call the same functions with the same value. Three of them do nothing in two steps at
+  their own size, and are tried at another: `nemotron4`'s last likelihood (1e-5, tried at 0.1), `deepseek_r1`'s
+  lower bound of the ratio (10, which nothing reaches; at 0.2) and `skywork`'s target of the entropy (a threshold;
+  just above what the entropy is);
+- learning rates are the test's, 0.05; that one 1% off is found is tried once for each of them of each kind of
+  stage;
+- sizes are the test's too: two prompts, four answers, three epochs, two minibatches where `instructgpt` and `dapo`
+  have more, `deepseek_r1`'s reference anew after each step, lengths as `fitted` shortens them. That a size by one
+  off is found is tried once for each of them of each kind of stage of the systems; of the papers' own stages sizes
+  are held by `reported.py` alone;
+- temperatures of stages that only sample with them are held by `reported.py` alone, since the script is given the
+  tokens;
+- `kimi`'s interval of the reference is that of its iterations: its objective has the policy before them by itself.
 """
 
 

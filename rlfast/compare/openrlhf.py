@@ -1,14 +1,41 @@
-"""OpenRLHF's functions and losses beside ours, on batches of a training step's kind."""
+"""OpenRLHF's functions and losses stock and patched, on batches of a training step's kind."""
 
 from __future__ import annotations
 
+import importlib
+
 import torch
 
+import rlfast
+from rlfast.compare import openrlhf_code
 from rlfast.compare.functions import Case
+from rlfast.compare.openrlhf_code import LOSS, MAKER, UTILS
 
-OURS = "rlfast.integrations.openrlhf"
-UTILS, LOSS = "openrlhf.models.utils", "openrlhf.models.loss"
+LIBRARY, OURS = "openrlhf", "rlfast.integrations.openrlhf"
 ROWS, LENGTH, VOCAB = 32, 96, 8192
+
+
+class Foreign(torch.Tensor):
+    """Not a plain tensor: rlfast gives it to OpenRLHF's own function."""
+
+
+def load() -> list[str]:
+    """Import what is compared; with stand-ins for what its trainers need, where that is missing."""
+    try:
+        for name in (UTILS, LOSS, MAKER):
+            importlib.import_module(name)
+    except ImportError as error:
+        openrlhf_code.load()
+        return [
+            f"OpenRLHF was imported with stand-ins for what its trainers need ({error}): its arithmetic is compared, "
+            "no run"
+        ]
+    return []
+
+
+def patch():
+    """rlfast's functions in their place."""
+    return rlfast.patch("openrlhf")
 
 
 def _normal(draw, *shape, scale=1.0):
@@ -75,6 +102,19 @@ def _preference(draw) -> dict:
     return {name: -_normal(draw, ROWS).abs() for name in names}
 
 
+def _rewards(draw) -> dict:
+    return {"self": None, "rewards": _normal(draw, ROWS, LENGTH), "action_mask": _mask(draw), "gamma": 0.99}
+
+
+def _foreign(draw) -> dict:
+    given = _rewards(draw)
+    return given | {"rewards": given["rewards"].as_subclass(Foreign)}
+
+
+def _gae(draw) -> dict:
+    return _rewards(draw) | {"values": _normal(draw, ROWS, LENGTH), "lambd": 0.95}
+
+
 POLICIES = {
     "ppo": {},
     "dual clip": {"dual_clip": 3.0},
@@ -94,6 +134,9 @@ CASES = (
     Case(UTILS, "masked_mean", _masked(), ("tensor",)),
     Case(UTILS, "masked_mean", _masked(dim=1), ("tensor",), note="of rows"),
     Case(UTILS, "masked_normalize", _masked(), ("tensor",)),
+    Case(MAKER, "RemoteExperienceMaker.get_advantages_and_returns", _gae),
+    Case(MAKER, "RemoteExperienceMaker.get_cumulative_returns", _rewards, note="reinforce"),
+    Case(MAKER, "RemoteExperienceMaker.get_cumulative_returns", _foreign, note="of a tensor's subclass"),
     *(Case(LOSS, "PolicyLoss", _policy, ("log_probs",), made, name) for name, made in POLICIES.items()),
     Case(LOSS, "ValueLoss", _critic, ("values",), {"clip_eps": 0.2}),
     Case(LOSS, "SFTLoss", _sft, ("per_token_logps",), {}),

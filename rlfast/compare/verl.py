@@ -1,14 +1,34 @@
-"""verl's functions beside ours, on batches of a training step's kind."""
+"""verl's functions stock and patched, on batches of a training step's kind."""
 
 from __future__ import annotations
 
+import importlib
+
 import torch
 
+import rlfast
 from rlfast.compare.functions import Case
 
-OURS = "rlfast.integrations.verl"
+LIBRARY, OURS = "verl", "rlfast.integrations.verl"
 TORCH, CORE = "verl.utils.torch_functional", "verl.trainer.ppo.core_algos"
-ROWS, LENGTH, VOCAB = 32, 96, 8192
+FUSED, KERNEL = "verl.utils.experimental.torch_functional", "verl.utils.kernel.linear_cross_entropy"
+ROWS, LENGTH, VOCAB, WIDTH = 32, 96, 8192, 128
+
+
+class Foreign(torch.Tensor):
+    """Not a plain tensor: rlfast gives it to verl's own function."""
+
+
+def load() -> list[str]:
+    """Import what is compared."""
+    for name in (TORCH, CORE, FUSED, KERNEL):
+        importlib.import_module(name)
+    return []
+
+
+def patch():
+    """rlfast's functions in their place."""
+    return rlfast.patch("verl")
 
 
 def _normal(draw, *shape, scale=1.0):
@@ -22,6 +42,18 @@ def _mask(draw):
 
 def _logits(draw) -> dict:
     return {"logits": _normal(draw, LENGTH, VOCAB, scale=3.0)}
+
+
+def _foreign(draw) -> dict:
+    return {name: x.as_subclass(Foreign) for name, x in _logits(draw).items()}
+
+
+def _head(hidden: str, weight: str, labels: str, **options):
+    def given(draw):
+        made = {hidden: _normal(draw, 1, LENGTH, WIDTH), weight: _normal(draw, VOCAB, WIDTH, scale=0.1)}
+        return made | {labels: torch.randint(VOCAB, (1, LENGTH), generator=draw)} | options
+
+    return given
 
 
 def _labelled(draw) -> dict:
@@ -69,6 +101,22 @@ def _outcomes(draw) -> dict:
     }  # fmt: skip
 
 
+def _discounted(draw) -> dict:
+    from verl.trainer.config import AlgoConfig
+
+    given = _outcomes(draw)
+    del given["index"]
+    return given | {"config": AlgoConfig(gamma=0.99)}
+
+
+def _reinforce(draw) -> dict:
+    given = _policy(draw)
+    return given | {
+        "rollout_log_prob": given.pop("old_log_prob"),
+        "rollout_is_weights": _normal(draw, ROWS, LENGTH).exp(),
+    }
+
+
 def _policy(draw) -> dict:
     from verl.workers.config import ActorConfig, PolicyLossConfig
 
@@ -90,8 +138,13 @@ CASES = (
     Case(TORCH, "logprobs_from_logits", _labelled, ("logits",)),
     Case(TORCH, "logprobs_from_logits_v2", _labelled, ("logits",)),
     Case(TORCH, "entropy_from_logits", _logits, ("logits",)),
+    Case(TORCH, "entropy_from_logits", _foreign, ("logits",), note="of a tensor's subclass"),
     Case(TORCH, "entropy_from_logits_with_chunking", _logits, ("logits",)),
     Case(TORCH, "calculate_sum_pi_squared_from_logits", _logits),
+    Case(FUSED, "FusedLinearForPPO", _head("hidden_states", "vocab_weights", "input_ids", temperature=0.7),
+         ("hidden_states", "vocab_weights"), {}, swapped="FusedLinearForPPOFunction"),
+    Case(KERNEL, "linear_cross_entropy", _head("hidden", "weight", "labels"), ("hidden", "weight"), gpu=True,
+         positional=True),
     Case(TORCH, "masked_sum", _values, ("values",)),
     Case(TORCH, "masked_mean", _values, ("values",)),
     Case(TORCH, "masked_var", _values, ("values",)),
@@ -101,5 +154,7 @@ CASES = (
     *(Case(CORE, "kl_penalty", _kl(kind), ("logprob",), note=kind) for kind in ("k1", "abs", "k2", "k3", "k3+")),
     Case(CORE, "compute_gae_advantage_return", _gae),
     *(Case(CORE, f"compute_{name}_advantage", _outcomes) for name in ESTIMATORS),
+    Case(CORE, "compute_reinforce_plus_plus_outcome_advantage", _discounted),
     *(Case(CORE, f"compute_policy_loss_{name}", _policy, ("log_prob",)) for name in POLICIES),
-)
+    Case(CORE, "compute_policy_loss_reinforce", _reinforce, ("log_prob",)),
+)  # fmt: skip

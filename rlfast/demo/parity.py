@@ -14,6 +14,20 @@ LOGP_TOLERANCE = 1e-4  # nats, absolute: thirty float32 layers alone move a log-
 GRAD_NORM_TOLERANCE = 1e-4  # relative
 UPDATE_TOLERANCE = 1e-3  # of the update's norm
 LOSS_TOLERANCE = 1e-4  # of what the loss is made of
+WEIGHTS_TOLERANCE = 1e-5  # of the weights' norm
+
+
+class Tolerances(NamedTuple):
+    """How far two arms may be apart."""
+
+    logp: float = LOGP_TOLERANCE
+    grad_norm: float = GRAD_NORM_TOLERANCE
+    update: float = UPDATE_TOLERANCE
+    loss: float = LOSS_TOLERANCE
+    weights: float = WEIGHTS_TOLERANCE
+
+
+TOLERANCES = Tolerances()
 
 
 class Step(NamedTuple):
@@ -28,18 +42,20 @@ class Step(NamedTuple):
 
     @property
     def failures(self) -> list[str]:
-        """What is out of tolerance, in words."""
-        stock, ours = self.grad_norm
+        """What is out of the demo's tolerances, in words."""
+        return self.beyond(TOLERANCES)
+
+    def beyond(self, allowed: Tolerances) -> list[str]:
+        """What is out of tolerance, in words; NaN is."""
+        (stock, ours), (theirs, mine) = self.grad_norm, self.loss
         checks = {
-            f"log-probs {self.logp:.2g} apart, allowed {LOGP_TOLERANCE:.0e}": self.logp <= LOGP_TOLERANCE,
-            f"gradient norms {stock:.7g} and {ours:.7g}, allowed {GRAD_NORM_TOLERANCE:.0e} relative": abs(stock - ours)
-            <= GRAD_NORM_TOLERANCE * stock,
-            f"updates {self.update:.2g} of their norm apart, allowed {UPDATE_TOLERANCE:.0e}": self.update
-            <= UPDATE_TOLERANCE,
-            f"losses {self.loss[0]:.7g} and {self.loss[1]:.7g}, allowed {LOSS_TOLERANCE:.0e} of {self.scale:.3g}": abs(
-                self.loss[0] - self.loss[1]
-            )
-            <= LOSS_TOLERANCE * self.scale,
+            f"log-probs {self.logp:.2g} apart, allowed {allowed.logp:.0e}": self.logp <= allowed.logp,
+            f"gradient norms {stock:.7g} and {ours:.7g}, allowed {allowed.grad_norm:.0e} relative": abs(stock - ours)
+            <= allowed.grad_norm * stock,
+            f"updates {self.update:.2g} of their norm apart, allowed {allowed.update:.0e}": self.update
+            <= allowed.update,
+            f"losses {theirs:.7g} and {mine:.7g}, allowed {allowed.loss:.0e} of {self.scale:.3g}": abs(theirs - mine)
+            <= allowed.loss * self.scale,
         }
         return [words for words, fine in checks.items() if not fine]
 

@@ -59,6 +59,13 @@ class DpoSettings(Common):
     pairs_file: str = ""
 
 
+def at_least(least: int, **options: float) -> None:
+    """Raise DemoError for the first option that is less, by its name on the command line."""
+    for name, value in options.items():
+        if value < least:
+            raise DemoError(f"--{name.replace('_', '-')}: expected at least {least}, got {value}")
+
+
 def missing() -> str | None:
     """One sentence that says what to install; None if nothing is missing."""
     absent = [name for name in PACKAGES if importlib.util.find_spec(name) is None]

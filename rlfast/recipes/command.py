@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 import rlfast
-from rlfast.demo.settings import DemoError
+from rlfast.demo.settings import DemoError, at_least
 from rlfast.recipes import SURE, show
 from rlfast.recipes.row import Recipe
 
@@ -66,13 +66,20 @@ def train(
     from rlfast.recipes.training import fitted, train
 
     try:
+        at_least(1, steps=steps, batch=batch, candidates=candidates, max_tokens=max_tokens)
+        if learning_rate is not None and not 0 < learning_rate < float("inf"):
+            raise DemoError(f"--learning-rate: expected a float > 0, got {learning_rate}")
+    except DemoError as error:
+        print(f"rlfast train: {error}", file=sys.stderr)
+        raise typer.Exit(2) from None
+    try:
         row = fitted(
             rlfast.recipe(name), batch=batch, candidates=candidates, max_tokens=max_tokens, steps=steps,
             learning_rate=learning_rate,
         )  # fmt: skip
         policy, tokenizer, task = tasks.loaded(model, seed)
         if teacher is not None:
-            other = tasks.loaded(teacher, seed).model
+            other = tasks.loaded(teacher, seed, "--teacher").model
         else:
             other = tasks.tiny(seed + 1) if model == "tiny" else None
         options = {"tokenizer": tokenizer, "teacher": other, "max_tokens": max_tokens, "seed": seed}

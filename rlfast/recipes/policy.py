@@ -162,6 +162,7 @@ def stepped(now: PolicyRun, steps: int) -> Iterator[Record]:
     for step in range(steps):
         answers = now.rollouts()
         if answers is None:
+            now.session.skips("policy", step)
             continue
         m = now.measured(answers)
         count = min(stage.minibatches.value, len(answers.numbers))

@@ -52,6 +52,7 @@ def reward_model(session: Session, stage: RewardModel, steps: int) -> Iterator[R
         if stage.loss.function == "reward_loss":
             best, worst = ends(answers, answers.rewards)
             if not len(best):
+                session.skips("reward_model", step)
                 continue
             given = {}
             if "extra" in stage.loss.ready.objective.needs:
@@ -103,6 +104,7 @@ def preference(
                 answers = session.sample(stage, engine)
             found = pairs_of(answers, scored(answers), stage.skip)
             if found is None:
+                session.skips("preference", step)
                 continue
             given = _given(stage, found, reference, as_reference)
             for _ in range(stage.epochs.value):
@@ -134,8 +136,9 @@ def best_of(session: Session, stage: BestOf, steps: int) -> Iterator[Record]:
     session.begins(stage, reward_model=session.reward_model)
     for step in range(steps):
         answers = session.sample(stage)
-        rows = best_of_n(session.judged(stage.judge, answers), group_size=answers.group).best
+        scores = session.judged(stage.judge, answers)
+        rows = best_of_n(scores, group_size=answers.group).best
         best = answers.batch.rows(rows)
         loss = stage.loss(session.actor.logps(best).logp, mask=best.mask).loss
         learn(loss, optimizer)
-        yield session.record("best_of", step, loss, answers, rows=rows)
+        yield session.record("best_of", step, loss, answers, rows=rows, scores=scores)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -13,6 +14,7 @@ from rlfast.recipes.models import Actor, Batch, Scorer, batch_of
 from rlfast.recipes.row import Stage, Value
 from rlfast.rollout import Engine, Rollout, SamplingParams
 
+logger = logging.getLogger("rlfast.recipes")
 SEEDS = 1 << 20  # for each prompt that is drawn, more than it has answers
 
 
@@ -165,6 +167,10 @@ class Session:
         if self.reward_model is None:
             validate.fail("stages", "a RewardModel before a stage that asks it", "none")
         return self.reward_model.rewards(answers.batch)
+
+    def skips(self, kind: str, step: int) -> None:
+        """Say that a step has no update."""
+        logger.warning("stage %d %s, step %d: no update, in no group do rewards differ", self.place, kind, step)
 
     def record(self, kind: str, step: int, loss: torch.Tensor, answers: Answers | None = None, **data) -> Record:
         """Of one update."""

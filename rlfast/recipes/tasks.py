@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 from rlfast.demo import model as smollm2
+from rlfast.demo.settings import DemoError
 from rlfast.demo.task import closeness, problems
 from rlfast.recipes.session import Task
 
@@ -77,14 +79,24 @@ def tiny(seed: int = 0) -> torch.nn.Module:
     return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
 
 
-def loaded(name: str, seed: int = 0) -> Loaded:
-    """ "tiny", "smollm2" (its weights are converted once), or a folder or name that ``from_pretrained`` takes."""
+def loaded(name: str, seed: int = 0, option: str = "--model") -> Loaded:
+    """ "tiny", "smollm2" (its weights are converted once), or a folder or name that ``from_pretrained`` takes.
+
+    Raises:
+        DemoError: there is no such model; ``option`` is what asked for it.
+    """
     if name == "tiny":
         return Loaded(tiny(seed), Words(), toy(seed=seed))
     import transformers
 
     where = str(smollm2.prepare()) if name == "smollm2" else name
-    tokenizer = transformers.AutoTokenizer.from_pretrained(where)
-    model = transformers.AutoModelForCausalLM.from_pretrained(where, dtype=torch.float32).eval()
+    wanted = "expected tiny, smollm2, or a folder or name that from_pretrained takes"
+    if (where.startswith((".", "/", "~")) or where.count("/") > 1) and not Path(where).is_dir():
+        raise DemoError(f"{option}: {wanted}; there is no folder {name!r}")
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(where)
+        model = transformers.AutoModelForCausalLM.from_pretrained(where, dtype=torch.float32).eval()
+    except (OSError, ValueError) as error:
+        raise DemoError(f"{option}: {wanted}, got {name!r}: {str(error).splitlines()[0]}") from None
     model = model.cuda() if torch.cuda.is_available() else model
     return Loaded(model, tokenizer, arithmetic(tokenizer, seed=seed))

@@ -1,4 +1,7 @@
-"""What each recipe has to compute, written again by hand: the numbers of the reports and the names in ``truth``."""
+"""What each recipe has to compute, written again by hand: the numbers of the reports and the names in ``truth``.
+
+The sizes are those of the test: two prompts, four answers, three epochs, two minibatches where a row has several.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ DPO = {"kind": "preference", "loss": "dpo", "beta": 0.1, "judge": "task"}
 EXPECTED: dict[str, list[dict]] = {
     "instructgpt": [
         {"kind": "reward_model", "loss": "all_pairs"},
-        PPO | {"kl": 0.02, "nll": 27.8, "ema": 0.992},
+        PPO | {"kl": 0.02, "nll": 27.8, "ema": 0.992, "minibatches": 2},
     ],
     "gpt4": [BT, PPO | {"rewards": ("model", "task")}],
     "internlm2": [
@@ -47,9 +50,9 @@ EXPECTED: dict[str, list[dict]] = {
          "stage": DPO | {"nll": 0.2, "judge": "model", "skip": 1}},
     ],
     "nemotron4": [
-        {"kind": "reward_model", "loss": "regression"},
+        {"kind": "reward_model", "loss": "regression", "outputs": 5},
         DPO | {"beta": 1e-3, "nll": 1e-4, "judge": "model"},
-        {"kind": "preference", "loss": "rpo", "beta": 0.2, "eta": 1.0, "nll": 1e-5, "judge": "model"},
+        {"kind": "preference", "loss": "rpo", "beta": 0.2, "eta": 1.0, "nll": 0.1, "judge": "model"},
     ],
     "qwen2": [
         DPO,
@@ -73,12 +76,12 @@ EXPECTED: dict[str, list[dict]] = {
     ],
     "kimi": [{"kind": "policy", "loss": "kimi", "tau": 0.1, "adv": "centred", "rewards": ("task", "length")}],
     "deepseek_r1": [
-        {"kind": "policy", "loss": "grpo", "low": 10.0, "high": 10.0, "beta": 0.001, "adv": "grpo",
-         "rewards": ("task",)},
+        {"kind": "policy", "loss": "grpo", "low": 0.2, "high": 10.0, "beta": 0.001, "adv": "grpo",
+         "rewards": ("task",), "refresh": 1},
     ],
     "dapo": [
         {"kind": "policy", "loss": "ppo", "low": 0.2, "high": 0.28, "adv": "grpo", "rewards": ("task", "overlong"),
-         "max_len": 6, "buffer": 1, "factor": 1.0, "dynamic": True},
+         "max_len": 6, "buffer": 1, "factor": 1.0, "dynamic": True, "minibatches": 2},
     ],
     "olmo3": [
         {"kind": "preference", "loss": "dpo_norm", "beta": 5.0, "judge": "task"},

@@ -30,6 +30,8 @@ from tests.recipes.truth import (
     values_of,
 )
 
+PROMPTS, GROUP, EPOCHS = 2, 4, 3  # of a step
+
 
 class Truth:
     """One recipe, as ``expected`` has it.
@@ -41,7 +43,7 @@ class Truth:
         self.policy, self.teacher = copy.deepcopy(model), copy.deepcopy(teacher)
         self.prompts, self.answers, self.reward, self.rate = prompts, answers, reward, rate
         self.waiting, self.now, self.reward_model = self._flat(stages), None, None
-        self.start, self.runs = None, []
+        self.start, self.runs, self.entropies, self.total, self.updates = None, [], [], 0, 0
 
     @staticmethod
     def _flat(stages):
@@ -59,6 +61,7 @@ class Truth:
     def begins(self, _, models) -> None:
         """A stage begins."""
         self.ends()
+        assert self.waiting, "a stage too many"
         s = self.now = self.waiting.pop(0)
         if "of" in s:
             if s["run"] == 0:
@@ -66,9 +69,12 @@ class Truth:
             self.policy.load_state_dict(self.start)
         if "lora" in s:
             self.policy = copy.deepcopy(models["policy"])
+            config = self.policy.peft_config["default"]
+            assert (config.r, config.lora_alpha) == (s["lora"], s["lora"] / 2)
         self.check(models["policy"])
         if s["kind"] == "reward_model":
             self.reward_model = copy.deepcopy(models["reward_model"])
+            assert len(self.reward_model.head) == s.get("outputs", 1)
             learns = self.reward_model
         else:
             learns = self.policy
@@ -124,11 +130,18 @@ class Truth:
         s = self.now
         if self.step is None:
             return
+        assert self.updates == self.updates_of(s), f"{self.updates} updates of step {self.step}"
         for key, x in self.average.items():
             x.copy_(s.get("ema", 0.0) * x + (1 - s.get("ema", 0.0)) * self.policy.state_dict()[key])
         if "anchor" in s:
             for key, x in self.reference.state_dict().items():
                 x.copy_(s["anchor"] * x + (1 - s["anchor"]) * self.policy.state_dict()[key])
+        if "refresh" in s and (self.step + 1) % s["refresh"] == 0:
+            self.reference.load_state_dict(self.policy.state_dict())
+
+    def updates_of(self, s) -> int:
+        """How many a step has."""
+        return {"policy": EPOCHS * s.get("minibatches", 1), "preference": EPOCHS}.get(s["kind"], 1)
 
     def follow(self, record) -> None:
         """One update."""
@@ -136,13 +149,14 @@ class Truth:
         fresh = self.step != record.step
         if fresh:
             self.ends_step()
-            self.step = record.step
+            self.step, self.updates = record.step, 0
             self.sampled(record.data["answers"])
         assert kind == s["kind"], f"{kind}, not {s['kind']}"
         loss = getattr(self, f"on_{kind}")(s, record, fresh)
         same(f"loss of {kind}", record.loss, loss.detach())
         if kind != "policy" or record.step >= s.get("warm_up", 0):
             self.learn(loss, self.optimizer)
+        self.updates, self.total = self.updates + 1, self.total + 1
 
     def learn(self, loss, optimizer) -> None:
         optimizer.zero_grad()
@@ -152,6 +166,7 @@ class Truth:
     def sampled(self, answers) -> None:
         """Tokens, and the rewards of the task."""
         self.of, self.group = answers.numbers, answers.group
+        assert (len(self.of), self.group) == (PROMPTS * GROUP, GROUP), f"{len(self.of)} answers, groups of {self.group}"
         self.tokens = [r.tokens for r in answers.rollouts]
         self.asked = [list(self.prompts[i]) for i in self.of]
         for i in range(0, len(self.of), self.group):
@@ -241,6 +256,8 @@ class Truth:
 
     def on_policy(self, s, record, fresh):
         index, m = record.data["rows"].tolist(), record.data["measured"]
+        count = s.get("minibatches", 1)
+        assert index == list(range(len(self.of)))[self.updates % count :: count], f"rows {index}"
         if fresh:
             if s.get("dynamic"):
                 assert all(len(set(x.tolist())) > 1 for x in self.rewards.view(-1, self.group)), "a flat group"
@@ -263,6 +280,7 @@ class Truth:
         if "target" in s:
             entropy = (entropy_of(self.policy, batch) * batch[2]).sum() / batch[2].sum()
             total = total - self.bonus * entropy
+            self.entropies.append(entropy.item())
             below = entropy <= s["target"]
             self.coef = min(1.0, max(0.0, self.coef + (s["delta"] if below else -s["delta"])))
             self.bonus = self.coef if below else 0.0

@@ -317,11 +317,11 @@ def best_by_ensemble(models, records, rate):
         with torch.no_grad():
             rewards = model.rewards(answers.batch)
         mean = rewards.sum(0) / len(rewards)
-        pooled = (mean - 0.5 * ((rewards - mean) ** 2).sum(0) / len(rewards)).view(-1, answers.group)
-        rows = [g * answers.group + int(i) for g, i in enumerate(pooled.max(1).indices)]
+        pooled = mean - 0.5 * ((rewards - mean) ** 2).sum(0) / len(rewards)
+        rows = [g * answers.group + int(i) for g, i in enumerate(pooled.view(-1, answers.group).max(1).indices)]
         batch = answers.batch.rows(torch.tensor(rows))
         loss = mean_over(-logps(policy, batch), batch.mask)
-        yield {"loss": learn(loss, optimizer), "rows": rows}
+        yield {"loss": learn(loss, optimizer), "rows": rows, "scores": pooled}
 
 
 # Agents in the grid world

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -47,6 +48,42 @@ def test_train_runs_a_recipe():
 def test_train_names_what_it_does_not_know():
     wrong = runner.invoke(cli.app, ["train", "gpt5"])
     assert wrong.exit_code == 1 and "instructgpt" in wrong.stderr
+
+
+WRONG = {
+    "steps": (["--steps", "0"], "--steps: expected at least 1, got 0"),
+    "a batch": (["--batch", "0"], "--batch: expected at least 1, got 0"),
+    "candidates": (["--candidates", "-1"], "--candidates: expected at least 1, got -1"),
+    "tokens": (["--max-tokens", "0"], "--max-tokens: expected at least 1, got 0"),
+    "a rate": (["--learning-rate", "nan"], "--learning-rate: expected a float > 0, got nan"),
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_train_names_the_option(what):
+    arguments, words = WRONG[what]
+    done = runner.invoke(cli.app, ["train", "dapo", *arguments])
+    assert done.exit_code == 2 and done.stderr == f"rlfast train: {words}\n"
+
+
+@pytest.mark.parametrize("option, more", (("--model", []), ("--teacher", ["--model", "tiny"])))
+def test_train_names_a_model_that_is_not_there(option, more, tmp_path):
+    for where, words in ((tmp_path / "nowhere", "there is no folder"), (tmp_path, "got")):
+        done = runner.invoke(cli.app, ["train", "gemma2", option, str(where), *more])
+        assert done.exit_code == 1 and done.stderr.startswith(f"rlfast train: {option}: expected tiny, smollm2, or a")
+        assert words in done.stderr and str(where) in done.stderr
+
+
+@pytest.mark.parametrize("name", ("dapo", "phi3", "reka", "embedding_rewards"))
+def test_a_step_without_an_update_is_said(name, caplog):
+    alike = tasks.toy(4)._replace(reward=lambda number, rollout: 1.0)
+    row = fitted(rlfast.recipe(name), batch=2, candidates=2)
+    row = replace(row, stages=row.stages[:1])
+    options = {"max_tokens": 4, "kv_budget": 1 << 20}
+    assert not list(train(row, tasks.tiny(), alike, 2, **options))
+    kind = {"dapo": "policy", "phi3": "preference"}.get(name, "reward_model")
+    said = [f"stage 0 {kind}, step {step}: no update, in no group do rewards differ" for step in (0, 1)]
+    assert [r.getMessage() for r in caplog.records if r.name == "rlfast.recipes"] == said
 
 
 def test_a_recipe_of_ones_own_learns_the_toy():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import math
 from collections import deque
@@ -22,8 +23,9 @@ from rlfast.recipes.session import run
 from rlfast.recipes.training import Session, Task, fitted, train
 from tests.recipes import paper_oracle as oracle
 from tests.recipes.expected import EXPECTED
+from tests.recipes.mistakes import RATES, coefficients, counts
 
-RATE, TOKENS, EPOCHS = 0.05, 5, 2
+RATE, TOKENS, EPOCHS, BATCH = 0.05, 5, 2, 3
 NEAR = {"rtol": 1e-6, "atol": 1e-6}
 VOCAB = 128
 SEEDS = {"llm_teacher": 8}  # by which different advice has different returns
@@ -59,14 +61,20 @@ def graded(number: int, rollout) -> float:
 TASK = Task([list(b"Why?"), list(b"And you"), list(b"6 x 7")], [list(b"So."), list(b"Me too"), list(b"42")], graded)
 
 
-def steps(name: str, changed: dict | None = None):
-    """[(stage, models as it began, records)] of two steps, and the model at the end."""
-    recipe = fitted(rlfast.recipe(name), batch=3, candidates=4, learning_rate=RATE)
+@functools.cache
+def at_size(name: str):
+    """A recipe at the size of the test."""
+    recipe = fitted(rlfast.recipe(name), batch=BATCH, candidates=4, learning_rate=RATE)
     epochs = {path: EPOCHS for path, _ in recipe.values() if path.endswith("epochs")}  # so that ratios leave 1
     slower = {path: TEACHER_RATE for path, _ in recipe.values() if path.endswith("teacher_rate")}
-    for path, value in (epochs | slower | (changed or {})).items():
+    for path, value in (epochs | slower).items():
         recipe = recipe.replaced(path, value)
-    found = []
+    return recipe
+
+
+def steps(name: str, recipe=None):
+    """[(stage, models as it began, records)] of two steps, and the model at the end."""
+    recipe, found = recipe or at_size(name), []
 
     def watch(stage, models):
         found.append((stage, {k: copy.deepcopy(x) for k, x in models.items() if x is not None}, []))
@@ -97,6 +105,8 @@ def agree(records, wanted) -> int:
             for (best, worst), *rows in zip(expected["pairs"], sides.chosen.ids, sides.rejected.ids, strict=True):
                 for tokens, ids in zip((best, worst), rows, strict=True):
                     assert bytes(tokens) in bytes(ids.tolist())
+        if "scores" in expected:
+            torch.testing.assert_close(data["scores"].double(), expected["scores"], **NEAR)
         if "rows" in expected:
             assert data["rows"].tolist() == expected["rows"]
     return len(wanted)
@@ -182,18 +192,8 @@ def check_llm_teacher(found, model):
 
 
 CHECKS = {row.name: globals()[f"check_{row.name}"] for row in papers.ROWS}
-# What is 1% off, by its path in the recipe.
-MISTAKES = {
-    "rlaif": {"1.kl.beta": 0.0505, "1.advantage.lam": 0.99, "0.learning_rate": 1.01 * RATE},
-    "expo": {"0.stage.loss.beta": 0.101, "0.extrapolate.alpha": 0.505},
-    "embedding_rewards": {"0.learning_rate": 1.01 * RATE},
-    "satori": {"1.bonus.beta": 0.505, "1.advantage.gamma": 0.99, "1.temperature": 0.606, "1.loss.eps_high": 0.202},
-    "inverse_rl": {"0.loss.penalty": 2.02, "0.stage.kl.beta": 0.0505, "1.loss.eps_low": 0.202},
-    "rlrf": {"0.loss.beta": 0.101},
-    "linvit": {"0.value.lam": 0.202, "0.gamma": 0.9999},
-    "llm_feedback": {"2.share": 0.99, "0.advantage.lam": 0.9595, "2.advantage.gamma": 0.98, "0.critic.clip": 0.202},
-    "llm_teacher": {"0.advantage.gamma": 0.98, "0.teacher_rate": 1.01 * TEACHER_RATE},
-}
+MISTAKES = coefficients((name, at_size(name)) for name in CHECKS)
+SIZES = [size for size in counts((name, at_size(name)) for name in CHECKS) if size[1].endswith(RATES)]
 
 
 @pytest.mark.parametrize("name", CHECKS)
@@ -263,7 +263,7 @@ def test_two_steps_are_the_papers(name):
     CHECKS[name](*steps(name))
 
 
-@pytest.mark.parametrize("name, path", [(name, path) for name, paths in MISTAKES.items() for path in paths])
-def test_one_per_cent_shows(name, path):
+@pytest.mark.parametrize("name, path, value", MISTAKES + SIZES)
+def test_one_per_cent_shows(name, path, value):
     with pytest.raises(AssertionError):
-        CHECKS[name](*steps(name, {path: MISTAKES[name][path]}))
+        CHECKS[name](*steps(name, at_size(name).replaced(path, value)))
