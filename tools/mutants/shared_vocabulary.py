@@ -33,7 +33,6 @@ PYTHON = [
         "ranks", "rlfast/distributed/gather.py",
         ("mesh, «[module.Partial(\"sum\")] * mesh.ndim», run", "[module.Replicate()] * mesh.ndim", "gathered"),
         ("g / «mesh.size()» if", "mesh.size(0)", "gathered or fsdp2"),
-        ("g = g.to(«ctx.dtype»)", "g.dtype", "wider"),
     ),
     *python(
         "ranks", "rlfast/distributed/groups.py",
