@@ -10,7 +10,7 @@ from rlfast.compare.functions import Measured
 from rlfast.compare.steps import Compared
 from rlfast.demo.parity import TOLERANCES, Tolerances
 
-TINY = Tolerances(
+TINY = Tolerances(logp=2e-5, loss=1e-5)
     logp=2e-5, grad_norm=2e-5, loss=1e-5
 )  # two layers: TRL in another order of sums differs by half of it
 
