@@ -57,7 +57,7 @@ def ragged(group, double: bool = True) -> dict:
     """All fields of a loss, of this rank's rows cut to the longest of them; None: of the whole batch."""
     b, cut = batch(), (lambda x: x) if group is None else (lambda x: mine(group, x))
     more = {
-        "ref_logp": b["old_logp"].roll(1, 0), "weights": b["values"].abs(), "keep": b["values"] > 2.0,
+        "ref_logp": b["old_logp"].roll(1, 0), "weights": b["values"].detach().abs(), "keep": b["values"] > 2.0,
         "extra": (b["values"] > 3.0).float(),
     }  # fmt: skip
     fields = {k: cut(x) for k, x in ({k: b[k] for k in ("logp", "old_logp", "adv", "mask")} | more).items()}

@@ -152,7 +152,7 @@ class Patch:
             if swap.owner is None:
                 rebind(swap.prefix, swap.replacement, swap.original)
             else:
-                if vars(swap.owner).get(swap.name) is swap.replacement:  # else somebody has put another one there since
+                if _held(swap.owner, swap.name) is swap.replacement:  # else somebody has put another one there since
                     setattr(swap.owner, swap.name, swap.original)
                 _originals.pop((swap.owner, swap.name), None)
 
@@ -170,6 +170,11 @@ class Patch:
         first = self._first
         what = (", ".join(self.replaced) or "awaits its import") if self.active else "undone"
         return f"<rlfast.patch({first.trainer!r}) on {first.trainer} {first.version}: {what}>"
+
+
+def _held(owner, name: str):
+    """What is under a name of a module or a class, as it was put there; of anything else, what it says it has."""
+    return vars(owner).get(name) if isinstance(owner, type | types.ModuleType) else getattr(owner, name, None)
 
 
 def _dotted(owner) -> str:

@@ -182,6 +182,9 @@ class Registry:
     def __init__(self, entries: dict, name: str):
         vars(self).update(entries=entries, put={}, __module__=CORE, __qualname__=name)
 
+    def __getattr__(self, name):
+        return self.entries.get(name)
+
     def __setattr__(self, name, value):
         if name in self.put and self.entries.get(name) is not self.put[name]:
             return
