@@ -51,12 +51,13 @@ void linear_forward(RLFAST_HEAD_ARGS, RLFAST_FORWARD_OUT_ARGS, Address kept, con
 }
 
 void linear_backward(RLFAST_HEAD_ARGS, Address aux, Address g_logp, Address g_lse, Address g_entropy, Address kept,
-                     Address g_hidden, Address g_weight, Address g_bias, bool wide, bool add, const char* isa, int threads) {
+                     Address g_hidden, Address g_weight, Address g_bias, bool wide, bool add, const char* isa,
+                     int threads) {
   const Kernels& k = kernels_of(isa);
   py::gil_scoped_release release;
-  k.linear_token_logps_backward(RLFAST_HEAD_RECORDS, backward_in(aux, g_logp, g_lse, g_entropy, candidates, rows),
-                                at<const float>(kept),
-                                HeadGradients{at<void>(g_hidden), at<void>(g_weight), at<void>(g_bias), wide, add}, threads);
+  k.linear_token_logps_backward(
+      RLFAST_HEAD_RECORDS, backward_in(aux, g_logp, g_lse, g_entropy, candidates, rows), at<const float>(kept),
+      HeadGradients{at<void>(g_hidden), at<void>(g_weight), at<void>(g_bias), wide, add}, threads);
 }
 
 void divergence_forward(RLFAST_PAIR_ARGS, RLFAST_PAIR_OUT_ARGS, const char* isa, int threads) {
@@ -83,13 +84,13 @@ void linear_divergence_forward(RLFAST_HEADS_ARGS, RLFAST_PAIR_OUT_ARGS, Address 
 }
 
 void linear_divergence_backward(RLFAST_HEADS_ARGS, RLFAST_PAIR_IN_ARGS, Address kept, Address other_kept,
-                                Address g_hidden, Address g_weight, Address g_bias, bool wide, bool add, const char* isa,
-                                int threads) {
+                                Address g_hidden, Address g_weight, Address g_bias, bool wide, bool add,
+                                const char* isa, int threads) {
   const Kernels& k = kernels_of(isa);
   py::gil_scoped_release release;
-  k.linear_divergence_backward(RLFAST_HEADS_RECORDS, RLFAST_PAIR_IN_RECORD(rows), at<const float>(kept),
-                               at<const float>(other_kept),
-                               HeadGradients{at<void>(g_hidden), at<void>(g_weight), at<void>(g_bias), wide, add}, threads);
+  k.linear_divergence_backward(
+      RLFAST_HEADS_RECORDS, RLFAST_PAIR_IN_RECORD(rows), at<const float>(kept), at<const float>(other_kept),
+      HeadGradients{at<void>(g_hidden), at<void>(g_weight), at<void>(g_bias), wide, add}, threads);
 }
 
 void loss(py::handle fields, py::handle sizes, const char* surrogate, const char* estimator, py::handle plan,

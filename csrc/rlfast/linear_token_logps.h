@@ -15,9 +15,9 @@ struct Head {
 
 // Of the head's dtype and contiguous; null where not needed.
 struct HeadGradients {
-  void* hidden;      // [rows, depth]
-  void* weight;      // [vocab, depth]
-  void* bias;        // [vocab]
+  void* hidden;       // [rows, depth]
+  void* weight;       // [vocab, depth]
+  void* bias;         // [vocab]
   bool wide = false;  // all are float32, whatever the dtype
   bool add = false;   // weight and bias, which are float32 then too, are added to
 };
