@@ -25,7 +25,7 @@ from rlfast.ops.linear_token_logps import NAME as HEAD
 from rlfast.ops.linear_token_logps import as_given, given_in
 from rlfast.ops.records import ENTROPY, LSE, Outputs, Row, Transform, Wanted
 from rlfast.ops.token_logps import NAME as LOGITS
-from rlfast.ops.token_logps import differentiable, non_differentiable
+from rlfast.ops.token_logps import differentiable, non_differentiable, refuse_spent
 
 
 class Rows(NamedTuple):
@@ -162,11 +162,7 @@ class _TokenLogps(torch.autograd.Function):
     @staticmethod
     @first_derivatives_only
     def backward(ctx, *grads):
-        if ctx.spent:
-            raise RuntimeError(
-                "token_logps: second backward with inplace_backward=True, which has left the gradient where the logits "
-                "were: pass inplace_backward=False"
-            )
+        refuse_spent(ctx)
         grads = differentiable(grads, ctx.wanted)
         if all(g is None for g in grads):
             return (None,) * 5
