@@ -134,30 +134,19 @@ class Calls:
     async def astream(self, prompts, params=None, *, until=None):
         """``stream`` for asyncio: every step runs in a thread, one for all who wait."""
         left = await asyncio.to_thread(self._begun, prompts, params)
-        with contextlib.closing(self._each(left, until)) as each:
-            for rollout in each:
-                if rollout is None:
-                    await self._stepped()
-                else:
-                    yield rollout
+        async with contextlib.aclosing(self._adriven(self._each(left, until))) as found:
+            async for rollout in found:
+                yield rollout
 
     def tokens(self, prompt, params: SamplingParams | None = None) -> Iterator[tuple[int, str]]:
         """The tokens of one response as they come: (id, the text that it adds). It is cancelled if nobody asks on."""
-        with contextlib.closing(self._token_by_token(prompt, params)) as each:
-            for token in each:
-                if token is None:
-                    self._work(PATIENCE)
-                else:
-                    yield token
+        yield from self._driven(self._token_by_token(prompt, params))
 
     async def atokens(self, prompt, params: SamplingParams | None = None):
         """``tokens`` for asyncio: every step runs in a thread, one for all who wait."""
-        with contextlib.closing(self._token_by_token(prompt, params)) as each:
-            for token in each:
-                if token is None:
-                    await self._stepped()
-                else:
-                    yield token
+        async with contextlib.aclosing(self._adriven(self._token_by_token(prompt, params))) as found:
+            async for token in found:
+                yield token
 
     def _token_by_token(self, prompt, params) -> Iterator[tuple[int, str] | None]:
         """(id, text) of one response, None where a step is due first."""
@@ -198,12 +187,25 @@ class Calls:
 
     def _ended(self, left: dict[int, int], until=None) -> Iterator[Rollout]:
         """Rollouts of some requests as they end."""
-        with contextlib.closing(self._each(left, until)) as each:
-            for rollout in each:
-                if rollout is None:
+        yield from self._driven(self._each(left, until))
+
+    def _driven(self, each):
+        """What a generator gives, with a step where it gives None."""
+        with contextlib.closing(each):
+            for x in each:
+                if x is None:
                     self._work(PATIENCE)
                 else:
-                    yield rollout
+                    yield x
+
+    async def _adriven(self, each):
+        """``_driven``, whose steps run in a thread, one for all who wait."""
+        with contextlib.closing(each):
+            for x in each:
+                if x is None:
+                    await self._stepped()
+                else:
+                    yield x
 
     def _each(self, left: dict[int, int], until=None) -> Iterator[Rollout | None]:
         """Rollouts of some requests, None where a step is due first. What is missing at the end is left."""
