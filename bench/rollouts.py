@@ -265,8 +265,7 @@ def main() -> int:
     parser.add_argument("--json", type=Path, default=RESULTS / "rollouts.json")
     args = parser.parse_args()
     chosen = [s for s in SETTINGS if not args.case or args.case in s.name]
-    command = "python -m bench.rollouts" + (f" --case {args.case!r}" if args.case else "")
-    result = stamp("cpu", command) | {"method": METHOD, "rollouts": _others(args.json, chosen)}
+    result = stamp("cpu", "python -m bench.rollouts") | {"method": METHOD, "rollouts": _others(args.json, chosen)}
     started = time.perf_counter()
     for setting in chosen:
         scratch = Path(platformdirs.user_cache_dir("rlfast", appauthor=False))

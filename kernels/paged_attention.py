@@ -5,6 +5,9 @@ splits at absolute positions. A split gives weights relative to its own peak, th
 with those before it. Where programs are few, a tile's keys are shared out over ``parts`` of them: they leave
 each split's numbers in memory, and ``merge`` merges those, in the same order by the same function.
 
+Where neighbouring sequences begin with the same pages (kernels/shared_prefix.py), a first launch has their queries in
+one tile and leaves the numbers of the splits that they share; the next reads those in place of the keys.
+
 A row's bits do not depend on the other rows of its tile. The tile's shape follows from the dtype and the widths alone;
 an element of a matrix product of one shape is one chain of multiply-adds over its own row of the left operand, wherever
 that row lies; the maximum is exact, ``row_sums`` adds in an order that the text fixes; and what a row does not see has
@@ -23,6 +26,7 @@ import torch
 from rlfast import backends
 from rlfast.kernels.formulas.elementary import exp, tanh
 from rlfast.kernels.lang import jit, tl
+from rlfast.kernels.shared_prefix import block_of, leading_splits
 from rlfast.ops.attention_records import Inputs, Options, allocate
 
 BUSY = 264  # programs that fill an H100 (132 SMs × 2)
@@ -32,8 +36,9 @@ OPTIONS = {"enable_fp_fusion": False, "maxnreg": 255}
 WARPS = 8
 TENSOR_CORES, FLOAT32, INTERPRETED = (tl.constexpr(i) for i in range(3))  # who multiplies
 NOTHING = tl.constexpr(float("-inf"))  # the peak of no key
+NEVER = tl.constexpr((1 << 31) - 1)
 
-COUNTS = ("sequences", "page_size", "window", "splits", "each")
+COUNTS = ("sequences", "page_size", "window", "kept", "most", "each")
 
 
 class Tile(NamedTuple):
@@ -146,17 +151,32 @@ def normalised(peak, total, values, sinks, head, live):
 
 @jit(do_not_specialize=COUNTS)
 def attend(
-    q, k, v, table, cu, lens, sinks, out, peaks, totals, parts,
-    strides, sequences, page_size, scale, softcap, window, splits, each,
-    TILE: tl.constexpr, CAPPED: tl.constexpr, WINDOWED: tl.constexpr, BY: tl.constexpr,
-    D: tl.constexpr, E: tl.constexpr,
+    q, k, v, table, cu, lens, sinks, out, peaks, totals, parts, same, shared,
+    strides, sequences, page_size, scale, softcap, window, kept, most, each,
+    TILE: tl.constexpr, BLOCK: tl.constexpr, LEAVES: tl.constexpr, CAPPED: tl.constexpr, WINDOWED: tl.constexpr,
+    BY: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
 ):  # fmt: skip
-    """One tile of queries over its keys, or over ``each`` splits of them where ``parts`` [T·H, splits, Dv] is given."""
-    block = tl.program_id(0)
-    s = last_at_most(cu, sequences, block, TILE.tokens, True)
-    start = tl.load(cu + s)
-    new, length = tl.load(cu + s + 1) - start, tl.load(lens + s)
-    first = (block - (start // TILE.tokens + s)) * TILE.tokens
+    """One tile of queries over its keys, or over ``each`` splits of them where it LEAVES their numbers.
+
+    Those are in ``parts`` [T·H, kept, Dv], peaks and totals. A tile is a BLOCK of sequences, over the splits that they
+    share, at most ``most``, which it counts in ``shared`` [S]; or it is of one sequence, and what a block has left of
+    it is read.
+    """
+    if BLOCK:
+        s, first = tl.program_id(0), 0
+        start = tl.load(cu + s)
+        new, common = block_of(same, sequences, s, TILE.tokens, TILE.rows)  # a new token a sequence
+        common = tl.minimum(common, most)
+        if tl.program_id(1) + tl.program_id(2) == 0:
+            i = tl.arange(0, TILE.rows)
+            tl.store(shared + s + i, tl.zeros_like(i) + common, mask=i < new)
+    else:
+        block = tl.program_id(0)
+        s = last_at_most(cu, sequences, block, TILE.tokens, True)
+        start = tl.load(cu + s)
+        new = tl.load(cu + s + 1) - start
+        first = (block - (start // TILE.tokens + s)) * TILE.tokens
+        common = tl.cast(0, tl.int32) if same is None else tl.load(shared + s)
     if first >= new:
         return
     chunks: tl.constexpr = (TILE.group + TILE.heads - 1) // TILE.heads
@@ -164,21 +184,38 @@ def attend(
     r = tl.arange(0, TILE.rows)
     token, member = first + r // TILE.heads, chunk * TILE.heads + r % TILE.heads
     live = (r < TILE.tokens * TILE.heads) & (token < new) & (member < TILE.group)
-    head, at, position = key_head * TILE.group + member, (start + token).to(tl.int64), length - new + token
+    head, at = key_head * TILE.group + member, (start + token).to(tl.int64)
     d, e = tl.arange(0, D), tl.arange(0, E)
     query = q + at * strides.q_token + head * strides.q_head
     queries = tl.load(query[:, None] + d[None, :], mask=live[:, None] & (d < TILE.width)[None, :], other=0.0)
     scale, softcap = tl.cast(scale, tl.float32), tl.cast(softcap, tl.float32)
+    row = at * (tl.num_programs(1) // chunks * TILE.group) + head
+    inside = live[:, None] & (e < TILE.value_width)[None, :]
 
     # what any row of the tile sees
-    highest = length - new + tl.minimum(first + TILE.tokens, new)
-    lowest = tl.where(window > 0, tl.maximum(length - new + first - window + 1, 0), 0)
+    if BLOCK:
+        position = tl.load(lens + s + token, mask=live, other=NEVER) - 1
+        nearest, highest = tl.min(position), common * TILE.split
+    else:
+        length = tl.load(lens + s)
+        position, nearest = length - new + token, length - new + first
+        highest = length - new + tl.minimum(first + TILE.tokens, new)
+    lowest = tl.where(window > 0, tl.maximum(nearest - window + 1, 0), 0)
     begin, end = lowest // TILE.split, (highest + TILE.split - 1) // TILE.split
-    if parts is not None:
+    if LEAVES:
         begin = tl.maximum(begin, tl.program_id(2) * each)
         end = tl.minimum(end, (tl.program_id(2) + 1) * each)
     peak, total = tl.full([TILE.rows], NOTHING, tl.float32), tl.zeros([TILE.rows], tl.float32)
     values = tl.zeros([TILE.rows, E], tl.float32)
+    if not BLOCK and same is not None:
+        if not LEAVES:
+            for split in range(begin, common):
+                own = row * kept + split
+                left = tl.load(parts + own[:, None] * TILE.value_width + e[None, :], mask=inside, other=0.0)
+                own_peak = tl.load(peaks + own, mask=live, other=NOTHING)
+                own_total = tl.load(totals + own, mask=live, other=0.0)
+                peak, total, values = merged(peak, total, values, own_peak, own_total, left)
+        begin = tl.maximum(begin, common)
     for split in range(begin, end):
         j = split * TILE.split + tl.arange(0, TILE.split)
         there = (j >= lowest) & (j < highest)
@@ -196,22 +233,20 @@ def attend(
         own_peak = tl.max(y, 1)
         w = tl.exp(y - tl.where(own_peak == NOTHING, 0.0, own_peak)[:, None])
         value = v + page * strides.v_page + slot * strides.v_slot + key_head * strides.v_head
-        inside = there[:, None] & (e < TILE.value_width)[None, :]
+        held = there[:, None] & (e < TILE.value_width)[None, :]
         own_total = row_sums(w)
-        own_values = weighted(w, tl.load(value[:, None] + e[None, :], mask=inside, other=0.0), BY)
-        if parts is not None:
-            row = (at * (tl.num_programs(1) // chunks * TILE.group) + head) * splits + split
-            tl.store(peaks + row, own_peak, mask=live)
-            tl.store(totals + row, own_total, mask=live)
-            to = parts + row[:, None] * TILE.value_width + e[None, :]
-            tl.store(to, own_values, mask=live[:, None] & (e < TILE.value_width)[None, :])
+        own_values = weighted(w, tl.load(value[:, None] + e[None, :], mask=held, other=0.0), BY)
+        if LEAVES:
+            own = row * kept + split
+            tl.store(peaks + own, own_peak, mask=live)
+            tl.store(totals + own, own_total, mask=live)
+            tl.store(parts + own[:, None] * TILE.value_width + e[None, :], own_values, mask=inside)
         else:
             peak, total, values = merged(peak, total, values, own_peak, own_total, own_values)
-    if parts is None:
+    if not LEAVES:
         found = normalised(peak, total, values, sinks, head, live)
-        row = at * (tl.num_programs(1) // chunks * TILE.group) + head
         to = out + row[:, None] * TILE.value_width + e[None, :]
-        tl.store(to, found.to(out.dtype.element_ty), mask=live[:, None] & (e < TILE.value_width)[None, :])
+        tl.store(to, found.to(out.dtype.element_ty), mask=inside)
 
 
 @jit(do_not_specialize=("sequences", "window", "splits"))
@@ -271,18 +306,30 @@ def forward(x: Inputs, o: Options) -> torch.Tensor:
     parts = parts_of(grid[0] * grid[1], splits, 4 * tokens * heads * splits * value_width)
     strides = Strides(*q.stride()[:2], *k.stride()[:3], *v.stride()[:3], table.stride(0))
     e = padded(value_width)
-    peaks = totals = scratch = None
-    if parts > 1:
-        peaks, totals = torch.empty((2, tokens * heads, splits), dtype=torch.float32, device=q.device)
-        scratch = torch.empty((tokens * heads, splits, value_width), dtype=torch.float32, device=q.device)
+    together = o.shared_prefix and sequences > 1 and tile.tokens > 1
+    kept = min(splits, SCRATCH_BYTES // (4 * tokens * heads * value_width)) if together else splits
+    peaks = totals = scratch = same = shared = None
+    if parts > 1 or together:
+        peaks, totals = torch.empty((2, tokens * heads, kept), dtype=torch.float32, device=q.device)
+        scratch = torch.empty((tokens * heads, kept, value_width), dtype=torch.float32, device=q.device)
     by = FLOAT32 if q.dtype == torch.float32 else TENSOR_CORES
     by = INTERPRETED if backends.interpreting() else by  # which multiplies no bfloat16 either
-    with torch.cuda.device_of(q):
-        attend[(*grid, parts)](
-            q, k, v, table, cu, lens, sinks, out, peaks, totals, scratch, strides, sequences, page_size, o.scale,
-            o.softcap, o.window, splits, -(-splits // parts), TILE=tile, CAPPED=o.softcap != 0.0,
-            WINDOWED=o.window > 0, BY=by, D=padded(width), E=e, num_warps=WARPS, **OPTIONS,
+    options = {
+        "TILE": tile, "CAPPED": o.softcap != 0.0, "WINDOWED": o.window > 0, "BY": by, "D": padded(width), "E": e,
+        "num_warps": WARPS, **OPTIONS,
+    }  # fmt: skip
+
+    def launch(first: int, parts: int, **how) -> None:
+        attend[(first, grid[1], parts)](
+            q, k, v, table, cu, lens, sinks, out, peaks, totals, scratch, same, shared, strides, sequences, page_size,
+            o.scale, o.softcap, o.window, kept, kept, -(-kept // parts), **how, **options,
         )  # fmt: skip
+
+    with torch.cuda.device_of(q):
+        if together:
+            same, shared = leading_splits(table, cu, lens, page_size, tile.split), torch.empty_like(lens)
+            launch(sequences, parts_of(-(-sequences // tile.tokens) * grid[1], kept, 0), BLOCK=True, LEAVES=True)
+        launch(grid[0], parts, BLOCK=False, LEAVES=parts > 1)
         if parts > 1:
             merge[(tokens, heads)](
                 peaks, totals, scratch, cu, lens, sinks, out, sequences, o.window, splits, VALUE_WIDTH=value_width,
@@ -300,11 +347,13 @@ class CompileCase(NamedTuple):
     tokens: int = 5000  # few: the keys are shared out over parts
     page_size: int = 16
     full: bool = False  # soft-cap, window and sinks
+    shared: bool = False  # a prefix
 
     def __str__(self) -> str:
         words = str(self.dtype).removeprefix("torch."), "attention", f"D={self.width}", f"Dv={self.value_width}"
         words += ("in parts",) if self.tokens < 100 else ()
-        return " ".join((*words, f"pages of {self.page_size}", *(["all options"] if self.full else [])))
+        return " ".join((*words, f"pages of {self.page_size}", *(["all options"] if self.full else []),
+                         *(["shared prefix"] if self.shared else [])))  # fmt: skip
 
 
 _WIDTHS = ((64, 64), (80, 80), (128, 128), (256, 256), (192, 128))
@@ -317,6 +366,8 @@ COMPILE = (
     ),
     CompileCase(torch.float16),
     CompileCase(torch.bfloat16, page_size=1),
+    *(CompileCase(torch.bfloat16, 128, 128, tokens, shared=True) for tokens in (5000, 4)),
+    CompileCase(torch.float32, full=True, shared=True),
     *(
         CompileCase(dtype, 128, 128, tokens, full=True)
         for dtype in (torch.bfloat16, torch.float16, torch.float32)
@@ -334,4 +385,4 @@ def launch_to_compile(case: CompileCase) -> None:
     table, lens = torch.zeros(sequences, pages, dtype=torch.int32), torch.zeros(sequences, dtype=torch.int32)
     sinks = torch.zeros(heads) if case.full else None
     x = Inputs(q, k, v, table, torch.zeros(sequences + 1, dtype=torch.int32), lens, sinks)
-    forward(x, Options(0.125, 30.0 if case.full else 0.0, 1024 if case.full else 0))
+    forward(x, Options(0.125, 30.0 if case.full else 0.0, 1024 if case.full else 0, case.shared))

@@ -17,7 +17,7 @@ MOST_TOKENS = 2**31 - 1
 
 
 def paged_attention(
-    q, k_cache, v_cache, block_table, cu_q, kv_lens, *, scale, softcap=0.0, window=0, sinks=None
+    q, k_cache, v_cache, block_table, cu_q, kv_lens, *, scale, softcap=0.0, window=0, sinks=None, shared_prefix=False
 ) -> torch.Tensor:
     """Causal attention of new tokens over a paged cache that holds their keys and values already.
 
@@ -37,6 +37,8 @@ def paged_attention(
         softcap: bound on the scores; 0: none.
         window: positions that a query sees, its own among them; 0: all.
         sinks: [H] float logits that take probability and have no value, or None.
+        shared_prefix: whether sequences that follow one another begin with the same pages, as samples of one prompt do.
+            Triton then reads those once for all of them; the C++ kernels always do. The bits are the same.
 
     Returns:
         [T, H, Dv] of q's dtype. It has no gradient. On the C++ and Triton kernels a query's bits depend on its q, its
@@ -70,8 +72,10 @@ def paged_attention(
         _ends("cu_q", cu_q, q.shape[0])
         _places(block_table, cu_q, kv_lens, k_cache, window)
     sinks = _sinks(sinks, q)
+    if not isinstance(shared_prefix, bool):
+        validate.fail("shared_prefix", "a bool", repr(shared_prefix), TypeError)
     tensors = (_dense(q), k_cache, v_cache, _dense(block_table), cu_q.contiguous(), kv_lens.contiguous(), sinks)
-    return paged_op.call(*tensors, *options, backends.requested())
+    return paged_op.call(*tensors, *options, shared_prefix, backends.requested())
 
 
 def packed_attention(q, k, v, cu_seqlens, *, scale, softcap=0.0, window=0, sinks=None) -> torch.Tensor:

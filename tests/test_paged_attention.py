@@ -387,7 +387,7 @@ def test_a_cache_has_no_gradient():
 def test_opcheck(sinks):
     case = Case(sinks=sinks)
     x = laid(case)
-    call = (*x.values(), 0.2, 0.0, 9, "")
+    call = (*x.values(), 0.2, 0.0, 9, False, "")
     torch.library.opcheck(paged_op.op, call)
     y = packed(Case((5, 9), (0, 0), sinks=sinks))
     torch.library.opcheck(packed_op.op, (*learned(y).values(), 0.2, 3.0, 0, ""))

@@ -68,7 +68,7 @@ class Attention(Case):
 
     def ours(self, data: dict) -> dict:
         def run(*tensors):
-            return paged_op.call(*tensors, None, self.width**-0.5, 0.0, 0, backends.requested())
+            return paged_op.call(*tensors, None, self.width**-0.5, 0.0, 0, self.prefix > 0, backends.requested())
 
         return {"rlfast": arms.arm(run, data, (), ("out",))}
 

@@ -25,6 +25,7 @@ class Options(NamedTuple):
     scale: float  # > 0
     softcap: float  # 0: none
     window: int  # positions that a query sees, its own among them; 0: all
+    shared_prefix: bool = False  # a hint: neighbouring sequences begin with the same pages
 
 
 def allocate(x: Inputs) -> torch.Tensor:

@@ -27,7 +27,8 @@ NAME = "paged_attention"
 
 LIB.define(
     "paged_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table, Tensor cu_q, Tensor kv_lens,"
-    " Tensor? sinks, float scale, float softcap, int window, str backend) -> Tensor",
+    " Tensor? sinks, float scale, float softcap, int window,"
+    " bool shared_prefix, str backend) -> Tensor",
     tags=(torch.Tag.needs_fixed_stride_order,),
 )
 op = torch.ops.rlfast.paged_attention.default

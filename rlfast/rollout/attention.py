@@ -9,7 +9,8 @@ transformers looks an attention function up by ``config._attn_implementation`` o
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -59,6 +60,7 @@ class Paged:
     cu_q: torch.Tensor  # int32 [S + 1]
     kv_lens: torch.Tensor  # int32 [S]
     most_new: int  # the most new tokens that a sequence has
+    shared_prefix: bool  # whether neighbours begin with the same pages
     other: Callable | None = None  # another library's attention (rlfast/rollout/flash.py)
 
     def attend(self, layer: int, q, k, v, options: dict):
@@ -68,7 +70,12 @@ class Paged:
                  options["softcap"], options["window"])  # fmt: skip
         if self.other is not None:
             return self.other(*given, self.most_new)
-        return paged_op.call(*given, backends.requested())
+        return paged_op.call(*given, self.shared_prefix, backends.requested())
+
+
+def shares_prefix(tables: Sequence[Sequence[int]]) -> bool:
+    """Whether any two neighbours begin with the same page."""
+    return any(a[0] == b[0] for a, b in itertools.pairwise(tables))
 
 
 @contextlib.contextmanager

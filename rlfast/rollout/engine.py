@@ -196,12 +196,13 @@ class Engine(Calls):
             torch.tensor([c.stop for c in chunks], dtype=torch.int32, device=device),
         )  # fmt: skip
         self.forwards += 1
-        hidden = self.graphs.run(given) if self.graphs is not None and len(ids) == len(chunks) else None
+        shared, decoding = attention.shares_prefix(tables), len(ids) == len(chunks)
+        hidden = self.graphs.run(given, shared) if self.graphs is not None and decoding else None
         if hidden is None:
             cu_q = ends.to(device, torch.int32)
             most_new = max(map(len, at))
             how = attention.Paged(
-                self.caches, given.slots, given.block_table, cu_q, given.kv_lens, most_new, self.attention
+                self.caches, given.slots, given.block_table, cu_q, given.kv_lens, most_new, shared, self.attention
             )
             with self.decoder.installed():
                 hidden = self.decoder.forward(given.ids, given.positions, how)

@@ -1,4 +1,4 @@
-"""Decode steps as CUDA graphs, one for each bucket of rows and pages.
+"""Decode steps as CUDA graphs, one for each bucket of rows and pages, with a shared prefix or without.
 
 A forward of one token a sequence launches some hundred kernels and runs the model's Python for each of them; replayed
 from a graph it does neither. A graph has fixed sizes, so a step is padded to the next bucket: rows that are nobody's
@@ -57,9 +57,9 @@ class Graphs:
 
     def __init__(self, decoder, caches, other=None):
         self.decoder, self.caches, self.other, self.places = decoder, caches, other, None
-        self.captured: dict[tuple[int, int], tuple] = {}
+        self.captured: dict[tuple[int, int, bool], tuple] = {}
 
-    def run(self, given: Inputs) -> torch.Tensor | None:
+    def run(self, given: Inputs, shared_prefix: bool) -> torch.Tensor | None:
         """Hidden states [n, D] of one token a sequence; None if there are too many rows for a graph."""
         n, most = given.block_table.shape
         if n > LARGEST:
@@ -68,11 +68,11 @@ class Graphs:
         if places != self.places:  # parameters in other memory: what was captured reads what is there no more
             self.captured.clear()
             self.places = places
-        key = bucket(n), bucket(most)
+        key = bucket(n), bucket(most), shared_prefix
         if key not in self.captured:
-            static = self._blank(*key)
+            static = self._blank(*key[:2])
             self._fill(static, given)
-            replay, out = capture(lambda: self._forward(static))
+            replay, out = capture(lambda: self._forward(static, shared_prefix))
             self.captured[key] = static, replay, out
         static, replay, out = self.captured[key]
         self._fill(static, given)
@@ -96,9 +96,9 @@ class Graphs:
             to.copy_(empty)
             to[tuple(slice(0, n) for n in x.shape)] = x
 
-    def _forward(self, static: Inputs) -> torch.Tensor:
+    def _forward(self, static: Inputs, shared_prefix: bool) -> torch.Tensor:
         rows = static.ids.shape[0]
         cu_q = torch.arange(rows + 1, dtype=torch.int32, device=self.decoder.device)
-        how = Paged(self.caches, static.slots, static.block_table, cu_q, static.kv_lens, 1, self.other)
+        how = Paged(self.caches, static.slots, static.block_table, cu_q, static.kv_lens, 1, shared_prefix, self.other)
         with self.decoder.installed():
             return self.decoder.forward(static.ids, static.positions, how)
