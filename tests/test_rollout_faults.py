@@ -11,7 +11,7 @@ import time
 import pytest
 import torch
 
-from rlfast.rollout import Engine, Request, SamplingParams, ray_pool, remote
+from rlfast.rollout import Engine, Request, SamplingParams, ray_pool, remote, responses
 from rlfast.rollout.generate import GenerateEngine
 from rlfast.rollout.kv import PagePool
 from rlfast.rollout.ray_pool import RayPool
@@ -114,6 +114,24 @@ def test_a_function_that_fails_ends_its_own_response(gives, caplog):
     assert one.pool.held == 0 and not one.live
 
 
+def test_a_call_in_inference_mode_is_not_the_last():
+    """Its caches are written again outside of it."""
+    one = engine()
+    with torch.inference_mode():
+        first = one.generate([[3, 4]], GREEDY)
+    same(one.generate([[3, 4]], GREEDY), first)
+
+
+def test_an_engine_of_a_subclass_is_one():
+    class Mine(Engine):
+        """With a word of its own."""
+
+    one = Mine(decoder("llama"), kv_budget=1 << 22)
+    assert type(one) is Mine
+    same(one.generate([[3, 4]], GREEDY), engine().generate([[3, 4]], GREEDY))
+    assert isinstance(Mine(decoder("falcon")), GenerateEngine)
+
+
 def test_what_has_ended_before_an_error_is_not_lost(monkeypatch):
     """The step's later rows fail once: those that ended among its first come with the next one, and nobody waits."""
     from rlfast.rollout import sampling
@@ -195,6 +213,20 @@ def test_no_stop_is_among_the_first_tokens(family):
         assert len(text.tokens) == min([*ends, 12]) and text.tokens == free.tokens[: len(text.tokens)]
         assert text.finish_reason == ("stop" if ends else "length")
         assert text.text.split() == [f"w{t}" for t in free.tokens[: ends[0] - 1 if ends else 12]]
+
+
+class Bytes:
+    """A tokenizer of which every id is a byte."""
+
+    def decode(self, tokens, **_):
+        return bytes(tokens).decode(errors="replace")
+
+
+@pytest.mark.parametrize("stop", ("🙂" * 5, "é🙂" * 20, "end"))
+def test_a_stop_of_characters_of_several_tokens(stop):
+    """It is found with its last byte, however many tokens it takes."""
+    tokens, params = list(f"🙂ab{stop}".encode()), SamplingParams(stop=stop)
+    assert responses.stopped(tokens, params, Bytes()) and not responses.stopped(tokens[:-1], params, Bytes())
 
 
 # Several callers

@@ -19,11 +19,11 @@ def ending(sample: Sample, token: int, eos: frozenset, tokenizer, context: int) 
 
 
 def stopped(tokens: list[int], params: SamplingParams, tokenizer) -> bool:
-    """Whether a stop string is in the text of the last tokens, of which each adds a character or is part of one, and
-    ends after those that ``min_tokens`` protects."""
+    """Whether a stop string is in the text of the last tokens, of which each adds a byte at least, and ends after those
+    that ``min_tokens`` protects."""
     if not params.stop or len(tokens) <= params.min_tokens:
         return False
-    begin = max(len(tokens) - max(map(len, params.stop)) - 8, 0)
+    begin = max(len(tokens) - max(len(stop.encode()) for stop in params.stop) - 8, 0)
     text = tokenizer.decode(tokens[begin:])
     return _cut(text, params.stop, tokenizer.decode(tokens[begin : params.min_tokens])) < len(text)
 
