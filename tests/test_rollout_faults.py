@@ -7,6 +7,7 @@ import copy
 import inspect
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -215,6 +216,28 @@ def test_no_stop_is_among_the_first_tokens(family):
         assert text.text.split() == [f"w{t}" for t in free.tokens[: ends[0] - 1 if ends else 12]]
 
 
+@pytest.mark.parametrize("family", ("llama", "falcon"))
+def test_the_text_of_tokens_is_the_rollouts(family):
+    """Without its stop string, of which no part has been shown, and without special tokens."""
+
+    class Spelled(Words):
+        def decode(self, tokens, skip_special_tokens=False):
+            return "".join(f"<{t}>" for t in tokens if not (skip_special_tokens and t == special))
+
+    model, (prompt,) = decoder(family), prompts(1, seed=2)
+    one = Engine(model, Spelled(), **({} if family == "falcon" else {"kv_budget": 1 << 22}))
+    special = None
+    (free,) = one.generate([prompt], GREEDY)
+    special = free.tokens[1]
+    for stop in ((), f"<{free.tokens[4]}><{free.tokens[5]}>", (f"{free.tokens[3]}><x", f"><{free.tokens[6]}")):
+        params = replace(GREEDY, stop=stop)
+        (whole,) = one.generate([prompt], params)
+        shown = list(one.tokens(prompt, params))
+        assert [t for t, _ in shown] == whole.tokens and "".join(text for _, text in shown) == whole.text
+        assert f"<{special}>" not in whole.text and len(whole.text) > 4
+        assert family == "falcon" or len([text for _, text in shown if text]) > 2  # as they come
+
+
 class Bytes:
     """A tokenizer of which every id is a byte."""
 
@@ -226,6 +249,10 @@ class Bytes:
 def test_a_stop_of_characters_of_several_tokens(stop):
     """It is found with its last byte, however many tokens it takes."""
     tokens, params = list(f"🙂ab{stop}".encode()), SamplingParams(stop=stop)
+    assert (
+        responses.certain(tokens[:-1], params, Bytes()) == "🙂ab"
+        and responses.certain([240, 159], params, Bytes()) == ""
+    )
     assert responses.stopped(tokens, params, Bytes()) and not responses.stopped(tokens[:-1], params, Bytes())
 
 

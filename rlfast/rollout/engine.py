@@ -224,6 +224,8 @@ class Engine(Calls):
                 reason = responses.ending(sample, token, self.eos, self.tokenizer, self.decoder.context)
             if reason:
                 self._end(sample, reason)
+            else:
+                sample.settled = len(sample.tokens)
 
     def _end(self, sample: Sample, reason: str) -> None:
         sample.finish = reason
@@ -294,7 +296,7 @@ class Engine(Calls):
 
     def _so_far(self, number: int) -> list[int]:
         samples = self.live.get(number)
-        return samples[0].tokens if samples else []
+        return samples[0].tokens[: samples[0].settled] if samples else []
 
     # Given tokens
 

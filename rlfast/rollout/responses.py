@@ -34,6 +34,16 @@ def _cut(text: str, stops, protected: str) -> int:
     return min((at for at in places if at >= 0), default=len(text))
 
 
+def certain(tokens: list[int], params: SamplingParams, tokenizer) -> str:
+    """The text of the first tokens of a response, but for an end that later ones may change: a character that is not
+    whole, the beginning of a stop string."""
+    if tokenizer is None:
+        return ""
+    text = tokenizer.decode(tokens, skip_special_tokens=True).rstrip("\ufffd")
+    begun = (n for stop in params.stop for n in range(1, len(stop)) if text.endswith(stop[:n]))
+    return text[: len(text) - max(begun, default=0)]
+
+
 def rollout_of(sample: Sample, tokenizer) -> Rollout:
     """As far as the sample has come."""
     text, params = "", sample.params
