@@ -455,6 +455,9 @@ BAD = {
     "graphs: expected True, False or None, got 'no'": lambda e: engine(graphs="no"),
     "model: expected a causal language model of transformers, got 3": lambda e: Engine(3),
     "model: expected a causal language model of transformers, got Linear": lambda e: Engine(torch.nn.Linear(2, 2)),
+    "prompts: expected a list of strings or of lists of token ids, got 'ab'": lambda e: e.choose("ab", [[[5]], [[6]]]),
+    "candidates: expected a list of lists, one a prompt, got 5": lambda e: e.choose([[3]], 5),
+    "requests: expected a list of Request, got Request(prompt=(3,)": lambda e: e.submit(Request((3,))),
     "candidates: expected 2 lists, one a prompt, got 1": lambda e: e.choose([[3], [4]], [[[5]]]),
 }
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 
 from rlfast import validate
 from rlfast.rollout import responses
-from rlfast.rollout.api import Request, Rollout, SamplingParams
+from rlfast.rollout.api import PROMPTS, Request, Rollout, SamplingParams, listed
 
 PATIENCE = 0.1  # seconds that one caller waits for a server before it looks at what others have received
 
@@ -56,6 +56,7 @@ class Calls:
     @alone
     def submit(self, requests: Sequence[Request]) -> list[int]:
         """Their numbers; none is taken if one of them is wrong."""
+        listed("requests", requests, "Request")
         checked = [self._checked(request) for request in requests]
         numbers = list(range(self.requests, self.requests + len(checked)))
         self.requests += len(checked)
@@ -304,8 +305,7 @@ def _count(left: dict[int, int], rollout: Rollout) -> None:
 
 def requested(prompts, params) -> list[Request]:
     """A request a prompt."""
-    if isinstance(prompts, str) or not isinstance(prompts, (list, tuple)):
-        validate.fail("prompts", "a list of strings or of lists of token ids", repr(prompts)[:60], TypeError)
+    listed("prompts", prompts, PROMPTS)
     each = (
         params if isinstance(params, (list, tuple)) else [SamplingParams() if params is None else params] * len(prompts)
     )
