@@ -36,7 +36,7 @@ from rlfast.recipes.training import fitted, train
 RESULT = RESULTS / "learning.json"
 ARMS = ("stock", "rlfast")
 LAYERS = 8  # of 30 that learn
-TOKENS, RATE, TEMPERATURE = 16, 5e-5, 0.7
+TOKENS, RATE, TEMPERATURE = 16, 1e-4, 0.7
 PROBLEMS, SAMPLES, CANDIDATES = 64, 2, 4  # that a point is of; candidates of a pair
 FIXED = 1 << 16  # their seed, no run's
 TRL = "TRL 1.16's default"
@@ -66,7 +66,7 @@ class Plan(NamedTuple):
 
 
 PLANS = {
-    "grpo": Plan(GRPO, 4, 4, 30, 0, "reward", "TRL's GRPOTrainer"),
+    "grpo": Plan(GRPO, 4, 4, 20, 0, "reward", "TRL's GRPOTrainer"),
     "ppo": Plan(rlfast.recipe("gpt4"), 6, 2, 20, 1, "reward", "the oracle backend"),
     "dpo": Plan(rlfast.recipe("zephyr"), 6, 4, 15, 0, "accuracy", "TRL's DPOTrainer"),
 }
