@@ -67,7 +67,7 @@ class Plan(NamedTuple):
 
 PLANS = {
     "grpo": Plan(GRPO, 4, 4, 20, 0, "reward", "TRL's GRPOTrainer"),
-    "ppo": Plan(rlfast.recipe("gpt4"), 6, 2, 20, 1, "reward", "the oracle backend"),
+    "ppo": Plan(rlfast.recipe("gpt4"), 6, 2, 15, 1, "reward", "the oracle backend"),
     "dpo": Plan(rlfast.recipe("zephyr"), 6, 4, 15, 0, "accuracy", "TRL's DPOTrainer"),
 }
 
