@@ -159,8 +159,7 @@ def attend(
     """One tile of queries over its keys, or over ``each`` splits of them where it LEAVES their numbers.
 
     Those are in ``parts`` [T·H, kept, Dv], peaks and totals. A tile is a BLOCK of sequences, over the splits that they
-    share, at most ``kept``, which it counts in ``shared`` [S]; or it is of one sequence, and what a block has left of
-    it is read.
+    share, which it counts in ``shared`` [S]; or it is of one sequence, and what a block has left of it is read.
     """
     if BLOCK:
         s, first = tl.program_id(0), 0
