@@ -240,6 +240,9 @@ def test_nothing_to_average_is_nan_as_in_openrlhf(theirs, mask):
         ):  # fmt: skip
             assert out.isnan().all()
         assert m.PolicyLoss()(d.logp, d.old, d.adv, d.mask, **GLOBAL)[0] == 0
+        pairs = d.pair[:, :0]
+        for out in (m.PairWiseLoss()(*pairs[:2]), m.LogExpLoss()(*pairs[:2]), m.DPOLoss(0.1)(*pairs)[0]):
+            assert out.isnan()
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16))

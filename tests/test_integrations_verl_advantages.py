@@ -146,6 +146,16 @@ def test_bfloat16_rewards_keep_their_type():
     torch.testing.assert_close(got, theirs, rtol=0.02, atol=0.02)
 
 
+@pytest.mark.parametrize("name", ("grpo_vectorized", "rloo_vectorized"))
+def test_the_vectorised_estimators_of_bfloat16_rewards_are_not_rounded(name):
+    got, theirs = (
+        x.core.get_adv_estimator_fn(name)(rewards().bfloat16(), mask_of(), NAMES, config=Settings())[0]
+        for x in (VERL, stock())
+    )
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got, theirs.float(), rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("options", ({}, {"norm_adv_by_std_in_grpo": False}, {"gdpo_reward_weights": [1.0, 0.25]}))
 def test_gdpo(options):
     torch.manual_seed(4)

@@ -182,6 +182,15 @@ def test_nan_outside_the_mask():
     close("whitened", *(x.functional.masked_whiten(dirty, mask) for x in (VERL, stock())))
 
 
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
+def test_a_mean_of_a_narrow_type_is_float32(dtype):
+    values, mask = torch.randn(ROWS, LENGTH).to(dtype), mask_of(torch.float32)  # in which verl's sum is one too
+    for axis in (None, 1):
+        got, theirs = (x.functional.masked_mean(values, mask, axis) for x in (VERL, stock()))
+        assert got.dtype == theirs.dtype == torch.float32
+        torch.testing.assert_close(got, theirs, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("which", ("stock", "patched"))
 def test_too_few_to_have_a_variance(which):
     module = {"stock": stock(), "patched": VERL}[which].functional

@@ -90,8 +90,8 @@ def masked_sum(values, mask, axis=None):
 
 
 def masked_mean(values, mask, axis=None):
-    """Σ mask·values ÷ (Σ mask + 1e-8) over ``axis``, summed in float64. What is masked may be NaN."""
-    return mean_over(values, mask, dim=axis, like="verl")
+    """Σ mask·values ÷ (Σ mask + 1e-8) over ``axis``, summed in float64; float32 at least. What is masked may be NaN."""
+    return mean_over(values.to(torch.promote_types(values.dtype, torch.float32)), mask, dim=axis, like="verl")
 
 
 def masked_var(values, mask, unbiased=True):
