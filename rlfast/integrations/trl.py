@@ -22,6 +22,8 @@ from rlfast.integrations import trl_divergence, trl_grpo, trl_head, trl_mixins, 
 from rlfast.integrations.patching import Swap, or_original, static_swap, takes, tensor_unsupported
 from rlfast.logps import token_logps
 
+ChunkedLogProbFunction = trl_head.ChunkedLogProbFunction
+ChunkedDivergenceFunction = trl_divergence.ChunkedDivergenceFunction
 chunked_logprob = trl_head.chunked_logprob
 chunked_divergence = trl_divergence.chunked_divergence
 generalized_jsd_loss = trl_divergence.generalized_jsd_loss

@@ -40,6 +40,7 @@ from rlfast.integrations.verl_advantages import (
 )
 from rlfast.integrations.verl_functional import (
     FusedLinearForPPO,
+    FusedLinearForPPOFunction,
     calculate_sum_pi_squared_from_logits,
     chunks_unsupported,
     cross_entropy_unsupported,
@@ -258,4 +259,8 @@ def _heads(strange: list[str]) -> list[Swap]:
     return swaps
 
 
-__all__ = ["FusedLinearForPPO", *(ours.__name__ for place in PLACES.values() for ours, _ in place)]
+__all__ = [
+    "FusedLinearForPPO",
+    "FusedLinearForPPOFunction",
+    *(ours.__name__ for place in PLACES.values() for ours, _ in place),
+]

@@ -71,6 +71,12 @@ def fused_linear_for_ppo(hidden_states, vocab_weights, input_ids, temperature=1.
     return out.logp, out.entropy.to(hidden_states.dtype)
 
 
+class FusedLinearForPPOFunction:
+    """verl's name of ``fused_linear_for_ppo``."""
+
+    apply = staticmethod(fused_linear_for_ppo)
+
+
 class FusedLinearForPPO(torch.nn.Module):
     """verl's module of the same name; ``chunk_size`` and ``impl_backend`` are verl's, and not needed."""
 
