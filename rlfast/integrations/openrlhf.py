@@ -115,7 +115,11 @@ def compute_reward(r, kl_coef, kl, action_mask=None, reward_clip_range=None) -> 
 
     Returns:
         [B, T] of kl's dtype. ``rlfast.shape_rewards`` does it from the log-probs, with 0 where the mask is.
+
+    Raises:
+        ValueError, TypeError: ``action_mask`` is None or of another shape than ``kl``.
     """
+    validate.like("action_mask", action_mask, "kl", kl, validate.MASKS)
     if reward_clip_range:
         r = r.clamp(min=reward_clip_range[0], max=reward_clip_range[1])
     from_end = action_mask.long().flip(1).argmax(dim=1, keepdim=True)

@@ -210,7 +210,13 @@ class PolicyLoss(torch.nn.Module):
 
         Returns:
             (loss, clip_ratio, ppo_kl, vllm_kl or None, the part that the correction filters or None), each [].
+
+        Raises:
+            TypeError: a correction is on, and ``rollout_log_probs`` is None.
         """
+        if self.is_correction_level != "off" and rollout_log_probs is None:
+            wanted = f"a tensor with is_correction_level={self.is_correction_level!r}"
+            validate.fail("rollout_log_probs", wanted, "None", TypeError)
         counts = _counts(self.token_level_loss, dp_size, batch_num_tokens, global_batch_size)
         mask = action_mask if action_mask is None or action_mask.dtype == torch.bool else action_mask != 0
         objective, old = _objective(self), old_log_probs

@@ -114,6 +114,8 @@ def _logits_unsupported(logits, index=None, *args, row_mask=None, **_) -> str | 
         return f"index is on {index.device} and logits on {logits.device}"
     if reason is None and isinstance(index, torch.Tensor) and index.shape[: logits.dim() - 1] != logits.shape[:-1]:
         return f"index of shape {tuple(index.shape)} is broadcast against logits of shape {tuple(logits.shape)}"
+    if reason is None and isinstance(index, torch.Tensor) and index.dim() == logits.dim() and not index.shape[-1]:
+        return f"index of shape {tuple(index.shape)} asks for no token"
     return reason
 
 

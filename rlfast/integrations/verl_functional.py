@@ -96,7 +96,10 @@ def masked_sum(values, mask, axis=None):
 
 
 def masked_mean(values, mask, axis=None):
-    """Σ mask·values ÷ (Σ mask + 1e-8) over ``axis``, summed in float64; float32 at least. What is masked may be NaN."""
+    """Σ mask·values ÷ (Σ mask + 1e-8) over ``axis``, summed in float64; float32 at least. What is masked may be NaN.
+
+    The mask is 0 or 1: any other number is taken for 1. The patch leaves weights to verl.
+    """
     return mean_over(values.to(torch.promote_types(values.dtype, torch.float32)), mask, dim=axis, like="verl")
 
 
