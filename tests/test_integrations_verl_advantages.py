@@ -241,6 +241,10 @@ REASONS = {
     "compute_reinforce_plus_plus_outcome_advantage": lambda f: f(
         rewards(), mask_of().float(), config=Settings(gamma=1.5)
     ),
+    "compute_grpo_vectorized_outcome_advantage": lambda f: f(rewards(), mask_of(), NAMES, epsilon=-0.5),
+    "compute_multi_turn_optimal_token_baseline_advantage": lambda f: f(
+        rewards(), mask_of().float(), NAMES, -rewards().abs(), rewards().abs() + 0.5, epsilon=-1.0
+    ),
     "compute_optimal_token_baseline_advantage": lambda f: f(
         rewards(), mask_of().float(), NAMES, -rewards().abs(), rewards().abs()
     ),

@@ -211,6 +211,9 @@ UNSUPPORTED = {
     "weights": lambda x: x.masked_mean(torch.arange(4.0), torch.tensor([0.5, 1.0, 0.0, 1.0])),
     "a broadcast mask": lambda x: x.masked_mean(torch.ones(2, 4), torch.ones(4)),
     "whole numbers": lambda x: x.masked_sum(torch.arange(-3, 5).view(2, 4), torch.ones(2, 4)),
+    "a temperature below 0": lambda x: (VERL if x is functional else stock()).fused.FusedLinearForPPO()(
+        torch.eye(3), torch.ones(5, 3), torch.zeros(3).long(), -1.0
+    )[0],
     "a gradient of Σp²": lambda x: x.calculate_sum_pi_squared_from_logits(torch.ones(2, 5, requires_grad=True)),
 }
 

@@ -219,8 +219,10 @@ def compute_multi_turn_optimal_token_baseline_advantage(
     return torch.zeros_like(advantages).scatter(-1, order, advantages) * response_mask, returns
 
 
-def rows_unsupported(token_level_rewards, response_mask, *_, **__) -> str | None:
+def rows_unsupported(token_level_rewards, response_mask, index=None, epsilon=1e-6, *_, **__) -> str | None:
     """Why rlfast cannot take a call of an estimator of whole answers."""
+    if isinstance(epsilon, torch.Tensor) or not epsilon >= 0:
+        return f"epsilon is {epsilon}, rlfast takes a number ≥ 0"
     fields = {"token_level_rewards": token_level_rewards, "response_mask": response_mask}
     reason = tensor_unsupported(**fields)
     if reason is None and (token_level_rewards.dim() != 2 or response_mask.shape != token_level_rewards.shape):
@@ -233,9 +235,9 @@ def rows_unsupported(token_level_rewards, response_mask, *_, **__) -> str | None
     return reason
 
 
-def tokens_unsupported(token_level_rewards, response_mask, *_, **__) -> str | None:
+def tokens_unsupported(token_level_rewards, response_mask, *more, **named) -> str | None:
     """The same where the mask is more than a factor of the result."""
-    return rows_unsupported(token_level_rewards, response_mask) or mask_unsupported(response_mask)
+    return rows_unsupported(token_level_rewards, response_mask, *more, **named) or mask_unsupported(response_mask)
 
 
 def gae_unsupported(token_level_rewards, values, response_mask, gamma, lam) -> str | None:
@@ -265,8 +267,13 @@ def remax_unsupported(token_level_rewards, reward_baselines, response_mask, conf
     )
 
 
-def turns_unsupported(token_level_rewards, response_mask, index, old_log_probs, sum_pi_squared, *_, **__):
+def turns_unsupported(
+    token_level_rewards, response_mask, index, old_log_probs, sum_pi_squared, rollout_is_weights=None,
+    handle_zero_tail=True, epsilon=1e-8, **_,
+) -> str | None:  # fmt: skip
     """Why rlfast cannot take a call of the baseline of several turns."""
+    if not epsilon > 0:
+        return f"epsilon is {epsilon}, rlfast takes a number > 0"
     reason = tensor_unsupported(old_log_probs=old_log_probs, sum_pi_squared=sum_pi_squared)
     return reason or tokens_unsupported(token_level_rewards, response_mask)
 
