@@ -38,7 +38,7 @@ TENSOR_CORES, FLOAT32, INTERPRETED = (tl.constexpr(i) for i in range(3))  # who 
 NOTHING = tl.constexpr(float("-inf"))  # the peak of no key
 NEVER = tl.constexpr((1 << 31) - 1)
 
-COUNTS = ("sequences", "page_size", "window", "kept", "most", "each")
+COUNTS = ("sequences", "page_size", "window", "kept", "each")
 
 
 class Tile(NamedTuple):
@@ -152,21 +152,20 @@ def normalised(peak, total, values, sinks, head, live):
 @jit(do_not_specialize=COUNTS)
 def attend(
     q, k, v, table, cu, lens, sinks, out, peaks, totals, parts, same, shared,
-    strides, sequences, page_size, scale, softcap, window, kept, most, each,
+    strides, sequences, page_size, scale, softcap, window, kept, each,
     TILE: tl.constexpr, BLOCK: tl.constexpr, LEAVES: tl.constexpr, CAPPED: tl.constexpr, WINDOWED: tl.constexpr,
     BY: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
 ):  # fmt: skip
     """One tile of queries over its keys, or over ``each`` splits of them where it LEAVES their numbers.
 
     Those are in ``parts`` [T·H, kept, Dv], peaks and totals. A tile is a BLOCK of sequences, over the splits that they
-    share, at most ``most``, which it counts in ``shared`` [S]; or it is of one sequence, and what a block has left of
-    it is read.
+    share, which it counts in ``shared`` [S]; or it is of one sequence, and what a block has left of it is read.
     """
     if BLOCK:
         s, first = tl.program_id(0), 0
         start = tl.load(cu + s)
         new, common = block_of(same, sequences, s, TILE.tokens, TILE.rows)  # a new token a sequence
-        common = tl.minimum(common, most)
+        common = tl.minimum(common, kept)
         if tl.program_id(1) + tl.program_id(2) == 0:
             i = tl.arange(0, TILE.rows)
             tl.store(shared + s + i, tl.zeros_like(i) + common, mask=i < new)
@@ -322,7 +321,7 @@ def forward(x: Inputs, o: Options) -> torch.Tensor:
     def launch(first: int, parts: int, **how) -> None:
         attend[(first, grid[1], parts)](
             q, k, v, table, cu, lens, sinks, out, peaks, totals, scratch, same, shared, strides, sequences, page_size,
-            o.scale, o.softcap, o.window, kept, kept, -(-kept // parts), **how, **options,
+            o.scale, o.softcap, o.window, kept, -(-kept // parts), **how, **options,
         )  # fmt: skip
 
     with torch.cuda.device_of(q):
