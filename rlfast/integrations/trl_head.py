@@ -151,6 +151,12 @@ def chunked_logprob(
     return (*(x if x is None else x.float() for x in floats), out.is_top1)
 
 
+class ChunkedLogProbFunction:
+    """TRL's name of ``chunked_logprob``."""
+
+    apply = staticmethod(chunked_logprob)
+
+
 def _unsupported(hidden, weight, bias, *_, **__) -> str | None:
     return zero3() or tensor_unsupported(hidden=hidden, weight=weight, bias=bias)
 
