@@ -98,7 +98,7 @@ def test_without_its_attention_the_bits_are_others(monkeypatch):
     assert found == [True, False]
 
 
-POSITIONS = ([[0, 1, 2, 0, 1, 0]], [[0, 1, 2, 0, 1, 0], [0, 1, 0, 1, 2, 3]], [[3, 4, 5, 0, 1, 2]], [[0, 1, 2, 3, 4, 5]])
+POSITIONS = ([[0, 0, 1, 2, 0, 1]], [[0, 1, 2, 0, 1, 0], [0, 1, 0, 1, 2, 3]], [[3, 4, 5, 0, 1, 2]], [[0, 1, 2, 3, 4, 5]])
 
 
 @pytest.mark.parametrize("positions", POSITIONS, ids=str)
