@@ -9,6 +9,7 @@ PPO = {"kind": "policy", "loss": "ppo", "low": 0.2, "high": 0.2, "adv": "gae", "
        "rewards": ("model",), "kl": 0.05, "value_clip": 0.2}  # fmt: skip
 BT = {"kind": "reward_model", "loss": "bradley_terry"}
 DPO = {"kind": "preference", "loss": "dpo", "beta": 0.1, "judge": "task"}
+FIXED = {"sampler": "reference"}  # answers of the model that the stage began with
 
 EXPECTED: dict[str, list[dict]] = {
     "instructgpt": [
@@ -40,10 +41,10 @@ EXPECTED: dict[str, list[dict]] = {
          "stage": {"kind": "policy", "loss": "reinforce", "adv": "rloo", "rewards": ("model",), "kl": 0.1,
                    "kl_level": "sequence", "anchor": 0.99}},
     ],
-    "zephyr": [DPO],
-    "zephyr_orpo": [{"kind": "preference", "loss": "orpo", "beta": 0.05, "judge": "task"}],
+    "zephyr": [DPO | FIXED],
+    "zephyr_orpo": [FIXED | {"kind": "preference", "loss": "orpo", "beta": 0.05, "judge": "task"}],
     "tr_dpo": [DPO | {"anchor": 0.4}],
-    "phi3": [DPO],
+    "phi3": [DPO | FIXED],
     "llama3": [
         BT,
         {"kind": "best_of", "judge": "model"},
@@ -53,19 +54,19 @@ EXPECTED: dict[str, list[dict]] = {
     "nemotron4": [
         {"kind": "reward_model", "loss": "regression", "outputs": 5},
         DPO | {"beta": 1e-3, "nll": 1e-4, "judge": "model"},
-        {"kind": "preference", "loss": "rpo", "beta": 0.2, "eta": 1.0, "nll": 0.1, "judge": "model"},
+        FIXED | {"kind": "preference", "loss": "rpo", "beta": 0.2, "eta": 1.0, "nll": 0.1, "judge": "model"},
     ],
     "qwen2": [
-        DPO,
+        DPO | FIXED,
         BT,
         {"kind": "average", "runs": 2, "merge": "mean", "back": 0.1, "stage": DPO | {"judge": "model"}},
     ],
     "qwen2.5": [
-        DPO,
+        DPO | FIXED,
         BT,
         {"kind": "policy", "loss": "grpo", "low": 0.2, "high": 0.2, "beta": 0.04, "adv": "grpo", "rewards": ("model",)},
     ],
-    "hermes3": [DPO | {"lora": 32}],
+    "hermes3": [DPO | FIXED | {"lora": 32}],
     "tulu3": [
         {"kind": "preference", "loss": "dpo_norm", "beta": 5.0, "judge": "task"},
         PPO | {"rewards": ("task",), "scale": 10.0, "whiten": True},
@@ -85,7 +86,7 @@ EXPECTED: dict[str, list[dict]] = {
          "max_len": 6, "buffer": 1, "factor": 1.0, "dynamic": True, "minibatches": 2},
     ],
     "olmo3": [
-        {"kind": "preference", "loss": "dpo_norm", "beta": 5.0, "judge": "task"},
+        FIXED | {"kind": "preference", "loss": "dpo_norm", "beta": 5.0, "judge": "task"},
         {"kind": "policy", "loss": "ppo", "low": 0.2, "high": 0.272, "tis": 2.0, "adv": "centred", "rewards": ("task",),
          "dynamic": True},
     ],

@@ -151,6 +151,7 @@ class Truth:
             self.ends_step()
             self.step, self.updates = record.step, 0
             self.sampled(record.data["answers"])
+            same("log-probs of the sampler", self.rollout, self.sampler(s))
         assert kind == s["kind"], f"{kind}, not {s['kind']}"
         loss = getattr(self, f"on_{kind}")(s, record, fresh)
         same(f"loss of {kind}", record.loss, loss.detach())
@@ -178,6 +179,20 @@ class Truth:
         self.rollout = torch.zeros_like(self.batch[2])
         for i, r in enumerate(answers.rollouts):
             self.rollout[i, len(self.asked[i]) - 1 :][: len(r.tokens)] = r.logp.double()
+
+    @contextlib.contextmanager
+    def as_reference(self, s):
+        """Within it, the model that the policy of a preference stage is compared with; without gradient."""
+        adapter_off = self.policy.disable_adapter() if "lora" in s else contextlib.nullcontext()
+        with torch.no_grad(), adapter_off:
+            yield self.policy if "lora" in s else self.reference
+
+    def sampler(self, s):
+        """Log-probs of the tokens by the model that is to have drawn them, at a temperature of 1."""
+        if s.get("sampler") == "reference":
+            with self.as_reference(s) as model:
+                return logp_of(model, self.batch)
+        return logp_of(self.policy, self.batch).detach()
 
     def rows(self, index, skip=0):
         return padded([self.asked[i] for i in index], [self.tokens[i] for i in index], skip)
@@ -211,10 +226,8 @@ class Truth:
             w, l_ = pair_of(scores, self.group)
             self.margin = scores[w] - scores[l_]
             self.sides = [self.rows(x, s.get("skip", 0)) for x in (w, l_)]
-            adapter_off = self.policy.disable_adapter() if "lora" in s else contextlib.nullcontext()
-            with torch.no_grad(), adapter_off:
-                of = self.policy if "lora" in s else self.reference
-                self.ref = [logp_of(of, x).sum(1) for x in self.sides]
+            with self.as_reference(s) as model:
+                self.ref = [logp_of(model, x).sum(1) for x in self.sides]
         sums = [logp_of(self.policy, x).sum(1) for x in self.sides]
         return preference_loss(s, *sums, *self.ref, *(x[2].sum(1) for x in self.sides), self.margin)
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from rlfast.recipes import show
-from rlfast.recipes.paper_stages import Extrapolated
-from rlfast.recipes.row import Average, Policy, Recipe, Stage
+from rlfast.recipes.paper_stages import Agent, Extrapolated, Feedback, Guided
+from rlfast.recipes.row import Average, Recipe, Stage
 
 RATES = ("learning_rate", "critic_rate", "teacher_rate")
 COUNTS = (*RATES, "batch", "candidates", "epochs", "minibatches", "warm_up", "lora", "runs", "refresh", "max_len",
           "buffer", "updates", "back", "members")  # fmt: skip
 OUTER = (Average, Extrapolated)  # they run another stage, at its size
+ROOMS = (Agent, Feedback, Guided)  # no text is sampled in them
 
 
 def stage_of(recipe: Recipe, path: str) -> tuple[Stage, str]:
@@ -33,16 +34,13 @@ def used(recipe: Recipe) -> Iterable[tuple[str, Stage, str, object]]:
 
 
 def coefficients(recipes: Iterable[tuple[str, Recipe]]) -> list[tuple[str, str, float]]:
-    """(name, path, wrong value) of what is multiplied, bounded or divided by, 1% off; of stages that are alike, once.
-
-    Temperatures only where log-probs have them.
-    """
+    """(name, path, wrong value) of what is multiplied, bounded or divided by, 1% off, once of stages that are alike."""
     found, seen = [], set()
     for name, recipe in recipes:
         for path, stage, rest, value in used(recipe):
             key = show.summary(stage), rest, value
             counts = isinstance(value, float) and rest not in RATES
-            if counts and (rest != "temperature" or isinstance(stage, Policy)) and key not in seen:
+            if counts and (rest != "temperature" or not isinstance(stage, ROOMS)) and key not in seen:
                 seen.add(key)
                 found.append((name, path, value * 0.99))
     return found

@@ -51,6 +51,12 @@ def logps(model, batch, temperature: float = 1.0):
     return torch.where(batch.mask, found, torch.zeros_like(found))
 
 
+@torch.no_grad()
+def sampled(model, batch, temperature: float = 1.0):
+    """[tokens]: their log-probs by the model that is to have drawn them."""
+    return logps(model, batch, temperature)[batch.mask]
+
+
 def hidden(body, batch):
     return body(input_ids=batch.ids, attention_mask=batch.attention).last_hidden_state
 
@@ -148,7 +154,7 @@ def soft(difference, p):
 
 def labelled_rewards(models, records, rate):
     """RLAIF's reward model."""
-    model, judge = Head(models["reward_model"]), models["judge"].double()
+    model, judge, policy = Head(models["reward_model"]), models["judge"].double(), models["policy"].double()
     optimizer = adam(model.parameters(), rate)
     for r in records:
         answers = r.data["answers"]
@@ -157,12 +163,13 @@ def labelled_rewards(models, records, rate):
         texts = [text(x.tokens) for x in rows]
         p = compared(judge, prompts, texts[0::2], texts[1::2])
         scores = model.rewards(answers.batch)
-        yield {"loss": learn(soft(scores[0::2] - scores[1::2], p), optimizer), "probability": p}
+        drawn = sampled(policy, answers.batch)
+        yield {"loss": learn(soft(scores[0::2] - scores[1::2], p), optimizer), "probability": p, "sampled": drawn}
 
 
 def pair_rewards(models, records, rate):
     """Satori's reward model: Bradley–Terry of the best and the worst of two."""
-    model = Head(models["reward_model"])
+    model, policy = Head(models["reward_model"]), models["policy"].double()
     optimizer = adam(model.parameters(), rate)
     for r in records:
         scores, grades = model.rewards(r.data["answers"].batch), r.data["answers"].rewards
@@ -171,16 +178,19 @@ def pair_rewards(models, records, rate):
             for i in range(0, len(scores), 2)
             if grades[i] != grades[i + 1]
         ]
-        yield {"loss": learn(softplus(-torch.stack(differences)).mean(), optimizer)}
+        drawn = sampled(policy, r.data["answers"].batch)
+        yield {"loss": learn(softplus(-torch.stack(differences)).mean(), optimizer), "sampled": drawn}
 
 
 def margin_rewards(models, records, rate):
     """Max-margin inverse RL: −x where the expert's answer has the larger reward, else −2x."""
-    model = Head(models["reward_model"])
+    model, expert, before = Head(models["reward_model"]), models["policy"].double(), models["before"].double()
     optimizer = adam(model.parameters(), rate)
     for r in records:
-        x = model.rewards(r.data["answers"].batch) - model.rewards(r.data["other"].batch)
-        yield {"loss": learn(torch.where(x >= 0, -x, -2.0 * x).mean(), optimizer)}
+        batch, other = r.data["answers"].batch, r.data["other"].batch
+        x = model.rewards(batch) - model.rewards(other)
+        loss = learn(torch.where(x >= 0, -x, -2.0 * x).mean(), optimizer)
+        yield {"loss": loss, "sampled": sampled(expert, batch), "other": sampled(before, other)}
 
 
 def actor_critic(models, records, rate, critic_rate, *, scores, beta, lam, temperature=1.0, ppo=True, clip=0.2):
@@ -205,7 +215,8 @@ def actor_critic(models, records, rate, critic_rate, *, scores, beta, lam, tempe
         value_loss = learn(critic_loss(critic.values(batch), values, returns, mask, clip), other)
         logp = logps(policy, batch, temperature)
         loss = clipped((logp - old).exp(), adv) if ppo else -adv * logp
-        yield {"loss": learn(mean_over(loss, mask), optimizer), "value_loss": value_loss, "advantages": adv}
+        found = {"value_loss": value_loss, "advantages": adv, "sampled": old[mask]}
+        yield found | {"loss": learn(mean_over(loss, mask), optimizer)}
 
 
 def model_scores(models):
@@ -235,11 +246,14 @@ def satori_scores(models, beta):
 
 
 def dpo(models, records, rate, chosen=None):
-    """β 0.1 on pairs; ``chosen`` says which they should be."""
+    """β 0.1 on pairs of the reference's answers; or of the policy's, where ``chosen`` says which they should be."""
     policy, reference = double(models["policy"]), double(models["reference"])
-    optimizer = adam(policy.parameters(), rate)
+    optimizer, answers = adam(policy.parameters(), rate), None
     for r in records:
-        pairs, expected = r.data["pairs"], {}
+        pairs = r.data["pairs"]
+        if r.data["answers"] is not answers:  # else another update on the same answers
+            answers = r.data["answers"]
+            expected = {"sampled": sampled(reference if chosen is None else policy, answers.batch)}
         if chosen is not None:
             expected["pairs"] = chosen(reference, r.data["answers"])
         gap = 0.0
@@ -293,7 +307,7 @@ class Ensemble:
 
 def embedded_rewards(models, records, rate):
     """Each member by its own mean of Bradley–Terry losses."""
-    model = Ensemble(models["reward_model"])
+    model, policy = Ensemble(models["reward_model"]), models["policy"].double()
     optimizer = adam(model.parameters(), rate)
     for r in records:
         answers = r.data["answers"]
@@ -304,7 +318,7 @@ def embedded_rewards(models, records, rate):
                 best.append(g * len(row) + row.index(max(row)))
                 worst.append(g * len(row) + row.index(min(row)))
         loss = softplus(rewards[:, worst] - rewards[:, best]).mean(1).sum()
-        yield {"loss": learn(loss, optimizer)}
+        yield {"loss": learn(loss, optimizer), "sampled": sampled(policy, answers.batch)}
 
 
 def best_by_ensemble(models, records, rate):
@@ -318,6 +332,6 @@ def best_by_ensemble(models, records, rate):
         mean = rewards.sum(0) / len(rewards)
         pooled = mean - 0.5 * ((rewards - mean) ** 2).sum(0) / len(rewards)
         rows = [g * answers.group + int(i) for g, i in enumerate(pooled.view(-1, answers.group).max(1).indices)]
-        batch = answers.batch.rows(torch.tensor(rows))
+        batch, drawn = answers.batch.rows(torch.tensor(rows)), sampled(policy, answers.batch)
         loss = mean_over(-logps(policy, batch), batch.mask)
-        yield {"loss": learn(loss, optimizer), "rows": rows, "scores": pooled}
+        yield {"loss": learn(loss, optimizer), "rows": rows, "scores": pooled, "sampled": drawn}

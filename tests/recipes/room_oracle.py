@@ -111,7 +111,7 @@ class Learner:
         logp, values = self.out(self.seen)
         loss = mean_over(clipped((logp - self.old).exp(), self.adv), self.mask)
         loss = loss + critic_loss(values[:, :-1], self.values, self.returns, self.mask, 0.2)
-        return {"loss": learn(loss, self.optimizer), "advantages": self.adv}
+        return {"loss": learn(loss, self.optimizer), "advantages": self.adv, "acted": self.old}
 
 
 def agent(models, records, rate, **numbers):
@@ -123,17 +123,19 @@ def agent(models, records, rate, **numbers):
 
 def preferred_steps(models, records, rate):
     """The reward model of steps, from the language model's preferences between episodes."""
-    judge, net = models["policy"].double(), Net(models["rewards"])
+    judge, net, acts = models["policy"].double(), Net(models["rewards"]), Net(models["agent"])
     optimizer = adam(net.parameters(), rate)
     for r in records:
         play = r.data["play"]
+        acted = acts(features(play.cells, play.goal, told(play, None)))[:, :-1, :4].detach().log_softmax(-1)
         _, mask = walked(play)
         count = len(play.cells) // 2
         texts = [" ".join(at(c) for c in play.cells[b, : int(mask[b].sum()) + 1]) for b in range(2 * count)]
         asked = [f"Reach {at(g)}." for g in play.goal[:count]]
         p = compared(judge, asked, texts[:count], texts[count:])
         sums = steps_of(net, play, mask).sum(-1)
-        yield {"loss": learn(soft(sums[:count] - sums[count:], p), optimizer), "probability": p}
+        found = {"probability": p, "acted": acted.gather(-1, play.actions[..., None])[..., 0]}
+        yield found | {"loss": learn(soft(sums[:count] - sums[count:], p), optimizer)}
 
 
 def state(cell, goal) -> str:
@@ -155,7 +157,9 @@ def guided(models, records, rate, *, lam=0.2, gamma=0.99):
             target = rewards + gamma * (1 - rewards) * value[:, 1:]
         taken = q[:, :-1].gather(-1, play.actions[..., None])[..., 0]
         adv = ((taken - value[:, :-1]) * mask).detach()
-        yield {"loss": learn(mean_over(0.5 * (taken - target) ** 2, mask), optimizer), "advantages": adv}
+        acted = (prior.log() + q.detach() / lam).log_softmax(-1)[:, :-1].gather(-1, play.actions[..., None])[..., 0]
+        loss = learn(mean_over(0.5 * (taken - target) ** 2, mask), optimizer)
+        yield {"loss": loss, "advantages": adv, "acted": acted}
 
 
 def advised(models, records, rate, teacher_rate, each=4):

@@ -8,6 +8,7 @@ import json
 import math
 from collections import deque
 from dataclasses import replace
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -87,6 +88,11 @@ def steps(name: str, recipe=None):
     return found, model
 
 
+def drawn(answers) -> torch.Tensor:
+    """[tokens]: what the sampler says of them."""
+    return torch.cat([r.logp for r in answers.rollouts]).double()
+
+
 def agree(records, wanted) -> int:
     """The records of a stage with what they should have come to; how many there were."""
     wanted = list(wanted)
@@ -101,6 +107,13 @@ def agree(records, wanted) -> int:
             torch.testing.assert_close(got.double(), expected["advantages"], **NEAR)
         if "probability" in expected:
             torch.testing.assert_close(data["judged"].probability.double(), expected["probability"], **NEAR)
+        if "sampled" in expected:
+            torch.testing.assert_close(drawn(data["answers"]), expected["sampled"], **NEAR)
+        if "other" in expected:
+            torch.testing.assert_close(drawn(data["other"]), expected["other"], **NEAR)
+        if "acted" in expected:
+            play = data["play"]
+            torch.testing.assert_close(play.logp[play.mask].double(), expected["acted"][play.mask], **NEAR)
         if "pairs" in expected:
             sides = data["pairs"]
             for (best, worst), *rows in zip(expected["pairs"], sides.chosen.ids, sides.rejected.ids, strict=True):
@@ -142,11 +155,18 @@ def check_embedding_rewards(found, model):
     assert agree(best, oracle.best_by_ensemble(second, best, RATE)) == 2
 
 
+class Whole(NamedTuple):
+    """A restart's answer to its prompt, with what it goes on from."""
+
+    tokens: list[int]
+
+
 def check_satori(found, model):
     (_, first, pairs), (_, second, updates) = found
     assert agree(pairs, oracle.pair_rewards(first, pairs, RATE)) == 2
     scores = oracle.satori_scores(second, 0.5)
     assert policy_stage(second, updates, scores, beta=None, temperature=0.6) == 4
+    taken = []
     for record in updates:
         answers, start = record.data["answers"], record.data["start"]
         half = len(answers.rollouts) // 2
@@ -156,7 +176,11 @@ def check_satori(found, model):
         for one, more in zip(answers.rollouts[:half], answers.rollouts[half:], strict=True):
             whole = [*one.prompt_tokens, *one.tokens]
             assert more.prompt_tokens == whole[: len(more.prompt_tokens)]
-            assert len(one.prompt_tokens) <= len(more.prompt_tokens) >= len(whole) - 4
+            assert len(one.prompt_tokens) <= len(more.prompt_tokens)
+            taken.append(len(whole) - len(more.prompt_tokens))
+        for number, x, r in zip(answers.numbers, answers.rollouts, answers.rewards.tolist(), strict=True):
+            assert r == graded(number, Whole([*x.prompt_tokens, *x.tokens][len(TASK.prompts[number]) :]))
+    assert set(taken) == {0, 1, 2, 3, 4}, f"{sorted(taken)}"
 
 
 def check_inverse_rl(found, model):
@@ -210,6 +234,12 @@ def test_the_command_line_runs_it(name):
 def test_what_reads_texts_wants_a_tokenizer(name):
     with pytest.raises(ValueError, match=r"tokenizer: expected the model's, since .* got None"):
         list(train(fitted(rlfast.recipe(name), batch=2, candidates=2), tiny(), TASK, 1))
+
+
+def test_a_judge_wants_two_answers():
+    options = {"tokenizer": Characters(), "max_tokens": TOKENS, "kv_budget": 1 << 20}
+    with pytest.raises(ValueError, match="candidates: expected 2, which a judge compares, got 1"):
+        list(train(fitted(rlfast.recipe("rlaif"), batch=2, candidates=1), tiny(), TASK, 1, **options))
 
 
 class Witness:
