@@ -180,7 +180,7 @@ def compare(
     """TRL's trainer, or a library's functions, stock beside patched, in fresh processes. Exit 1 if they differ."""
     from rlfast import integrations
     from rlfast.compare import run
-    from rlfast.demo.settings import DemoError, at_least
+    from rlfast.demo.settings import DemoError, at_least, seeds
 
     asked = {"threads": threads, "seed": seed}
     of_trl = {"trainer": trainer, "steps": steps, "model": model, "loss_type": loss_type, "batch": batch}
@@ -188,7 +188,8 @@ def compare(
     try:
         if library not in run.LIBRARIES:
             raise DemoError(f"expected one of {run.LIBRARIES}, got {library!r}")
-        at_least(0, **asked)
+        at_least(0, threads=threads)
+        seeds(seed)
         given = [name for name in of_trl if context.get_parameter_source(name).name != "DEFAULT"]
         if library != "trl" and given:
             raise DemoError(f"--{given[0].replace('_', '-')}: of TRL's trainers; of {library} functions are compared")

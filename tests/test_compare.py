@@ -119,7 +119,7 @@ def test_a_trainer_stock_and_patched(trainer):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("trainer", ("dpo", "kto", "rloo"))
+@pytest.mark.parametrize("trainer", trainers.KINDS)
 def test_a_mistake_of_one_percent_is_seen(trainer, tmp_path):
     settings = trainers.prepared(trainers.Settings(trainer=trainer, steps=2, model="tiny"), tmp_path)
     assert not report.failures(steps.compare(settings, tmp_path))
@@ -141,6 +141,7 @@ WRONG = {
     "a loss of none": (["trl", "--trainer", "rloo", "--loss-type", "grpo"], "rloo has one loss"),
     "a rate": (["trl", "--learning-rate", "0"], "--learning-rate: expected a float > 0, got 0.0"),
     "threads": (["verl", "--threads", "-1"], "--threads: expected at least 0, got -1"),
+    "a seed": (["openrlhf", "--seed", str(1 << 62)], "--seed: expected less than 2**62"),
     "a trainer of verl": (["verl", "--trainer", "ppo"], "--trainer: of TRL's trainers; of verl functions are compared"),
     "steps of OpenRLHF": (["openrlhf", "--steps", "5"], "--steps: of TRL's trainers"),
 }

@@ -66,6 +66,13 @@ def at_least(least: int, **options: float) -> None:
             raise DemoError(f"--{name.replace('_', '-')}: expected at least {least}, got {value}")
 
 
+def seeds(seed: int) -> None:
+    """Raise DemoError for a seed that torch's generators do not take, or not when a run counts on from it."""
+    at_least(0, seed=seed)
+    if seed >= 1 << 62:
+        raise DemoError(f"--seed: expected less than 2**62, got {seed}")
+
+
 def missing() -> str | None:
     """One sentence that says what to install; None if nothing is missing."""
     absent = [name for name in PACKAGES if importlib.util.find_spec(name) is None]

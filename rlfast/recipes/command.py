@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 import rlfast
-from rlfast.demo.settings import DemoError, at_least
+from rlfast.demo.settings import DemoError, at_least, seeds
 from rlfast.recipes import SURE, show
 from rlfast.recipes.row import Recipe
 
@@ -67,6 +67,7 @@ def train(
 
     try:
         at_least(1, steps=steps, batch=batch, candidates=candidates, max_tokens=max_tokens)
+        seeds(seed)
         if learning_rate is not None and not 0 < learning_rate < float("inf"):
             raise DemoError(f"--learning-rate: expected a float > 0, got {learning_rate}")
     except DemoError as error:

@@ -35,6 +35,8 @@ def asked(session: Session, answers: Answers) -> list[str]:
 @runs(Compared)
 def compared(session: Session, stage: Compared, steps: int) -> Iterator[Record]:
     """Two answers of the policy to each prompt, and the judge's probability that the first is the better one."""
+    if stage.candidates.value < 2:
+        validate.fail("candidates", "2, which a judge compares", str(stage.candidates.value))
     judge, model = judge_of(session), session.scorer()
     session.reward_model, optimizer = model, session.optimizer(model.parameters(), stage.learning_rate)
     session.begins(stage, reward_model=model, judge=judge.decoder.model)

@@ -55,6 +55,8 @@ WRONG = {
     "a batch": (["--batch", "0"], "--batch: expected at least 1, got 0"),
     "candidates": (["--candidates", "-1"], "--candidates: expected at least 1, got -1"),
     "tokens": (["--max-tokens", "0"], "--max-tokens: expected at least 1, got 0"),
+    "a seed": (["--seed", "-1"], "--seed: expected at least 0, got -1"),
+    "a large seed": (["--seed", str(1 << 62)], f"--seed: expected less than 2**62, got {1 << 62}"),
     "a rate": (["--learning-rate", "nan"], "--learning-rate: expected a float > 0, got nan"),
 }
 
