@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import rlfast
-from rlfast.integrations import patching, trl_grpo
+from rlfast.integrations import patching, trl_grpo, trl_head
 from rlfast.losses import Loss
 
 trl = pytest.importorskip("trl", reason='the trl package is missing: pip install "trl==1.16.*"')
@@ -279,3 +279,52 @@ def test_a_method_that_changed_is_left_alone(monkeypatch, caplog):
         rlfast.patch("trl")
     with caplog.at_level(logging.WARNING, "rlfast.integrations"), rlfast.patch("trl", untested=True):
         assert trl.GRPOTrainer._compute_loss is _compute_loss
+
+
+def taken_by_async_grpo() -> tuple:
+    """(loss, {name: gradient}, metrics) of AsyncGRPO's own method: two completions in one row, its attention aside."""
+    from trl.experimental.async_grpo.async_grpo_trainer import AsyncGRPOTrainer
+
+    trainer, model, draw = object.__new__(AsyncGRPOTrainer), tiny("Qwen2"), torch.Generator().manual_seed(3)
+    utils.add_fused_lm_head(model, temperature=0.7, outputs=("log_probs", "entropy"))
+    trainer.__dict__.update(
+        epsilon_low=0.2, epsilon_high=0.28, aux_loss_enabled=False, accelerator=OneProcess(),
+        current_gradient_accumulation_steps=2, _metrics={"train": defaultdict(list)}, _step_forward_tokens=0.0,
+        _step_trained_tokens=0.0, _step_seq_len_weighted=0.0, _step_samples=0.0, _step_forward_s=0.0,
+    )  # fmt: skip
+    length, of = 16, torch.tensor([2, 3, 4, 5, 9, 10, 11, 12, 13])  # tokens of a row, and those that are scored
+    ids, labels = torch.randint(2, VOCAB, (1, length), generator=draw), torch.full((1, length), -100)
+    labels[0, of] = ids[0, of + 1]
+    noise, adv = (torch.randn(1, len(of), generator=draw) for _ in range(2))
+    inputs = {
+        "input_ids": ids, "attention_mask": torch.ones_like(ids), "shift_labels": labels,
+        "position_ids": torch.arange(length).remainder(8)[None], "token_index": of[None],
+        "old_log_probs": 0.3 * noise - 4.0, "advantages": adv,
+        "segment_id": (of >= 8).long()[None], "global_n_tokens": torch.tensor([float(len(of))]),
+        "global_n_forward_tokens": torch.tensor([length]), "mean_seq_len": torch.tensor([8.0]),
+        "tree_max_seqlens": torch.tensor([[8, 8]]),
+    }  # fmt: skip
+    inputs |= {f"tree_{name}": torch.arange(3)[None] for name in ("kv_index", "cu_seqlens_q", "cu_seqlens_k")}
+    loss = trainer.compute_loss(model, inputs)
+    loss.backward()
+    return loss.detach(), {n: p.grad for n, p in model.named_parameters()}, dict(trainer._metrics["train"])
+
+
+def test_async_grpo(monkeypatch, caplog):
+    """Its trainer's attention is FlashAttention's; its loss on rlfast's head is TRL's, and 1% would show."""
+    stock, calls, wrong = taken_by_async_grpo(), [], 1.0
+    kernel = trl_head.linear_token_logps
+
+    def head(*args, **options):
+        calls.append(options["outputs"])
+        out = kernel(*args, **options)
+        return out._replace(logp=wrong * out.logp)
+
+    monkeypatch.setattr(trl_head, "linear_token_logps", head)
+    with rlfast.patch("trl"), caplog.at_level(logging.WARNING, "rlfast.integrations"):
+        mine = taken_by_async_grpo()
+        assert calls == [("logp", "entropy")] and not caplog.records
+        assert_same_loss(mine, stock)
+        wrong = 1.01
+        with pytest.raises(AssertionError):
+            assert_same_loss(taken_by_async_grpo(), stock)
