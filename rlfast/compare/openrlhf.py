@@ -93,6 +93,15 @@ def _sft(draw) -> dict:
     return {"per_token_logps": -_normal(draw, ROWS, LENGTH).abs(), "loss_mask": _mask(draw)}
 
 
+def _matrix(draw) -> dict:
+    return {"loss": _normal(draw, ROWS, LENGTH), "loss_mask": _mask(draw)}
+
+
+def _texts(draw) -> dict:
+    labels = torch.randint(VOCAB, (2, LENGTH), generator=draw)
+    return _logits(draw) | {"labels": labels.masked_fill(torch.arange(LENGTH) < 9, -100)}
+
+
 def _pair(draw) -> dict:
     return {"chosen_reward": _normal(draw, ROWS), "reject_reward": _normal(draw, ROWS)}
 
@@ -139,6 +148,8 @@ CASES = (
     Case(MAKER, "RemoteExperienceMaker.get_cumulative_returns", _foreign, note="of a tensor's subclass"),
     *(Case(LOSS, "PolicyLoss", _policy, ("log_probs",), made, name) for name, made in POLICIES.items()),
     Case(LOSS, "ValueLoss", _critic, ("values",), {"clip_eps": 0.2}),
+    Case(LOSS, "aggregate_loss", _matrix, ("loss",)),
+    Case(LOSS, "GPTLMLoss", _texts, ("logits",), {}),
     Case(LOSS, "SFTLoss", _sft, ("per_token_logps",), {}),
     Case(LOSS, "DPOLoss", _preference, CHOSEN, {"beta": 0.1}),
     Case(LOSS, "DPOLoss", _preference, CHOSEN, {"beta": 0.1, "ipo": True}, "ipo"),

@@ -109,6 +109,25 @@ def _discounted(draw) -> dict:
     return given | {"config": AlgoConfig(gamma=0.99)}
 
 
+def _best(draw) -> dict:
+    from verl.trainer.config import AlgoConfig
+
+    return _outcomes(draw) | {"config": AlgoConfig()}
+
+
+def _greedy(draw) -> dict:
+    given = _outcomes(draw)
+    del given["index"]
+    return given | {"reward_baselines": _normal(draw, ROWS)}
+
+
+def _token_baselines(draw) -> dict:
+    """p² ≤ Σπ² ≤ p² + (1 − p)², as of every distribution."""
+    logp, share = -_normal(draw, ROWS, LENGTH).abs(), torch.rand(ROWS, LENGTH, generator=draw)
+    p = logp.exp()
+    return _outcomes(draw) | {"old_log_probs": logp, "sum_pi_squared": p**2 + share * (1 - p) ** 2}
+
+
 def _reinforce(draw) -> dict:
     given = _policy(draw)
     return given | {
@@ -130,9 +149,15 @@ def _policy(draw) -> dict:
     }  # fmt: skip
 
 
-POLICIES = ("vanilla", "gspo", "sapo", "geo_mean", "cispo", "dppo_tv", "dppo_kl", "gpg", "dro")
+def _drawing(draw) -> dict:
+    torch.manual_seed(0)  # which tokens are dropped
+    return _policy(draw)
+
+
+POLICIES = ("vanilla", "gspo", "sapo", "geo_mean", "cispo", "dppo_tv", "dppo_kl", "gpg", "dro", "kl_cov")
 MODES = ("token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm")
-ESTIMATORS = ("grpo_outcome", "rloo_outcome", "reinforce_plus_plus_baseline_outcome")
+ESTIMATORS = ("grpo", "grpo_vectorized", "gdpo", "rloo", "rloo_vectorized", "opo", "gpg",
+              "reinforce_plus_plus_baseline")  # fmt: skip
 
 CASES = (
     Case(TORCH, "logprobs_from_logits", _labelled, ("logits",)),
@@ -153,8 +178,13 @@ CASES = (
     Case(CORE, "compute_value_loss", _critic, ("vpreds",)),
     *(Case(CORE, "kl_penalty", _kl(kind), ("logprob",), note=kind) for kind in ("k1", "abs", "k2", "k3", "k3+")),
     Case(CORE, "compute_gae_advantage_return", _gae),
-    *(Case(CORE, f"compute_{name}_advantage", _outcomes) for name in ESTIMATORS),
+    *(Case(CORE, f"compute_{name}_outcome_advantage", _outcomes) for name in ESTIMATORS),
+    Case(CORE, "compute_grpo_passk_outcome_advantage", _best),
+    Case(CORE, "compute_remax_outcome_advantage", _greedy),
+    Case(CORE, "compute_optimal_token_baseline_advantage", _token_baselines),
+    Case(CORE, "compute_multi_turn_optimal_token_baseline_advantage", _token_baselines),
     Case(CORE, "compute_reinforce_plus_plus_outcome_advantage", _discounted),
     *(Case(CORE, f"compute_policy_loss_{name}", _policy, ("log_prob",)) for name in POLICIES),
+    Case(CORE, "compute_policy_loss_clip_cov", _drawing, ("log_prob",)),
     Case(CORE, "compute_policy_loss_reinforce", _reinforce, ("log_prob",)),
 )  # fmt: skip
