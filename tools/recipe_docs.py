@@ -54,8 +54,8 @@ tokens: losses, advantages, values and reward-model losses agree to 1e-6. What o
   have more, `deepseek_r1`'s reference anew after each step, lengths as `fitted` shortens them. That a size by one
   off is found is tried once for each of them of each kind of stage of the systems; of the papers' own stages sizes
   are held by `reported.py` alone;
-- temperatures of stages that only sample with them are held by `reported.py` alone, since the script is given the
-  tokens;
+- the script is given the tokens, and holds their log-probs to those of the model, and at the temperature, that should
+  have drawn them; an agent's steps likewise, where their log-probs are kept;
 - `kimi`'s interval of the reference is that of its iterations: its objective has the policy before them by itself.
 """
 
