@@ -161,6 +161,13 @@ def test_log_probs_first_where_the_loss_needs_them_and_says_so_once(why, monkeyp
     assert sum(words in record.getMessage() for record in caplog.records) == 1
 
 
+def test_a_model_without_its_adapter_is_called_after_the_policy():
+    trainer = trainer_of()
+    assert trl_dpo.dpo_not_fused(trainer, trainer.model) is None
+    trainer.ref_model = None
+    assert trl_dpo.dpo_not_fused(trainer, trainer.model) == "the model is its own reference"
+
+
 def test_an_error_of_the_model_leaves_the_reference(monkeypatch):
     with rlfast.patch("trl"):
         trainer = trainer_of()
