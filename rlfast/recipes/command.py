@@ -70,10 +70,6 @@ def train(
         seeds(seed)
         if learning_rate is not None and not 0 < learning_rate < float("inf"):
             raise DemoError(f"--learning-rate: expected a float > 0, got {learning_rate}")
-    except DemoError as error:
-        print(f"rlfast train: {error}", file=sys.stderr)
-        raise typer.Exit(2) from None
-    try:
         row = fitted(
             rlfast.recipe(name), batch=batch, candidates=candidates, max_tokens=max_tokens, steps=steps,
             learning_rate=learning_rate,
@@ -83,10 +79,14 @@ def train(
             other = tasks.loaded(teacher, seed, "--teacher").model
         else:
             other = tasks.tiny(seed + 1) if model == "tiny" else None
+    except (ValueError, OSError, ImportError, DemoError) as error:  # what was asked for is not there
+        print(f"rlfast train: {error}", file=sys.stderr)
+        raise typer.Exit(2) from None
+    try:
         options = {"tokenizer": tokenizer, "teacher": other, "max_tokens": max_tokens, "seed": seed}
         for record in train(row, policy, task, steps, **options):
             _say(record, as_json)
-    except (ValueError, TypeError, OSError, ImportError, DemoError) as error:
+    except (ValueError, TypeError, OSError, ImportError) as error:
         print(f"rlfast train: {error}", file=sys.stderr)
         raise typer.Exit(1) from None
 

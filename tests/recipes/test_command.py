@@ -47,7 +47,7 @@ def test_train_runs_a_recipe():
 
 def test_train_names_what_it_does_not_know():
     wrong = runner.invoke(cli.app, ["train", "gpt5"])
-    assert wrong.exit_code == 1 and "instructgpt" in wrong.stderr
+    assert wrong.exit_code == 2 and "instructgpt" in wrong.stderr
 
 
 WRONG = {
@@ -72,7 +72,7 @@ def test_train_names_the_option(what):
 def test_train_names_a_model_that_is_not_there(option, more, tmp_path):
     for where, words in ((tmp_path / "nowhere", "there is no folder"), (tmp_path, "got")):
         done = runner.invoke(cli.app, ["train", "gemma2", option, str(where), *more])
-        assert done.exit_code == 1 and done.stderr.startswith(f"rlfast train: {option}: expected tiny, smollm2, or a")
+        assert done.exit_code == 2 and done.stderr.startswith(f"rlfast train: {option}: expected tiny, smollm2, or a")
         assert words in done.stderr and str(where) in done.stderr
 
 
