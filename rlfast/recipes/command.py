@@ -50,7 +50,7 @@ def train(
     name: str = typer.Argument(metavar="RECIPE", help="A row of `rlfast recipes`."),
     steps: int = typer.Option(2, help="Of each stage."),
     model: str = typer.Option("tiny", help="tiny, smollm2, or a folder or name that from_pretrained takes."),
-    teacher: str = typer.Option(None, help="The model that a recipe distils from; tiny has another tiny one."),
+    teacher: str = typer.Option(None, help="The model that a recipe distils from, or asks; tiny has another tiny one."),
     batch: int = typer.Option(4, help="Prompts a step at most."),
     candidates: int = typer.Option(4, help="Answers a prompt at most."),
     max_tokens: int = typer.Option(24, help="Tokens of an answer at most."),
@@ -76,7 +76,9 @@ def train(
         )  # fmt: skip
         policy, tokenizer, task = tasks.loaded(model, seed)
         if teacher is not None:
-            other = tasks.loaded(teacher, seed, "--teacher").model
+            other, words, _ = tasks.loaded(teacher, seed, "--teacher")
+            if words.get_vocab() != tokenizer.get_vocab():
+                raise DemoError(f"--teacher: expected a model with the tokens of --model {model}, got {teacher!r}")
         else:
             other = tasks.tiny(seed + 1) if model == "tiny" else None
     except (ValueError, OSError, ImportError, DemoError) as error:  # what was asked for is not there

@@ -74,7 +74,7 @@ class Session:
         model: a causal language model of transformers; it is trained in place, but where an adapter is merged.
         task: prompts and their reward.
         tokenizer: the model's, for the texts of rollouts.
-        teacher: a model to distil from.
+        teacher: a model to distil from, or that judges; of the same tokens.
         max_tokens: of a response.
         seed: of prompts, samples and heads.
         kv_budget: bytes of keys and values of each engine.

@@ -34,6 +34,10 @@ class Words:
         """The words, without those that end a response."""
         return " ".join(f"w{token}" for token in ids if not skip_special_tokens or token > 2)
 
+    def get_vocab(self) -> dict[str, int]:
+        """Tokens by their words."""
+        return {f"w{token}": token for token in range(VOCAB)}
+
     def _token(self, word: str) -> int:
         own = word[1:]
         return int(own) if word[:1] == "w" and own.isdecimal() else 3 + sum(word.encode()) % (VOCAB - 3)

@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 import rlfast
 from rlfast import cli
+from rlfast.compare import tiny as compare
 from rlfast.recipes import Recipe, said, tasks, undisclosed, use
 from rlfast.recipes.row import Policy
 from rlfast.recipes.training import fitted, train
@@ -74,6 +75,14 @@ def test_train_names_a_model_that_is_not_there(option, more, tmp_path):
         done = runner.invoke(cli.app, ["train", "gemma2", option, str(where), *more])
         assert done.exit_code == 2 and done.stderr.startswith(f"rlfast train: {option}: expected tiny, smollm2, or a")
         assert words in done.stderr and str(where) in done.stderr
+
+
+def test_train_wants_a_teacher_that_reads_what_the_model_writes(tmp_path):
+    compare.tiny("Qwen2").save_pretrained(tmp_path)
+    compare.word_tokenizer().save_pretrained(tmp_path)
+    done = runner.invoke(cli.app, ["train", "rlaif", "--teacher", str(tmp_path)])
+    assert done.exit_code == 2
+    assert "rlfast train: --teacher: expected a model with the tokens of --model tiny, got" in done.stderr
 
 
 @pytest.mark.parametrize("name", ("dapo", "phi3", "reka", "embedding_rewards"))
