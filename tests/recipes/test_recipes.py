@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import copy
 import functools
+from pathlib import Path
 
 import pytest
 import torch
@@ -86,6 +88,14 @@ def follow(name: str, recipe, stages=None) -> Truth:
 def test_every_recipe_is_expected():
     systems = {row.name for rows in (classic.ROWS, pairs.ROWS, reasoning.ROWS) for row in rows}
     assert systems == set(EXPECTED)
+
+
+@pytest.mark.parametrize("script", ("truth", "follow", "expected", "paper_oracle", "room_oracle"))
+def test_what_they_are_compared_with_imports_nothing_of_ours(script):
+    source = (Path(__file__).parent / f"{script}.py").read_text()
+    froms = {node.module for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ImportFrom)}
+    names = {a.name for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Import) for a in node.names}
+    assert not [name for name in froms | names if name.partition(".")[0] == "rlfast"]
 
 
 @pytest.mark.parametrize("name", EXPECTED)
