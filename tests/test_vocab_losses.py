@@ -19,7 +19,7 @@ from tests.linear_policy_cases import BONUS
 from tests.numerics import assert_zero
 from tests.rank_pool import SIZE
 from tests.test_vocab_parallel import check_policy
-from tests.vocab_cases import ALONG, on_ranks, together
+from tests.vocab_cases import ALONG, Partitions, on_ranks, together
 
 OP = "token_logps"
 NAMES = [name for name, loss in PREFERENCES.items() if not loss.kl]  # what reads a KL takes no hidden states
@@ -123,6 +123,47 @@ class Narrow:
 )
 def test_padded_losses(ranks, name, rest):
     check_policy(Narrow(ranks, policy.VOCAB), policy.case_of(name, **rest), "cpu")
+
+
+def policy_loss(hidden, weight, targets, **more):
+    return rlfast.loss("reinforce").linear(hidden, weight, targets, adv=torch.arange(4.0) - 1.5, **more).loss
+
+
+def rows_in_one(hidden, weight, targets, **more):
+    return rlfast.preference_loss("simpo").linear_rows(hidden, weight, targets, **more).loss
+
+
+def two_sides(hidden, weight, targets, **more):
+    (w, l_), (w_ids, l_ids) = hidden.chunk(2), targets.chunk(2)
+    return rlfast.preference_loss("cpo").linear(w, l_, weight, w_ids, l_ids, **more).loss
+
+
+PARTITIONED = {  # how often the weight is asked for: by the loss, by it and its backward
+    "a policy's": (policy_loss, torch.float32, {}, (1, 1)),
+    "rounded gradients": (policy_loss, torch.bfloat16, {}, (1, 2)),
+    "logits made again": (policy_loss, torch.float32, {"memory_budget": 0}, (1, 2)),
+    "pairs": (two_sides, torch.float32, {}, (1, 2)),
+    "pairs in one": (rows_in_one, torch.float32, {"memory_budget": 0}, (1, 2)),
+}
+
+
+@pytest.mark.parametrize("way", PARTITIONED)
+def test_losses_of_a_weight_that_is_partitioned(way):
+    """What of a loss and its backward reads the weight finds it; the gradients are those of one that is whole."""
+    loss, dtype, options, uses = PARTITIONED[way]
+    inputs = head_of(32, 20, 101)
+    hidden, weight = (inputs[name].to(dtype) for name in ("hidden", "weight"))
+    hidden, weight = hidden.view(4, 8, -1).requires_grad_(), torch.nn.Parameter(weight)
+    targets = targets_of(32, 101).view(4, 8)
+    wanted = torch.autograd.grad(0.3 * loss(hidden, weight, targets, **options), (hidden, weight))
+    around = Partitions(weight)
+    value = loss(hidden, weight, targets, process_group=rlfast.distributed.Partitioned(around), **options)
+    assert around.uses == uses[0] and not weight.numel()
+    found = torch.autograd.grad(0.3 * value, (hidden, weight))
+    assert around.uses == uses[1] and not weight.numel()
+    rtol = 1e-5 if dtype == torch.float32 else 2**-7
+    for got, whole in zip(found, wanted, strict=True):
+        torch.testing.assert_close(got, whole, rtol=rtol, atol=rtol * whole.abs().max().item())
 
 
 @pytest.mark.backends("triton")

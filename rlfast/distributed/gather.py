@@ -64,14 +64,17 @@ class Partitioned:
             validate.fail("gather", "a function that makes a context manager", type(self.gather).__name__, TypeError)
 
 
+def context_of(process_group):
+    """What a call runs within: the context of a ``Partitioned``."""
+    return process_group.gather() if isinstance(process_group, Partitioned) else contextlib.nullcontext()
+
+
 def within(function: Callable) -> Callable:
     """A function whose ``process_group`` may be a ``Partitioned``, within whose context it then runs."""
 
     @functools.wraps(function)
     def call(*args, process_group=None, **options):
-        if not isinstance(process_group, Partitioned):
-            return function(*args, process_group=process_group, **options)
-        with process_group.gather():
+        with context_of(process_group):
             return function(*args, process_group=process_group, **options)
 
     return call

@@ -28,6 +28,7 @@ PYTHON = [
         "ranks", "rlfast/ops/linear_loss.py",
         ("d_hidden if «rows.shards.sum_hidden» else None", "True", "sums"),
         ("else None«, *low_rank[:1]»):", "", "every_way"),
+        ("nullcontext if rows.shards is None else «rows.shards.around»", "nullcontext", "partitioned"),
     ),
     *python(
         "ranks", "rlfast/distributed/gather.py",
@@ -39,6 +40,9 @@ PYTHON = [
         ("max(columns) if «width is None» else vocab", "True", "fused_losses"),
         ("_NO_OWNER if «told_apart» else share.owner", "True", "looks"),
         ("\"sum_hidden\": «int(share.sum_hidden)»}", "1", "other_things"),
+    ),
+    *python(
+        "ranks", "rlfast/preference_linear.py", ("with context_of(«head.process_group»):", "None", "partitioned")
     ),
     *python(
         "ranks", "rlfast/row_inputs.py",
