@@ -98,8 +98,8 @@ def checked(
     targets, mask, temperatures = (x if x is None else x.reshape(-1) for x in (targets, fields.mask, temperatures))
     rows = Rows(hidden.reshape(targets.shape[0], hidden.shape[-1]), weight, bias, targets, mask.contiguous(),
                 temperatures, (temperature, *head.options()),
-                checked_reference(loss, hidden, weight, *row_inputs.laid_out(head.process_group, *ref)),
-                checked_lora(hidden, weight, lora, head.process_group),
+                checked_reference(loss, hidden, weight, *row_inputs.laid_out(shards or head.process_group, *ref)),
+                checked_lora(hidden, weight, lora, shards or head.process_group),
                 checked_sync(sync) and not compacts(hidden), shards)  # fmt: skip
     ends = given["cu_seqlens"]
     ends = ends.tolist() if ends is not None and validate.looked_at(ends) else None

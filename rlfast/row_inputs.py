@@ -138,7 +138,7 @@ def shared_head(process_group, hidden, weight, bias, asked: Callable[[], dict], 
     if process_group is not None or any(type(x) not in _PLAIN for x in (hidden, weight)):
         share, weight = groups.resolved(process_group, weight, 0, "weight")
         hidden = groups.local(hidden, names.get("hidden_name", "hidden"))
-        bias = groups.alike(process_group, bias, "bias")
+        bias = groups.alike(share or process_group, bias, "bias")
     head = checked_head(hidden, weight, bias, least=1 if share is None else 0, **names)
     return None if share is None else groups.agreed_head(share, *head, asked()), *head
 

@@ -113,6 +113,14 @@ class Narrow:
         return [{SIZE: (out, without_padding(gradients, self.vocab))}]
 
 
+@pytest.mark.parametrize("kind", divergence_cases.KINDS)
+def test_no_rows(ranks, kind):
+    for pair in (Pair(logits_pair(0, 101), {"kind": kind}), Pair(heads_of(0, (33, 20), 101), {"kind": kind})):
+        for out, gradients in together(ranks.run(on_ranks, pair, "cpu", (2,))).values():
+            assert out.value.shape == (0,)
+            assert all(x.shape == pair.inputs[name].shape and not x.any() for name, x in gradients.items())
+
+
 @pytest.mark.parametrize(
     ("name", "rest"),
     (

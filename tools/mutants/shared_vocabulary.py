@@ -38,6 +38,7 @@ PYTHON = [
     *python(
         "ranks", "rlfast/distributed/groups.py",
         ("max(columns) if «width is None» else vocab", "True", "fused_losses"),
+        ("if «found != wanted»:", "False", "another_group"),
         ("_NO_OWNER if «told_apart» else share.owner", "True", "looks"),
         ("\"sum_hidden\": «int(share.sum_hidden)»}", "1", "other_things"),
     ),
