@@ -16,7 +16,7 @@ from tests import test_linear_preference_loss as preference
 from tests.cases import DIFFERENTIABLE, Problem, head_of, logits_of, targets_of
 from tests.divergence_cases import Pair, heads_of, logits_pair
 from tests.linear_policy_cases import BONUS
-from tests.numerics import assert_zero
+from tests.numerics import assert_same_bits, assert_zero
 from tests.rank_pool import SIZE
 from tests.test_vocab_parallel import check_policy
 from tests.vocab_cases import ALONG, Partitions, on_ranks, together
@@ -169,6 +169,13 @@ def test_losses_of_a_weight_that_is_partitioned(way):
     assert around.uses == uses[0] and not weight.numel()
     found = torch.autograd.grad(0.3 * value, (hidden, weight))
     assert around.uses == uses[1] and not weight.numel()
+    whole = rlfast.distributed.Partitioned(around)
+    value = loss(hidden, weight, targets, process_group=whole, **options)
+    with whole.around():
+        (0.3 * value).backward()
+    assert around.uses == uses[1] + 2 and not weight.numel()
+    assert_same_bits("hidden.grad", hidden.grad, found[0])
+    assert_same_bits("weight.grad", weight.grad, found[1])
     rtol = 1e-5 if dtype == torch.float32 else 2**-7
     for got, whole in zip(found, wanted, strict=True):
         torch.testing.assert_close(got, whole, rtol=rtol, atol=rtol * whole.abs().max().item())

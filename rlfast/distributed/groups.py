@@ -229,7 +229,7 @@ def agreed(share: Share | Shards | Partitioned | None, columns: int, facts: dict
     if share is None or isinstance(share, Shards):
         return share
     if isinstance(share, Partitioned):
-        alone = Shards(None, (0,), None, 0, 0, (), (1,), (), 0, True, share.gather)
+        alone = Shards(None, (0,), None, 0, 0, (), (1,), (), 0, True, share.around)
         return cut(alone, [columns], None, None, 0)
     said = {"vocab_size": share.vocab_size or 0, "width": share.width or 0, "sum_hidden": int(share.sum_hidden)}
     facts = said | {"columns": share.columns, "rows": rows} | facts
