@@ -152,7 +152,10 @@ def asked(head: Head, sides, loss: str, outputs: int) -> dict:
     """What ranks that share the head have to ask for alike."""
     every = [side.hidden for side in sides if isinstance(side.hidden, torch.Tensor)]
     rows = sum(math.prod(x.shape[:-1]) for x in every)
-    more = head.asked(loss) | {"rows": rows, "gradients of hidden": learning(*every)}
+    counted = row_inputs.counted(
+        *(x for side in sides for x in (side.targets != validate.IGNORE_INDEX, side.mask, side.cu_seqlens))
+    )
+    more = head.asked(loss) | {"rows": rows, "gradients of hidden": learning(*every)} | counted
     return row_inputs.to_agree("preference loss", sides[0].hidden, None, None, (str(outputs),), (), more)
 
 

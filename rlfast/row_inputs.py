@@ -175,6 +175,15 @@ def to_agree(
     return found
 
 
+def counted(*tensors) -> dict:
+    """The fact which tokens count, by masks and the ends of sequences: they say where a loss's chunks end."""
+    there = [x for x in tensors if isinstance(x, torch.Tensor)]
+    if not all(validate.looked_at(x) for x in there):
+        return {groups.COUNTED: 0}
+    found = [x.long() if x.dtype in _INTS else x != 0 for x in there]
+    return {groups.COUNTED: zlib.crc32(b"".join(x.detach().contiguous().numpy().tobytes() for x in found))}
+
+
 def laid_out(process_group, hidden, weight, bias) -> tuple:
     """A reference's head, whose rows lie on the ranks as those of the policy's."""
     rows = groups.local(hidden, "ref_hidden")

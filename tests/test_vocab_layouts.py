@@ -136,7 +136,7 @@ def test_ranks_that_ask_for_other_things(ranks):
         "outputs": "outputs", "outputs of logits": "outputs", "top_k": "top k", "targets": "number of targets a row",
         "function": "function", "kind": "kind", "top_k of a divergence": "top k", "tail": "tail", "loss": "loss",
         "entropy": "outputs", "memory_budget": "memory budget", "sum_hidden": "sum hidden", "preference": "loss",
-        "rejected rows": "rows",
+        "rejected rows": "rows", "mask": "tokens that count", "mask of the chosen": "tokens that count",
     }  # fmt: skip
     for answer in ranks.run(work.other_options):
         for name, said in wanted.items():

@@ -236,10 +236,10 @@ def other_options() -> dict:
         given = {"adv": torch.ones(1), "process_group": whole} | options
         return rlfast.loss(name).linear(hidden[None], weight, targets[None], **given)
 
-    def preference(name="simpo", rows=5):
+    def preference(name="simpo", rows=5, **options):
         sides = hidden[None], hidden[None, :rows]
         return rlfast.preference_loss(name).linear(
-            *sides, weight, targets[None], targets[None, :rows], process_group=whole
+            *sides, weight, targets[None], targets[None, :rows], process_group=whole, **options
         )
 
     calls = {
@@ -261,6 +261,8 @@ def other_options() -> dict:
         ),
         "preference": lambda: preference("cpo" if odd else "simpo"),
         "rejected rows": lambda: preference(rows=4 if odd else 5),
+        "mask": lambda: loss(mask=torch.arange(5)[None] > odd),
+        "mask of the chosen": lambda: preference(chosen_mask=torch.arange(5)[None] > odd),
     }  # fmt: skip
     for name, call in calls.items():
         found[name] = said(call)

@@ -1,6 +1,6 @@
 """How a vocabulary is shared out over the ranks of a group, and that they agree on it.
 
-Before the first exchange of a kind the ranks show each other what they have: an all-gather of 24 integers, whose answer
+Before the first exchange of a kind the ranks show each other what they have: an all-gather of 25 integers, whose answer
 is kept for as long as the group lives. On a CPU every call begins with two, a checksum of what has to be alike and
 whether the answer is there: collectives of different sizes would end the processes. On a GPU looking would synchronise,
 so later calls cost a look-up, and what differs then is a timeout. A rank cannot see there that another's columns have
@@ -28,7 +28,8 @@ from rlfast.distributed.ranks import failed, ranks_of
 from rlfast.ops.linear_token_logps import NAME as HEAD
 from rlfast.ops.token_logps import NAME as LOGITS
 
-FACTS = 24  # integers of a handshake
+FACTS = 25  # integers of a handshake
+COUNTED = "tokens that count"  # the fact that, as the number of rows, may be another in every call
 
 
 @dataclass(frozen=True)
@@ -234,7 +235,7 @@ def agreed(share: Share | Shards | Partitioned | None, columns: int, facts: dict
     said = {"vocab_size": share.vocab_size or 0, "width": share.width or 0, "sum_hidden": int(share.sum_hidden)}
     facts = said | {"columns": share.columns, "rows": rows} | facts
     known = _known(share, facts, device)
-    key = (columns, share.timeout, *(item for item in facts.items() if item[0] != "rows"))
+    key = (columns, share.timeout, *(item for item in facts.items() if item[0] not in ("rows", COUNTED)))
     found = known.get(key)
     if found is not None and device.type != "cpu":
         return found

@@ -48,6 +48,8 @@ PYTHON = [
     *python(
         "ranks", "rlfast/row_inputs.py",
         ("a row\": «groups.candidates(targets, x)»", "0", "other_things"),
+        ("groups.COUNTED: «zlib.crc32(b\"\".join(x.detach().contiguous().numpy().tobytes() for x in found))»", "0",
+         "other_things"),
         ("\"top_k\": «top_k if isinstance(top_k, int) else 0»", "0", "other_things"),
     ),
 ]  # fmt: skip
