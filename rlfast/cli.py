@@ -243,7 +243,7 @@ def generate(
             said = [{"role": "user", "content": prompt}]
             prompt = tokenizer.apply_chat_template(said, add_generation_prompt=True, return_dict=True)["input_ids"]
         engine = Engine(loaded, tokenizer)
-        if n == 1 and not as_json and hasattr(engine, "tokens"):
+        if n == 1 and not as_json:
             for _, text in engine.tokens(prompt, params):
                 print(text, end="", flush=True)
             print()

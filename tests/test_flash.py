@@ -161,6 +161,22 @@ def test_an_engine_attends_by_a_library(name, installed, calls):
     assert calls
 
 
+@pytest.mark.parametrize("name", (None, *flash.NAMES))
+def test_what_plans_on_the_host_is_in_no_graph(name, installed, monkeypatch):
+    """A graph's replay would not plan: every step would attend to the first one's lengths."""
+    model, options = decoder("llama", torch.bfloat16), {"kv_budget": 1 << 22, "use_attention": name}
+    for graphs in (None, True):
+        one = Engine.__new__(Engine, model)
+        with monkeypatch.context() as there:
+            there.setattr(type(one.decoder), "device", torch.device("cuda"))
+            if name == "flashinfer" and graphs:
+                with pytest.raises(ValueError, match="graphs: expected None or False with flashinfer"):
+                    one.__init__(model, graphs=graphs, **options)
+            else:
+                one.__init__(model, graphs=graphs, **options)
+                assert (one.graphs is None) == (name == "flashinfer")
+
+
 def test_an_engine_says_what_a_library_cannot_do(installed):
     """When it is made, not in its first step."""
     half = decoder("llama", torch.bfloat16)

@@ -240,6 +240,9 @@ def test_nothing_to_average_is_nan_as_in_openrlhf(theirs, mask):
         ):  # fmt: skip
             assert out.isnan().all()
         assert m.PolicyLoss()(d.logp, d.old, d.adv, d.mask, **GLOBAL)[0] == 0
+        pairs = d.pair[:, :0]
+        for out in (m.PairWiseLoss()(*pairs[:2]), m.LogExpLoss()(*pairs[:2]), m.DPOLoss(0.1)(*pairs)[0]):
+            assert out.isnan()
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16))
@@ -293,5 +296,10 @@ def test_a_policy_loss_that_cannot_be():
         ours.PolicyLoss(dual_clip=0.5)
     with pytest.raises(ValueError, match="ring_attn_group"):
         ours.GPTLMLoss(ring_attn_group=object())
+    d = fields(torch.float32)
+    with pytest.raises(TypeError, match="rollout_log_probs: expected a tensor with is_correction"):
+        ours.PolicyLoss(is_correction_level="seq")(d.logp, d.old, d.adv, d.mask)
+    with pytest.raises(TypeError, match="action_mask: expected"):
+        ours.compute_reward(d.score, 0.1, d.kl)
     with pytest.raises(ValueError, match="kl_estimator"):
         ours.compute_approx_kl(torch.zeros(2), torch.zeros(2), kl_estimator="abs")

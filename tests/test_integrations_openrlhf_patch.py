@@ -92,12 +92,18 @@ def test_originals_run_where_rlfast_cannot_and_say_so_once(loaded, caplog):
     utils, loss, module = loaded
     d, maker_of = fields(torch.float32), module.RemoteExperienceMaker
     weights, ring = torch.rand(B, T), loss.GPTLMLoss()
+    gated = loss.PolicyLoss(is_correction_level="token", is_correction_threshold=(2.0, 0.5))
     calls = {
         "holds other numbers than 0 and 1": lambda: loss.aggregate_loss(d.logp, weights, batch_num_tokens=9),
         "shapes are not one": lambda: loss.aggregate_loss(d.kl, d.mask[:1], batch_num_tokens=9),
         "a global count is 0": lambda: loss.aggregate_loss(d.logp, d.mask, batch_num_tokens=0),
         "advantages needs a gradient": lambda: loss.PolicyLoss()(d.logp, d.old, d.adv.requires_grad_(), d.mask)[0],
         "clip_eps is 0": lambda: loss.ValueLoss(0)(d.values, d.old, d.rewards, d.mask),
+        "clip_eps is inf": lambda: loss.ValueLoss(float("inf"))(d.values, d.old, d.rewards, d.mask),
+        "eps_low: expected": lambda: loss.PolicyLoss(clip_eps_low=-0.1)(d.logp, d.old, d.rewards, d.mask)[0],
+        "gate_low, gate_high: expected": lambda: gated(d.logp, d.old, d.rewards, d.mask, d.rollout)[0],
+        "beta: expected": lambda: loss.DPOLoss(0.0)(*d.pair)[0],
+        "label_smoothing: expected": lambda: loss.DPOLoss(0.1, label_smoothing=1.5)(*d.pair)[0],
         "margin is no constant": lambda: loss.PairWiseLoss()(d.pair[0], d.pair[1], 0.5),
         "log-probs are of shape": lambda: loss.DPOLoss(0.1)(*d.pair[:, :, None])[0],
         "beside logits": lambda: utils.log_probs_from_logits(d.logits.double(), d.labels[:, :, None].expand(-1, -1, 1)),

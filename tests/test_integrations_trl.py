@@ -296,14 +296,16 @@ class Wrapped(torch.Tensor):
     """Stands for the tensor subclasses that sharding and quantisation bring."""
 
 
-@pytest.mark.parametrize("why", ("subclass", "device"))
+@pytest.mark.parametrize("why", ("subclass", "device", "no candidates"))
 def test_the_original_runs_where_rlfast_cannot_and_says_so_once(patched, caplog, why):
     patching.say_once.cache_clear()
     logits, index = torch.randn(3, VOCAB), torch.randint(VOCAB, (3,))
     if why == "subclass":
         logits = logits.as_subclass(Wrapped)
-    else:
+    elif why == "device":
         logits, index = logits.to("meta"), index.to("meta")
+    else:
+        index = index[:, None][:, :0]
     with caplog.at_level(logging.WARNING, "rlfast.integrations"):
         for _ in range(2):
             got = utils.selective_log_softmax(logits, index)

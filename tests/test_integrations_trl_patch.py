@@ -115,6 +115,15 @@ def test_unknown_trainer():
         rlfast.patch("trlx")
 
 
+def test_options_are_checked():
+    for options in ({"untested": "no"}, {"rollouts": 1}, {"rollouts": True, "bitwise": "yes"}):
+        with pytest.raises(TypeError, match=f"{list(options)[-1]}: expected True or False"):
+            rlfast.patch("trl", **options)
+    for option in ("rollouts", "bitwise"):
+        with pytest.raises(ValueError, match=f"{option}: expected False: torchrl has no such option"):
+            rlfast.patch("torchrl", **{option: True})
+
+
 def test_trl_not_installed(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"pip install \"trl==1\.16\.\*\""):

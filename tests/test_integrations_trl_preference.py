@@ -321,6 +321,7 @@ REASONS = {
     "divergence": (preferences, {"f_divergence_type": "forward_kl"}, "has no f_divergence_type 'forward_kl'"),
     "subclass": (preferences, {}, "log_probs is a Wrapped"),
     "kto": (responses, {"loss_type": "apo_zero_unpaired"}, "has no loss_type 'apo_zero_unpaired'"),
+    "beta": (responses, {"beta": 0.0}, "beta: expected a float > 0"),
     "calls": (rewards, {}, "its model was not called as rlfast knows"),
 }
 

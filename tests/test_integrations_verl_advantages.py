@@ -146,6 +146,16 @@ def test_bfloat16_rewards_keep_their_type():
     torch.testing.assert_close(got, theirs, rtol=0.02, atol=0.02)
 
 
+@pytest.mark.parametrize("name", ("grpo_vectorized", "rloo_vectorized"))
+def test_the_vectorised_estimators_of_bfloat16_rewards_are_not_rounded(name):
+    got, theirs = (
+        x.core.get_adv_estimator_fn(name)(rewards().bfloat16(), mask_of(), NAMES, config=Settings())[0]
+        for x in (VERL, stock())
+    )
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got, theirs.float(), rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("options", ({}, {"norm_adv_by_std_in_grpo": False}, {"gdpo_reward_weights": [1.0, 0.25]}))
 def test_gdpo(options):
     torch.manual_seed(4)
@@ -230,6 +240,10 @@ REASONS = {
     "compute_opo_outcome_advantage": lambda f: f(rewards(), mask_of().float() * 0.5, NAMES),
     "compute_reinforce_plus_plus_outcome_advantage": lambda f: f(
         rewards(), mask_of().float(), config=Settings(gamma=1.5)
+    ),
+    "compute_grpo_vectorized_outcome_advantage": lambda f: f(rewards(), mask_of(), NAMES, epsilon=-0.5),
+    "compute_multi_turn_optimal_token_baseline_advantage": lambda f: f(
+        rewards(), mask_of().float(), NAMES, -rewards().abs(), rewards().abs() + 0.5, epsilon=-1.0
     ),
     "compute_optimal_token_baseline_advantage": lambda f: f(
         rewards(), mask_of().float(), NAMES, -rewards().abs(), rewards().abs()

@@ -182,6 +182,15 @@ def test_nan_outside_the_mask():
     close("whitened", *(x.functional.masked_whiten(dirty, mask) for x in (VERL, stock())))
 
 
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
+def test_a_mean_of_a_narrow_type_is_float32(dtype):
+    values, mask = torch.randn(ROWS, LENGTH).to(dtype), mask_of(torch.float32)  # in which verl's sum is one too
+    for axis in (None, 1):
+        got, theirs = (x.functional.masked_mean(values, mask, axis) for x in (VERL, stock()))
+        assert got.dtype == theirs.dtype == torch.float32
+        torch.testing.assert_close(got, theirs, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("which", ("stock", "patched"))
 def test_too_few_to_have_a_variance(which):
     module = {"stock": stock(), "patched": VERL}[which].functional
@@ -202,6 +211,9 @@ UNSUPPORTED = {
     "weights": lambda x: x.masked_mean(torch.arange(4.0), torch.tensor([0.5, 1.0, 0.0, 1.0])),
     "a broadcast mask": lambda x: x.masked_mean(torch.ones(2, 4), torch.ones(4)),
     "whole numbers": lambda x: x.masked_sum(torch.arange(-3, 5).view(2, 4), torch.ones(2, 4)),
+    "a temperature below 0": lambda x: (VERL if x is functional else stock()).fused.FusedLinearForPPO()(
+        torch.eye(3), torch.ones(5, 3), torch.zeros(3).long(), -1.0
+    )[0],
     "a gradient of Σp²": lambda x: x.calculate_sum_pi_squared_from_logits(torch.ones(2, 5, requires_grad=True)),
 }
 

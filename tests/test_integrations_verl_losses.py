@@ -107,6 +107,13 @@ def test_an_empty_batch(mode):
     same(run("vanilla", actor(info=info), torch.zeros_like(mask_of()), mode), batch())
 
 
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("shape", ((0, 5), (3, 0)))
+def test_batches_without_a_row_or_a_column(name, shape):
+    fields = dict.fromkeys(batch(), torch.zeros(shape))
+    same(run(name, actor(**CHOICES), torch.ones(shape, dtype=torch.bool)), fields)
+
+
 def test_nan_outside_the_mask_is_not_seen():
     mask, fields = mask_of(), batch()
     config = actor()

@@ -318,6 +318,20 @@ def test_offsets_beyond_2_31(backend, device):
     assert_same_bits("far", run(case, backend, device, x | far), expected)
 
 
+@pytest.mark.unpoisoned
+@pytest.mark.backends("cpu", "torch", "triton")
+def test_heads_beyond_2_31(backend, device):
+    """The third head of queries, keys and values lies 2³¹ elements behind the first."""
+    case = Case((20,), (3,), heads=3, kv_heads=3, width=16, value_width=16, dtype="bf16")
+    x, expected = laid(case), run(case, backend, device)
+    far = {}
+    for name, heads in (("q", 1), ("k_cache", 2), ("v_cache", 2)):
+        strides = list(x[name].movedim(heads, 0).contiguous().movedim(0, heads).stride())
+        strides[heads] = 2**30
+        far[name] = torch.empty(2**31 + 4096, dtype=torch.bfloat16).as_strided(x[name].shape, strides).copy_(x[name])
+    assert_same_bits("far", run(case, backend, device, x | far), expected)
+
+
 GRADIENTS = {
     "plain": Case((few(90, 40), 1, 20), (0, 0, 0), heads=6, kv_heads=2, width=24, value_width=16),
     "one head": Case((few(130, 33),), (0,), heads=1, kv_heads=1, width=16, value_width=16),

@@ -275,8 +275,17 @@ def test_a_thousand_requests_leak_no_page():
     def upto(n: int) -> int:
         return int(torch.randint(n, (), generator=rng))
 
-    one = engine(kv_budget=40 * 4 * 1024, page_size=4, max_batch=6, token_budget=40)
+    one = engine(kv_budget=14 * 4 * 1024, page_size=4, max_batch=6, token_budget=40)
     given, ended, sent, expected = prompts(1000, seed=9, longest=24), [], 0, 0
+    chunk, short = one.scheduler._chunk, []
+
+    def counted(sample, budget):
+        before = len(one.scheduler.running)
+        found = chunk(sample, budget)
+        short.append(before - len(one.scheduler.running))
+        return found
+
+    one.scheduler._chunk = counted
     while sent < 1000 or one.live or one.later:
         if sent < 1000 and upto(3):
             batch = given[sent : sent + 1 + upto(4)]
@@ -295,6 +304,7 @@ def test_a_thousand_requests_leak_no_page():
                 counted[page] += 1
         assert counted == one.pool.count and one.pool.held == sum(c > 0 for c in counted)
     assert len(ended) == expected and one.pool.held == 0 and one.pool.free == one.pool.pages
+    assert sum(short) > 50 and {r.finish_reason for r in ended} == {"abort", "length", "stop"}
 
 
 def test_the_rows_that_a_choice_has():
@@ -444,6 +454,10 @@ BAD = {
     "use_attention: expected one of 'flash-attn'": lambda e: engine(use_attention="xformers"),
     "graphs: expected True, False or None, got 'no'": lambda e: engine(graphs="no"),
     "model: expected a causal language model of transformers, got 3": lambda e: Engine(3),
+    "model: expected a causal language model of transformers, got Linear": lambda e: Engine(torch.nn.Linear(2, 2)),
+    "prompts: expected a list of strings or of lists of token ids, got 'ab'": lambda e: e.choose("ab", [[[5]], [[6]]]),
+    "candidates: expected a list of lists, one a prompt, got 5": lambda e: e.choose([[3]], 5),
+    "requests: expected a list of Request, got Request(prompt=(3,)": lambda e: e.submit(Request((3,))),
     "candidates: expected 2 lists, one a prompt, got 1": lambda e: e.choose([[3], [4]], [[[5]]]),
 }
 

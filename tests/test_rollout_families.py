@@ -204,6 +204,21 @@ def test_a_window_that_is_none(more):
     assert isinstance(Engine(made("phimoe", **MOE, **more), kv_budget=1 << 22), Engine)
 
 
+@pytest.mark.parametrize("context", (256, 32))
+def test_positions_that_depend_on_the_batch(context):
+    """LongRoPE takes other factors for all of a batch where one sequence is beyond the short context."""
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 8, "long_factor": [4.0] * 8}
+    model = made(
+        "phi3", head_dim=16, rope_parameters=rope, original_max_position_embeddings=32, max_position_embeddings=context
+    )
+    one = Engine(model, kv_budget=1 << 22)
+    assert isinstance(one, GenerateEngine) == (context > 32)
+    if context > 32:
+        assert "Phi3ForCausalLM has LongRoPE" in one.reason
+        both = one.generate([[5, 6, 7], list(range(10, 60))], GREEDY)
+        assert [r.tokens for r in both] == [greedy(model, r.prompt_tokens, 12) for r in both]
+
+
 # Families × pages × chunks × sharing
 
 OPTIONS = (
@@ -340,6 +355,41 @@ def test_an_adapter_is_part_of_the_policy(late):
     assert_same_bits("logp", logp.detach(), rollout.logp_raw)
     assert all(p.grad is not None and p.grad.any() for p in model.parameters() if p.requires_grad)
     assert [set(m.__dict__) for m in model.modules()] == traces
+
+
+def switched(model, how: str):
+    """Another policy with the same parameters."""
+    if how == "off":
+        model.disable_adapter_layers()
+    elif how == "other":
+        model.set_adapter("other")
+    elif how == "scaled":
+        for module in model.modules():
+            if hasattr(module, "set_scale"):
+                module.set_scale("default", 3.0)
+
+
+@pytest.mark.parametrize("how", ("off", "other", "scaled"))
+def test_an_adapter_that_is_switched_is_a_new_policy(how, monkeypatch):
+    """No parameter changes, yet pages of its prompt are of another model, and so is what a graph has captured."""
+    import peft
+
+    def again(run):
+        out = run()
+        return lambda: out.copy_(run()), out
+
+    monkeypatch.setattr(graphs, "capture", again)
+    model, (prompt,) = adapted(copy.deepcopy(decoder("llama"))), prompts(1, seed=1, longest=60)
+    model.add_adapter("other", peft.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False))
+    one = Engine(model, page_size=4, kv_budget=1 << 22)
+    one.graphs = graphs.Graphs(one.decoder, one.caches)
+    (before,) = one.generate([prompt], GREEDY)
+    captured = one.graphs.captured.copy()
+    switched(model, how)
+    (after,) = one.generate([prompt], GREEDY)
+    same([after], Engine(model, kv_budget=1 << 22).generate([prompt], GREEDY))
+    assert after.logp_raw.tolist() != before.logp_raw.tolist() and set(after.versions.tolist()) == {1}
+    assert captured and not any(one.graphs.captured.get(key) is x for key, x in captured.items())
 
 
 # The promise of bits

@@ -7,11 +7,12 @@ import copy
 import inspect
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 import torch
 
-from rlfast.rollout import Engine, Request, SamplingParams, ray_pool, remote
+from rlfast.rollout import Engine, Request, SamplingParams, ray_pool, remote, responses
 from rlfast.rollout.generate import GenerateEngine
 from rlfast.rollout.kv import PagePool
 from rlfast.rollout.ray_pool import RayPool
@@ -114,6 +115,24 @@ def test_a_function_that_fails_ends_its_own_response(gives, caplog):
     assert one.pool.held == 0 and not one.live
 
 
+def test_a_call_in_inference_mode_is_not_the_last():
+    """Its caches are written again outside of it."""
+    one = engine()
+    with torch.inference_mode():
+        first = one.generate([[3, 4]], GREEDY)
+    same(one.generate([[3, 4]], GREEDY), first)
+
+
+def test_an_engine_of_a_subclass_is_one():
+    class Mine(Engine):
+        """With a word of its own."""
+
+    one = Mine(decoder("llama"), kv_budget=1 << 22)
+    assert type(one) is Mine
+    same(one.generate([[3, 4]], GREEDY), engine().generate([[3, 4]], GREEDY))
+    assert isinstance(Mine(decoder("falcon")), GenerateEngine)
+
+
 def test_what_has_ended_before_an_error_is_not_lost(monkeypatch):
     """The step's later rows fail once: those that ended among its first come with the next one, and nobody waits."""
     from rlfast.rollout import sampling
@@ -195,6 +214,46 @@ def test_no_stop_is_among_the_first_tokens(family):
         assert len(text.tokens) == min([*ends, 12]) and text.tokens == free.tokens[: len(text.tokens)]
         assert text.finish_reason == ("stop" if ends else "length")
         assert text.text.split() == [f"w{t}" for t in free.tokens[: ends[0] - 1 if ends else 12]]
+
+
+@pytest.mark.parametrize("family", ("llama", "falcon"))
+def test_the_text_of_tokens_is_the_rollouts(family):
+    """Without its stop string, of which no part has been shown, and without special tokens."""
+
+    class Spelled(Words):
+        def decode(self, tokens, skip_special_tokens=False):
+            return "".join(f"<{t}>" for t in tokens if not (skip_special_tokens and t == special))
+
+    model, (prompt,) = decoder(family), prompts(1, seed=2)
+    one = Engine(model, Spelled(), **({} if family == "falcon" else {"kv_budget": 1 << 22}))
+    special = None
+    (free,) = one.generate([prompt], GREEDY)
+    special = free.tokens[1]
+    for stop in ((), f"<{free.tokens[4]}><{free.tokens[5]}>", (f"{free.tokens[3]}><x", f"><{free.tokens[6]}")):
+        params = replace(GREEDY, stop=stop)
+        (whole,) = one.generate([prompt], params)
+        shown = list(one.tokens(prompt, params))
+        assert [t for t, _ in shown] == whole.tokens and "".join(text for _, text in shown) == whole.text
+        assert f"<{special}>" not in whole.text and len(whole.text) > 4
+        assert family == "falcon" or len([text for _, text in shown if text]) > 2  # as they come
+
+
+class Bytes:
+    """A tokenizer of which every id is a byte."""
+
+    def decode(self, tokens, **_):
+        return bytes(tokens).decode(errors="replace")
+
+
+@pytest.mark.parametrize("stop", ("🙂" * 5, "é🙂" * 20, "end"))
+def test_a_stop_of_characters_of_several_tokens(stop):
+    """It is found with its last byte, however many tokens it takes."""
+    tokens, params = list(f"🙂ab{stop}".encode()), SamplingParams(stop=stop)
+    assert (
+        responses.certain(tokens[:-1], params, Bytes()) == "🙂ab"
+        and responses.certain([240, 159], params, Bytes()) == ""
+    )
+    assert responses.stopped(tokens, params, Bytes()) and not responses.stopped(tokens[:-1], params, Bytes())
 
 
 # Several callers

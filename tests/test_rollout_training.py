@@ -98,6 +98,31 @@ def test_without_its_attention_the_bits_are_others(monkeypatch):
     assert found == [True, False]
 
 
+POSITIONS = ([[0, 0, 1, 2, 0, 1]], [[0, 1, 2, 0, 1, 0], [0, 1, 0, 1, 2, 3]], [[3, 4, 5, 0, 1, 2]], [[0, 1, 2, 3, 4, 5]])
+
+
+@pytest.mark.parametrize("positions", POSITIONS, ids=str)
+@pytest.mark.parametrize("batch", (1, 2))
+def test_rows_of_packed_sequences_are_those_of_transformers(positions, batch):
+    """A sequence begins where positions do not count on, in every row of a batch."""
+    model, rng = decoder("llama"), torch.Generator().manual_seed(0)
+    given = {
+        "input_ids": torch.randint(3, 200, (batch, 6), generator=rng), "position_ids": torch.tensor(positions)[:batch],
+        "use_cache": False,
+    }  # fmt: skip
+    with torch.no_grad():
+        wanted = model(**given).logits
+        with Engine(model, kv_budget=1 << 22).training_mode():
+            torch.testing.assert_close(model(**given).logits, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_a_mask_of_pairs_is_refused():
+    """Which of a row's tokens see which is no question that rlfast's attention asks."""
+    engine = Engine(decoder("llama"), kv_budget=1 << 22)
+    with engine.training_mode(), pytest.raises(ValueError, match=r"attention_mask: expected shape \(B, T\)"):
+        engine.decoder.model(input_ids=torch.tensor([[5, 6, 7]]), attention_mask=torch.ones(1, 1, 3, 3).bool())
+
+
 def test_gradients_are_those_of_the_model():
     """Of float32, near those of the model's own attention and linears."""
     model = copy.deepcopy(decoder("qwen3")).train()

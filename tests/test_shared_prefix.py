@@ -82,6 +82,34 @@ def test_what_a_block_left_is_what_is_read(backend, device, monkeypatch):
     assert_same_bits("the first one's keys", found, expected)
 
 
+def rows_read(memory: torch.Tensor, monkeypatch) -> set[int]:
+    """The rows of a tensor that the interpreter loads from, from now on."""
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    found, load = set(), InterpreterBuilder.create_masked_load
+    first, size = memory.data_ptr(), memory[0].nbytes
+
+    def watched(self, pointers, mask, *rest):
+        at = pointers.data[mask.data.astype(bool)]
+        found.update(((at[(at >= first) & (at < first + memory.nbytes)] - first) // size).tolist())
+        return load(self, pointers, mask, *rest)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_masked_load", watched)
+    return found
+
+
+@pytest.mark.parametrize("new", ((1, 1, 2, 1, 1, 0), (0, 0, 0, 1, 1, 0)))
+def test_nothing_is_read_behind_the_queries(backend, device, monkeypatch, new):
+    """Where the token would be of a last sequence that has none. On a GPU it is the bits that are compared."""
+    case, tokens = replace(SAMPLES, new=new, page_size=8), sum(new)
+    x = laid(case)
+    room = torch.full((tokens + 1, *x["q"].shape[1:]), torch.nan)
+    room[:tokens] = x["q"]
+    found = rows_read(room, monkeypatch) if device == "cpu" else set(range(tokens))
+    assert_same_bits("no token", *both(case, device, x | {"q": room[:tokens]}))
+    assert found == set(range(tokens))
+
+
 @jit
 def blocks(same, counts, shared, sequences, TOKENS: tl.constexpr, ROWS: tl.constexpr):
     s = tl.program_id(0)

@@ -1,7 +1,7 @@
-"""Generation by others on the same weights: transformers' ``generate`` and ``generate_batch``, and llama.cpp.
+"""Generation by others on the same weights: transformers, llama.cpp, vLLM, nano-vllm.
 
 A baseline is made once, and called with (prompts, samples, new, greedy): lists of ids, samples of each, tokens of each
-sample. It returns the tokens of every sample, those of one prompt together.
+sample. It returns the tokens of every sample, those of one prompt together; None where it cannot be greedy.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ def generate(model):
     """One padded batch, a cache of its own; no log-probs."""
 
     def run(prompts, samples, new, greedy=False):
-        ids = torch.tensor([p for p in prompts for _ in range(samples)])
+        ids = torch.tensor([p for p in prompts for _ in range(samples)], device=model.device)
         with torch.no_grad():
             out = model.generate(
                 ids, attention_mask=torch.ones_like(ids), do_sample=not greedy, max_new_tokens=new, eos_token_id=NO_END,
@@ -46,6 +46,54 @@ def generate_batch(model):
         found = model.generate_batch(repeated, generation_config=config, continuous_batching_config=how, warmup=False)
         outputs = sorted(found.values(), key=lambda out: int(out.request_id.rsplit("_", 1)[-1]))
         return [out.generated_tokens for out in outputs]
+
+    return run
+
+
+def save(model, folder: Path) -> None:
+    """The weights and a tokenizer of one word, which is all that they need who get ids and are asked for ids."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    model.save_pretrained(folder)
+    words = Tokenizer(models.WordLevel({"<end>": 0}, unk_token="<end>"))
+    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<end>", unk_token="<end>").save_pretrained(folder)
+
+
+def vllm(folder: Path, wanted: float, rows: int, longest: int):
+    """vLLM with its prefix caching, in ``wanted`` bytes of the GPU; no log-probs."""
+    from vllm import LLM, SamplingParams
+
+    total = torch.cuda.get_device_properties(0).total_memory
+    engine = LLM(
+        model=str(folder), skip_tokenizer_init=True, gpu_memory_utilization=min(0.9, wanted / total),
+        max_model_len=longest, max_num_seqs=rows, enable_prefix_caching=True,
+    )  # fmt: skip
+
+    def run(prompts, samples, new, greedy=False):
+        params = SamplingParams(
+            n=samples, max_tokens=new, ignore_eos=True, temperature=0.0 if greedy else 1.0, detokenize=False
+        )
+        found = engine.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
+        return [list(out.token_ids) for request in found for out in request.outputs]
+
+    return run
+
+
+def nano_vllm(folder: Path, wanted: float, rows: int, longest: int):
+    """nano-vllm, beside what is on the GPU already; it has no greedy sampling, and no samples of one prompt."""
+    from nanovllm import LLM, SamplingParams
+
+    free, total = torch.cuda.mem_get_info()
+    share = min(0.95, (total - free + wanted) / total)
+    engine = LLM(str(folder), gpu_memory_utilization=share, max_model_len=longest, max_num_seqs=rows)
+
+    def run(prompts, samples, new, greedy=False):
+        if greedy:
+            return None
+        params = SamplingParams(temperature=1.0, max_tokens=new, ignore_eos=True)
+        found = engine.generate([p for p in prompts for _ in range(samples)], params, use_tqdm=False)
+        return [out["token_ids"] for out in found]
 
     return run
 

@@ -85,11 +85,13 @@ def patch(trainer: str, *, untested: bool = False, rollouts: bool = False, bitwi
     if trainer not in TRAINERS:
         validate.fail("trainer", f"one of {tuple(TRAINERS)}", repr(trainer))
     known = TRAINERS[trainer]
+    for option, value in (("untested", untested), ("rollouts", rollouts), ("bitwise", bitwise)):
+        validate.flag(option, value)
     try:
         installed(trainer)
     except ImportError as error:
         raise ImportError(f'rlfast.patch("{trainer}"): {error}') from None
-    asked = {"rollouts": validate.flag("rollouts", rollouts) or validate.flag("bitwise", bitwise), "bitwise": bitwise}
+    asked = {"bitwise": bitwise, "rollouts": rollouts or bitwise}
     for option, value in asked.items():
         if value and option not in known.options:
             validate.fail(option, f"False: {trainer} has no such option", repr(value))

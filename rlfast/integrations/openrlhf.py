@@ -1,7 +1,8 @@
 """OpenRLHF's log-probs, KL, rewards, advantages and losses, under its names and signatures, on rlfast's kernels.
 
 The functions of ``openrlhf.models.utils`` and the estimators of ``RemoteExperienceMaker`` are here, the losses of
-``openrlhf.models.loss`` in ``openrlhf_losses.py``. They need no OpenRLHF and can be called directly. A mask is 0 or 1.
+``openrlhf.models.loss`` in ``openrlhf_losses.py`` and ``openrlhf_pairs.py``. They need no OpenRLHF and can be called
+directly. A mask is 0 or 1.
 
 ``rlfast.patch("openrlhf")`` puts them in place, in this process. It imports nothing of OpenRLHF, whose models bring
 DeepSpeed: modules that are not there yet are patched as they are imported. So it may run where a Ray worker starts,
@@ -19,17 +20,10 @@ import torch
 from rlfast import validate
 from rlfast.advantages import discounted_returns, gae
 from rlfast.integrations import openrlhf_losses as losses
+from rlfast.integrations import openrlhf_pairs as pairs
 from rlfast.integrations import patch
-from rlfast.integrations.openrlhf_losses import (
-    DPOLoss,
-    GPTLMLoss,
-    LogExpLoss,
-    PairWiseLoss,
-    PolicyLoss,
-    SFTLoss,
-    ValueLoss,
-    aggregate_loss,
-)
+from rlfast.integrations.openrlhf_losses import GPTLMLoss, PolicyLoss, SFTLoss, ValueLoss, aggregate_loss
+from rlfast.integrations.openrlhf_pairs import DPOLoss, LogExpLoss, PairWiseLoss
 from rlfast.integrations.patching import (
     Swap,
     or_original,
@@ -121,7 +115,11 @@ def compute_reward(r, kl_coef, kl, action_mask=None, reward_clip_range=None) -> 
 
     Returns:
         [B, T] of kl's dtype. ``rlfast.shape_rewards`` does it from the log-probs, with 0 where the mask is.
+
+    Raises:
+        ValueError, TypeError: ``action_mask`` is None or of another shape than ``kl``.
     """
+    validate.like("action_mask", action_mask, "kl", kl, validate.MASKS)
     if reward_clip_range:
         r = r.clamp(min=reward_clip_range[0], max=reward_clip_range[1])
     from_end = action_mask.long().flip(1).argmax(dim=1, keepdim=True)
@@ -213,9 +211,9 @@ PLACES = {
         "SFTLoss.forward": (SFTLoss.forward, losses.sft_unsupported),
         "PolicyLoss.forward": (PolicyLoss.forward, losses.policy_unsupported),
         "ValueLoss.forward": (ValueLoss.forward, losses.value_unsupported),
-        "PairWiseLoss.forward": (PairWiseLoss.forward, losses.pairs_unsupported),
-        "LogExpLoss.forward": (LogExpLoss.forward, losses.pairs_unsupported),
-        "DPOLoss.forward": (DPOLoss.forward, losses.dpo_unsupported),
+        "PairWiseLoss.forward": (PairWiseLoss.forward, pairs.pairs_unsupported),
+        "LogExpLoss.forward": (LogExpLoss.forward, pairs.pairs_unsupported),
+        "DPOLoss.forward": (DPOLoss.forward, pairs.dpo_unsupported),
     },
     "openrlhf.trainer.ppo_utils.experience_maker": {
         f"RemoteExperienceMaker.{name}": (getattr(RemoteExperienceMaker, name), why_not)

@@ -1,4 +1,4 @@
-"""The losses of ``openrlhf.models.loss`` under OpenRLHF's names and signatures, on rlfast's kernels.
+"""The losses of tokens of ``openrlhf.models.loss`` under OpenRLHF's names and signatures, on rlfast's kernels.
 
 Each ``forward`` reads only the attributes that OpenRLHF's class has, so that it serves an instance of that class too:
 ``rlfast.patch("openrlhf")`` swaps the methods and leaves the classes as they are. A mask is 0 or 1. Losses are float32
@@ -18,8 +18,6 @@ from rlfast.integrations.patching import tensor_unsupported
 from rlfast.integrations.transformers import loss_function
 from rlfast.loss_table import loss as policy_loss
 from rlfast.losses import Loss
-from rlfast.preference_table import preference_loss
-from rlfast.reward_losses import reward_loss
 from rlfast.selections import rollout_keep
 from rlfast.values import value_loss
 
@@ -105,6 +103,16 @@ def _policy(kind: str, clips: tuple, dual_clip, token_level: bool, correction: C
         kind, like="openrlhf", kl=None, eps_low=float(clips[0]), eps_high=float(clips[1]), **dual,
         reduce=_reduce(token_level), correction=correction,
     )  # fmt: skip
+
+
+def _objective(loss) -> Loss:
+    """That of a ``PolicyLoss``, by its attributes.
+
+    Raises:
+        ValueError: one of them is a number that rlfast does not take.
+    """
+    clips = loss.clip_eps_low, loss.clip_eps_high
+    return _policy(loss.policy_loss_type, clips, loss.dual_clip, loss.token_level_loss, _correction(loss))
 
 
 def _correction(loss) -> Correction | None:
@@ -202,20 +210,23 @@ class PolicyLoss(torch.nn.Module):
 
         Returns:
             (loss, clip_ratio, ppo_kl, vllm_kl or None, the part that the correction filters or None), each [].
+
+        Raises:
+            TypeError: a correction is on, and ``rollout_log_probs`` is None.
         """
+        if self.is_correction_level != "off" and rollout_log_probs is None:
+            wanted = f"a tensor with is_correction_level={self.is_correction_level!r}"
+            validate.fail("rollout_log_probs", wanted, "None", TypeError)
         counts = _counts(self.token_level_loss, dp_size, batch_num_tokens, global_batch_size)
         mask = action_mask if action_mask is None or action_mask.dtype == torch.bool else action_mask != 0
-        correction, old = _correction(self), old_log_probs
+        objective, old = _objective(self), old_log_probs
+        correction = objective.correction
         keep = vllm_kl = filtered = None
         if correction is not None:
             keep, filtered = _gated(self, old_log_probs, rollout_log_probs, mask)
             vllm_kl = _mean(rollout_log_probs - old_log_probs, mask)
         elif self.is_correction_level != "off":
             old = rollout_log_probs  # GSPO's ratio is to the rollout
-        objective = _policy(
-            self.policy_loss_type, (self.clip_eps_low, self.clip_eps_high), self.dual_clip, self.token_level_loss,
-            correction,
-        )  # fmt: skip
         out = objective(
             log_probs, old_logp=old, adv=advantages, mask=mask, keep=keep,
             rollout_logp=None if correction is None else rollout_log_probs, **counts,
@@ -250,52 +261,6 @@ class ValueLoss(torch.nn.Module):
             like="openrlhf", **counts,
         )  # fmt: skip
         return _of_something(out, self.token_level_loss, counts)
-
-
-def _bradley_terry(chosen_reward, reject_reward, margin=None) -> torch.Tensor:
-    margin = None if margin is None else margin.reshape(-1)
-    return reward_loss("bradley_terry")(chosen_reward.reshape(-1), reject_reward.reshape(-1), margin=margin).loss
-
-
-class PairWiseLoss(torch.nn.Module):
-    """−log σ(r_chosen − r_rejected − margin), a mean over pairs."""
-
-    def forward(self, chosen_reward, reject_reward, margin=None) -> torch.Tensor:
-        """Tensors of one shape → []."""
-        return _bradley_terry(chosen_reward, reject_reward, margin)
-
-
-class LogExpLoss(torch.nn.Module):
-    """log(1 + e^(r_rejected − r_chosen)), a mean over pairs, of any difference; the margin is not read."""
-
-    def forward(self, chosen_reward, reject_reward, margin=None) -> torch.Tensor:
-        """Tensors of one shape → []."""
-        return _bradley_terry(chosen_reward, reject_reward)
-
-
-@functools.cache
-def _preference(row: str, **options):
-    return preference_loss(row, like="openrlhf", **options)
-
-
-class DPOLoss(torch.nn.Module):
-    """DPO, conservative DPO with ``label_smoothing``, or IPO of the summed log-probs."""
-
-    def __init__(self, beta: float, label_smoothing: float = 0.0, ipo: bool = False) -> None:
-        super().__init__()
-        self.beta, self.label_smoothing, self.ipo = beta, label_smoothing, ipo
-
-    def forward(
-        self, policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps
-    ) -> tuple:
-        """[B] each → (loss [], chosen rewards [B], rejected rewards [B])."""
-        smoothing = {} if self.ipo else {"label_smoothing": float(self.label_smoothing)}
-        row = _preference("ipo" if self.ipo else "cdpo", beta=float(self.beta), **smoothing)
-        out = row(
-            policy_chosen_logps, policy_rejected_logps, ref_chosen_logps=reference_chosen_logps,
-            ref_rejected_logps=reference_rejected_logps, per_pair=True,
-        )  # fmt: skip
-        return out.loss, out.chosen_rewards, out.rejected_rewards
 
 
 def mask_unsupported(mask) -> str | None:
@@ -353,6 +318,10 @@ def policy_unsupported(
         return f"rlfast has no policy_loss_type {self.policy_loss_type!r}"
     if self.is_correction_level != "off" and rollout_log_probs is None:
         return "a correction needs the log-probs of the rollout"
+    try:
+        _objective(self)
+    except ValueError as error:
+        return str(error)
     constants = {"old_log_probs": old_log_probs, "advantages": advantages, "rollout_log_probs": rollout_log_probs}
     counts = batch_num_tokens, global_batch_size
     return _tokens_unsupported({"log_probs": log_probs}, constants, action_mask, counts)
@@ -362,35 +331,7 @@ def value_unsupported(
     self, values, old_values, returns, action_mask=None, dp_size=1, batch_num_tokens=None, global_batch_size=None
 ):
     """Why its own ``ValueLoss`` runs."""
-    if self.clip_eps is not None and not self.clip_eps > 0:
+    if self.clip_eps is not None and not 0 < self.clip_eps < math.inf:
         return f"clip_eps is {self.clip_eps}"
     constants = {"old_values": old_values, "returns": returns}
     return _tokens_unsupported({"values": values}, constants, action_mask, (batch_num_tokens, global_batch_size))
-
-
-def pairs_unsupported(self, chosen_reward, reject_reward, margin=None):
-    """Why its own loss of a reward model runs."""
-    given = {"chosen_reward": chosen_reward, "reject_reward": reject_reward}
-    if margin is not None:
-        if not isinstance(margin, torch.Tensor) or margin.requires_grad:
-            return "margin is no constant tensor"
-        given["margin"] = margin
-    return _one_shape(given) or tensor_unsupported(**given)
-
-
-def dpo_unsupported(self, policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps):
-    """Why its own ``DPOLoss`` runs."""
-    given = {
-        "policy_chosen_logps": policy_chosen_logps, "policy_rejected_logps": policy_rejected_logps,
-        "reference_chosen_logps": reference_chosen_logps, "reference_rejected_logps": reference_rejected_logps,
-    }  # fmt: skip
-    if policy_chosen_logps.dim() != 1:
-        return f"log-probs are of shape {tuple(policy_chosen_logps.shape)}, not [B]"
-    if reference_chosen_logps.requires_grad or reference_rejected_logps.requires_grad:
-        return "the reference needs a gradient"
-    return _one_shape(given) or tensor_unsupported(**given)
-
-
-def _one_shape(given: dict) -> str | None:
-    shapes = {name: tuple(x.shape) for name, x in given.items()}
-    return f"shapes differ: {shapes}" if len(set(shapes.values())) > 1 else None

@@ -60,6 +60,9 @@ def loss_function(
     return total / num_items_in_batch
 
 
+ForCausalLMLoss = loss_function  # transformers' name of it
+
+
 def _unsupported(logits, labels=None, vocab_size=None, *_, shift_labels=None, **__) -> str | None:
     return tensor_unsupported(logits=logits, labels=labels, shift_labels=shift_labels)
 

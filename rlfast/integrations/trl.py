@@ -22,6 +22,8 @@ from rlfast.integrations import trl_divergence, trl_grpo, trl_head, trl_mixins, 
 from rlfast.integrations.patching import Swap, or_original, static_swap, takes, tensor_unsupported
 from rlfast.logps import token_logps
 
+ChunkedLogProbFunction = trl_head.ChunkedLogProbFunction
+ChunkedDivergenceFunction = trl_divergence.ChunkedDivergenceFunction
 chunked_logprob = trl_head.chunked_logprob
 chunked_divergence = trl_divergence.chunked_divergence
 generalized_jsd_loss = trl_divergence.generalized_jsd_loss
@@ -112,6 +114,8 @@ def _logits_unsupported(logits, index=None, *args, row_mask=None, **_) -> str | 
         return f"index is on {index.device} and logits on {logits.device}"
     if reason is None and isinstance(index, torch.Tensor) and index.shape[: logits.dim() - 1] != logits.shape[:-1]:
         return f"index of shape {tuple(index.shape)} is broadcast against logits of shape {tuple(logits.shape)}"
+    if reason is None and isinstance(index, torch.Tensor) and index.dim() == logits.dim() and not index.shape[-1]:
+        return f"index of shape {tuple(index.shape)} asks for no token"
     return reason
 
 

@@ -75,6 +75,12 @@ def chunked_divergence(
     return out.value.float(), out.entropy.detach().float()
 
 
+class ChunkedDivergenceFunction:
+    """TRL's name of ``chunked_divergence``."""
+
+    apply = staticmethod(chunked_divergence)
+
+
 def generalized_jsd_loss(
     student_logits,
     teacher_logits,

@@ -172,6 +172,12 @@ def chunked_logprob(
     return (*(x if x is None else x.float() for x in floats), out.is_top1)
 
 
+class ChunkedLogProbFunction:
+    """TRL's name of ``chunked_logprob``."""
+
+    apply = staticmethod(chunked_logprob)
+
+
 def _unsupported(hidden, weight, bias, *_, **__) -> str | None:
     if training.active() and zero3():
         return "DeepSpeed ZeRO-3 has partitioned the head when a bitwise step's backward makes its logits again"

@@ -57,10 +57,18 @@ def not_fused(trainer, model, inputs):
     yield None
 
 
+def _kto_row(trainer):
+    return unpaired_loss(KTO_ROWS[trainer.loss_type], like="trl", beta=float(trainer.beta))
+
+
 def kto_unsupported(trainer, seen: Seen) -> str | None:
     """Why TRL's own loss stands."""
     if trainer.loss_type not in KTO_ROWS:
         return f"rlfast has no loss_type {trainer.loss_type!r}"
+    try:
+        _kto_row(trainer)
+    except ValueError as error:
+        return str(error)
     return scores_unsupported(trainer, seen, 1 + bool(trainer.calculate_KL))
 
 
@@ -70,7 +78,7 @@ def kto(trainer, seen: Seen, inputs):
     mask = inputs["completion_mask"].to(out.log_probs.device)
     logps = tokens(out, mask)
     desirable = torch.as_tensor(inputs["label"], dtype=torch.bool, device=logps.device)
-    row = unpaired_loss(KTO_ROWS[trainer.loss_type], like="trl", beta=float(trainer.beta))
+    row = _kto_row(trainer)
     weights = torch.where(desirable, float(trainer.desirable_weight), float(trainer.undesirable_weight))
     given = {"weights": weights}
     if "shared" in row.needs:  # z over all ranks, which TRL has just written down

@@ -3,6 +3,7 @@
     verl_functional   of logits, of hidden states and of masks
     verl_losses       the policy losses, the critic's, ``agg_loss`` and ``kl_penalty``
     verl_advantages   the estimators of advantages
+    verl_megatron     of logits that Megatron's ranks share
 
 ``replacements`` is what ``rlfast.patch("verl")`` puts in place. The functions need no verl and can be called directly.
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import sys
 
 from rlfast.integrations.patching import Swap, or_original, refuse_strange, refuse_untested, say_once, takes
 from rlfast.integrations.verl_advantages import (
@@ -38,6 +40,7 @@ from rlfast.integrations.verl_advantages import (
 )
 from rlfast.integrations.verl_functional import (
     FusedLinearForPPO,
+    FusedLinearForPPOFunction,
     calculate_sum_pi_squared_from_logits,
     chunks_unsupported,
     cross_entropy_unsupported,
@@ -78,6 +81,16 @@ from rlfast.integrations.verl_losses import (
     policy_unsupported,
     value_unsupported,
 )
+from rlfast.integrations.verl_megatron import (
+    MODULE,
+    entropy_unsupported,
+    labels_unsupported,
+    vocab_parallel_entropy,
+    vocab_parallel_entropy_with_chunking,
+    vocab_parallel_log_probs_from_logits,
+    vocab_parallel_sum_pi_squared,
+)
+from rlfast.integrations.verl_megatron import squares_unsupported as shared_squares_unsupported
 
 TESTED = ("0.9",)
 CORE = "verl.trainer.ppo.core_algos"
@@ -129,7 +142,14 @@ PLACES = {
         (compute_optimal_token_baseline_advantage, baseline_unsupported),
         (compute_multi_turn_optimal_token_baseline_advantage, turns_unsupported),
     ),
+    MODULE: (
+        (vocab_parallel_log_probs_from_logits, labels_unsupported),
+        (vocab_parallel_entropy, entropy_unsupported),
+        (vocab_parallel_entropy_with_chunking, entropy_unsupported),
+        (vocab_parallel_sum_pi_squared, shared_squares_unsupported),
+    ),
 }
+AWAITED = (MODULE,)  # imported by Megatron's workers alone
 REGISTRIES = ("POLICY_LOSS_REGISTRY", "ADV_ESTIMATOR_REGISTRY")
 OWN_NAME = "rlfast_{}"  # of a registered function, beside verl's
 # Estimators that verl's trainer knows by their names, and gives what it gives no other: they have no second name.
@@ -137,21 +157,32 @@ BY_NAME = ("gae", "grpo", "gdpo", "remax", "optimal_token_baseline", "tir_optima
 
 
 def replacements(untested: bool):
-    """What to swap in the installed verl: a function that lists the swaps, and verl's version.
+    """What to swap in the installed verl: a function that lists the swaps, its version, and what brings more of them.
 
     Raises:
         RuntimeError: the version is not one of ``TESTED`` and ``untested`` is False, or a signature is not as known.
+            The function raises it too, of what is imported later.
     """
     version = importlib.import_module("verl").__version__
     refuse_untested("verl", version, TESTED, untested)
     strange: list[str] = []
-    fixed = [swap for name in PLACES for swap in _functions(name, strange)]
+    fixed = [swap for name in PLACES if name not in AWAITED for swap in _functions(name, strange)]
     fixed += _registered({id(swap.original): swap.replacement for swap in fixed})
     fixed += _heads(strange)
     refuse_strange("verl", version, strange, untested)
     if not fixed:
         raise RuntimeError(f'rlfast.patch("verl"): nothing in verl {version} has a signature that rlfast knows')
-    return lambda: fixed, version
+    later: dict[str, list[Swap]] = {}
+
+    def swaps() -> list[Swap]:
+        for name in AWAITED:
+            if name in sys.modules and name not in later:
+                odd: list[str] = []
+                later[name] = _functions(name, odd)
+                refuse_strange("verl", version, odd, untested)
+        return fixed + [swap for made in later.values() for swap in made]
+
+    return swaps, version, AWAITED
 
 
 def _module(name: str):
@@ -228,4 +259,8 @@ def _heads(strange: list[str]) -> list[Swap]:
     return swaps
 
 
-__all__ = ["FusedLinearForPPO", *(ours.__name__ for place in PLACES.values() for ours, _ in place)]
+__all__ = [
+    "FusedLinearForPPO",
+    "FusedLinearForPPOFunction",
+    *(ours.__name__ for place in PLACES.values() for ours, _ in place),
+]

@@ -47,34 +47,43 @@ def _names(index):
     return index.tolist() if isinstance(index, np.ndarray) else index  # elements of an array come one by one, slowly
 
 
-def _spread(advantages, token_level_rewards, response_mask):
+def _spread(advantages, dtype, response_mask):
     """One number a row on its tokens, twice, as verl returns it."""
-    spread = advantages.to(token_level_rewards.dtype).unsqueeze(-1) * response_mask
+    spread = advantages.to(dtype).unsqueeze(-1) * response_mask
     return spread, spread
 
 
+def _wide(token_level_rewards) -> torch.dtype:
+    """What verl's vectorised estimators return: their means are no bfloat16."""
+    return torch.promote_types(token_level_rewards.dtype, torch.float32)
+
+
 @torch.no_grad()
-def _outcome(token_level_rewards, response_mask, index, method, **options):
+def _outcome(token_level_rewards, response_mask, index, method, dtype=None, **options):
     advantages = group_advantage(
         _scores(token_level_rewards), group_ids=_names(index), method=method, like="verl", **options
     )
-    return _spread(advantages, token_level_rewards, response_mask)
+    return _spread(advantages, dtype or token_level_rewards.dtype, response_mask)
+
+
+def _grpo(epsilon, by_std: bool) -> dict:
+    return {"method": "grpo", "eps": epsilon} if by_std else {"method": "dr_grpo"}
 
 
 def compute_grpo_outcome_advantage(
     token_level_rewards, response_mask, index, epsilon=1e-6, norm_adv_by_std_in_grpo=True, config=None
 ):
     """(r − mean) ÷ (std + ε) over the prompt's answers, or r − mean."""
-    if norm_adv_by_std_in_grpo:
-        return _outcome(token_level_rewards, response_mask, index, "grpo", eps=epsilon)
-    return _outcome(token_level_rewards, response_mask, index, "dr_grpo")
+    options = _grpo(epsilon, norm_adv_by_std_in_grpo)
+    return _outcome(token_level_rewards, response_mask, index, **options)
 
 
 def compute_grpo_vectorized_outcome_advantage(
     token_level_rewards, response_mask, index, epsilon=1e-6, norm_adv_by_std_in_grpo=True, config=None
 ):
-    """``compute_grpo_outcome_advantage``."""
-    return compute_grpo_outcome_advantage(token_level_rewards, response_mask, index, epsilon, norm_adv_by_std_in_grpo)
+    """``compute_grpo_outcome_advantage``, in float32 at least."""
+    options = _grpo(epsilon, norm_adv_by_std_in_grpo)
+    return _outcome(token_level_rewards, response_mask, index, dtype=_wide(token_level_rewards), **options)
 
 
 @torch.no_grad()
@@ -103,7 +112,7 @@ def compute_gdpo_outcome_advantage(
         torch.stack(columns, dim=1), group_ids=_names(index), method="gdpo", like="verl", weights=weights,
         lengths=response_mask.sum(-1), **scale,
     )  # fmt: skip
-    return _spread(advantages, columns[0], response_mask)
+    return _spread(advantages, columns[0].dtype, response_mask)
 
 
 def compute_grpo_passk_outcome_advantage(
@@ -140,9 +149,9 @@ def compute_rloo_outcome_advantage(token_level_rewards, response_mask, index, ep
 def compute_rloo_vectorized_outcome_advantage(
     token_level_rewards, response_mask, index, epsilon=1e-6, config=None, **kwargs
 ):
-    """r − mean of the prompt's other answers; one alone has 0."""
+    """r − mean of the prompt's other answers; one alone has 0. In float32 at least."""
     advantages = group_advantage(_scores(token_level_rewards), group_ids=_names(index), method="rloo")
-    return _spread(advantages, token_level_rewards, response_mask)
+    return _spread(advantages, _wide(token_level_rewards), response_mask)
 
 
 def compute_opo_outcome_advantage(token_level_rewards, response_mask, index, epsilon=1e-6, config=None, **kwargs):
@@ -210,8 +219,10 @@ def compute_multi_turn_optimal_token_baseline_advantage(
     return torch.zeros_like(advantages).scatter(-1, order, advantages) * response_mask, returns
 
 
-def rows_unsupported(token_level_rewards, response_mask, *_, **__) -> str | None:
+def rows_unsupported(token_level_rewards, response_mask, index=None, epsilon=1e-6, *_, **__) -> str | None:
     """Why rlfast cannot take a call of an estimator of whole answers."""
+    if isinstance(epsilon, torch.Tensor) or not epsilon >= 0:
+        return f"epsilon is {epsilon}, rlfast takes a number ≥ 0"
     fields = {"token_level_rewards": token_level_rewards, "response_mask": response_mask}
     reason = tensor_unsupported(**fields)
     if reason is None and (token_level_rewards.dim() != 2 or response_mask.shape != token_level_rewards.shape):
@@ -224,9 +235,9 @@ def rows_unsupported(token_level_rewards, response_mask, *_, **__) -> str | None
     return reason
 
 
-def tokens_unsupported(token_level_rewards, response_mask, *_, **__) -> str | None:
+def tokens_unsupported(token_level_rewards, response_mask, *more, **named) -> str | None:
     """The same where the mask is more than a factor of the result."""
-    return rows_unsupported(token_level_rewards, response_mask) or mask_unsupported(response_mask)
+    return rows_unsupported(token_level_rewards, response_mask, *more, **named) or mask_unsupported(response_mask)
 
 
 def gae_unsupported(token_level_rewards, values, response_mask, gamma, lam) -> str | None:
@@ -256,8 +267,13 @@ def remax_unsupported(token_level_rewards, reward_baselines, response_mask, conf
     )
 
 
-def turns_unsupported(token_level_rewards, response_mask, index, old_log_probs, sum_pi_squared, *_, **__):
+def turns_unsupported(
+    token_level_rewards, response_mask, index, old_log_probs, sum_pi_squared, rollout_is_weights=None,
+    handle_zero_tail=True, epsilon=1e-8, **_,
+) -> str | None:  # fmt: skip
     """Why rlfast cannot take a call of the baseline of several turns."""
+    if not epsilon > 0:
+        return f"epsilon is {epsilon}, rlfast takes a number > 0"
     reason = tensor_unsupported(old_log_probs=old_log_probs, sum_pi_squared=sum_pi_squared)
     return reason or tokens_unsupported(token_level_rewards, response_mask)
 

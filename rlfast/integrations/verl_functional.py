@@ -71,6 +71,12 @@ def fused_linear_for_ppo(hidden_states, vocab_weights, input_ids, temperature=1.
     return out.logp, out.entropy.to(hidden_states.dtype)
 
 
+class FusedLinearForPPOFunction:
+    """verl's name of ``fused_linear_for_ppo``."""
+
+    apply = staticmethod(fused_linear_for_ppo)
+
+
 class FusedLinearForPPO(torch.nn.Module):
     """verl's module of the same name; ``chunk_size`` and ``impl_backend`` are verl's, and not needed."""
 
@@ -90,8 +96,11 @@ def masked_sum(values, mask, axis=None):
 
 
 def masked_mean(values, mask, axis=None):
-    """Σ mask·values ÷ (Σ mask + 1e-8) over ``axis``, summed in float64. What is masked may be NaN."""
-    return mean_over(values, mask, dim=axis, like="verl")
+    """Σ mask·values ÷ (Σ mask + 1e-8) over ``axis``, summed in float64; float32 at least. What is masked may be NaN.
+
+    The mask is 0 or 1: any other number is taken for 1. The patch leaves weights to verl.
+    """
+    return mean_over(values.to(torch.promote_types(values.dtype, torch.float32)), mask, dim=axis, like="verl")
 
 
 def masked_var(values, mask, unbiased=True):
@@ -173,6 +182,8 @@ def head_unsupported(hidden_states, vocab_weights, input_ids, temperature=1.0, *
     """Why rlfast cannot take a call of the fused head."""
     if isinstance(temperature, torch.Tensor) and temperature.dim() > 0:
         return f"temperature is a tensor of shape {tuple(temperature.shape)}, which verl divides columns by"
+    if not isinstance(temperature, torch.Tensor) and not temperature > 0:
+        return f"temperature is {temperature}, rlfast takes a number > 0"
     if input_ids.shape != hidden_states.shape[:-1]:
         return f"input_ids of shape {tuple(input_ids.shape)} beside hidden_states of {tuple(hidden_states.shape)}"
     return tensor_unsupported(hidden_states=hidden_states, vocab_weights=vocab_weights)
@@ -184,6 +195,8 @@ def cross_entropy_unsupported(
     """Why rlfast cannot take a call of ``linear_cross_entropy``."""
     if str(reduction).lower() not in REDUCTIONS:
         return f"reduction is {reduction!r}, rlfast has {REDUCTIONS}"
+    if not isinstance(temperature, torch.Tensor) and not temperature > 0:
+        return f"temperature is {temperature}, rlfast takes a number > 0"
     return tensor_unsupported(hidden=hidden, weight=weight)
 
 

@@ -141,6 +141,8 @@ def policy(kind: Policy, old, logp, adv, mask, mode, config, weights):
     old = None if kind.row == "gpg" else old  # which nothing of it reads
     out = row(logp, adv=adv, old_logp=old, mask=mask, **fields, **call)
     total = out.loss if own_mean else _as_verl(out, call, mode)
+    if own_mean and not len(logp):  # a mean over no sequence
+        total = total + math.nan
     return total, kind.said(given._replace(keep=fields.get("keep")), out.metrics)
 
 

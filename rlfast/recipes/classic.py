@@ -53,7 +53,7 @@ ROWS = (
         (
             RewardModel(
                 loss=use("reward_loss", "focal_barrier", gamma=said(2.0, INTERN), barrier=said(0.02, INTERN)),
-                learning_rate=undisclosed(1e-5),
+                learning_rate=said(1e-5, INTERN),
             ),
             Policy(
                 loss=use("loss", "ppo", eps_low=undisclosed(0.2), eps_high=undisclosed(0.2)),

@@ -6,6 +6,7 @@ from rlfast.recipes.row import Average, BestOf, Policy, Preference, Recipe, Rewa
 
 ZEPHYR, ORPO = "2310.16944", "huggingface/alignment-handbook, zephyr-141b-A35b"
 LLAMA, NEMOTRON, HERMES, TULU = "2407.21783 §4.1", "2406.11704 §3.3", "2408.11857", "2411.15124"
+TR_DPO = "2404.09656"
 QWEN2, QWEN25 = "2407.10671", "2412.15115"
 BT = use("reward_loss", "bradley_terry")
 DPO = use("preference_loss", "dpo", beta=undisclosed(0.1))
@@ -34,6 +35,17 @@ ROWS = (
                 epochs=said(3, ORPO),
             ),
         ),
+    ),
+    Recipe(
+        "tr_dpo", "TR-DPO", "2404.09656", "SP",
+        (
+            Preference(
+                loss=use("preference_loss", "dpo", beta=said(0.1, "DPO's own, 2305.18290 §6")),
+                anchor=use("ema_update", decay=said(0.4, f"{TR_DPO}: α = 0.6")),
+            ),
+        ),
+        "The soft update, after every step; the hard one takes the policy's weights every 512 steps. Its pairs are a "
+        "data set's; here they are the policy's.",
     ),
     Recipe(
         "phi3", "Phi-3", "2404.14219", "K",

@@ -113,6 +113,8 @@ def preference(
                 learn(out.loss, optimizer)
                 accuracy = (out.chosen_rewards > out.rejected_rewards).float().mean().item()
                 yield session.record("preference", step, out.loss, answers, pairs=found, accuracy=accuracy)
+            if stage.anchor is not None:
+                stage.anchor(reference.model.state_dict(), session.model.state_dict())
 
 
 @torch.no_grad()

@@ -18,6 +18,8 @@ ROWS = (
                 advantage=use("group_advantage", method=said("grpo", V2)),
                 rewards=("model", "task"),
                 candidates=said(64, "2402.03300 §4.2"),
+                batch=said(16, "2402.03300 §4.2: 1024 answers"),
+                epochs=said(1, "2402.03300 §4.2"),
                 learning_rate=said(1e-6, "2402.03300 §4.2"),
             ),
         ),

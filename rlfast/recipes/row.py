@@ -170,6 +170,7 @@ class Preference(Stage):
         epochs: updates on a batch of pairs.
         lora: rank of an adapter; the reference is then the model without it.
         skip: tokens at the beginning of a response that take no part, as a header's.
+        anchor: ``ema_update``: after each step the reference moves towards the policy.
     """
 
     loss: Use
@@ -178,6 +179,7 @@ class Preference(Stage):
     epochs: Value = Value(1)
     lora: Value | None = None
     skip: int = 0
+    anchor: Use | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,6 +13,7 @@ from rlfast import validate
 from rlfast.validate import Limit
 
 MODES = ("keep", "recompute", "abort")
+PROMPTS = "strings or of lists of token ids"
 _RANGES = {
     "temperature": Limit("a float ≥ 0 (0 is greedy)", 0.0, validate.MOST),
     "top_p": Limit("a float in (0, 1]", 1e-30, 1.0),
@@ -201,6 +202,12 @@ def checked_sizes(**sizes) -> None:
             validate.fail(name, "an int ≥ 1", repr(x))
 
 
+def listed(name: str, x, wanted: str) -> None:
+    """A list or a tuple, or an error that names it: a string is none of its characters."""
+    if not isinstance(x, (list, tuple)):
+        validate.fail(name, f"a list of {wanted}", repr(x)[:60], TypeError)
+
+
 def checked_prompt(prompt, tokenizer, vocab: int, most: float = math.inf, name: str = "prompts") -> tuple[int, ...]:
     """The tokens of a prompt, a string or ids, or an error that names the argument."""
     if isinstance(prompt, str):
@@ -274,6 +281,8 @@ def ends_of(model, given, vocab: int) -> frozenset[int]:
 
 def choices(prompts, candidates) -> list[tuple]:
     """(prompt, its candidates) each, of which there must be some."""
+    listed("prompts", prompts, PROMPTS)
+    listed("candidates", candidates, "lists, one a prompt")
     if len(prompts) != len(candidates):
         validate.fail("candidates", f"{len(prompts)} lists, one a prompt", str(len(candidates)))
     for some in candidates:

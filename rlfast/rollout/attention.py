@@ -132,6 +132,8 @@ def training_attention(
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     options = _options(scaling, sliding_window, softcap, s_aux, dropout)
     batch, _, length, _ = query.shape
+    if attention_mask is not None and attention_mask.dim() != 2:
+        validate.fail("attention_mask", "shape (B, T), of what is no padding", validate.shape(attention_mask))
     unseen = 0 if sliding_window else window_of(module.config, module.layer_idx)
     if unseen:
         name = type(module).__name__
@@ -153,11 +155,10 @@ def _boundaries(mask, cu_seqlens, position_ids, batch: int, length: int, device)
         return cu_seqlens.to(torch.int32)
     if mask is not None:
         ends = mask.sum(1).cumsum(0)
-    elif batch == 1 and position_ids is not None and position_ids.shape[-1] == length:
-        starts = (position_ids.reshape(-1) == 0).nonzero().squeeze(1)
-        if starts.numel() > 1:
-            return torch.cat((starts, starts.new_tensor([length]))).to(torch.int32)
-        ends = torch.tensor([length], device=device)
+    elif position_ids is not None and position_ids.dim() == 2 and position_ids.shape[1] == length:
+        first = torch.ones(batch, 1, dtype=torch.bool, device=device)  # positions that do not count on begin another
+        starts = torch.cat((first, (position_ids.diff() != 1).expand(batch, -1)), 1).reshape(-1).nonzero().squeeze(1)
+        return torch.cat((starts, starts.new_tensor([batch * length]))).to(torch.int32)
     else:
         ends = torch.arange(1, batch + 1, device=device) * length
     return torch.cat((ends.new_zeros(1), ends)).to(torch.int32)

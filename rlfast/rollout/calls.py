@@ -9,7 +9,8 @@ import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 
 from rlfast import validate
-from rlfast.rollout.api import Request, Rollout, SamplingParams
+from rlfast.rollout import responses
+from rlfast.rollout.api import PROMPTS, Request, Rollout, SamplingParams, listed
 
 PATIENCE = 0.1  # seconds that one caller waits for a server before it looks at what others have received
 
@@ -55,6 +56,7 @@ class Calls:
     @alone
     def submit(self, requests: Sequence[Request]) -> list[int]:
         """Their numbers; none is taken if one of them is wrong."""
+        listed("requests", requests, "Request")
         checked = [self._checked(request) for request in requests]
         numbers = list(range(self.requests, self.requests + len(checked)))
         self.requests += len(checked)
@@ -139,7 +141,10 @@ class Calls:
                 yield rollout
 
     def tokens(self, prompt, params: SamplingParams | None = None) -> Iterator[tuple[int, str]]:
-        """The tokens of one response as they come: (id, the text that it adds). It is cancelled if nobody asks on."""
+        """The tokens of one response as they come: (id, the text that it adds). It is cancelled if nobody asks on.
+
+        The texts are together the rollout's: what may be the beginning of a stop string waits for the next tokens.
+        """
         yield from self._driven(self._token_by_token(prompt, params))
 
     async def atokens(self, prompt, params: SamplingParams | None = None):
@@ -162,10 +167,10 @@ class Calls:
                 tokens = self._so_far(number) if rollout is None else rollout.tokens
                 while shown < len(tokens):
                     shown += 1
-                    whole = "" if self.tokenizer is None else self.tokenizer.decode(tokens[:shown])
-                    whole = text if whole.endswith("\ufffd") else whole  # a character of several tokens is not whole
+                    ends = rollout is not None and shown == len(tokens)
+                    whole = rollout.text if ends else responses.certain(tokens[:shown], params, self.tokenizer)
                     yield tokens[shown - 1], whole[len(text) :]
-                    text = whole
+                    text = max(text, whole, key=len)
                 if rollout is None:
                     yield None
         finally:
@@ -300,8 +305,7 @@ def _count(left: dict[int, int], rollout: Rollout) -> None:
 
 def requested(prompts, params) -> list[Request]:
     """A request a prompt."""
-    if isinstance(prompts, str) or not isinstance(prompts, (list, tuple)):
-        validate.fail("prompts", "a list of strings or of lists of token ids", repr(prompts)[:60], TypeError)
+    listed("prompts", prompts, PROMPTS)
     each = (
         params if isinstance(params, (list, tuple)) else [SamplingParams() if params is None else params] * len(prompts)
     )

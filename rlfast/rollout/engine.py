@@ -46,7 +46,7 @@ class Engine(Calls):
         token_budget: tokens of a forward; longer prompts go in chunks.
         max_batch: sequences of a forward.
         eos_token_ids: ids that end a response; by default the model's.
-        graphs: decode steps are CUDA graphs; by default where the model is on a GPU.
+        graphs: decode steps are CUDA graphs; by default where the model is on a GPU, but not with flashinfer.
         use_attention: "flash-attn", "flash-attn-4" or "flashinfer" in place of rlfast's kernels, with whose bits scores
             have nothing in common then.
 
@@ -63,8 +63,9 @@ class Engine(Calls):
 
     def __new__(cls, model=None, *args, **kwargs):
         """An engine of pages; one of ``generate`` for a model that rlfast's attention does not reach."""
-        if cls is Engine and model is not None:
-            if not isinstance(model, torch.nn.Module):
+        self = super().__new__(cls)
+        if model is not None:
+            if not isinstance(model, torch.nn.Module) or not hasattr(model, "get_output_embeddings"):
                 validate.fail("model", "a causal language model of transformers", repr(model)[:60], TypeError)
             decoder, reason = probe(model)
             if decoder is None:
@@ -72,10 +73,8 @@ class Engine(Calls):
 
                 logger.warning("rlfast.rollout: %s; it generates by its own generate()", reason)
                 return GenerateEngine(model, *args, reason=reason, **kwargs)
-            self = super().__new__(cls)
             self.decoder = decoder
-            return self
-        return super().__new__(cls)
+        return self
 
     def __init__(
         self, model, tokenizer=None, *, page_size: int | None = None, kv_budget: float = KV_BUDGET,
@@ -95,12 +94,14 @@ class Engine(Calls):
         on_gpu = self.decoder.device.type == "cuda"
         if graphs is not None and not isinstance(graphs, bool):
             validate.fail("graphs", "True, False or None", repr(graphs), TypeError)
+        if graphs and use_attention in flash.PLANNED:
+            validate.fail("graphs", f"None or False with {use_attention}, which plans every step", "True")
         if graphs and not on_gpu:
             validate.fail("graphs", f"None or False: the model is on {self.decoder.device}", "True")
         layers = self.decoder.layers
         self.attention = None if use_attention is None else flash.attention(use_attention, layers, page_size)
         self.graphs = None
-        if on_gpu and graphs is not False:
+        if on_gpu and graphs is not False and use_attention not in flash.PLANNED:
             self.graphs = Graphs(self.decoder, self.caches, self.attention)
         self.scheduler = Scheduler(self.pool, token_budget, max_batch)
         self.eos = ends_of(model, eos_token_ids, self.decoder.vocab)
@@ -223,6 +224,8 @@ class Engine(Calls):
                 reason = responses.ending(sample, token, self.eos, self.tokenizer, self.decoder.context)
             if reason:
                 self._end(sample, reason)
+            else:
+                sample.settled = len(sample.tokens)
 
     def _end(self, sample: Sample, reason: str) -> None:
         sample.finish = reason
@@ -293,7 +296,7 @@ class Engine(Calls):
 
     def _so_far(self, number: int) -> list[int]:
         samples = self.live.get(number)
-        return samples[0].tokens if samples else []
+        return samples[0].tokens[: samples[0].settled] if samples else []
 
     # Given tokens
 
@@ -350,6 +353,7 @@ class Engine(Calls):
             self.closed = True
             self.caches.layers.clear()
             self.live.clear()
+            self.graphs = None
 
     def __enter__(self):
         return self

@@ -26,6 +26,7 @@ HALF = (torch.float16, torch.bfloat16)
 PAGES = {"flash-attn": 256}  # pages of a multiple of it
 WIDEST = {"flash-attn": 256}  # heads
 SINKS = ("flash-attn-4",)
+PLANNED = ("flashinfer",)  # on the host at every step, which a CUDA graph would not do again
 TWO_WIDTHS = ("flash-attn-4",)  # of keys and values; flashinfer too, but not in decoding
 WORKSPACE_BYTES = 128 << 20  # what flashinfer recommends
 

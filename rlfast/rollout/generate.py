@@ -50,7 +50,7 @@ class GenerateEngine(Calls):
         self.context = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or 1 << 30
         self.eos = ends_of(model, eos_token_ids, self.vocab)
         self.queue: list[Sample] = []
-        self.watched = Weights(model.parameters())
+        self.watched = Weights(model)
         self.weights = self.watched.now()
 
     @property

@@ -81,7 +81,7 @@ class Decoder:
     def _read(self) -> None:
         """The modules and parameters that there are now."""
         self.modules, self.parameters = tuple(self.model.modules()), tuple(self.model.parameters())
-        self.watched = Weights(self.parameters)
+        self.watched = Weights(self.model)
         self.configs = list({id(m.config): m.config for m in self.body.modules() if hasattr(m, "config")}.values())
         nn_linears = (m for m in self.modules if type(m) is torch.nn.Linear and m is not self.head.module)
         self.linears = {m: linears.forward_of(m) for m in nn_linears}
@@ -169,8 +169,8 @@ class Decoder:
         return self.watched.now()
 
     def places(self) -> int:
-        """Changes when a parameter lies elsewhere."""
-        return hash(tuple(p.data_ptr() for p in self.parameters))
+        """Changes when what a graph has captured is no longer what the model runs."""
+        return self.watched.places()
 
     @contextlib.contextmanager
     def installed(self, name: str = attention.ROLLOUT):
@@ -232,6 +232,8 @@ def probe(model) -> tuple[Decoder | None, str]:
         return None, f"the head of {name} is no plain nn.Linear: {type(decoder.head.module).__name__}"
     if getattr(decoder.config, "attention_chunk_size", None):
         return None, f"{name} attends within chunks"
+    if _long(decoder):
+        return None, f"{name} has LongRoPE: one sequence beyond its short context turns all of the batch otherwise"
     generator = torch.Generator().manual_seed(0)
     prompts = [torch.randint(decoder.vocab, (n,), generator=generator).to(decoder.device) for n in PROBE_LENGTHS]
     try:
@@ -249,6 +251,14 @@ def probe(model) -> tuple[Decoder | None, str]:
     if _close(decoder.head.logits(hidden), truth, decoder.dtype):
         return decoder, ""
     return None, f"{name} gives other logits than its hidden states and its head"
+
+
+def _long(decoder: Decoder) -> bool:
+    """Whether LongRoPE's factors depend on the longest sequence of a batch, but within the short context."""
+    rope = getattr(decoder.config, "rope_parameters", None) or {}
+    kinds = [rope, *(x for x in rope.values() if isinstance(x, dict))]  # of all layers, or by their type
+    shorts = [x["original_max_position_embeddings"] for x in kinds if x.get("rope_type") == "longrope"]
+    return any(short < decoder.context for short in shorts)
 
 
 def _both(decoder: Decoder, prompts: list) -> tuple:

@@ -170,7 +170,8 @@ class Caches:
         """(keys, values) of a layer, [pages, size, heads, dim] each, for tokens [T, heads, dim] like these."""
         found = self.layers.get(index)
         if found is None:
-            found = tuple(x.new_empty((self.pages, self.size, *x.shape[1:])) for x in (k, v))
+            with torch.inference_mode(False):  # later calls may be outside of a caller's
+                found = tuple(x.new_empty((self.pages, self.size, *x.shape[1:])) for x in (k, v))
             self.layers[index] = found
         return found
 

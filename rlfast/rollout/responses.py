@@ -19,11 +19,11 @@ def ending(sample: Sample, token: int, eos: frozenset, tokenizer, context: int) 
 
 
 def stopped(tokens: list[int], params: SamplingParams, tokenizer) -> bool:
-    """Whether a stop string is in the text of the last tokens, of which each adds a character or is part of one, and
-    ends after those that ``min_tokens`` protects."""
+    """Whether a stop string is in the text of the last tokens, of which each adds a byte at least, and ends after those
+    that ``min_tokens`` protects."""
     if not params.stop or len(tokens) <= params.min_tokens:
         return False
-    begin = max(len(tokens) - max(map(len, params.stop)) - 8, 0)
+    begin = max(len(tokens) - max(len(stop.encode()) for stop in params.stop) - 8, 0)
     text = tokenizer.decode(tokens[begin:])
     return _cut(text, params.stop, tokenizer.decode(tokens[begin : params.min_tokens])) < len(text)
 
@@ -32,6 +32,16 @@ def _cut(text: str, stops, protected: str) -> int:
     """Where the first stop string begins that ends after the protected text; the text's length if there is none."""
     places = (text.find(stop, max(len(protected) - len(stop) + 1, 0)) for stop in stops)
     return min((at for at in places if at >= 0), default=len(text))
+
+
+def certain(tokens: list[int], params: SamplingParams, tokenizer) -> str:
+    """The text of the first tokens of a response, but for an end that later ones may change: a character that is not
+    whole, the beginning of a stop string."""
+    if tokenizer is None:
+        return ""
+    text = tokenizer.decode(tokens, skip_special_tokens=True).rstrip("\ufffd")
+    begun = (n for stop in params.stop for n in range(1, len(stop)) if text.endswith(stop[:n]))
+    return text[: len(text) - max(begun, default=0)]
 
 
 def rollout_of(sample: Sample, tokenizer) -> Rollout:

@@ -28,6 +28,7 @@ class Sample:
     running: bool = False  # it has pages, and is not among those that wait
     waits_for: Sample | None = None  # the sample of the same prompt that computes its keys and values
     failed: bool = False  # its caller's function did
+    settled: int = 0  # tokens after which it goes on
     finish: str = ""
 
     @functools.cached_property

@@ -7,20 +7,24 @@ import weakref
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+# What PEFT's layers have of their adapters beside parameters
+SWITCHES = ("_disable_adapters", "_active_adapter", "merged_adapters", "scaling")
+
 
 class Weights:
     """The parameters of a model under training, and a number that changes whenever they do.
 
     In place a parameter counts its changes, but for optimisers of fused kernels, such as ``AdamW(fused=True)``, which
     transformers' trainers take by default: torch calls a hook after the step of any of its optimisers. Neither sees a
-    change by ``.data`` or by a raw pointer.
+    change by ``.data`` or by a raw pointer. Which of PEFT's adapters are on, and by how much, is of the policy too.
 
     Args:
-        parameters: that are watched.
+        model: whose parameters are watched.
     """
 
-    def __init__(self, parameters):
-        self.parameters, self.steps = tuple(parameters), 0
+    def __init__(self, model: torch.nn.Module):
+        self.parameters, self.steps = tuple(model.parameters()), 0
+        self.adapted = [vars(m) for m in model.modules() if hasattr(m, "_disable_adapters")]
         this = weakref.ref(self)
 
         def stepped(optimizer, *_):
@@ -37,7 +41,14 @@ class Weights:
 
     def now(self) -> int:
         """The number."""
-        return hash((self.steps, *((p._version, p.data_ptr()) for p in self.parameters)))
+        return hash((self.steps, self.places(), *(p._version for p in self.parameters)))
+
+    def places(self) -> int:
+        """Changes when a parameter lies elsewhere, or another adapter is on."""
+        return hash((self._switches(), *(p.data_ptr() for p in self.parameters)))
+
+    def _switches(self) -> str:
+        return repr([[own.get(name) for name in SWITCHES] for own in self.adapted])
 
 
 def _place(x: torch.Tensor) -> int:

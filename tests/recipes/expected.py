@@ -42,6 +42,7 @@ EXPECTED: dict[str, list[dict]] = {
     ],
     "zephyr": [DPO],
     "zephyr_orpo": [{"kind": "preference", "loss": "orpo", "beta": 0.05, "judge": "task"}],
+    "tr_dpo": [DPO | {"anchor": 0.4}],
     "phi3": [DPO],
     "llama3": [
         BT,

@@ -58,6 +58,7 @@ REPORTED: dict[str, list[dict]] = {
     ],
     "zephyr": [DPO | FIXED | {"learning_rate": 5e-7, "batch": 32, "candidates": 4}],
     "zephyr_orpo": [DPO | FIXED | {"learning_rate": 5e-6, "loss.beta": 0.05, "epochs": 3}],
+    "tr_dpo": [DPO | {"anchor.decay": 0.4}],
     "phi3": [DPO | FIXED],
     "llama3": [
         STAGE,
@@ -82,7 +83,7 @@ REPORTED: dict[str, list[dict]] = {
     ],
     "deepseek_v2": [
         STAGE,
-        POLICY | CLIP | GROUPS | {"loss.beta": 0.04, "candidates": 64, "rewards": ("model", "task")},
+        POLICY | CLIP | GROUPS | {"loss.beta": 0.04, "candidates": 64, "batch": 16, "rewards": ("model", "task")},
     ],
     "kimi": [
         POLICY | {"loss.tau": 0.1, "advantage.method": "kimi", "candidates": 8, "epochs": 2, "refresh": 1,

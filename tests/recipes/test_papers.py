@@ -22,6 +22,7 @@ from rlfast.recipes.gridworld import GridWorld
 from rlfast.recipes.session import run
 from rlfast.recipes.training import Session, Task, fitted, train
 from tests.recipes import paper_oracle as oracle
+from tests.recipes import room_oracle
 from tests.recipes.expected import EXPECTED
 from tests.recipes.mistakes import RATES, coefficients, counts
 
@@ -175,20 +176,20 @@ def check_rlrf(found, model):
 
 def check_linvit(found, model):
     ((_, models, records),) = found
-    assert agree(records, oracle.guided(models, records, RATE)) == 2
+    assert agree(records, room_oracle.guided(models, records, RATE)) == 2
 
 
 def check_llm_feedback(found, model):
     (_, first, early), (_, second, labels), (_, third, late) = found
-    assert agree(early, oracle.agent(first, early, RATE)) == 4
-    assert agree(labels, oracle.preferred_steps(second, labels, RATE)) == 2
-    assert agree(late, oracle.agent(third, late, RATE, share=1.0)) == 4
+    assert agree(early, room_oracle.agent(first, early, RATE)) == 4
+    assert agree(labels, room_oracle.preferred_steps(second, labels, RATE)) == 2
+    assert agree(late, room_oracle.agent(third, late, RATE, share=1.0)) == 4
 
 
 def check_llm_teacher(found, model):
     ((_, models, records),) = found
     assert [r.kind for r in records] == ["agent", "agent", "teacher"] * 2
-    assert agree(records, oracle.advised(models, records, RATE, TEACHER_RATE)) == 6
+    assert agree(records, room_oracle.advised(models, records, RATE, TEACHER_RATE)) == 6
 
 
 CHECKS = {row.name: globals()[f"check_{row.name}"] for row in papers.ROWS}

@@ -48,7 +48,8 @@ PYTHON = [
     ),
     *python(
         "rollout", "rlfast/rollout/attention.py",
-        ("starts = (position_ids.reshape(-1) == 0)", "starts = (position_ids.reshape(-1) < 0)"),
+        ("(position_ids.diff() «!= 1»)", "< 0"),
+        ("first = torch.«ones»(batch, 1, dtype=torch.bool", "zeros"),
         ("out = some.new_zeros(batch * length, *some.shape[1:]).index_copy(0, keep, some)",
          "out = some.new_zeros(batch * length, *some.shape[1:]).index_copy(0, keep.flip(0), some)"),
     ),
