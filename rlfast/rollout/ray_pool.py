@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from rlfast import validate
-from rlfast.rollout.api import MODES, Request, Rollout
+from rlfast.rollout.api import MODES, Request, Rollout, checked_sizes, checked_version, listed, named_weights
 from rlfast.rollout.calls import PATIENCE, alone
 from rlfast.rollout.remote import Remote, ServerError
 
@@ -30,6 +30,9 @@ class RayPool(Remote):
     def __init__(self, make, workers: int = 1, **options):
         import ray
 
+        checked_sizes(workers=workers)
+        if not callable(make):
+            validate.fail("make", "a function that makes an engine", repr(make)[:60], TypeError)
         super().__init__()
         self.ray = ray
         worker = ray.remote(**options)(_Worker) if options else ray.remote(_Worker)
@@ -70,6 +73,7 @@ class RayPool(Remote):
     def submit(self, requests: Sequence[Request]) -> list[int]:
         """Their numbers; a wrong one raises here, by the check of the first worker's engine, and none is taken then."""
         self._open()
+        listed("requests", requests, "Request")
         found = []
         try:
             while not found:
@@ -124,8 +128,12 @@ class RayPool(Remote):
     @alone
     def sync_weights(self, named_params, version: int) -> None:
         """The parameters into every worker's model."""
-        weights = self.ray.put({name: p.detach().cpu() for name, p in named_params})
-        self._all(lambda worker: worker.load.remote(weights, version))
+        checked_version(version)
+        weights = self.ray.put({name: p.detach().cpu() for name, p in named_weights(named_params)})
+        try:
+            self._all(lambda worker: worker.load.remote(weights, version))
+        except self.ray.exceptions.RayTaskError as error:
+            raise error.cause from None
         self.version = version
 
     def close(self) -> None:
@@ -168,7 +176,11 @@ class _Worker:
 
     async def load(self, weights: dict, version: int) -> None:
         model = self.engine.model if hasattr(self.engine, "model") else self.engine.decoder.model
+        own = dict(model.named_parameters())
+        wrong = [name for name, p in own.items() if name not in weights or weights[name].shape != p.shape]
+        if wrong:  # before any of them is another policy's
+            validate.fail("named_params", f"the worker's model's {len(own)}", f"none like {', '.join(wrong[:3])}")
         with self.engine.lock, torch.no_grad():
-            for name, p in model.named_parameters():
+            for name, p in own.items():
                 p.copy_(weights[name])
             self.engine.sync_weights(None, version)
