@@ -549,6 +549,43 @@ def test_requests_share_the_steps_of_a_worker():
 # A model that generates by itself
 
 
+def test_the_fallback_draws_as_its_parameters_say():
+    """What else a checkpoint's generation config says is not asked, and is there afterwards; so with PEFT."""
+    peft = pytest.importorskip("peft", reason="the peft package is missing")
+    greedy = replace(GREEDY, ignore_eos=True, max_tokens=12)
+    (wanted,) = Engine(decoder("llama")).generate([[3, 4, 5]], greedy)
+    model = copy.deepcopy(decoder("llama"))
+    config = model.generation_config
+    config.update(
+        num_beams=3, no_repeat_ngram_size=1, typical_p=0.3, suppress_tokens=wanted.tokens[:4], top_k=3,
+        eos_token_id=wanted.tokens[2], min_length=30, do_sample=True, repetition_penalty=2.0,
+    )  # fmt: skip
+    lora = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"]))
+    for one in (GenerateEngine(model), GenerateEngine(lora)):
+        assert one.generate([[3, 4, 5]], greedy)[0].tokens == wanted.tokens and model.generation_config is config
+    config.suppress_tokens = None
+    (drawn,) = one.generate([[3, 4, 5]], replace(FEW, temperature=9.0, ignore_eos=True, max_tokens=20))
+    assert (drawn.kept > 1 - 1e-5).all()
+
+
+def test_the_fallback_draws_two_prompts_with_one_seed_by_two_noises():
+    """At a high temperature the noise alone decides."""
+    params = SamplingParams(temperature=1e6, max_tokens=6, seed=3, ignore_eos=True)
+    one, two = GenerateEngine(decoder("llama")).generate([[3], [4]], params)
+    assert not {(i, t) for i, t in enumerate(one.tokens)} & {(i, t) for i, t in enumerate(two.tokens)}
+
+
+@pytest.mark.parametrize("kind", (Engine, GenerateEngine))
+def test_a_version_is_a_number(kind):
+    one = kind(decoder("llama"))
+    for wrong in ("a", None, True, 1.0):
+        with pytest.raises(TypeError, match="version: expected an int"):
+            one.sync_weights(None, wrong)
+    with pytest.raises(ValueError, match="version: expected an int ≥ 0"):
+        one.sync_weights(None, -1)
+    assert one.version == 0 and one.generate([[3]], FEW)[0].versions.tolist()[0] == 0
+
+
 def test_what_the_fallback_has():
     """All that an engine has, or why not."""
     model, tokens = decoder("falcon"), Words()

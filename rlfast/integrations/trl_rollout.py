@@ -24,6 +24,7 @@ from rlfast.rollout import Engine, SamplingParams
 
 GENERATION = ("self", "prompt_ids", "images", "multimodal_fields", "num_generations", "has_tool_images")
 STEP = ("self", "model", "inputs", "num_items_in_batch")
+SPREAD = "the model's parameters are spread over the processes"
 _engines: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # trainer → its engine
 # Options of generate(): what they are to the engine, and what they are if they are None.
 _OPTIONS = {
@@ -39,10 +40,18 @@ _UNUSED = {"do_sample", "eos_token_id", "pad_token_id", "bos_token_id", "cache_i
 _NEUTRAL = {"num_beams": 1, "num_return_sequences": 1, "use_cache": True}  # values under which there is nothing to do
 
 
+def _spread(trainer) -> bool:
+    """Whether no process has the whole model: FSDP, ZeRO 3."""
+    zero = trainer.accelerator.state.deepspeed_plugin
+    return trainer.is_fsdp_enabled or (zero is not None and zero.zero_stage == 3)
+
+
 def engine_of(trainer) -> Engine:
     """The engine on a trainer's model, in the precision that it trains in, made when it is first needed."""
     found = _engines.get(trainer)
     if found is None:
+        if _spread(trainer):
+            validate.fail("engine", "one, such as a VLLMServer", f"None, and {SPREAD}")
         model, eos = trainer.accelerator.unwrap_model(trainer.model), _options(trainer).get("eos_token_id")
         with trainer.accelerator.autocast():
             found = Engine(model, _tokenizer(trainer), eos_token_ids=[eos] if isinstance(eos, int) else eos)
@@ -106,15 +115,16 @@ def generated(engine, prompts: list[list[int]], params: SamplingParams) -> tuple
 
 
 def logp_of(rollout, params: SamplingParams) -> torch.Tensor:
-    """The log-prob that a trainer computes: tempered, not truncated."""
-    return rollout.logp_raw if params.temperature == 1.0 else rollout.logp + rollout.kept.log()
+    """The log-prob that a trainer computes: tempered, not truncated; of a server, which says no more, its own."""
+    found = rollout.logp_raw if params.temperature == 1.0 else rollout.logp + rollout.kept.log()
+    return torch.where(found.isnan(), rollout.logp, found)
 
 
 def rollout(engine: Engine | None = None, **options):
     """A ``rollout_func`` of TRL's GRPOTrainer.
 
     Args:
-        engine: by default one on the trainer's own model.
+        engine: by default one on the trainer's own model. The trainer's end-of-sequence ids end a response of any.
         options: ``SamplingParams`` that differ from the trainer's.
 
     Returns:
@@ -126,12 +136,21 @@ def rollout(engine: Engine | None = None, **options):
 
     def rollout_func(prompts, trainer):
         one = engine_of(trainer) if engine is None else engine
-        params = replace(params_of(trainer), **options)
-        ids, *_ = trainer._tokenize_prompts(prompts)  # TRL's chat template and its options
+        params = replace(params_of(trainer), **options | _ends(trainer, options))
+        ids, images, more = trainer._tokenize_prompts(prompts)  # TRL's chat template and its options
+        if images or more:
+            validate.fail("prompts", "text alone: the engine takes no images", "prompts with images")
         tokens, logps = generated(one, ids, params)
         return {"prompt_ids": ids, "completion_ids": tokens, "logprobs": logps}
 
     return rollout_func
+
+
+def _ends(trainer, options: dict) -> dict:
+    """What ends a response: an engine that was made elsewhere knows the model's ids, but not the tokenizer's."""
+    eos = _options(trainer).get("eos_token_id")
+    eos = [] if eos is None or options.get("ignore_eos") else [eos] if isinstance(eos, int) else eos
+    return {"stop_token_ids": (*eos, *options.get("stop_token_ids", ()))}
 
 
 def _unsupported(trainer, images, multimodal_fields) -> str | None:
@@ -140,6 +159,8 @@ def _unsupported(trainer, images, multimodal_fields) -> str | None:
         return "another generation backend was asked for"
     if images or multimodal_fields:
         return "prompts have images"
+    if _spread(trainer):
+        return SPREAD
     strange = _strange(_options(trainer))
     if strange:
         return f"rlfast has no {', '.join(strange)}"
@@ -162,6 +183,9 @@ def _generation(original):
 def _step(original):
     @functools.wraps(original)
     def training_step(self, *args, **kwargs):
+        if _spread(self):
+            say_once(f"bitwise=True: training has not the bits of the rollouts: {SPREAD}")
+            return original(self, *args, **kwargs)
         engine = engine_of(self)
         paged = isinstance(engine, Engine)
         if not engine.bitwise:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 import transformers
 
@@ -18,6 +20,7 @@ from rlfast.rollout.api import (
     checked_request,
     checked_sequences,
     checked_sizes,
+    checked_version,
     choices,
     ends_of,
 )  # fmt: skip
@@ -97,8 +100,12 @@ class GenerateEngine(Calls):
         def stopped(whole, *_, **__):  # transformers' own criterion knows no min_tokens
             return torch.tensor([responses.stopped(whole[0, before:].tolist(), params, self.tokenizer)], device=device)
 
-        with self._evaluating(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            torch.manual_seed(params.seed)
+        with (
+            self._evaluating(),
+            self._own_options(),
+            torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
+        ):
+            torch.manual_seed(sample.key)  # of its prompt too: two prompts with one seed are not drawn alike
             out = self.model.generate(
                 ids, attention_mask=torch.ones_like(ids), max_new_tokens=most, eos_token_id=stops or None,
                 min_new_tokens=min(params.min_tokens, most) or None, repetition_penalty=params.repetition_penalty,
@@ -114,6 +121,19 @@ class GenerateEngine(Calls):
     def _evaluating(self):
         """Within it, no module is in training mode: no dropout."""
         return evaluating(tuple(self.model.modules()))
+
+    @contextlib.contextmanager
+    def _own_options(self):
+        """Within it, nothing that the checkpoint's generation config says beside what ``SamplingParams`` say: beams,
+        tokens that must not come, … A model within PEFT's has it."""
+        theirs = [(m, vars(m)["generation_config"]) for m in self.model.modules() if "generation_config" in vars(m)]
+        try:
+            for module, config in theirs:
+                module.generation_config = transformers.GenerationConfig(pad_token_id=config.pad_token_id)
+            yield
+        finally:
+            for module, config in theirs:
+                module.generation_config = config
 
     @alone
     def cancel(self, number: int) -> None:
@@ -158,7 +178,7 @@ class GenerateEngine(Calls):
 
     def sync_weights(self, named_params, version: int) -> None:
         """Nothing to copy; ``version`` is that of the tokens to come."""
-        self.weights, self.version = self.watched.now(), version
+        self.weights, self.version = self.watched.now(), checked_version(version)
 
     @alone
     @torch.no_grad()
