@@ -576,6 +576,27 @@ def test_the_fallback_draws_two_prompts_with_one_seed_by_two_noises():
 
 
 @pytest.mark.parametrize("kind", (Engine, GenerateEngine))
+def test_ends_that_min_tokens_keeps_away_have_no_mass(kind):
+    """logp and kept are of the distribution without them, until they may come."""
+    params = SamplingParams(
+        n=4, temperature=0.7, top_k=40, min_tokens=3, max_tokens=5, stop_token_ids=tuple(range(50)), ignore_eos=True
+    )
+    with kind(decoder("llama")) as one:
+        for rollout in one.generate(prompts(2), params):
+            ids, before = torch.tensor([[*rollout.prompt_tokens, *rollout.tokens]]), len(rollout.prompt_tokens)
+            with torch.no_grad():
+                logits = decoder("llama")(ids).logits[0, before - 1 : -1].double() / 0.7
+            logits[:3, :50] = -torch.inf
+            top = logits.topk(40).indices
+            kept = logits.softmax(-1).gather(1, top).sum(1)
+            logp = logits.log_softmax(-1).gather(1, ids[0, before:, None])[:, 0] - kept.log()
+            torch.testing.assert_close(rollout.kept.double(), kept, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(rollout.logp.double(), logp, rtol=1e-4, atol=1e-4)
+    with pytest.raises(RuntimeError, match="the engine is closed"):
+        one.generate([[3]])
+
+
+@pytest.mark.parametrize("kind", (Engine, GenerateEngine))
 def test_a_version_is_a_number(kind):
     one = kind(decoder("llama"))
     for wrong in ("a", None, True, 1.0):

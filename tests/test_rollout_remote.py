@@ -186,6 +186,18 @@ def test_bad_input_is_named(stand_in):
     assert not stand_in.calls
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_closed_server(kind, tmp_path):
+    with KINDS[kind]("http://127.0.0.1:9", weights_dir=tmp_path) as server:
+        pass
+    for call in (server.pause, server.resume, server.step, lambda: server.sync_weights([], 1)):
+        with pytest.raises(RuntimeError, match="the engine is closed"):
+            call()
+    for options in ({"url": None}, {"connections": 0}, {"timeout": -1.0}, {"vocab": 0}):
+        with pytest.raises((TypeError, ValueError), match=f"{next(iter(options))}: expected"):
+            KINDS[kind](**{"url": "http://127.0.0.1:9"} | options)
+
+
 def test_every_backend_speaks_the_protocol():
     for kind in (Engine, GenerateEngine, VLLMServer, SGLangServer, RayPool):
         for name in ("submit", "step", "pause", "resume", "sync_weights"):

@@ -294,6 +294,12 @@ class Calls:
         if self.closed:
             raise RuntimeError("the engine is closed")
 
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
 
 def _count(left: dict[int, int], rollout: Rollout) -> None:
     """One of the missing rollouts is there."""

@@ -356,9 +356,3 @@ class Engine(Calls):
             self.caches.layers.clear()
             self.live.clear()
             self.graphs = None
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.close()

@@ -113,7 +113,7 @@ class GenerateEngine(Calls):
                 return_dict_in_generate=True, output_logits=True, output_scores=True, **options,
             )  # fmt: skip
         tokens = out.sequences[0, before:]
-        numbers = (x.tolist() for x in _numbers(out, ids[0], tokens, params))
+        numbers = (x.tolist() for x in _numbers(out, ids[0], tokens, params, stops))
         sample.tokens = tokens.tolist()
         sample.records = list(zip(*numbers, [self.version] * len(sample.tokens), strict=True))
         sample.finish = responses.ending(sample, sample.tokens[-1], self.eos, self.tokenizer, self.context) or "length"
@@ -214,8 +214,9 @@ class GenerateEngine(Calls):
         self.closed = True
 
 
-def _numbers(out, prompt, tokens, params: SamplingParams) -> tuple:
-    """(logp_raw, logp, kept, entropy) from the raw logits and the processed scores of each step."""
+def _numbers(out, prompt, tokens, params: SamplingParams, stops: list[int]) -> tuple:
+    """(logp_raw, logp, kept, entropy) from the raw logits and the processed scores of each step; ``stops`` are not
+    drawn before ``min_tokens``."""
     raw, processed = (torch.stack([x[0].float() for x in steps]) for steps in (out.logits, out.scores))
     own, edited = token_logps(raw, tokens, outputs=("logp", "entropy")), raw
     if params.repetition_penalty != 1.0:
@@ -223,6 +224,9 @@ def _numbers(out, prompt, tokens, params: SamplingParams) -> tuple:
         whole = torch.cat((prompt, tokens)).unsqueeze(0)
         rows = [penalise(whole[:, : len(prompt) + i], raw[i : i + 1].clone()) for i in range(len(tokens))]
         edited = torch.cat(rows)
+    if params.min_tokens and stops:
+        edited = edited.clone()
+        edited[: params.min_tokens, stops] = -torch.inf
     if params.temperature == 0:
         logp, kept = torch.zeros_like(own.logp), token_logps(edited, tokens).logp.exp()
     else:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from rlfast import validate
 from rlfast.rollout import responses
-from rlfast.rollout.api import MODES, Request, Rollout, checked_request, checked_version, named_weights
+from rlfast.rollout.api import MODES, Request, Rollout, checked_request, checked_sizes, checked_version, named_weights
 from rlfast.rollout.calls import Calls, RequestError, alone
 from rlfast.rollout.scheduler import Sample
 
@@ -92,6 +92,10 @@ class Server(Remote):
     ):  # fmt: skip
         import httpx
 
+        if not isinstance(url, str):
+            validate.fail("url", "a server's, such as 'http://localhost:8000'", repr(url)[:60], TypeError)
+        checked_sizes(vocab=vocab, connections=connections)
+        timeout = validate.positive("timeout", timeout)
         super().__init__()
         self.http = httpx.Client(base_url=url.rstrip("/"), timeout=timeout)
         self.tokenizer, self.vocab = tokenizer, vocab
@@ -216,6 +220,7 @@ class VLLMServer(Server):
         choices = sorted(found["choices"], key=lambda c: c["index"])
         return [(c["token_ids"], c["logprobs"]["token_logprobs"], c["finish_reason"]) for c in choices]
 
+    @alone
     def pause(self, mode: str = "keep") -> None:
         """No new tokens until ``resume``; vLLM keeps what it has computed, or ends what is under way."""
         validate.one_of("mode", mode, MODES)
@@ -230,11 +235,13 @@ class VLLMServer(Server):
         if not (found or {}).get("success", True):
             raise ServerError(f"{self.http.base_url}: the prefix cache was not reset: {found}")
 
+    @alone
     def resume(self) -> None:
         """Go on."""
         self._post("/resume")
         self.paused = False
 
+    @alone
     def sync_weights(self, named_params, version: int) -> None:
         """Write the weights where the server loads its model from, and have it load them."""
         checked_version(version)
@@ -282,17 +289,20 @@ class SGLangServer(Server):
             answers.append((tokens, logps, one["meta_info"]["finish_reason"]["type"]))
         return answers
 
+    @alone
     def pause(self, mode: str = "keep") -> None:
         """No new tokens until ``resume``."""
         names = {"keep": "in_place", "recompute": "retract", "abort": "abort"}
         self._post("/pause_generation", {"mode": names[validate.one_of("mode", mode, MODES)]})
         self.paused, self.keeps = True, mode == "keep"
 
+    @alone
     def resume(self) -> None:
         """Go on."""
         self._post("/continue_generation")
         self.paused = self.keeps = False
 
+    @alone
     def sync_weights(self, named_params, version: int) -> None:
         """Write the weights where the server loads its model from, and have it load them."""
         checked_version(version)
