@@ -298,6 +298,20 @@ def test_a_model_that_no_process_has_whole_is_trls(tmp_path, caplog):
     assert logps is None and "parameters are spread over the processes" in caplog.text
 
 
+def test_prompts_that_find_no_room_are_trls(tmp_path, caplog):
+    """Longer than the model's context, or than the memory of keys and values: stock TRL generates after them."""
+    with rlfast.patch("trl", rollouts=True):
+        trainer, _ = grpo(tmp_path)
+        for prompt, budget, said in (
+            ([3] * 130, 1 << 22, "prompts: expected at most 127 tokens"),
+            ([3] * 100, 4 * Engine(trainer.model).decoder.bytes_of_token * 16, "kv_budget has room for no more"),
+        ):
+            trl_rollout._engines[trainer] = Engine(trainer.model, kv_budget=budget)
+            ids, logps = trainer._generate_single_turn([[3, 4], prompt], None, {}, 1)
+            assert logps is None and len(ids) == 2 and said in caplog.text
+            assert trainer._generate_single_turn([[3, 4], [5]], None, {}, 1)[1] is not None
+
+
 def test_no_two_samples_of_a_prompt_are_one():
     """Also where its neighbours come in several groups: a sample's seed counts all before it."""
     engine = Engine(decoder("llama"), kv_budget=1 << 22)

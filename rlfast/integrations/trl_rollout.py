@@ -20,10 +20,11 @@ import torch
 
 from rlfast import validate
 from rlfast.integrations.patching import Swap, original_of, runs_as_it_is, say_once, takes
-from rlfast.rollout import Engine, SamplingParams
+from rlfast.rollout import Engine, Request, SamplingParams
 
 GENERATION = ("self", "prompt_ids", "images", "multimodal_fields", "num_generations", "has_tool_images")
 STEP = ("self", "model", "inputs", "num_items_in_batch")
+WITHOUT_END = 1 << 20  # tokens: the context ends it
 SPREAD = "the model's parameters are spread over the processes"
 _engines: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # trainer → its engine
 # Options of generate(): what they are to the engine, and what they are if they are None.
@@ -33,7 +34,7 @@ _OPTIONS = {
     "top_k": ("top_k", int, 0),
     "min_p": ("min_p", float, 0.0),
     "repetition_penalty": ("repetition_penalty", float, 1.0),
-    "max_new_tokens": ("max_tokens", int, 1 << 20),  # the context ends it
+    "max_new_tokens": ("max_tokens", int, WITHOUT_END),
     "min_new_tokens": ("min_tokens", int, 0),
 }
 _UNUSED = {"do_sample", "eos_token_id", "pad_token_id", "bos_token_id", "cache_implementation"}  # or read elsewhere
@@ -168,10 +169,20 @@ def _unsupported(trainer, images, multimodal_fields) -> str | None:
     return None if isinstance(engine, Engine) else engine.reason  # TRL's generate() has batches, that engine has none
 
 
+def _unfit(trainer, prompt_ids) -> str | None:
+    """Why the engine has no room for the longest prompt and what follows it."""
+    most = _options(trainer).get("max_new_tokens") or WITHOUT_END
+    try:
+        engine_of(trainer)._checked(Request(tuple(max(prompt_ids, key=len)), SamplingParams(max_tokens=most)))
+    except ValueError as error:
+        return str(error)
+    return None
+
+
 def _generation(original):
     @functools.wraps(original)
     def generate(self, prompt_ids, images, multimodal_fields, num_generations, *args, **kwargs):
-        reason = _unsupported(self, images, multimodal_fields)
+        reason = _unsupported(self, images, multimodal_fields) or _unfit(self, prompt_ids)
         if reason is not None:
             runs_as_it_is(original, reason)
             return original(self, prompt_ids, images, multimodal_fields, num_generations, *args, **kwargs)
