@@ -169,6 +169,7 @@ def test_bad_input_is_named(stand_in):
             ("prompts: expected at least one token each", [[]], None),
             ("prompts: expected token ids in", [[10]], None),
             ("allowed_token_ids: expected ids", [[3]], SamplingParams(allowed_token_ids=lambda tokens: [1])),
+            ("logit_bias: expected numbers in", [[3]], SamplingParams(logit_bias={3: -1000.0})),
         ):
             with pytest.raises(ValueError, match=said):
                 server.generate(given, params)
@@ -190,6 +191,9 @@ def test_bad_input_is_named(stand_in):
 def test_a_closed_server(kind, tmp_path):
     with KINDS[kind]("http://127.0.0.1:9", weights_dir=tmp_path) as server:
         pass
+    for wrong in ("3", Request((3,), None)):
+        with pytest.raises(TypeError, match=r"(requests|params): expected (Request|SamplingParams)"):
+            server._checked(wrong)
     for call in (server.pause, server.resume, server.step, lambda: server.sync_weights([], 1)):
         with pytest.raises(RuntimeError, match="the engine is closed"):
             call()

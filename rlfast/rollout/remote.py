@@ -19,6 +19,7 @@ from rlfast.rollout.calls import Calls, RequestError, alone
 from rlfast.rollout.scheduler import Sample
 
 REASONS = {"stop": "stop", "length": "length", "abort": "abort"}
+BIAS = 100.0  # of a logit, as OpenAI's API has it
 ROUNDED = 1e-2  # a log-prob that a server rounded may be so much above 0
 
 
@@ -198,6 +199,13 @@ class VLLMServer(Server):
         super().__init__(url, tokenizer, **options)
         self.model = model
 
+    def _checked(self, request: Request) -> Request:
+        request = super()._checked(request)
+        far = next((x for x in request.params.logit_bias.values() if abs(x) > BIAS), None)
+        if far is not None:
+            validate.fail("logit_bias", f"numbers in [−{BIAS:g}, {BIAS:g}]: vLLM brings others there", repr(far))
+        return request
+
     def _ask(self, request: Request):
         p = request.params
         body = {
@@ -261,9 +269,10 @@ class SGLangServer(Server):
     keeps = False  # what is under way, its keys and values
 
     def _checked(self, request: Request) -> Request:
+        request = super()._checked(request)
         if request.params.allowed_token_ids is not None:
             validate.fail("allowed_token_ids", "None: SGLang has none", "ids")
-        return super()._checked(request)
+        return request
 
     def _ask(self, request: Request):
         p, n = request.params, asked_for(request.params)
