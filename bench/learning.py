@@ -36,7 +36,7 @@ from rlfast.recipes.training import fitted, train
 RESULT = RESULTS / "learning.json"
 ARMS = ("stock", "rlfast")
 LAYERS = 8  # of 30 that learn
-TOKENS, RATE, TEMPERATURE = 16, 1e-4, 0.7
+TOKENS, TEMPERATURE = 16, 0.7
 PROBLEMS, SAMPLES, CANDIDATES = 64, 2, 4  # that a point is of; candidates of a pair
 FIXED = 1 << 16  # their seed, no run's
 TRL = "TRL 1.16's default"
@@ -60,15 +60,16 @@ class Plan(NamedTuple):
     prompts: int
     answers: int
     steps: int
+    rate: float
     stage: int  # whose curve it is
     measure: str
     stock: str
 
 
 PLANS = {
-    "grpo": Plan(GRPO, 4, 4, 20, 0, "reward", "TRL's GRPOTrainer"),
-    "ppo": Plan(rlfast.recipe("gpt4"), 6, 2, 15, 1, "reward", "the torch backend"),
-    "dpo": Plan(rlfast.recipe("zephyr"), 6, 4, 15, 0, "accuracy", "TRL's DPOTrainer"),
+    "grpo": Plan(GRPO, 4, 4, 20, 1e-4, 0, "reward", "TRL's GRPOTrainer"),
+    "ppo": Plan(rlfast.recipe("gpt4"), 8, 2, 15, 5e-5, 1, "reward", "the torch backend"),
+    "dpo": Plan(rlfast.recipe("zephyr"), 6, 4, 15, 5e-5, 0, "accuracy", "TRL's DPOTrainer"),
 }
 
 
@@ -207,11 +208,17 @@ def rises(points: dict[int, float]) -> float:
 
 
 def run(
-    name: str, model: str, seeds: int, steps: int | None, rate: float, arms: tuple[str, ...] = ARMS, every: int = 5
+    name: str,
+    model: str,
+    seeds: int,
+    steps: int | None,
+    rate: float | None,
+    arms: tuple[str, ...] = ARMS,
+    every: int = 5,
 ) -> dict:
     """The curves of a recipe by arm and seed, and what they took."""
     plan = PLANS[name]
-    steps = steps or plan.steps
+    steps, rate = steps or plan.steps, rate or plan.rate
     curves, seconds = {arm: {} for arm in arms}, {arm: 0.0 for arm in arms}
     for seed in range(seeds):
         pairs: list[dict] = []
@@ -293,7 +300,7 @@ def main(arguments=None) -> int:
     parser.add_argument("--steps", type=int, help="of each stage; by default what takes a few minutes")
     parser.add_argument("--every", type=int, default=5, help="steps between the points of a curve")
     parser.add_argument("--model", choices=("smollm2", "tiny"), default="smollm2")
-    parser.add_argument("--learning-rate", type=float, default=RATE)
+    parser.add_argument("--learning-rate", type=float, help="by default the plan's")
     parser.add_argument("--arm", choices=ARMS, help="only this one")
     parser.add_argument("--json", type=Path, default=RESULT)
     parser.add_argument("--picture", type=Path, help="draw what the file has")

@@ -121,7 +121,7 @@ def divergence(
         row_inputs.to_agree, "divergence", logits, targets, top_k, outputs, (ref_logits,), **choices
     )
     shards, logits, vocab = row_inputs.columns_of(process_group, logits, asked)
-    ref_logits = groups.alike(process_group, ref_logits, "ref_logits", -1)
+    ref_logits = groups.alike(shards or process_group, ref_logits, "ref_logits", -1)
     validate.tensor("ref_logits", ref_logits)
     if ref_logits.shape != logits.shape:
         validate.fail("ref_logits", f"shape {validate.shape(logits)} like logits", validate.shape(ref_logits))
@@ -205,7 +205,7 @@ def linear_divergence(
     other = ref_hidden, ref_weight, ref_bias
     asked = functools.partial(row_inputs.to_agree, "divergence", hidden, targets, top_k, outputs, other, **choices)
     shards, hidden, weight, bias = row_inputs.shared_head(process_group, hidden, weight, bias, asked)
-    reference = row_inputs.laid_out(process_group, *other)
+    reference = row_inputs.laid_out(shards or process_group, *other)
     ref_hidden, ref_weight, ref_bias = checked_reference(hidden, weight, *reference)
     lead, vocab = hidden.shape[:-1], row_inputs.vocabulary(weight, shards)
     transform = (temperature, ref_temperature, softcap, ref_softcap, logit_scale, ref_logit_scale)

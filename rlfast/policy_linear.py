@@ -81,7 +81,7 @@ def checked(
     validate.tensor("hidden", hidden)
     if hidden.dim() not in (2, 3):
         validate.fail("hidden", "shape [B, T, D], or [N, D] with cu_seqlens", validate.shape(hidden))
-    said = functools.partial(asked, loss, head, hidden, targets, ref, lora, entropy)
+    said = functools.partial(asked, loss, head, hidden, targets, given, ref, lora, entropy)
     shards, hidden, weight, bias = row_inputs.shared_head(head.process_group, hidden, head.weight, head.bias, said)
     lead, source = hidden.shape[:-1], ("hidden", hidden)
     targets = row_inputs.checked_targets(lead, row_inputs.vocabulary(weight, shards), targets, source)
@@ -98,21 +98,22 @@ def checked(
     targets, mask, temperatures = (x if x is None else x.reshape(-1) for x in (targets, fields.mask, temperatures))
     rows = Rows(hidden.reshape(targets.shape[0], hidden.shape[-1]), weight, bias, targets, mask.contiguous(),
                 temperatures, (temperature, *head.options()),
-                checked_reference(loss, hidden, weight, *row_inputs.laid_out(head.process_group, *ref)),
-                checked_lora(hidden, weight, lora, head.process_group),
+                checked_reference(loss, hidden, weight, *row_inputs.laid_out(shards or head.process_group, *ref)),
+                checked_lora(hidden, weight, lora, shards or head.process_group),
                 checked_sync(sync) and not compacts(hidden), shards)  # fmt: skip
     ends = given["cu_seqlens"]
     ends = ends.tolist() if ends is not None and validate.looked_at(ends) else None
     return Tokens(unit_strides(rows), fields, settings, head.accumulated(), ends)
 
 
-def asked(loss, head: Head, hidden, targets, ref: tuple, lora, entropy) -> dict:
+def asked(loss, head: Head, hidden, targets, given: dict, ref: tuple, lora, entropy) -> dict:
     """What ranks have to ask for alike."""
     a = lora[0] if isinstance(lora, tuple | list) and lora else None
     more = head.asked(loss.name) | {
         "accumulate_grad": int(bool(head.accumulate_grad)),
         "rank of lora": a.shape[0] if isinstance(a, torch.Tensor) and a.dim() else 0,
         "gradients of lora": groups.learning(*(lora or ())),
+        **row_inputs.counted(targets != validate.IGNORE_INDEX, given["mask"], given["cu_seqlens"]),
     }
     outputs = ("entropy",) if entropy or loss.has_bonus else ()
     return row_inputs.to_agree("policy loss", hidden, targets, None, outputs, ref, more)

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 
 from rlfast import backends, row_inputs, validate
+from rlfast.distributed.gather import context_of
 from rlfast.distributed.groups import learning
 from rlfast.heads import Head, live_before, most_rows, numbers, room, unit_strides
 from rlfast.loss_inputs import boundaries
@@ -113,15 +114,16 @@ def run(loss, head: Head, sides: tuple, rest: PairGiven, nll, factor: float, per
         rest, nll, factor, per_pair: as in ``PreferenceLoss.run``.
         outputs: what is computed beside the log-probs: bits of ``rlfast/ops/records.py``.
     """
-    checked, joined, needs, places, groups, budget = prepared(loss, head, sides, outputs)
-    if groups is None:
-        found = numbers(joined.rows, any(needs), budget, outputs)
-        parts = found.logp.split([side.targets.shape[0] for side in checked])
-        given = [side.given(part) for side, part in zip(checked, parts, strict=True)]
-        names = tuple(name.of_loss() for name in names_of(sides))
-        out = loss.run(given[0], given[1] if len(given) == 2 else None, rest, nll, factor, per_pair, names)
-    else:
-        out, found = by_chunks(loss, joined, places, groups, needs, rest, nll, factor, per_pair, outputs)
+    with context_of(head.process_group):
+        checked, joined, needs, places, groups, budget = prepared(loss, head, sides, outputs)
+        if groups is None:
+            found = numbers(joined.rows, any(needs), budget, outputs)
+            parts = found.logp.split([side.targets.shape[0] for side in checked])
+            given = [side.given(part) for side, part in zip(checked, parts, strict=True)]
+            names = tuple(name.of_loss() for name in names_of(sides))
+            out = loss.run(given[0], given[1] if len(given) == 2 else None, rest, nll, factor, per_pair, names)
+        else:
+            out, found = by_chunks(loss, joined, places, groups, needs, rest, nll, factor, per_pair, outputs)
     return out, found.of(torch.Tensor.detach)
 
 
@@ -150,7 +152,10 @@ def asked(head: Head, sides, loss: str, outputs: int) -> dict:
     """What ranks that share the head have to ask for alike."""
     every = [side.hidden for side in sides if isinstance(side.hidden, torch.Tensor)]
     rows = sum(math.prod(x.shape[:-1]) for x in every)
-    more = head.asked(loss) | {"rows": rows, "gradients of hidden": learning(*every)}
+    counted = row_inputs.counted(
+        *(x for side in sides for x in (side.targets != validate.IGNORE_INDEX, side.mask, side.cu_seqlens))
+    )
+    more = head.asked(loss) | {"rows": rows, "gradients of hidden": learning(*every)} | counted
     return row_inputs.to_agree("preference loss", sides[0].hidden, None, None, (str(outputs),), (), more)
 
 

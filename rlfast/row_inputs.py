@@ -138,7 +138,7 @@ def shared_head(process_group, hidden, weight, bias, asked: Callable[[], dict], 
     if process_group is not None or any(type(x) not in _PLAIN for x in (hidden, weight)):
         share, weight = groups.resolved(process_group, weight, 0, "weight")
         hidden = groups.local(hidden, names.get("hidden_name", "hidden"))
-        bias = groups.alike(process_group, bias, "bias")
+        bias = groups.alike(share or process_group, bias, "bias")
     head = checked_head(hidden, weight, bias, least=1 if share is None else 0, **names)
     return None if share is None else groups.agreed_head(share, *head, asked()), *head
 
@@ -173,6 +173,15 @@ def to_agree(
         found["gradients of the reference"] = groups.learning(*other)
         found["depth of the reference"] = other[0].shape[-1] if len(other) > 1 and hasattr(other[0], "shape") else 0
     return found
+
+
+def counted(*tensors) -> dict:
+    """The fact which tokens count, by masks and the ends of sequences: they say where a loss's chunks end."""
+    there = [x for x in tensors if isinstance(x, torch.Tensor)]
+    if not all(validate.looked_at(x) for x in there):
+        return {groups.COUNTED: 0}
+    found = [x.long() if x.dtype in _INTS else x != 0 for x in there]
+    return {groups.COUNTED: zlib.crc32(b"".join(x.detach().contiguous().numpy().tobytes() for x in found))}
 
 
 def laid_out(process_group, hidden, weight, bias) -> tuple:

@@ -328,3 +328,30 @@ def test_a_rank_that_fails_raises_on_all(ranks, what):
         else:
             waited = "the maps of the scan" + (", backward" if backward else "")
             assert said[0] == "RuntimeError" and f"{waited}: rank {rank} did not get what it waited for" in said[1]
+
+
+def losses_of_parts(group, logp, old, mask):
+    """A rank's loss by tokens and by the sums of pairs, from its tokens, and its gradients by them."""
+    size, at = dist.get_world_size(group), places("contiguous", dist.get_rank(group), dist.get_world_size(group))
+    own, mask = logp[:, at].clone().requires_grad_(), mask[:, at]
+    objective, adv = rlfast.loss("dapo"), torch.arange(float(len(logp)))
+    share = rlfast.distributed.share(objective, mask, process_group=group)
+    by_token = objective(own, old_logp=old[:, at], adv=adv, mask=mask, **share._asdict()).loss
+    (sums,) = rlfast.distributed.gather_batch((own * mask).sum(1), process_group=group)
+    by_pair = rlfast.preference_loss("dpo", reference_free=True)(*sums.unflatten(0, (size, -1)).sum(0).chunk(2)).loss
+    return [(loss.detach(), torch.autograd.grad(loss, own)[0]) for loss in (by_token, by_pair)]
+
+
+@pytest.mark.parametrize("size", (2, 4))
+def test_losses_of_rows_over_ranks(ranks, size):
+    """What trainers take, the mean over the ranks of losses and gradients, is that of the whole rows."""
+    logp, old = -draw((4, STEPS), seed=1).abs(), -draw((4, STEPS), seed=2).abs()
+    mask = torch.rand(4, STEPS, generator=torch.Generator().manual_seed(3)) < 0.7
+    whole = logp.clone().requires_grad_()
+    by_token = rlfast.loss("dapo")(whole, old_logp=old, adv=torch.arange(4.0), mask=mask).loss
+    by_pair = rlfast.preference_loss("dpo", reference_free=True)(*(whole * mask).sum(1).chunk(2)).loss
+    found = ranks.run(losses_of_parts, logp, old, mask, size=size)
+    for i, loss in enumerate((by_token, by_pair)):
+        torch.testing.assert_close(sum(x[i][0] for x in found) / size, loss.detach(), rtol=1e-5, atol=1e-6)
+        got, (wanted,) = torch.cat([x[i][1] for x in found], 1) / size, torch.autograd.grad(loss, whole)
+        torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-6 * wanted.abs().max().item())

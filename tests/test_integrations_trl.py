@@ -312,21 +312,3 @@ def test_the_original_runs_where_rlfast_cannot_and_says_so_once(patched, caplog,
     assert got.shape == index.shape
     assert len(caplog.records) == 1
     assert "selective_log_softmax runs as it is" in caplog.text
-
-
-def test_zero3_keeps_the_original_head(patched, caplog, monkeypatch):
-    patching.say_once.cache_clear()
-    hidden, weight, targets = torch.randn(3, 8), torch.randn(VOCAB, 8), torch.randint(VOCAB, (3,))
-    expected = patched_original(hidden, weight, targets)
-    monkeypatch.setattr("transformers.integrations.deepspeed.is_deepspeed_zero3_enabled", lambda: True)
-    monkeypatch.setattr(utils, "maybe_gather_lm_head_ctx", lambda *_: contextlib.nullcontext())
-    with caplog.at_level(logging.WARNING, "rlfast.integrations"):
-        got = utils._ChunkedLogProbFunction.apply(hidden, weight, None, targets, 1.0, 64)[0]
-    assert_same_bits("logp", got, expected)
-    assert "ZeRO-3" in caplog.text
-
-
-def patched_original(hidden, weight, targets):
-    """What TRL's own head gives, whatever is patched: the patched class derives from it."""
-    original = utils._ChunkedLogProbFunction.__bases__[0]
-    return original.apply(hidden, weight, None, targets, 1.0, 64)[0]

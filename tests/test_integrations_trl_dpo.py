@@ -22,7 +22,7 @@ from tests.trl_trainers import OneProcess, assert_same_loss  # noqa: E402
 pytestmark = pytest.mark.usefixtures("small_chunks")
 PAIRS, LENGTH = 5, 13
 FUSED = [t for t in trl_dpo.DPO_ROWS if not t.startswith("aot") and t not in ("ipo", "sigmoid_norm")]
-WAYS = {"keep": 1 << 20, "pairs": 2 * 2 * LENGTH * VOCAB * 4, "recompute": 0}  # bytes of logits
+WAYS = {"keep": 1 << 20, "pairs": 16 * VOCAB * 4, "recompute": 0}  # bytes of logits; a pair has up to seven rows
 
 
 def trainer_of(**settings):
@@ -108,7 +108,10 @@ def assert_same(monkeypatch, caplog, budget: int = 1 << 20, fused: bool = True, 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("loss_type", FUSED)
 def test_every_loss_type(loss_type, way, monkeypatch, caplog):
+    groups, by_chunks = [], preference_linear.by_chunks
+    monkeypatch.setattr(preference_linear, "by_chunks", lambda *args: groups.append(args[3]) or by_chunks(*args))
     assert_same(monkeypatch, caplog, WAYS[way], loss_types=[loss_type])
+    assert groups == ([[(0, 2), (2, 4), (4, 5)]] if way == "pairs" else [])
 
 
 @pytest.mark.parametrize("options", ({"ld_alpha": 0.4}, {"precompute_ref_logps": True}), ids=str)

@@ -87,6 +87,24 @@ def test_dtensors_beside_the_head(ranks):
             )
         assert answer["b, replicated"].startswith("ValueError: lora[1]: expected a DTensor sharded on one dimension")
         assert answer["two dimensions"].startswith("ValueError: weight: expected a DTensor sharded on one dimension")
+        assert answer["its dimension"] is True
+
+
+def test_dtensors_of_another_group(ranks):
+    """The ranks that share the one are not those that share the other: it is named, and both are."""
+    others = {
+        "another dimension": "weight", "another group": "weight", "another bias": "bias",
+        "another reference": "ref_weight", "another teacher": "ref_logits", "another factor": "lora[1]",
+    }  # fmt: skip
+    for rank, answer in enumerate(ranks.run(work.dtensors)):
+        column, row = [rank % 2, rank % 2 + 2], [rank // 2 * 2, rank // 2 * 2 + 1]
+        for name, argument in others.items():
+            wanted, found = (row, column) if argument != "weight" else (column, row)
+            wanted = [0, 1, 2, 3] if name == "another group" else wanted
+            said = (
+                f"{argument}: expected a DTensor sharded over ranks {wanted}, those of process_group, got ranks {found}"
+            )
+            assert answer[name] == f"ValueError: {said}"
 
 
 def test_gradients_added_to_a_dtensor(ranks):
@@ -118,7 +136,7 @@ def test_ranks_that_ask_for_other_things(ranks):
         "outputs": "outputs", "outputs of logits": "outputs", "top_k": "top k", "targets": "number of targets a row",
         "function": "function", "kind": "kind", "top_k of a divergence": "top k", "tail": "tail", "loss": "loss",
         "entropy": "outputs", "memory_budget": "memory budget", "sum_hidden": "sum hidden", "preference": "loss",
-        "rejected rows": "rows",
+        "rejected rows": "rows", "mask": "tokens that count", "mask of the chosen": "tokens that count",
     }  # fmt: skip
     for answer in ranks.run(work.other_options):
         for name, said in wanted.items():

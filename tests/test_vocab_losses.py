@@ -16,10 +16,10 @@ from tests import test_linear_preference_loss as preference
 from tests.cases import DIFFERENTIABLE, Problem, head_of, logits_of, targets_of
 from tests.divergence_cases import Pair, heads_of, logits_pair
 from tests.linear_policy_cases import BONUS
-from tests.numerics import assert_zero
+from tests.numerics import assert_same_bits, assert_zero
 from tests.rank_pool import SIZE
 from tests.test_vocab_parallel import check_policy
-from tests.vocab_cases import ALONG, on_ranks, together
+from tests.vocab_cases import ALONG, Partitions, on_ranks, together
 
 OP = "token_logps"
 NAMES = [name for name, loss in PREFERENCES.items() if not loss.kl]  # what reads a KL takes no hidden states
@@ -113,6 +113,14 @@ class Narrow:
         return [{SIZE: (out, without_padding(gradients, self.vocab))}]
 
 
+@pytest.mark.parametrize("kind", divergence_cases.KINDS)
+def test_no_rows(ranks, kind):
+    for pair in (Pair(logits_pair(0, 101), {"kind": kind}), Pair(heads_of(0, (33, 20), 101), {"kind": kind})):
+        for out, gradients in together(ranks.run(on_ranks, pair, "cpu", (2,))).values():
+            assert out.value.shape == (0,)
+            assert all(x.shape == pair.inputs[name].shape and not x.any() for name, x in gradients.items())
+
+
 @pytest.mark.parametrize(
     ("name", "rest"),
     (
@@ -123,6 +131,54 @@ class Narrow:
 )
 def test_padded_losses(ranks, name, rest):
     check_policy(Narrow(ranks, policy.VOCAB), policy.case_of(name, **rest), "cpu")
+
+
+def policy_loss(hidden, weight, targets, **more):
+    return rlfast.loss("reinforce").linear(hidden, weight, targets, adv=torch.arange(4.0) - 1.5, **more).loss
+
+
+def rows_in_one(hidden, weight, targets, **more):
+    return rlfast.preference_loss("simpo").linear_rows(hidden, weight, targets, **more).loss
+
+
+def two_sides(hidden, weight, targets, **more):
+    (w, l_), (w_ids, l_ids) = hidden.chunk(2), targets.chunk(2)
+    return rlfast.preference_loss("cpo").linear(w, l_, weight, w_ids, l_ids, **more).loss
+
+
+PARTITIONED = {  # how often the weight is asked for: by the loss, by it and its backward
+    "a policy's": (policy_loss, torch.float32, {}, (1, 1)),
+    "rounded gradients": (policy_loss, torch.bfloat16, {}, (1, 2)),
+    "logits made again": (policy_loss, torch.float32, {"memory_budget": 0}, (1, 2)),
+    "pairs": (two_sides, torch.float32, {}, (1, 2)),
+    "pairs in one": (rows_in_one, torch.float32, {"memory_budget": 0}, (1, 2)),
+}
+
+
+@pytest.mark.parametrize("way", PARTITIONED)
+def test_losses_of_a_weight_that_is_partitioned(way):
+    """What of a loss and its backward reads the weight finds it; the gradients are those of one that is whole."""
+    loss, dtype, options, uses = PARTITIONED[way]
+    inputs = head_of(32, 20, 101)
+    hidden, weight = (inputs[name].to(dtype) for name in ("hidden", "weight"))
+    hidden, weight = hidden.view(4, 8, -1).requires_grad_(), torch.nn.Parameter(weight)
+    targets = targets_of(32, 101).view(4, 8)
+    wanted = torch.autograd.grad(0.3 * loss(hidden, weight, targets, **options), (hidden, weight))
+    around = Partitions(weight)
+    value = loss(hidden, weight, targets, process_group=rlfast.distributed.Partitioned(around), **options)
+    assert around.uses == uses[0] and not weight.numel()
+    found = torch.autograd.grad(0.3 * value, (hidden, weight))
+    assert around.uses == uses[1] and not weight.numel()
+    whole = rlfast.distributed.Partitioned(around)
+    value = loss(hidden, weight, targets, process_group=whole, **options)
+    with whole.around():
+        (0.3 * value).backward()
+    assert around.uses == uses[1] + 2 and not weight.numel()
+    assert_same_bits("hidden.grad", hidden.grad, found[0])
+    assert_same_bits("weight.grad", weight.grad, found[1])
+    rtol = 1e-5 if dtype == torch.float32 else 2**-7
+    for got, whole in zip(found, wanted, strict=True):
+        torch.testing.assert_close(got, whole, rtol=rtol, atol=rtol * whole.abs().max().item())
 
 
 @pytest.mark.backends("triton")

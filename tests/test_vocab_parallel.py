@@ -335,30 +335,12 @@ def by_hand(problem: Problem, dtype: torch.dtype) -> dict:
     return found | {"squares": log_p.detach().exp().square().sum(-1)}
 
 
-class Partitions:
-    """A weight that is there within a context alone, as ZeRO-3 has its parameters."""
-
-    def __init__(self, weight):
-        self.weight, self.whole, self.uses = weight, weight.data, 0
-        weight.data = torch.empty(0)
-
-    def __call__(self):
-        return self
-
-    def __enter__(self):
-        self.uses += 1
-        self.weight.data = self.whole
-
-    def __exit__(self, *_):
-        self.weight.data = torch.empty(0)
-
-
 def test_a_weight_that_is_partitioned():
     """It is gathered for the forward and for the backward, and the gradient is that of the whole."""
     inputs, targets = head_of(64, 20, 1301), targets_of(64, 1301)
     problem = Problem(inputs, targets, {}, ("entropy",), upstream="ones")
     hidden, weight = inputs["hidden"].clone().requires_grad_(), torch.nn.Parameter(inputs["weight"].clone())
-    around = Partitions(weight)
+    around = work.Partitions(weight)
     whole = rlfast.distributed.Partitioned(around)
     out = rlfast.linear_token_logps(hidden, weight, targets, outputs=("entropy",), memory_budget=0, process_group=whole)
     assert not weight.numel() and around.uses == 1

@@ -135,6 +135,24 @@ def said(call) -> str:
     return ""
 
 
+class Partitions:
+    """A weight that is there within a context alone, as ZeRO-3 has its parameters."""
+
+    def __init__(self, weight):
+        self.weight, self.whole, self.uses = weight, weight.data, 0
+        weight.data = torch.empty(0, dtype=weight.dtype)
+
+    def __call__(self):
+        return self
+
+    def __enter__(self):
+        self.uses += 1
+        self.weight.data = self.whole
+
+    def __exit__(self, *_):
+        self.weight.data = torch.empty(0, dtype=self.weight.dtype)
+
+
 def head(rank: int, columns: int, depth: int = 8, rows: int = 5) -> tuple:
     """A small head's shard."""
     return torch.randn(rows, depth), torch.randn(columns, depth), torch.arange(rows)

@@ -131,6 +131,9 @@ def dtensors() -> dict:
     def pair(ref_hidden, weight=spread):
         return rlfast.linear_divergence(hidden, weight, ref_hidden, weight).value
 
+    def of_group(weight, chosen):
+        return rlfast.linear_token_logps(hidden, weight, targets, process_group=chosen).logp
+
     wide = everywhere.detach().requires_grad_()
     found["hidden"] = torch.equal(logp(wide), logp(hidden))
     (gradient,) = torch.autograd.grad(logp(wide).sum(), wide)
@@ -145,8 +148,17 @@ def dtensors() -> dict:
     )
     found["ref_hidden"] = torch.equal(pair(everywhere), pair(hidden))
     found["ref_hidden, sharded"] = said(lambda: pair(tokens))
-    across = distribute_tensor(weight, square(), [Shard(0), Shard(0)])
+    grid = square()
+    across = distribute_tensor(weight, grid, [Shard(0), Shard(0)])
     found["two dimensions"] = said(lambda: logp(hidden, weight=across))
+    of_tp, of_dp = (distribute_tensor(weight, grid, p) for p in ([Replicate(), Shard(0)], [Shard(0), Replicate()]))
+    found["its dimension"] = torch.equal(logp(hidden, weight=of_tp), of_group(of_tp, grid["tp"]))
+    found["another dimension"] = said(lambda: of_group(of_tp, grid["dp"]))
+    found["another group"] = said(lambda: of_group(of_tp, group(SIZE)))
+    found["another bias"] = said(lambda: rlfast.linear_token_logps(hidden, of_tp, targets, of_dp.sum(1)))
+    found["another reference"] = said(lambda: rlfast.linear_divergence(hidden, of_tp, hidden, of_dp))
+    found["another teacher"] = said(lambda: rlfast.divergence(of_tp.T, of_dp.T))
+    found["another factor"] = said(lambda: lora(a, of_dp[:, :2], of_tp))
     return found
 
 
@@ -224,10 +236,10 @@ def other_options() -> dict:
         given = {"adv": torch.ones(1), "process_group": whole} | options
         return rlfast.loss(name).linear(hidden[None], weight, targets[None], **given)
 
-    def preference(name="simpo", rows=5):
+    def preference(name="simpo", rows=5, **options):
         sides = hidden[None], hidden[None, :rows]
         return rlfast.preference_loss(name).linear(
-            *sides, weight, targets[None], targets[None, :rows], process_group=whole
+            *sides, weight, targets[None], targets[None, :rows], process_group=whole, **options
         )
 
     calls = {
@@ -249,6 +261,8 @@ def other_options() -> dict:
         ),
         "preference": lambda: preference("cpo" if odd else "simpo"),
         "rejected rows": lambda: preference(rows=4 if odd else 5),
+        "mask": lambda: loss(mask=torch.arange(5)[None] > odd),
+        "mask of the chosen": lambda: preference(chosen_mask=torch.arange(5)[None] > odd),
     }  # fmt: skip
     for name, call in calls.items():
         found[name] = said(call)

@@ -35,7 +35,7 @@ SWITCH = "RLFAST_MUTANT"
 OPS = ("tests/test_token_logps.py", "tests/test_linear_token_logps.py", "tests/test_token_loss.py")
 # The tests of a mutant whose file is of another family: the first word that its path holds.
 FAMILIES = {
-    "trl_divergence": ("tests/test_integrations_trl_divergence.py",),
+    "trl_divergence": ("tests/test_integrations_trl_divergence.py", "tests/test_integrations_trl_zero3.py"),
     "ops/linear_loss": ("tests/test_linear_preference_loss.py",),
     "policy_linear": tuple(f"tests/test_{x}.py" for x in ("linear_policy_loss", "full_kl", "lora_head")),
     "full_kl": ("tests/test_full_kl.py",),
@@ -75,11 +75,11 @@ FAMILIES = {
     **dict.fromkeys(("kernels/rows", "kernels/whiten"), ("tests/test_affine_scan.py",)),
     "attention": ("tests/test_paged_attention.py",),
     "trl_grpo": ("tests/test_integrations_trl_grpo.py",),
-    "trl_head": tuple(f"tests/test_integrations_trl{x}.py" for x in ("", "_grpo", "_dpo")),
+    "trl_head": tuple(f"tests/test_integrations_trl{x}.py" for x in ("_zero3", "", "_grpo", "_dpo")),
     "trl_mixins": ("tests/test_integrations_trl_mixins.py",),
     **dict.fromkeys(
         ("trl_preference", "trl_outputs", "trl_dpo"),
-        ("tests/test_integrations_trl_preference.py", "tests/test_integrations_trl_dpo.py"),
+        tuple(f"tests/test_integrations_trl_{x}.py" for x in ("preference", "dpo", "zero3")),
     ),
 }
 SLOW = "not (isa or 2_31 or seventy or 151669 or 50257 or 32003 or 256k or twenty or tile or many_rows"

@@ -10,7 +10,7 @@ import contextlib
 import functools
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -48,6 +48,7 @@ class Partitioned:
 
     The call is made within it, and so is what of its backward reads the weight; between the two, and afterwards, the
     weight is the caller's again. A fused loss reads it in its forward alone, unless its logits have to be made again.
+    A parameter to which ``backward()`` adds has to be whole then too, which is the caller's to see to: ``around()``.
 
     Args:
         gather: makes a context manager, a new one for each use.
@@ -55,13 +56,34 @@ class Partitioned:
     Example:
         >>> whole = rlfast.distributed.Partitioned(lambda: deepspeed.zero.GatheredParameters([head.weight]))
         >>> out = rlfast.linear_token_logps(hidden, head.weight, targets, process_group=whole)
+        >>> with whole.around():
+        ...     out.logp.sum().backward()
     """
 
     gather: Callable
+    _within: list = field(default_factory=list, init=False, repr=False, compare=False)
+
+    @contextlib.contextmanager
+    def around(self):
+        """The context; within itself it is not entered again."""
+        if self._within:
+            yield
+            return
+        with self.gather():
+            self._within.append(True)
+            try:
+                yield
+            finally:
+                self._within.pop()
 
     def __post_init__(self):
         if not callable(self.gather):
             validate.fail("gather", "a function that makes a context manager", type(self.gather).__name__, TypeError)
+
+
+def context_of(process_group):
+    """What a call runs within: the context of a ``Partitioned``."""
+    return process_group.around() if isinstance(process_group, Partitioned) else contextlib.nullcontext()
 
 
 def within(function: Callable) -> Callable:
@@ -69,9 +91,7 @@ def within(function: Callable) -> Callable:
 
     @functools.wraps(function)
     def call(*args, process_group=None, **options):
-        if not isinstance(process_group, Partitioned):
-            return function(*args, process_group=process_group, **options)
-        with process_group.gather():
+        with context_of(process_group):
             return function(*args, process_group=process_group, **options)
 
     return call

@@ -1,6 +1,6 @@
 """How a vocabulary is shared out over the ranks of a group, and that they agree on it.
 
-Before the first exchange of a kind the ranks show each other what they have: an all-gather of 24 integers, whose answer
+Before the first exchange of a kind the ranks show each other what they have: an all-gather of 25 integers, whose answer
 is kept for as long as the group lives. On a CPU every call begins with two, a checksum of what has to be alike and
 whether the answer is there: collectives of different sizes would end the processes. On a GPU looking would synchronise,
 so later calls cost a look-up, and what differs then is a timeout. A rank cannot see there that another's columns have
@@ -28,7 +28,8 @@ from rlfast.distributed.ranks import failed, ranks_of
 from rlfast.ops.linear_token_logps import NAME as HEAD
 from rlfast.ops.token_logps import NAME as LOGITS
 
-FACTS = 24  # integers of a handshake
+FACTS = 25  # integers of a handshake
+COUNTED = "tokens that count"  # the fact that, as the number of rows, may be another in every call
 
 
 @dataclass(frozen=True)
@@ -141,18 +142,18 @@ def resolved(process_group, weight, dim: int, name: str) -> tuple:
         return None, weight
     if torch.compiler.is_compiling():
         validate.fail("process_group", "None in compiled code", type(process_group).__name__)
-    its_own = None
-    if there is not None:
-        weight, its_own = shard(weight, dim, name), there[0].get_group(there[1])
     if isinstance(process_group, Shards | Partitioned):
-        return process_group, weight
+        return process_group, alike(process_group, weight, name, dim)
     said = process_group if isinstance(process_group, VocabParallel) else VocabParallel(process_group)
-    group = its_own if said.group is None else said.group
+    group = said.group if said.group is not None or there is None else there[0].get_group(there[1])
     if group is None:
         validate.fail("group", "a group, since the weight is no DTensor", "None")
+    group = ranks_of(group).group
+    if there is not None:
+        weight = shard(weight, dim, name, group)
     columns = 0 if there is None else came.shape[dim]
     options = said.vocab_size, said.width, said.sum_hidden, said.timeout
-    return Share(ranks_of(group).group, *options, columns, came), weight
+    return Share(group, *options, columns, came), weight
 
 
 def whole(process_group: Gathered, x, name: str) -> torch.Tensor:
@@ -160,11 +161,15 @@ def whole(process_group: Gathered, x, name: str) -> torch.Tensor:
     return gathered(x, mean=process_group.mean, dtype=process_group.dtype, name=name).tensor()
 
 
-def shard(x, dim: int, name: str) -> torch.Tensor:
-    """This rank's part of a ``DTensor`` that is sharded over the vocabulary, its dimension ``dim``."""
-    _, _, where = placement(x, name)
+def shard(x, dim: int, name: str, group=None) -> torch.Tensor:
+    """This rank's part of a ``DTensor`` that is sharded over the vocabulary, its dimension ``dim``, by a group."""
+    mesh, at, where = placement(x, name)
     if where != dim % x.dim():
         validate.fail(name, f"a DTensor sharded on dimension {dim}", f"Shard({where})")
+    if group is not None:
+        wanted, found = (dist.get_process_group_ranks(g) for g in (group, mesh.get_group(at)))
+        if found != wanted:
+            validate.fail(name, f"a DTensor sharded over ranks {wanted}, those of process_group", f"ranks {found}")
     return x.to_local()
 
 
@@ -178,10 +183,12 @@ def local(x, name: str):
 
 
 def alike(process_group, x, name: str, dim: int = 0):
-    """Another tensor with the vocabulary, whose parts lie as those of the first."""
+    """Another tensor with the vocabulary, whose parts lie as those of the first: of its shards, where there are any."""
     if not is_dtensor(x):
         return x
-    return whole(process_group, x, name) if isinstance(process_group, Gathered) else shard(x, dim, name)
+    if isinstance(process_group, Gathered):
+        return whole(process_group, x, name)
+    return shard(x, dim, name, process_group.group if isinstance(process_group, Share | Shards) else None)
 
 
 def everywhere(process_group, x, name: str):
@@ -223,12 +230,12 @@ def agreed(share: Share | Shards | Partitioned | None, columns: int, facts: dict
     if share is None or isinstance(share, Shards):
         return share
     if isinstance(share, Partitioned):
-        alone = Shards(None, (0,), None, 0, 0, (), (1,), (), 0, True, share.gather)
+        alone = Shards(None, (0,), None, 0, 0, (), (1,), (), 0, True, share.around)
         return cut(alone, [columns], None, None, 0)
     said = {"vocab_size": share.vocab_size or 0, "width": share.width or 0, "sum_hidden": int(share.sum_hidden)}
     facts = said | {"columns": share.columns, "rows": rows} | facts
     known = _known(share, facts, device)
-    key = (columns, share.timeout, *(item for item in facts.items() if item[0] != "rows"))
+    key = (columns, share.timeout, *(item for item in facts.items() if item[0] not in ("rows", COUNTED)))
     found = known.get(key)
     if found is not None and device.type != "cpu":
         return found

@@ -100,7 +100,7 @@ def statistics(call: Call, run, raw, name: str, like) -> Found:
             continue
         ids = None if rows.targets is None else rows.here(span)[0]
         out, logits = run(columns, ids, per_shard)
-        aux = out.aux.reshape(-1, n)
+        aux = out.aux.reshape(out.aux.shape[0], n)
         centre = aux[size + 4 : size + 6] if per_shard.kind == FORWARD else aux[size + 2 : size + 4]
         found.append(torch.cat((aux[: size + 2], out.value.reshape(1, n), centre)))
         kept.append(logits)
@@ -155,7 +155,7 @@ def filled(call: Call, like, everyones, both: PairMasses, scales, value, centres
     rows, outputs = call.rows, call.outputs
     n, k = rows_of(rows.lead), candidates_of(rows.targets, len(rows.lead))
     out, size = allocate(like, rows.lead, rows.targets, outputs), student_rows(k, outputs)
-    aux, live = out.aux.view(-1, n), live_rows(rows.mask, n, like.device)
+    aux, live = out.aux.view(out.aux.shape[0], n), live_rows(rows.mask, n, like.device)
 
     def put(to, x, where=live):
         to.view(x.shape).copy_(torch.where(where, x, torch.zeros((), dtype=x.dtype, device=x.device)))

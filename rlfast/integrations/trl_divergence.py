@@ -24,7 +24,7 @@ from rlfast.integrations.patching import (
     takes,
     tensor_unsupported,
 )
-from rlfast.integrations.trl_head import compute_dtype, counted_rows_only, zero3
+from rlfast.integrations.trl_head import compute_dtype, counted_rows_only, whole
 
 REDUCTIONS = ("batchmean", "sum", "mean")
 
@@ -56,17 +56,22 @@ def chunked_divergence(
         (divergence, entropy of the student), each [N] float32; the first is differentiable in the student's tensors.
         Each projection runs in autocast's dtype if that is on, else in its hidden's, with float32 sums.
     """
-    student = _in_its_dtype(student_hidden, student_weight, student_bias)
-    teacher = _in_its_dtype(teacher_hidden, teacher_weight, teacher_bias)
-    common = torch.promote_types(student[0].dtype, teacher[0].dtype)
-    hidden, weight, bias = (None if x is None else x.to(common) for x in student)
-    ref_hidden, ref_weight, ref_bias = (None if x is None else x.detach().to(common) for x in teacher)
-    with torch.autocast(student_hidden.device.type, enabled=False):
-        out = linear_divergence(
-            hidden, weight, ref_hidden, ref_weight, bias, ref_bias, kind="jsd", beta=beta, temperature=temperature,
-            softcap=student_final_logit_softcapping, ref_softcap=teacher_final_logit_softcapping,
-            logit_scale=student_logit_scale, ref_logit_scale=teacher_logit_scale, outputs=("entropy",),
-        )  # fmt: skip
+    heads = (student_weight, student_bias), (teacher_weight, teacher_bias)
+    with whole(*heads) as group:
+        student = _in_its_dtype(student_hidden, *heads[0])
+        teacher = _in_its_dtype(teacher_hidden, *heads[1])
+        common = torch.promote_types(student[0].dtype, teacher[0].dtype)
+        hidden, weight, bias = (None if x is None else x.to(common) for x in student)
+        # a frozen parameter as it is: whoever keeps another tensor for the backward keeps it whole
+        teacher = (x.detach() if x is not None and x.requires_grad else x for x in teacher)
+        ref_hidden, ref_weight, ref_bias = (None if x is None else x.to(common) for x in teacher)
+        with torch.autocast(student_hidden.device.type, enabled=False):
+            out = linear_divergence(
+                hidden, weight, ref_hidden, ref_weight, bias, ref_bias, kind="jsd", beta=beta, temperature=temperature,
+                softcap=student_final_logit_softcapping, ref_softcap=teacher_final_logit_softcapping,
+                logit_scale=student_logit_scale, ref_logit_scale=teacher_logit_scale, outputs=("entropy",),
+                process_group=group,
+            )  # fmt: skip
     return out.value.float(), out.entropy.detach().float()
 
 
@@ -164,7 +169,7 @@ def _loss(student, teacher, labels, beta, temperature, reduction, num_items, **s
 
 def _heads_unsupported(*heads, **_) -> str | None:
     names = inspect.signature(chunked_divergence).parameters
-    return zero3() or tensor_unsupported(**dict(zip(names, heads[:6], strict=False)))
+    return tensor_unsupported(**dict(zip(names, heads[:6], strict=False)))
 
 
 @functools.cache

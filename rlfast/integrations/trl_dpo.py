@@ -165,7 +165,8 @@ class DpoFusion(Fusion):
 
     def head(self, hidden, weight, bias, targets, outputs, **options) -> tuple:
         """See ``Fusion.head``."""
-        head = Head(weight, bias, *(options[k] for k in ("temperature", "softcap", "logit_scale")), MEMORY_BUDGET)
+        said = (options[k] for k in ("temperature", "softcap", "logit_scale"))
+        head = Head(weight, bias, *said, MEMORY_BUDGET, process_group=options["process_group"])
         tokens = preference_linear.Tokens(hidden, targets, self.ref, None, self.cu_seqlens)
         bits = sum(OUTPUTS[name] for name in outputs)
         nothing = PairGiven(None, None, None, None, None)

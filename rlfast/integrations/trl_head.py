@@ -11,11 +11,13 @@ from __future__ import annotations
 import contextlib
 import importlib
 import inspect
+import sys
 import types
 from contextvars import ContextVar
 
 import torch
 
+from rlfast.distributed.gather import Partitioned
 from rlfast.integrations.patching import Swap, or_original, reads, rebind, takes, tensor_unsupported
 from rlfast.logps import linear_token_logps
 from rlfast.rollout import training
@@ -36,15 +38,33 @@ def counted_rows_only(device: torch.device) -> bool:
     return True
 
 
-def zero3() -> str | None:
-    """Why TRL's own head runs under DeepSpeed ZeRO-3, if it does."""
+@contextlib.contextmanager
+def whole(*heads):
+    """Within it (weight, bias) of heads that DeepSpeed ZeRO-3 has partitioned are there, gathered as TRL does it.
+
+    It gives the ``process_group`` by which a backward finds them again; None where nothing is partitioned.
+    """
+    utils = sys.modules.get("trl.trainer.utils")  # who runs TRL's trainers has it
+    if utils is None or not zero3():
+        yield None
+        return
+
+    @contextlib.contextmanager
+    def gather():
+        with contextlib.ExitStack() as stack:
+            for head in heads:
+                stack.enter_context(utils.maybe_gather_lm_head_ctx(*head))
+            yield
+
+    with gather():
+        yield Partitioned(gather)
+
+
+def zero3() -> bool:
+    """Whether DeepSpeed ZeRO-3 partitions the model."""
     from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
-    if is_deepspeed_zero3_enabled():
-        return (
-            "under DeepSpeed ZeRO-3 the head is partitioned again before the backward, and only TRL's kernel gathers it"
-        )
-    return None
+    return is_deepspeed_zero3_enabled()
 
 
 OPTIONAL_OUTPUTS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
@@ -137,10 +157,11 @@ def chunked_logprob(
     """
     dtype = compute_dtype(hidden)
     wanted = tuple(name for name in OPTIONAL_OUTPUTS if name in outputs)
-    head = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype), targets
     options = {"temperature": temperature, "softcap": final_logit_softcapping, "logit_scale": logit_scale}
     fusion = current(hidden)
-    with torch.autocast(hidden.device.type, enabled=False):
+    with torch.autocast(hidden.device.type, enabled=False), whole((weight, bias)) as group:
+        options["process_group"] = group
+        head = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype), targets
         if fusion is not None:
             return fusion.head(*head, wanted, **options)
         hidden, weight, bias, targets = head
@@ -158,7 +179,9 @@ class ChunkedLogProbFunction:
 
 
 def _unsupported(hidden, weight, bias, *_, **__) -> str | None:
-    return zero3() or tensor_unsupported(hidden=hidden, weight=weight, bias=bias)
+    if training.active() and zero3():
+        return "DeepSpeed ZeRO-3 has partitioned the head when a bitwise step's backward makes its logits again"
+    return tensor_unsupported(hidden=hidden, weight=weight, bias=bias)
 
 
 def head_of(utils, strange: list[str]):

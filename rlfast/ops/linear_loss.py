@@ -16,6 +16,7 @@ the KL goes into the same ∂z.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -231,7 +232,8 @@ def in_one(
     def times(g) -> tuple:
         if versions != [x is not None and x._version for x in leaves]:
             raise RuntimeError("hidden, weight or bias has been changed in place since the loss was computed")
-        with torch.no_grad():
+        around = nullcontext if rows.shards is None else rows.shards.around
+        with torch.no_grad(), around():
             found = numbers_of(rows, outputs, True, backend)[1](by.of(lambda x: x * g), None, needs, wide=False)
         return tuple(x if need else None for x, need in zip(found, needs, strict=True))
 

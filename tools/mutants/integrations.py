@@ -10,6 +10,11 @@ PYTHON = [
         ("\"softcap\": «final_logit_softcapping»", "None"),
         ("\"logit_scale\": «logit_scale»}", "1.0"),
         ("{\"temperature\": «temperature»,", "1.0"),
+        ("options[\"process_group\"] = «group»", "None"),
+        ("    «with gather():\n        yield» Partitioned", "yield"),
+    ),
+    *python(
+        "trl", "rlfast/integrations/trl_dpo.py", ("process_group=«options[\"process_group\"]»", "None")
     ),
     *python(
         "trl", "rlfast/integrations/trl_divergence.py",
@@ -21,6 +26,8 @@ PYTHON = [
         ("max(student.shape[0], 1) if counted is None else «counted.sum().clamp(min=1)»", "counted.numel()"),
         ("\"bucket\" if «add_tail» else", "not add_tail"),
         ("«counted_rows_only», owner=distillation", "original"),
+        ("process_group=«group»", "None"),
+        ("if x is not None« and x.requires_grad» else x for x in teacher", ""),
     ),
     *python(
         "trl", "rlfast/integrations/trl_mixins.py",

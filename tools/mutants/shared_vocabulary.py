@@ -28,6 +28,7 @@ PYTHON = [
         "ranks", "rlfast/ops/linear_loss.py",
         ("d_hidden if «rows.shards.sum_hidden» else None", "True", "sums"),
         ("else None«, *low_rank[:1]»):", "", "every_way"),
+        ("nullcontext if rows.shards is None else «rows.shards.around»", "nullcontext", "partitioned"),
     ),
     *python(
         "ranks", "rlfast/distributed/gather.py",
@@ -37,12 +38,18 @@ PYTHON = [
     *python(
         "ranks", "rlfast/distributed/groups.py",
         ("max(columns) if «width is None» else vocab", "True", "fused_losses"),
+        ("if «found != wanted»:", "False", "another_group"),
         ("_NO_OWNER if «told_apart» else share.owner", "True", "looks"),
         ("\"sum_hidden\": «int(share.sum_hidden)»}", "1", "other_things"),
     ),
     *python(
+        "ranks", "rlfast/preference_linear.py", ("with context_of(«head.process_group»):", "None", "partitioned")
+    ),
+    *python(
         "ranks", "rlfast/row_inputs.py",
         ("a row\": «groups.candidates(targets, x)»", "0", "other_things"),
+        ("groups.COUNTED: «zlib.crc32(b\"\".join(x.detach().contiguous().numpy().tobytes() for x in found))»", "0",
+         "other_things"),
         ("\"top_k\": «top_k if isinstance(top_k, int) else 0»", "0", "other_things"),
     ),
 ]  # fmt: skip
