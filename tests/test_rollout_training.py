@@ -266,6 +266,16 @@ def test_the_trainers_ids_end_a_response_of_any_engine(tmp_path):
     assert {len(tokens) for tokens in found} == {60}
 
 
+def test_a_response_ends_where_trl_drops_the_rest(tmp_path):
+    """After the trainer's ids, and after those of generation_kwargs."""
+    with rlfast.patch("trl", rollouts=True):
+        trainer, _ = grpo(tmp_path, generation_kwargs={"max_new_tokens": 100, "eos_token_id": 7, "temperature": 3.0})
+        found, _ = trainer._generate_single_turn([[3, 4]] * 16, None, {}, 16)
+    ends = {7, *trainer.eos_token_ids}
+    assert len(ends) == 2 == len(ends & {tokens[-1] for tokens in found})
+    assert not any(ends & {*tokens[:-1]} for tokens in found)
+
+
 def test_a_server_gives_the_log_probs_that_it_has():
     nan, logp = torch.full((2,), torch.nan), torch.tensor([-1.0, -2.0])
     (rollout,) = Engine(decoder("llama"), kv_budget=1 << 22).generate(prompts(1), SamplingParams(max_tokens=2))

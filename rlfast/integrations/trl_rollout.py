@@ -53,9 +53,9 @@ def engine_of(trainer) -> Engine:
     if found is None:
         if _spread(trainer):
             validate.fail("engine", "one, such as a VLLMServer", f"None, and {SPREAD}")
-        model, eos = trainer.accelerator.unwrap_model(trainer.model), _options(trainer).get("eos_token_id")
+        model = trainer.accelerator.unwrap_model(trainer.model)
         with trainer.accelerator.autocast():
-            found = Engine(model, _tokenizer(trainer), eos_token_ids=[eos] if isinstance(eos, int) else eos)
+            found = Engine(model, _tokenizer(trainer), eos_token_ids=_eos(trainer))
         _engines[trainer] = found
     return found
 
@@ -75,6 +75,13 @@ def _options(trainer) -> dict:
         "eos_token_id": trainer.eos_token_ids,
     }  # fmt: skip
     return own | getattr(trainer, "generation_kwargs", trainer.args.generation_kwargs or {})
+
+
+def _eos(trainer) -> list[int]:
+    """The ids that end a response: those that generate() is told of, and those after which TRL drops what there is."""
+    told = _options(trainer).get("eos_token_id")
+    told = [] if told is None else [told] if isinstance(told, int) else told
+    return list(dict.fromkeys([*told, *trainer.eos_token_ids]))
 
 
 def _strange(options: dict) -> list[str]:
@@ -149,8 +156,7 @@ def rollout(engine: Engine | None = None, **options):
 
 def _ends(trainer, options: dict) -> dict:
     """What ends a response: an engine that was made elsewhere knows the model's ids, but not the tokenizer's."""
-    eos = _options(trainer).get("eos_token_id")
-    eos = [] if eos is None or options.get("ignore_eos") else [eos] if isinstance(eos, int) else eos
+    eos = [] if options.get("ignore_eos") else _eos(trainer)
     return {"stop_token_ids": (*eos, *options.get("stop_token_ids", ()))}
 
 
