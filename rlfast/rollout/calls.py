@@ -84,7 +84,7 @@ class Calls:
                 raise self.failed.pop(number)
             found, self.later = self.later, []
             for rollout in found:
-                _count(self.left, rollout)
+                count_down(self.left, rollout)
         return found
 
     def generate(
@@ -249,7 +249,7 @@ class Calls:
                 raise self.failed.pop(number)
             for at, rollout in enumerate(self.later):
                 if rollout.request in left:
-                    _count(left, rollout)
+                    count_down(left, rollout)
                     return self.later.pop(at)
         return None
 
@@ -301,7 +301,7 @@ class Calls:
         self.close()
 
 
-def _count(left: dict[int, int], rollout: Rollout) -> None:
+def count_down(left: dict[int, int], rollout: Rollout) -> None:
     """One of the missing rollouts is there."""
     if rollout.request in left:
         left[rollout.request] -= 1
