@@ -39,21 +39,21 @@ class RayPool(Remote):
         self.workers = [worker.remote(make) for _ in range(workers)]
         self.load = [0] * workers
         self.place: dict = {}  # handle → which worker
-        self.dead: set[int] = set()
+        self.dead: dict[int, str] = {}  # which has died, and what Ray said
 
     def _alive(self) -> list[int]:
         """The workers that have not died, of which there must be one."""
         places = [place for place in range(len(self.workers)) if place not in self.dead]
         if not places:
-            raise ServerError(f"all {len(self.workers)} workers have died")
+            raise ServerError(f"all {len(self.workers)} workers have died: {next(iter(self.dead.values()))}")
         return places
 
     def _said(self, place: int, handle) -> list:
         """[what a worker says]; [] if it has died, which is then known."""
         try:
             return [self.ray.get(handle)]
-        except self.ray.exceptions.ActorDiedError:
-            self.dead.add(place)
+        except self.ray.exceptions.ActorDiedError as error:
+            self.dead[place] = str(error)
             return []
 
     def _all(self, ask) -> list:
@@ -101,7 +101,7 @@ class RayPool(Remote):
         try:
             return self.ray.get(handle)
         except self.ray.exceptions.ActorDiedError as error:
-            self.dead.add(place)
+            self.dead[place] = str(error)
             raise ServerError(f"request {number}: its worker, number {place}, has died: {error}") from error
         except self.ray.exceptions.RayError as error:
             raise ServerError(f"request {number}: its worker failed: {error}") from error
