@@ -597,6 +597,16 @@ def test_ends_that_min_tokens_keeps_away_have_no_mass(kind):
 
 
 @pytest.mark.parametrize("kind", (Engine, GenerateEngine))
+def test_sequences_are_a_list(kind):
+    one = kind(decoder("llama"))
+    for wrong in (None, "abc", 3):
+        with pytest.raises(TypeError, match="sequences: expected a list of lists of token ids, got"):
+            one.score(wrong)
+    (a,), (b,) = one.score([[3, 4]]), one.score(torch.tensor([[3, 4]]))
+    assert torch.equal(a.logp_raw, b.logp_raw)
+
+
+@pytest.mark.parametrize("kind", (Engine, GenerateEngine))
 def test_a_version_is_a_number(kind):
     one = kind(decoder("llama"))
     for wrong in ("a", None, True, 1.0):

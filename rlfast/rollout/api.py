@@ -249,6 +249,7 @@ def checked_prompt(prompt, tokenizer, vocab: int, most: float = math.inf, name: 
 
 def checked_sequences(sequences, vocab: int, most: int) -> list[tuple[int, ...]]:
     """The sequences that are scored, of two tokens at least."""
+    listed("sequences", sequences.tolist() if isinstance(sequences, torch.Tensor) else sequences, "lists of token ids")
     found = [checked_prompt(s, None, vocab, most, "sequences") for s in sequences]
     short = next((s for s in found if len(s) < 2), None)
     if short is not None:
