@@ -23,6 +23,8 @@ class StandIn:
 
     def __init__(self, engine: Engine, broken: str = ""):
         self.engine, self.broken, self.calls, self.lock = engine, broken, [], threading.Lock()
+        self.go = threading.Event()  # clear: answers wait
+        self.go.set()
 
     def answer(self, path: str, body: dict):
         """(status, JSON)."""
@@ -31,11 +33,19 @@ class StandIn:
             return 503, {"error": "not ready"}
         if self.broken == "shape":
             return 200, {"choices": [{"index": 0}]} if "completions" in path else {"text": "only"}
+        if self.broken == "list":
+            return 200, ["no", "object"]
+        if path.startswith("/reset_prefix_cache"):  # vLLM has blocks that running requests hold, and says 200
+            return 200, {"success": path.endswith("?reset_running_requests=true") and self.broken != "cache"}
+        if path in ("/v1/completions", "/generate"):
+            self.go.wait()
         with self.lock:
             if path == "/v1/completions":
                 return 200, self.completions(body)
             if path == "/generate":
-                return 200, self.sglang(body)
+                assert body["return_logprob"]
+                each = zip(body["input_ids"], body["sampling_params"], strict=True)
+                return 200, [answer for one in each for answer in self.sglang(*one)]
         return 200, {"success": True}
 
     def rollouts(self, prompt, **params):
@@ -44,11 +54,15 @@ class StandIn:
             found[0].tokens[0] = -5
         if self.broken == "log-prob":
             found[0].logp[0] = torch.nan
+        if self.broken == "infinite":
+            found[0].logp[0] = -torch.inf
+        if self.broken == "fewer":
+            found = found[1:]
         return [found[0]._replace(finish_reason="gibberish"), *found[1:]] if self.broken == "reason" else found
 
     def completions(self, body: dict) -> dict:
-        """vLLM's: -1 is no top-k; ``token_ids`` because ``return_token_ids``."""
-        assert body["return_token_ids"] and body["logprobs"] == 0
+        """vLLM's: -1 is no top-k; ``token_ids`` because ``return_token_ids``; one sample of greedy ones."""
+        assert body["return_token_ids"] and body["logprobs"] == 0 and (body["temperature"] > 0 or body["n"] == 1)
         found = self.rollouts(
             body["prompt"], n=body["n"], temperature=body["temperature"], top_p=body["top_p"],
             top_k=max(body["top_k"], 0), min_p=body["min_p"], max_tokens=body["max_tokens"],
@@ -62,23 +76,22 @@ class StandIn:
         ]  # fmt: skip
         return {"choices": choices[::-1]}
 
-    def sglang(self, body: dict):
-        """One object, or a list where n > 1."""
-        p = body["sampling_params"]
-        assert body["return_logprob"]
-        found = self.rollouts(
-            body["input_ids"], n=p["n"], temperature=p["temperature"], top_p=p["top_p"], top_k=max(p["top_k"], 0),
-            min_p=p["min_p"], max_tokens=p["max_new_tokens"], min_tokens=p["min_new_tokens"], seed=p["sampling_seed"],
-            ignore_eos=p["ignore_eos"],
-        )  # fmt: skip
-        answers = [
+    def sglang(self, ids: list[int], p: dict) -> list[dict]:
+        """Those of one prompt of a batch, which all have its seed."""
+        found = []
+        for _ in range(p.get("n", 1)):
+            found += self.rollouts(
+                ids, temperature=p["temperature"], top_p=p["top_p"], top_k=max(p["top_k"], 0), min_p=p["min_p"],
+                max_tokens=p["max_new_tokens"], min_tokens=p["min_new_tokens"], seed=p["sampling_seed"],
+                ignore_eos=p["ignore_eos"],
+            )  # fmt: skip
+        return [
             {"text": r.text, "meta_info": {
                 "output_token_logprobs": [[x, t, None] for x, t in zip(r.logp.tolist(), r.tokens, strict=True)],
                 "finish_reason": {"type": r.finish_reason},
             }}
             for r in found
         ]  # fmt: skip
-        return answers if p["n"] > 1 else answers[0]
 
 
 @contextlib.contextmanager

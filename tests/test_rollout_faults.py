@@ -509,7 +509,7 @@ class Pool(RayPool):
         threading.Thread(target=self.loop.run_forever, daemon=True).start()
         self.ray, self.engines = self.Ray(self.loop), [ray_pool._Worker(make) for _ in range(workers)]
         self.workers, self.load = [self.Actor(x, self.loop) for x in self.engines], [0] * workers
-        self.worker, self.place, self.dead = self.engines[0], {}, set()
+        self.worker, self.place, self.dead = self.engines[0], {}, {}
 
     def close(self):
         self.loop.call_soon_threadsafe(self.loop.stop)
@@ -547,6 +547,74 @@ def test_requests_share_the_steps_of_a_worker():
 
 
 # A model that generates by itself
+
+
+def test_the_fallback_draws_as_its_parameters_say():
+    """What else a checkpoint's generation config says is not asked, and is there afterwards; so with PEFT."""
+    peft = pytest.importorskip("peft", reason="the peft package is missing")
+    greedy = replace(GREEDY, ignore_eos=True, max_tokens=12)
+    (wanted,) = Engine(decoder("llama")).generate([[3, 4, 5]], greedy)
+    model = copy.deepcopy(decoder("llama"))
+    config = model.generation_config
+    config.update(
+        num_beams=3, no_repeat_ngram_size=1, typical_p=0.3, suppress_tokens=wanted.tokens[:4], top_k=3,
+        eos_token_id=wanted.tokens[2], min_length=30, do_sample=True, repetition_penalty=2.0,
+    )  # fmt: skip
+    lora = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"]))
+    for one in (GenerateEngine(model), GenerateEngine(lora)):
+        assert one.generate([[3, 4, 5]], greedy)[0].tokens == wanted.tokens and model.generation_config is config
+    config.suppress_tokens = None
+    (drawn,) = one.generate([[3, 4, 5]], replace(FEW, temperature=9.0, ignore_eos=True, max_tokens=20))
+    assert (drawn.kept > 1 - 1e-5).all()
+
+
+def test_the_fallback_draws_two_prompts_with_one_seed_by_two_noises():
+    """At a high temperature the noise alone decides."""
+    params = SamplingParams(temperature=1e6, max_tokens=6, seed=3, ignore_eos=True)
+    one, two = GenerateEngine(decoder("llama")).generate([[3], [4]], params)
+    assert not {(i, t) for i, t in enumerate(one.tokens)} & {(i, t) for i, t in enumerate(two.tokens)}
+
+
+@pytest.mark.parametrize("kind", (Engine, GenerateEngine))
+def test_ends_that_min_tokens_keeps_away_have_no_mass(kind):
+    """logp and kept are of the distribution without them, until they may come."""
+    params = SamplingParams(
+        n=4, temperature=0.7, top_k=40, min_tokens=3, max_tokens=5, stop_token_ids=tuple(range(50)), ignore_eos=True
+    )
+    with kind(decoder("llama")) as one:
+        for rollout in one.generate(prompts(2), params):
+            ids, before = torch.tensor([[*rollout.prompt_tokens, *rollout.tokens]]), len(rollout.prompt_tokens)
+            with torch.no_grad():
+                logits = decoder("llama")(ids).logits[0, before - 1 : -1].double() / 0.7
+            logits[:3, :50] = -torch.inf
+            top = logits.topk(40).indices
+            kept = logits.softmax(-1).gather(1, top).sum(1)
+            logp = logits.log_softmax(-1).gather(1, ids[0, before:, None])[:, 0] - kept.log()
+            torch.testing.assert_close(rollout.kept.double(), kept, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(rollout.logp.double(), logp, rtol=1e-4, atol=1e-4)
+    with pytest.raises(RuntimeError, match="the engine is closed"):
+        one.generate([[3]])
+
+
+@pytest.mark.parametrize("kind", (Engine, GenerateEngine))
+def test_sequences_are_a_list(kind):
+    one = kind(decoder("llama"))
+    for wrong in (None, "abc", 3):
+        with pytest.raises(TypeError, match="sequences: expected a list of lists of token ids, got"):
+            one.score(wrong)
+    (a,), (b,) = one.score([[3, 4]]), one.score(torch.tensor([[3, 4]]))
+    assert torch.equal(a.logp_raw, b.logp_raw)
+
+
+@pytest.mark.parametrize("kind", (Engine, GenerateEngine))
+def test_a_version_is_a_number(kind):
+    one = kind(decoder("llama"))
+    for wrong in ("a", None, True, 1.0):
+        with pytest.raises(TypeError, match="version: expected an int"):
+            one.sync_weights(None, wrong)
+    with pytest.raises(ValueError, match="version: expected an int ≥ 0"):
+        one.sync_weights(None, -1)
+    assert one.version == 0 and one.generate([[3]], FEW)[0].versions.tolist()[0] == 0
 
 
 def test_what_the_fallback_has():
@@ -621,7 +689,7 @@ def test_a_worker_that_has_died_is_asked_no_more():
     numbers = pool.submit([Request(tuple(p), GREEDY) for p in given])
     pool.workers[0].die()
     pool.resume()
-    assert pool.dead == {0}, "resume() asks every worker"
+    assert pool.dead.keys() == {0}, "resume() asks every worker"
     found, failed = [], 0
     while pool.under_way or pool.later or pool.failed:
         try:
@@ -637,9 +705,9 @@ def test_a_worker_that_has_died_is_asked_no_more():
     assert pool.workers[0].asked == asked and pool.load == [0, 0, 0]
     pool.workers[1].die()  # found out when it is asked for its check, before a request is taken
     same(pool.generate(given, GREEDY), new)
-    assert pool.dead == {0, 1} and pool.bitwise
+    assert pool.dead.keys() == {0, 1} and pool.bitwise
     pool.workers[2].die()
     for _ in range(2):
-        with pytest.raises(ServerError, match="all 3 workers have died"):
+        with pytest.raises(ServerError, match=r"all 3 workers have died: the actor (is dead|has died)"):
             pool.generate(given, GREEDY)
     assert not pool.waiting

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from rlfast.rollout import Engine, RankPool, Request, RolloutBackend, SamplingParams
+from rlfast.rollout.calls import RequestError
 from rlfast.rollout.parallel import spelled
 from tests.decoders import decoder, prompts
 from tests.test_rollout import engine, same
@@ -25,6 +26,14 @@ def said(call) -> str:
     except (RuntimeError, ValueError) as error:
         return str(error)
     return ""
+
+
+def refuse(pool, work) -> None:
+    """What a server does that fails at one request."""
+    number = min(pool.own)
+    pool.engine._drop({number})
+    pool.engine.failed[number] = RequestError("no")
+    pool.engine._work = work
 
 
 def ranked(group) -> dict:
@@ -46,6 +55,13 @@ def ranked(group) -> dict:
     pool.engine._work = work
     found["after"] = pool.step()
     assert [r.request for r in found["after"]] == [n for n in numbers for _ in range(2)]
+    if rank == 1:
+        pool.engine._work = lambda timeout=None: refuse(pool, work)
+    numbers = pool.submit([Request(tuple(p), PARAMS) for p in given])
+    found["refused"], found["others"] = said(pool.step), []
+    while pool.under_way or pool.later or pool.failed:
+        found["others"] += pool.step()
+    assert {r.request for r in found["others"]} == {*numbers} - {numbers[1]} and not pool.numbers
     numbers = pool.submit([Request(tuple(p), PARAMS) for p in given])
     pool.cancel(numbers[1])
     found["cancelled"] = [(r.request, r.finish_reason) for r in pool.step()]
@@ -113,6 +129,8 @@ def test_a_rank_that_fails_says_so_on_every_rank(answers):
         assert found["other prompts"] == found["other params"] == others
         assert found["idle"] == []
         assert found["failure"] == "rank 1: ZeroDivisionError: integer division or modulo by zero"
+        assert found["refused"].startswith("request ") and found["refused"].endswith(" of rank 1: no")
+        assert len(found["others"]) == 2 * 4
         assert [reason for _, reason in found["cancelled"]].count("abort") == 2
         assert "the engine is paused" in found["paused"][0] and found["paused"][1] == []
 

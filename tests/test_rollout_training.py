@@ -255,6 +255,73 @@ def test_options_of_generate_are_the_engines(tmp_path):
         ours.rollout()([[{"role": "user", "content": "no"}]], trainer)
 
 
+def test_the_trainers_ids_end_a_response_of_any_engine(tmp_path):
+    """TRL ends at the tokenizer's end of sequence too, of which the model's config may say nothing."""
+    trainer, _ = grpo(tmp_path, generation_kwargs={"max_new_tokens": 60})
+    engine = Engine(trainer.model, eos_token_ids=[], kv_budget=1 << 22)
+    (eos,), given = trainer.eos_token_ids, [[{"role": "user", "content": "no"}]] * 8
+    found = ours.rollout(engine, temperature=3.0)(given, trainer)["completion_ids"]
+    assert any(eos in tokens for tokens in found) and not any(eos in tokens[:-1] for tokens in found)
+    found = ours.rollout(engine, temperature=3.0, ignore_eos=True)(given, trainer)["completion_ids"]
+    assert {len(tokens) for tokens in found} == {60}
+
+
+def test_a_response_ends_where_trl_drops_the_rest(tmp_path):
+    """After the trainer's ids, and after those of generation_kwargs."""
+    with rlfast.patch("trl", rollouts=True):
+        trainer, _ = grpo(tmp_path, generation_kwargs={"max_new_tokens": 100, "eos_token_id": 7, "temperature": 3.0})
+        found, _ = trainer._generate_single_turn([[3, 4]] * 16, None, {}, 16)
+    ends = {7, *trainer.eos_token_ids}
+    assert len(ends) == 2 == len(ends & {tokens[-1] for tokens in found})
+    assert not any(ends & {*tokens[:-1]} for tokens in found)
+
+
+def test_a_server_gives_the_log_probs_that_it_has():
+    nan, logp = torch.full((2,), torch.nan), torch.tensor([-1.0, -2.0])
+    (rollout,) = Engine(decoder("llama"), kv_budget=1 << 22).generate(prompts(1), SamplingParams(max_tokens=2))
+    rollout = rollout._replace(logp_raw=nan, logp=logp, kept=nan)
+    for temperature in (1.0, 0.5):
+        assert torch.equal(trl_rollout.logp_of(rollout, SamplingParams(temperature=temperature)), logp)
+
+
+def test_prompts_with_images_are_refused(tmp_path):
+    """TRL's function would have given their ids alone."""
+    trainer, _ = grpo(tmp_path)
+    tokenize = trainer._tokenize_prompts
+    trainer._tokenize_prompts = lambda given: (tokenize(given)[0], [["an image"]], {"pixel_values": torch.ones(1)})
+    with pytest.raises(ValueError, match=r"prompts: expected text alone: .*, got prompts with images"):
+        ours.rollout()([[{"role": "user", "content": "no"}]], trainer)
+
+
+def test_a_model_that_no_process_has_whole_is_trls(tmp_path, caplog):
+    """Of FSDP and ZeRO 3 a process has a part."""
+    with rlfast.patch("trl", rollouts=True, bitwise=True):
+        trainer, _ = grpo(tmp_path)
+        trainer.is_fsdp_enabled = True
+        _, logps = trainer._generate_single_turn([[3, 4], [3, 4]], None, {}, 2)
+        trainer.is_fsdp_enabled = False
+        trainer.train()
+        trainer.is_fsdp_enabled = True
+        with pytest.raises(ValueError, match="engine: expected one, such as a VLLMServer, got None"):
+            trl_rollout._engines.clear()
+            ours.rollout()([[{"role": "user", "content": "no"}]], trainer)
+    assert logps is None and "parameters are spread over the processes" in caplog.text
+
+
+def test_prompts_that_find_no_room_are_trls(tmp_path, caplog):
+    """Longer than the model's context, or than the memory of keys and values: stock TRL generates after them."""
+    with rlfast.patch("trl", rollouts=True):
+        trainer, _ = grpo(tmp_path)
+        for prompt, budget, said in (
+            ([3] * 130, 1 << 22, "prompts: expected at most 127 tokens"),
+            ([3] * 100, 4 * Engine(trainer.model).decoder.bytes_of_token * 16, "kv_budget has room for no more"),
+        ):
+            trl_rollout._engines[trainer] = Engine(trainer.model, kv_budget=budget)
+            ids, logps = trainer._generate_single_turn([[3, 4], prompt], None, {}, 1)
+            assert logps is None and len(ids) == 2 and said in caplog.text
+            assert trainer._generate_single_turn([[3, 4], [5]], None, {}, 1)[1] is not None
+
+
 def test_no_two_samples_of_a_prompt_are_one():
     """Also where its neighbours come in several groups: a sample's seed counts all before it."""
     engine = Engine(decoder("llama"), kv_budget=1 << 22)

@@ -20,10 +20,12 @@ import torch
 
 from rlfast import validate
 from rlfast.integrations.patching import Swap, original_of, runs_as_it_is, say_once, takes
-from rlfast.rollout import Engine, SamplingParams
+from rlfast.rollout import Engine, Request, SamplingParams
 
 GENERATION = ("self", "prompt_ids", "images", "multimodal_fields", "num_generations", "has_tool_images")
 STEP = ("self", "model", "inputs", "num_items_in_batch")
+WITHOUT_END = 1 << 20  # tokens: the context ends it
+SPREAD = "the model's parameters are spread over the processes"
 _engines: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # trainer → its engine
 # Options of generate(): what they are to the engine, and what they are if they are None.
 _OPTIONS = {
@@ -32,20 +34,28 @@ _OPTIONS = {
     "top_k": ("top_k", int, 0),
     "min_p": ("min_p", float, 0.0),
     "repetition_penalty": ("repetition_penalty", float, 1.0),
-    "max_new_tokens": ("max_tokens", int, 1 << 20),  # the context ends it
+    "max_new_tokens": ("max_tokens", int, WITHOUT_END),
     "min_new_tokens": ("min_tokens", int, 0),
 }
 _UNUSED = {"do_sample", "eos_token_id", "pad_token_id", "bos_token_id", "cache_implementation"}  # or read elsewhere
 _NEUTRAL = {"num_beams": 1, "num_return_sequences": 1, "use_cache": True}  # values under which there is nothing to do
 
 
+def _spread(trainer) -> bool:
+    """Whether no process has the whole model: FSDP, ZeRO 3."""
+    zero = trainer.accelerator.state.deepspeed_plugin
+    return trainer.is_fsdp_enabled or (zero is not None and zero.zero_stage == 3)
+
+
 def engine_of(trainer) -> Engine:
     """The engine on a trainer's model, in the precision that it trains in, made when it is first needed."""
     found = _engines.get(trainer)
     if found is None:
-        model, eos = trainer.accelerator.unwrap_model(trainer.model), _options(trainer).get("eos_token_id")
+        if _spread(trainer):
+            validate.fail("engine", "one, such as a VLLMServer", f"None, and {SPREAD}")
+        model = trainer.accelerator.unwrap_model(trainer.model)
         with trainer.accelerator.autocast():
-            found = Engine(model, _tokenizer(trainer), eos_token_ids=[eos] if isinstance(eos, int) else eos)
+            found = Engine(model, _tokenizer(trainer), eos_token_ids=_eos(trainer))
         _engines[trainer] = found
     return found
 
@@ -65,6 +75,13 @@ def _options(trainer) -> dict:
         "eos_token_id": trainer.eos_token_ids,
     }  # fmt: skip
     return own | getattr(trainer, "generation_kwargs", trainer.args.generation_kwargs or {})
+
+
+def _eos(trainer) -> list[int]:
+    """The ids that end a response: those that generate() is told of, and those after which TRL drops what there is."""
+    told = _options(trainer).get("eos_token_id")
+    told = [] if told is None else [told] if isinstance(told, int) else told
+    return list(dict.fromkeys([*told, *trainer.eos_token_ids]))
 
 
 def _strange(options: dict) -> list[str]:
@@ -106,15 +123,16 @@ def generated(engine, prompts: list[list[int]], params: SamplingParams) -> tuple
 
 
 def logp_of(rollout, params: SamplingParams) -> torch.Tensor:
-    """The log-prob that a trainer computes: tempered, not truncated."""
-    return rollout.logp_raw if params.temperature == 1.0 else rollout.logp + rollout.kept.log()
+    """The log-prob that a trainer computes: tempered, not truncated; of a server, which says no more, its own."""
+    found = rollout.logp_raw if params.temperature == 1.0 else rollout.logp + rollout.kept.log()
+    return torch.where(found.isnan(), rollout.logp, found)
 
 
 def rollout(engine: Engine | None = None, **options):
     """A ``rollout_func`` of TRL's GRPOTrainer.
 
     Args:
-        engine: by default one on the trainer's own model.
+        engine: by default one on the trainer's own model. The trainer's end-of-sequence ids end a response of any.
         options: ``SamplingParams`` that differ from the trainer's.
 
     Returns:
@@ -126,12 +144,20 @@ def rollout(engine: Engine | None = None, **options):
 
     def rollout_func(prompts, trainer):
         one = engine_of(trainer) if engine is None else engine
-        params = replace(params_of(trainer), **options)
-        ids, *_ = trainer._tokenize_prompts(prompts)  # TRL's chat template and its options
+        params = replace(params_of(trainer), **options | _ends(trainer, options))
+        ids, images, more = trainer._tokenize_prompts(prompts)  # TRL's chat template and its options
+        if images or more:
+            validate.fail("prompts", "text alone: the engine takes no images", "prompts with images")
         tokens, logps = generated(one, ids, params)
         return {"prompt_ids": ids, "completion_ids": tokens, "logprobs": logps}
 
     return rollout_func
+
+
+def _ends(trainer, options: dict) -> dict:
+    """What ends a response: an engine that was made elsewhere knows the model's ids, but not the tokenizer's."""
+    eos = [] if options.get("ignore_eos") else _eos(trainer)
+    return {"stop_token_ids": (*eos, *options.get("stop_token_ids", ()))}
 
 
 def _unsupported(trainer, images, multimodal_fields) -> str | None:
@@ -140,6 +166,8 @@ def _unsupported(trainer, images, multimodal_fields) -> str | None:
         return "another generation backend was asked for"
     if images or multimodal_fields:
         return "prompts have images"
+    if _spread(trainer):
+        return SPREAD
     strange = _strange(_options(trainer))
     if strange:
         return f"rlfast has no {', '.join(strange)}"
@@ -147,10 +175,20 @@ def _unsupported(trainer, images, multimodal_fields) -> str | None:
     return None if isinstance(engine, Engine) else engine.reason  # TRL's generate() has batches, that engine has none
 
 
+def _unfit(trainer, prompt_ids) -> str | None:
+    """Why the engine has no room for the longest prompt and what follows it."""
+    most = _options(trainer).get("max_new_tokens") or WITHOUT_END
+    try:
+        engine_of(trainer)._checked(Request(tuple(max(prompt_ids, key=len)), SamplingParams(max_tokens=most)))
+    except ValueError as error:
+        return str(error)
+    return None
+
+
 def _generation(original):
     @functools.wraps(original)
     def generate(self, prompt_ids, images, multimodal_fields, num_generations, *args, **kwargs):
-        reason = _unsupported(self, images, multimodal_fields)
+        reason = _unsupported(self, images, multimodal_fields) or _unfit(self, prompt_ids)
         if reason is not None:
             runs_as_it_is(original, reason)
             return original(self, prompt_ids, images, multimodal_fields, num_generations, *args, **kwargs)
@@ -162,6 +200,9 @@ def _generation(original):
 def _step(original):
     @functools.wraps(original)
     def training_step(self, *args, **kwargs):
+        if _spread(self):
+            say_once(f"bitwise=True: training has not the bits of the rollouts: {SPREAD}")
+            return original(self, *args, **kwargs)
         engine = engine_of(self)
         paged = isinstance(engine, Engine)
         if not engine.bitwise:

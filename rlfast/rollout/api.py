@@ -181,8 +181,9 @@ def pack(rollouts: Sequence[Rollout], device=None) -> Packed:
 class RolloutBackend(Protocol):
     """What generates: the engine in this process, or a server elsewhere.
 
-    ``logp_means`` says what a rollout's ``logp`` is there, "raw" or "processed", and ``bitwise`` whether ``logp_raw``
-    has the bits of the trainer's forward, so that a loss needs no correction for the difference.
+    ``logp_means`` says what a rollout's ``logp`` is there, "processed" or "tempered" (before truncation), and
+    ``bitwise`` whether ``logp_raw`` has the bits of the trainer's forward, so that a loss needs no correction for the
+    difference.
     """
 
     logp_means: str
@@ -200,6 +201,24 @@ def checked_sizes(**sizes) -> None:
     for name, x in sizes.items():
         if x is not None and (not isinstance(x, int) or isinstance(x, bool) or x < 1):
             validate.fail(name, "an int ≥ 1", repr(x))
+
+
+def checked_version(version) -> int:
+    """A policy version, or an error that names it."""
+    _integer("version", version, 0)
+    return version
+
+
+def named_weights(named_params) -> list[tuple[str, torch.Tensor]]:
+    """Pairs of a name and a parameter, as ``model.named_parameters()`` has them, or an error."""
+    try:
+        found = [(name, p) for name, p in named_params]
+    except (TypeError, ValueError):
+        found = [("", None)]
+    if not all(isinstance(name, str) and isinstance(p, torch.Tensor) for name, p in found):
+        wanted = "pairs of a name and a tensor, such as model.named_parameters()"
+        validate.fail("named_params", wanted, repr(named_params)[:60], TypeError)
+    return found
 
 
 def listed(name: str, x, wanted: str) -> None:
@@ -230,6 +249,7 @@ def checked_prompt(prompt, tokenizer, vocab: int, most: float = math.inf, name: 
 
 def checked_sequences(sequences, vocab: int, most: int) -> list[tuple[int, ...]]:
     """The sequences that are scored, of two tokens at least."""
+    listed("sequences", sequences.tolist() if isinstance(sequences, torch.Tensor) else sequences, "lists of token ids")
     found = [checked_prompt(s, None, vocab, most, "sequences") for s in sequences]
     short = next((s for s in found if len(s) < 2), None)
     if short is not None:

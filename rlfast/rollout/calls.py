@@ -84,7 +84,7 @@ class Calls:
                 raise self.failed.pop(number)
             found, self.later = self.later, []
             for rollout in found:
-                _count(self.left, rollout)
+                count_down(self.left, rollout)
         return found
 
     def generate(
@@ -249,7 +249,7 @@ class Calls:
                 raise self.failed.pop(number)
             for at, rollout in enumerate(self.later):
                 if rollout.request in left:
-                    _count(left, rollout)
+                    count_down(left, rollout)
                     return self.later.pop(at)
         return None
 
@@ -294,8 +294,14 @@ class Calls:
         if self.closed:
             raise RuntimeError("the engine is closed")
 
+    def __enter__(self):
+        return self
 
-def _count(left: dict[int, int], rollout: Rollout) -> None:
+    def __exit__(self, *_):
+        self.close()
+
+
+def count_down(left: dict[int, int], rollout: Rollout) -> None:
     """One of the missing rollouts is there."""
     if rollout.request in left:
         left[rollout.request] -= 1

@@ -17,6 +17,7 @@ from rlfast.rollout.api import (
     checked_request,
     checked_sequences,
     checked_sizes,
+    checked_version,
     choices,
     ends_of,
 )
@@ -262,6 +263,7 @@ class Engine(Calls):
     def sync_weights(self, named_params, version: int) -> None:
         """Nothing to copy in this process; ``version`` is that of the tokens to come. What was computed is forgotten in
         any case: a change by ``.data`` or a raw pointer shows in no counter."""
+        checked_version(version)
         self.weights = self.decoder.weights()
         self.bump()
         self.version = version
@@ -354,9 +356,3 @@ class Engine(Calls):
             self.caches.layers.clear()
             self.live.clear()
             self.graphs = None
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.close()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 import transformers
 
@@ -18,6 +20,7 @@ from rlfast.rollout.api import (
     checked_request,
     checked_sequences,
     checked_sizes,
+    checked_version,
     choices,
     ends_of,
 )  # fmt: skip
@@ -97,8 +100,12 @@ class GenerateEngine(Calls):
         def stopped(whole, *_, **__):  # transformers' own criterion knows no min_tokens
             return torch.tensor([responses.stopped(whole[0, before:].tolist(), params, self.tokenizer)], device=device)
 
-        with self._evaluating(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            torch.manual_seed(params.seed)
+        with (
+            self._evaluating(),
+            self._own_options(),
+            torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
+        ):
+            torch.manual_seed(sample.key)  # of its prompt too: two prompts with one seed are not drawn alike
             out = self.model.generate(
                 ids, attention_mask=torch.ones_like(ids), max_new_tokens=most, eos_token_id=stops or None,
                 min_new_tokens=min(params.min_tokens, most) or None, repetition_penalty=params.repetition_penalty,
@@ -106,7 +113,7 @@ class GenerateEngine(Calls):
                 return_dict_in_generate=True, output_logits=True, output_scores=True, **options,
             )  # fmt: skip
         tokens = out.sequences[0, before:]
-        numbers = (x.tolist() for x in _numbers(out, ids[0], tokens, params))
+        numbers = (x.tolist() for x in _numbers(out, ids[0], tokens, params, stops))
         sample.tokens = tokens.tolist()
         sample.records = list(zip(*numbers, [self.version] * len(sample.tokens), strict=True))
         sample.finish = responses.ending(sample, sample.tokens[-1], self.eos, self.tokenizer, self.context) or "length"
@@ -114,6 +121,19 @@ class GenerateEngine(Calls):
     def _evaluating(self):
         """Within it, no module is in training mode: no dropout."""
         return evaluating(tuple(self.model.modules()))
+
+    @contextlib.contextmanager
+    def _own_options(self):
+        """Within it, nothing that the checkpoint's generation config says beside what ``SamplingParams`` say: beams,
+        tokens that must not come, … A model within PEFT's has it."""
+        theirs = [(m, vars(m)["generation_config"]) for m in self.model.modules() if "generation_config" in vars(m)]
+        try:
+            for module, config in theirs:
+                module.generation_config = transformers.GenerationConfig(pad_token_id=config.pad_token_id)
+            yield
+        finally:
+            for module, config in theirs:
+                module.generation_config = config
 
     @alone
     def cancel(self, number: int) -> None:
@@ -158,7 +178,7 @@ class GenerateEngine(Calls):
 
     def sync_weights(self, named_params, version: int) -> None:
         """Nothing to copy; ``version`` is that of the tokens to come."""
-        self.weights, self.version = self.watched.now(), version
+        self.weights, self.version = self.watched.now(), checked_version(version)
 
     @alone
     @torch.no_grad()
@@ -194,8 +214,9 @@ class GenerateEngine(Calls):
         self.closed = True
 
 
-def _numbers(out, prompt, tokens, params: SamplingParams) -> tuple:
-    """(logp_raw, logp, kept, entropy) from the raw logits and the processed scores of each step."""
+def _numbers(out, prompt, tokens, params: SamplingParams, stops: list[int]) -> tuple:
+    """(logp_raw, logp, kept, entropy) from the raw logits and the processed scores of each step; ``stops`` are not
+    drawn before ``min_tokens``."""
     raw, processed = (torch.stack([x[0].float() for x in steps]) for steps in (out.logits, out.scores))
     own, edited = token_logps(raw, tokens, outputs=("logp", "entropy")), raw
     if params.repetition_penalty != 1.0:
@@ -203,6 +224,9 @@ def _numbers(out, prompt, tokens, params: SamplingParams) -> tuple:
         whole = torch.cat((prompt, tokens)).unsqueeze(0)
         rows = [penalise(whole[:, : len(prompt) + i], raw[i : i + 1].clone()) for i in range(len(tokens))]
         edited = torch.cat(rows)
+    if params.min_tokens and stops:
+        edited = edited.clone()
+        edited[: params.min_tokens, stops] = -torch.inf
     if params.temperature == 0:
         logp, kept = torch.zeros_like(own.logp), token_logps(edited, tokens).logp.exp()
     else:

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from rlfast import validate
 from rlfast.distributed.ranks import gathered_objects, ranks_of
 from rlfast.rollout.api import Request, Rollout, SamplingParams
-from rlfast.rollout.calls import PATIENCE, Calls, alone
+from rlfast.rollout.calls import PATIENCE, Calls, RequestError, alone, count_down
 
 
 def spelled(x):
@@ -49,6 +49,7 @@ class RankPool(Calls):
             than the time by which one rank generates longer than another.
 
     Raises:
+        RequestError: in a call: a server has failed at a request, on every rank; the others go on.
         RuntimeError: torch.distributed is not initialised. In a call: a rank has failed, or was given other requests
             (a function among their parameters is known by its name); which and why, on every rank. What the others have
             comes with a later step. A rank that is gone, or does not come within the group's timeout, raises on all
@@ -71,6 +72,7 @@ class RankPool(Calls):
         self.own: dict[int, int] = {}  # the same of this rank's, by the engine's numbers
         self.numbers: dict[int, int] = {}  # the engine's number → ours
         self.found: list[Rollout] = []  # that the other ranks have not got
+        self.lost: dict[int, str] = {}  # requests that have failed here, which they do not know
 
     @property
     def bitwise(self) -> bool:
@@ -103,15 +105,31 @@ class RankPool(Calls):
 
     def _collect(self) -> bool:
         """Take what has ended here; whether anything is under way."""
-        while (rollout := self.engine._take(self.own)) is not None:
-            self.found.append(rollout._replace(request=self.numbers[rollout.request]))
+        while self._taken():
+            pass
         return bool(self.own)
+
+    def _taken(self) -> bool:
+        """Take one that has ended here, or has failed; whether there was one."""
+        before = [*self.own]
+        try:
+            rollout = self.engine._take(self.own)
+        except RequestError as error:
+            (gone,) = (theirs for theirs in before if theirs not in self.own)
+            self.lost[self.numbers.pop(gone)] = str(error)
+            return True
+        if rollout is None:
+            return False
+        self.found.append(rollout._replace(request=self.numbers[rollout.request]))
+        if rollout.request not in self.own:
+            del self.numbers[rollout.request]
+        return True
 
     def _share(self, error: Exception | None = None) -> None:
         """What every rank has found, to every rank, in one order; a RuntimeError on all of them if one has an error."""
         said = None if error is None else f"{type(error).__name__}: {error}"
-        every = gathered_objects((self.requests, self.given, self.found, said), self.ranks, "RankPool")
-        counts, given, found, errors = zip(*every, strict=True)
+        own = self.requests, self.given, self.found, self.lost, said
+        counts, given, found, lost, errors = zip(*gathered_objects(own, self.ranks, "RankPool"), strict=True)
         failed = [f"{self.ranks.name(rank)}: {text}" for rank, text in enumerate(errors) if text is not None]
         if failed:
             raise RuntimeError("; ".join(failed)) from error
@@ -120,13 +138,15 @@ class RankPool(Calls):
         others = [self.ranks.name(rank) for rank, number in enumerate(given) if number != given[0]]
         if others:
             raise RuntimeError(f"requests: expected the same on every rank, got others on {', '.join(others)}")
-        self.found = []
+        self.found, self.lost = [], {}
+        for rank, part in enumerate(lost):
+            for number, text in part.items():
+                self.failed[number] = RequestError(f"request {number} of {self.ranks.name(rank)}: {text}")
+                self.under_way.pop(number, None)
         together = sorted((r for part in found for r in part), key=lambda r: (r.request, r.index))
         self._hand_over(together)
         for rollout in together:
-            self.under_way[rollout.request] -= 1
-            if not self.under_way[rollout.request]:
-                del self.under_way[rollout.request]
+            count_down(self.under_way, rollout)
 
     @alone
     def cancel(self, number: int) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from rlfast import validate
-from rlfast.rollout.api import MODES, Request, Rollout
+from rlfast.rollout.api import MODES, Request, Rollout, checked_sizes, checked_version, listed, named_weights
 from rlfast.rollout.calls import PATIENCE, alone
 from rlfast.rollout.remote import Remote, ServerError
 
@@ -30,27 +30,30 @@ class RayPool(Remote):
     def __init__(self, make, workers: int = 1, **options):
         import ray
 
+        checked_sizes(workers=workers)
+        if not callable(make):
+            validate.fail("make", "a function that makes an engine", repr(make)[:60], TypeError)
         super().__init__()
         self.ray = ray
         worker = ray.remote(**options)(_Worker) if options else ray.remote(_Worker)
         self.workers = [worker.remote(make) for _ in range(workers)]
         self.load = [0] * workers
         self.place: dict = {}  # handle → which worker
-        self.dead: set[int] = set()
+        self.dead: dict[int, str] = {}  # which has died, and what Ray said
 
     def _alive(self) -> list[int]:
         """The workers that have not died, of which there must be one."""
         places = [place for place in range(len(self.workers)) if place not in self.dead]
         if not places:
-            raise ServerError(f"all {len(self.workers)} workers have died")
+            raise ServerError(f"all {len(self.workers)} workers have died: {next(iter(self.dead.values()))}")
         return places
 
     def _said(self, place: int, handle) -> list:
         """[what a worker says]; [] if it has died, which is then known."""
         try:
             return [self.ray.get(handle)]
-        except self.ray.exceptions.ActorDiedError:
-            self.dead.add(place)
+        except self.ray.exceptions.ActorDiedError as error:
+            self.dead[place] = str(error)
             return []
 
     def _all(self, ask) -> list:
@@ -70,6 +73,7 @@ class RayPool(Remote):
     def submit(self, requests: Sequence[Request]) -> list[int]:
         """Their numbers; a wrong one raises here, by the check of the first worker's engine, and none is taken then."""
         self._open()
+        listed("requests", requests, "Request")
         found = []
         try:
             while not found:
@@ -97,7 +101,7 @@ class RayPool(Remote):
         try:
             return self.ray.get(handle)
         except self.ray.exceptions.ActorDiedError as error:
-            self.dead.add(place)
+            self.dead[place] = str(error)
             raise ServerError(f"request {number}: its worker, number {place}, has died: {error}") from error
         except self.ray.exceptions.RayError as error:
             raise ServerError(f"request {number}: its worker failed: {error}") from error
@@ -124,8 +128,12 @@ class RayPool(Remote):
     @alone
     def sync_weights(self, named_params, version: int) -> None:
         """The parameters into every worker's model."""
-        weights = self.ray.put({name: p.detach().cpu() for name, p in named_params})
-        self._all(lambda worker: worker.load.remote(weights, version))
+        checked_version(version)
+        weights = self.ray.put({name: p.detach().cpu() for name, p in named_weights(named_params)})
+        try:
+            self._all(lambda worker: worker.load.remote(weights, version))
+        except self.ray.exceptions.RayTaskError as error:
+            raise error.cause from None
         self.version = version
 
     def close(self) -> None:
@@ -168,7 +176,11 @@ class _Worker:
 
     async def load(self, weights: dict, version: int) -> None:
         model = self.engine.model if hasattr(self.engine, "model") else self.engine.decoder.model
+        own = dict(model.named_parameters())
+        wrong = [name for name, p in own.items() if name not in weights or weights[name].shape != p.shape]
+        if wrong:  # before any of them is another policy's
+            validate.fail("named_params", f"the worker's model's {len(own)}", f"none like {', '.join(wrong[:3])}")
         with self.engine.lock, torch.no_grad():
-            for name, p in model.named_parameters():
+            for name, p in own.items():
                 p.copy_(weights[name])
             self.engine.sync_weights(None, version)
