@@ -20,7 +20,7 @@ CHOICES = {"dro_beta": 0.3}
 def both(module: str, name: str) -> tuple:
     """(verl's function, ours): what ``rlfast.patch("verl")`` would swap."""
     original = getattr(importlib.import_module(module), name)
-    swaps, _ = replacements(untested=False)
+    swaps, *_ = replacements(untested=False)
     return original, next(s.replacement for s in swaps() if s.original is original)
 
 

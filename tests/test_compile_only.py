@@ -64,6 +64,7 @@ def test_no_kernel_spills_and_none_is_missed(tool):
         "bfloat16 kto packed all fields",
         "bfloat16 ranked plackett_luce K=8 packed all fields",
         "bfloat16 attention D=128 Dv=128 in parts pages of 16 all options",
+        "bfloat16 attention D=128 Dv=128 pages of 16 shared prefix",
         "bfloat16 sampled wide all outputs",
     ):
         found = tool.compile_triton(90, only, lambda text: None)

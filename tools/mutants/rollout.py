@@ -73,8 +73,8 @@ PYTHON = [
     ),
     *python(
         "rollout", "rlfast/rollout/parallel.py",
-        ("self.found = []\n        together", "together"),
         ("together = sorted(«(r for part in found for r in part)», key", "self.found"),
+        ("            count_down(self.under_way, rollout)", "            pass"),
         ("if number % self.size == «self.rank»:", "0"),
     ),
     *python(
@@ -83,8 +83,8 @@ PYTHON = [
     ),
     *python(
         "rollout", "rlfast/integrations/trl_rollout.py",
-        ("return rollout.logp_raw if params.temperature == 1.0 else rollout.logp + rollout.kept.log()",
-         "return rollout.logp + rollout.kept.log() + 1e-6"),
+        ("found = «rollout.logp_raw if params.temperature == 1.0 else rollout.logp + rollout.kept.log()»",
+         "rollout.logp + rollout.kept.log() + 1e-6"),
         ("seed=(params.seed «+ first») % (1 << 62)", ""),
         ("with trainer.accelerator.autocast():", "if True:"),
     ),
