@@ -93,6 +93,8 @@ def preference(
     """Pairs of the policy's answers, or of the reference's, by their scores, and a preference loss."""
     scored = scored or (lambda answers: session.judged(stage.judge, answers))
     validate.one_of("sampler", stage.sampler, ("policy", "reference"))
+    if stage.anchor is not None and stage.lora is not None:
+        validate.fail("anchor", "None with lora, whose reference has no weights of its own", stage.anchor.function)
     with adapted(session, stage) as (reference, as_reference):
         optimizer = session.optimizer(session.model.parameters(), stage.learning_rate)
         plain = reference is not session.actor

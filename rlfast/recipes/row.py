@@ -165,12 +165,12 @@ class Preference(Stage):
 
     Args:
         loss: ``preference_loss``; one that needs a margin is given the difference of the rewards.
-        sampler: "policy": fresh answers each step; "reference": answers of the model that the stage began with.
+        sampler: "policy": fresh answers each step; "reference": the reference's, which the stage begins with.
         judge: "model" (the reward model) or "task".
         epochs: updates on a batch of pairs.
         lora: rank of an adapter; the reference is then the model without it.
         skip: tokens at the beginning of a response that take no part, as a header's.
-        anchor: ``ema_update``: after each step the reference moves towards the policy.
+        anchor: ``ema_update``: after each step the reference moves towards the policy; not with ``lora``.
     """
 
     loss: Use

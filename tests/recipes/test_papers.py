@@ -242,6 +242,13 @@ def test_a_judge_wants_two_answers():
         list(train(fitted(rlfast.recipe("rlaif"), batch=2, candidates=1), tiny(), TASK, 1, **options))
 
 
+def test_a_reference_without_weights_of_its_own_is_moved_nowhere():
+    row = rlfast.recipe("tr_dpo")
+    row = replace(row, stages=(replace(row.stages[0], lora=said(4, "")),))
+    with pytest.raises(ValueError, match=r"anchor: expected None with lora, .* got ema_update"):
+        list(train(fitted(row, batch=2), tiny(), TASK, 1))
+
+
 class Witness:
     """A judge that sees whether an episode ends at its goal, and likes what it reads first."""
 
