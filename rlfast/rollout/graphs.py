@@ -65,7 +65,7 @@ class Graphs:
         if n > LARGEST:
             return None
         places = self.decoder.places()
-        if places != self.places:  # parameters in other memory: what was captured reads what is there no more
+        if places != self.places:  # a graph reads the memory, and runs the adapters, of when it was captured
             self.captured.clear()
             self.places = places
         key = bucket(n), bucket(most), shared_prefix

@@ -7,7 +7,7 @@ import weakref
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-# What PEFT's layers have of their adapters beside parameters
+# What PEFT's layers have of their adapters beside parameters; read at every step
 SWITCHES = ("_disable_adapters", "_active_adapter", "merged_adapters", "scaling")
 
 
@@ -16,10 +16,10 @@ class Weights:
 
     In place a parameter counts its changes, but for optimisers of fused kernels, such as ``AdamW(fused=True)``, which
     transformers' trainers take by default: torch calls a hook after the step of any of its optimisers. Neither sees a
-    change by ``.data`` or by a raw pointer. Which of PEFT's adapters are on, and by how much, is of the policy too.
+    change by ``.data`` or by a raw pointer. Which of PEFT's adapters are on, and at what scale, belongs to the policy.
 
     Args:
-        model: whose parameters are watched.
+        model: whose parameters and adapters are watched.
     """
 
     def __init__(self, model: torch.nn.Module):
@@ -44,11 +44,15 @@ class Weights:
         return hash((self.steps, self.places(), *(p._version for p in self.parameters)))
 
     def places(self) -> int:
-        """Changes when a parameter lies elsewhere, or another adapter is on."""
+        """Changes when a parameter lies elsewhere, or an adapter is switched or scaled."""
         return hash((self._switches(), *(p.data_ptr() for p in self.parameters)))
 
-    def _switches(self) -> str:
-        return repr([[own.get(name) for name in SWITCHES] for own in self.adapted])
+    def _switches(self) -> tuple:
+        return tuple([_frozen(own.get(name)) for own in self.adapted for name in SWITCHES])
+
+
+def _frozen(x):
+    return tuple(x.items()) if isinstance(x, dict) else tuple(x) if isinstance(x, list) else x
 
 
 def _place(x: torch.Tensor) -> int:
