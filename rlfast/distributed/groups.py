@@ -162,7 +162,7 @@ def whole(process_group: Gathered, x, name: str) -> torch.Tensor:
 
 
 def shard(x, dim: int, name: str, group=None) -> torch.Tensor:
-    """This rank's part of a ``DTensor`` that is sharded over the vocabulary, its dimension ``dim``, by a group."""
+    """This rank's part of a ``DTensor`` that is sharded over the vocabulary, its dimension ``dim``, by a group's ranks."""
     mesh, at, where = placement(x, name)
     if where != dim % x.dim():
         validate.fail(name, f"a DTensor sharded on dimension {dim}", f"Shard({where})")
@@ -183,7 +183,7 @@ def local(x, name: str):
 
 
 def alike(process_group, x, name: str, dim: int = 0):
-    """Another tensor with the vocabulary, whose parts lie as those of the first: of its shards, where there are any."""
+    """Another tensor with the vocabulary, whose parts lie on the ranks where those of the first do."""
     if not is_dtensor(x):
         return x
     if isinstance(process_group, Gathered):

@@ -254,7 +254,8 @@ def probe(model) -> tuple[Decoder | None, str]:
 
 
 def _long(decoder: Decoder) -> bool:
-    """Whether LongRoPE's factors depend on the longest sequence of a batch, but within the short context."""
+    """Whether the model has LongRoPE whose factors depend on the longest sequence of a batch: some fit in its context
+    that are beyond the short one."""
     rope = getattr(decoder.config, "rope_parameters", None) or {}
     kinds = [rope, *(x for x in rope.values() if isinstance(x, dict))]  # of all layers, or by their type
     shorts = [x["original_max_position_embeddings"] for x in kinds if x.get("rope_type") == "longrope"]
