@@ -162,7 +162,7 @@ def whole(process_group: Gathered, x, name: str) -> torch.Tensor:
 
 
 def shard(x, dim: int, name: str, group=None) -> torch.Tensor:
-    """This rank's part of a ``DTensor`` that is sharded over the vocabulary, its dimension ``dim``, by a group's ranks."""
+    """This rank's part of a ``DTensor`` whose vocabulary, its dimension ``dim``, is sharded over a group's ranks."""
     mesh, at, where = placement(x, name)
     if where != dim % x.dim():
         validate.fail(name, f"a DTensor sharded on dimension {dim}", f"Shard({where})")

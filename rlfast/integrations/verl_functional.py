@@ -178,15 +178,20 @@ def squares_unsupported(logits) -> str | None:
     return tensor_unsupported(logits=logits)
 
 
+def _temperature_unsupported(temperature) -> str | None:
+    if isinstance(temperature, torch.Tensor) or temperature > 0:
+        return None
+    return f"temperature is {temperature}, rlfast takes a number > 0"
+
+
 def head_unsupported(hidden_states, vocab_weights, input_ids, temperature=1.0, *_, **__) -> str | None:
     """Why rlfast cannot take a call of the fused head."""
     if isinstance(temperature, torch.Tensor) and temperature.dim() > 0:
         return f"temperature is a tensor of shape {tuple(temperature.shape)}, which verl divides columns by"
-    if not isinstance(temperature, torch.Tensor) and not temperature > 0:
-        return f"temperature is {temperature}, rlfast takes a number > 0"
     if input_ids.shape != hidden_states.shape[:-1]:
         return f"input_ids of shape {tuple(input_ids.shape)} beside hidden_states of {tuple(hidden_states.shape)}"
-    return tensor_unsupported(hidden_states=hidden_states, vocab_weights=vocab_weights)
+    reason = tensor_unsupported(hidden_states=hidden_states, vocab_weights=vocab_weights)
+    return reason or _temperature_unsupported(temperature)
 
 
 def cross_entropy_unsupported(
@@ -195,9 +200,7 @@ def cross_entropy_unsupported(
     """Why rlfast cannot take a call of ``linear_cross_entropy``."""
     if str(reduction).lower() not in REDUCTIONS:
         return f"reduction is {reduction!r}, rlfast has {REDUCTIONS}"
-    if not isinstance(temperature, torch.Tensor) and not temperature > 0:
-        return f"temperature is {temperature}, rlfast takes a number > 0"
-    return tensor_unsupported(hidden=hidden, weight=weight)
+    return tensor_unsupported(hidden=hidden, weight=weight) or _temperature_unsupported(temperature)
 
 
 def sum_unsupported(values, mask, *_, **__) -> str | None:
