@@ -17,7 +17,6 @@ import argparse
 import gc
 import json
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -74,11 +73,11 @@ PLANS = {
 
 
 class Curve:
-    """What a model is worth, before the first step and every few; ``seconds`` it took to find out."""
+    """What a model is worth, before the first step and every few."""
 
     def __init__(self, measure: str, model: torch.nn.Module, tokenizer, task: Task, every: int):
         self.model, self.tokenizer, self.task, self.every = model, tokenizer, task, every
-        self.seconds, self.pairs = 0.0, None
+        self.pairs = None
         if measure == "accuracy":
             answers = self._answers(CANDIDATES)
             self.pairs = pairs_of(answers, answers.rewards)
@@ -88,9 +87,7 @@ class Curve:
     def step(self, done: int) -> None:
         """After so many updates."""
         if done % self.every == 0:
-            start = time.perf_counter()
             self.points[done] = self._point()
-            self.seconds += time.perf_counter() - start
 
     def _point(self) -> float:
         if self.pairs is None:
@@ -216,10 +213,10 @@ def run(
     arms: tuple[str, ...] = ARMS,
     every: int = 5,
 ) -> dict:
-    """The curves of a recipe by arm and seed, and what they took."""
+    """The curves of a recipe by arm and seed."""
     plan = PLANS[name]
     steps, rate = steps or plan.steps, rate or plan.rate
-    curves, seconds = {arm: {} for arm in arms}, {arm: 0.0 for arm in arms}
+    curves = {arm: {} for arm in arms}
     for seed in range(seeds):
         pairs: list[dict] = []
 
@@ -229,13 +226,11 @@ def run(
                 pairs += _texts(record, tokenizer)
 
         for arm in reversed(arms):  # ours first: its pairs are TRL's
-            start = time.perf_counter()
             options = {"seed": seed, "steps": steps, "every": every, "rate": rate}
             if arm == "rlfast":
                 made = ours(plan, model, **options, keep=keep)
             else:
                 made = stock(name, model, **options, pairs=pairs)
-            seconds[arm] += time.perf_counter() - start - made.seconds
             curves[arm][str(seed)] = made.points
             print(f"{name}, seed {seed}, {arm}: {' '.join(f'{x:.3f}' for x in made.points.values())}", flush=True)
             gc.collect()
@@ -243,7 +238,7 @@ def run(
     found = {"model": model, "steps": steps, "measure": plan.measure, "stock": beside, "curves": curves}
     found["settings"] = {"layers": LAYERS, "tokens": TOKENS, "learning_rate": rate, "prompts": plan.prompts,
                          "answers": plan.answers, "temperature": TEMPERATURE, "problems": PROBLEMS}  # fmt: skip
-    return found | {"seconds": {arm: round(x, 1) for arm, x in seconds.items()}}
+    return found
 
 
 def _texts(record, tokenizer) -> list[dict]:
@@ -313,7 +308,7 @@ def main(arguments=None) -> int:
         learning[args.recipe] = one
         gains = {seed: rises(curve) for seed, curve in one["curves"].get("rlfast", {}).items()}
         by = ", ".join(f"{x:+.3f}" for x in gains.values())
-        print(f"{args.recipe}: {one['measure']} rises by {by}; seconds: {one['seconds']}")
+        print(f"{args.recipe}: {one['measure']} rises by {by}")
         fine = all(gain > 0 for gain in gains.values())
         made = stamp("cpu", "python -m bench.learning")
         made["learning"] = {name: learning[name] for name in PLANS if name in learning}

@@ -111,13 +111,12 @@ def learned() -> list[str]:
     lines = ["", "## Do they learn?", "", f"{result['method']} {result['date']}, {result['commit']}.", ""]
     lines += ["![curves of three recipes](learning.png)", ""]
     lines += [
-        "| recipe | | first point → last, a seed each | beside it | minutes of both |",
-        "|---|---|---|---|---|",
+        "| recipe | | first point → last, a seed each | beside it |",
+        "|---|---|---|---|",
     ]
     for name, one in result["learning"].items():
         ours, stock = (", ".join(map(ends, one["curves"].get(arm, {}).values())) for arm in ("rlfast", "stock"))
-        minutes = sum(one["seconds"].values()) / 60
-        lines.append(f"| {name} | {one['measure']} | {ours} | {one['stock']}: {stock} | {minutes:.1f} |")
+        lines.append(f"| {name} | {one['measure']} | {ours} | {one['stock']}: {stock} |")
     return lines
 
 
