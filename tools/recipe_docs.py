@@ -116,7 +116,8 @@ def learned() -> list[str]:
     ]
     for name, one in result["learning"].items():
         ours, stock = (", ".join(map(ends, one["curves"].get(arm, {}).values())) for arm in ("rlfast", "stock"))
-        lines.append(f"| {name} | {one['measure']} | {ours} | {one['stock']}: {stock} |")
+        said = "the same points" if ours == stock else stock
+        lines.append(f"| {name} | {one['measure']} | {ours} | {one['stock']}: {said} |")
     return lines
 
 
@@ -129,7 +130,7 @@ def page() -> str:
         lines.append(
             f"| [{name}](#{name.replace('.', '')}) | {row.system} | {linked(row.paper)} | {row.sure} | {stages} |"
         )
-    lines.append("")
+    lines += [*learned(), ""]
     for row in RECIPES.values():
         lines += section(row)
     return "\n".join(lines).rstrip() + "\n"
