@@ -203,17 +203,17 @@ def targets(found: list[dict]) -> list[str]:
     lines = lines or ["No benchmark has been committed yet: `make bench` writes one."]
     if all(place(result) != PLACES[2] for result in benches(found)):
         cases = [(case.name, outcome.text(case, t)) for case in suite.CASES for t in case.gpu_targets]
-        lines += _on_gpu("make bench-gpu", cases)
-    if all(rollouts_report.place(result) != "cuda" for result in rollouts_report.measured(found)):
+        lines += _on_gpu(cases)
+    if all(place(result) != PLACES[2] for result in rollouts_report.measured(found)):
         settings = rollouts_cases.SETTINGS["cuda"]
         rows = [(s.name, rollouts_report.text(*target)) for s in settings for target in s.targets]
-        lines += _on_gpu("make bench-gpu", rows)
+        lines += _on_gpu(rows)
     return lines
 
 
-def _on_gpu(command: str, cases: list[tuple[str, str]]) -> list[str]:
+def _on_gpu(cases: list[tuple[str, str]]) -> list[str]:
     """The targets of a GPU, where none was there to measure them."""
-    head = ["", f"On a GPU, by `{command}`; no result of one has been committed:", ""]
+    head = ["", "On a GPU, by `make bench-gpu`; no result of one has been committed:", ""]
     rows = [f"| {name} | {wanted} | not yet measured |" for name, wanted in cases]
     return [*head, "| case | must reach | reached |", "|---|---|---|", *rows]
 

@@ -84,7 +84,6 @@ from rlfast.integrations.verl_losses import (
 from rlfast.integrations.verl_megatron import (
     MODULE,
     entropy_unsupported,
-    labels_unsupported,
     vocab_parallel_entropy,
     vocab_parallel_entropy_with_chunking,
     vocab_parallel_log_probs_from_logits,
@@ -143,7 +142,7 @@ PLACES = {
         (compute_multi_turn_optimal_token_baseline_advantage, turns_unsupported),
     ),
     MODULE: (
-        (vocab_parallel_log_probs_from_logits, labels_unsupported),
+        (vocab_parallel_log_probs_from_logits, logits_unsupported),
         (vocab_parallel_entropy, entropy_unsupported),
         (vocab_parallel_entropy_with_chunking, entropy_unsupported),
         (vocab_parallel_sum_pi_squared, shared_squares_unsupported),

@@ -6,9 +6,7 @@ of Megatron's parallel state, as verl has it. The patch awaits verl's module, wh
 
 from __future__ import annotations
 
-import torch
-
-from rlfast.integrations import megatron
+from rlfast.integrations import megatron, verl_functional
 from rlfast.integrations.patching import tensor_unsupported
 
 MODULE = "verl.utils.megatron.tensor_parallel"
@@ -34,13 +32,6 @@ def vocab_parallel_sum_pi_squared(vocab_parallel_logits):
     return megatron.vocab_parallel_sum_pi_squared(vocab_parallel_logits)
 
 
-def labels_unsupported(logits, labels) -> str | None:
-    """Why rlfast cannot take a call of ``vocab_parallel_log_probs_from_logits``."""
-    if labels.shape != logits.shape[:-1]:
-        return f"labels of shape {tuple(labels.shape)} beside logits of shape {tuple(logits.shape)}"
-    return tensor_unsupported(logits=logits, labels=labels)
-
-
 def entropy_unsupported(vocab_parallel_logits, *_, **__) -> str | None:
     """Why rlfast cannot take a call of an entropy."""
     return tensor_unsupported(vocab_parallel_logits=vocab_parallel_logits)
@@ -48,6 +39,4 @@ def entropy_unsupported(vocab_parallel_logits, *_, **__) -> str | None:
 
 def squares_unsupported(vocab_parallel_logits) -> str | None:
     """Why rlfast cannot take a call of ``vocab_parallel_sum_pi_squared``."""
-    if torch.is_grad_enabled() and vocab_parallel_logits.requires_grad:
-        return "its gradient is wanted, and rlfast's is a constant"
-    return tensor_unsupported(vocab_parallel_logits=vocab_parallel_logits)
+    return verl_functional.squares_unsupported(vocab_parallel_logits)
