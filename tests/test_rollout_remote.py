@@ -149,6 +149,13 @@ def test_sglang_loads_no_weights_under_keys_that_are_kept(stand_in, tmp_path):
         server.resume()
         stand_in.go.set()
         assert len(server.step()) == PARAMS.n
+        server.submit([Request((3, 4), PARAMS)])
+        (handle,) = (handle for handle, _ in server.waiting.values())
+        handle.result()
+        server.pause("keep")
+        server.sync_weights([("w", torch.arange(3.0))], version=2)  # it has ended there, though nobody has taken it
+        server.resume()
+        assert len(server.step()) == PARAMS.n
         server.generate([[3]], replace(PARAMS, priority=5))
         server.close()
     assert stand_in.calls[-1][1]["priority"] == 5 and "priority" not in stand_in.calls[0][1]

@@ -315,9 +315,10 @@ class SGLangServer(Server):
     def sync_weights(self, named_params, version: int) -> None:
         """Write the weights where the server loads its model from, and have it load them."""
         checked_version(version)
-        if self.keeps and self.waiting:
+        kept = sum(not handle.done() for handle, _ in self.waiting.values()) if self.keeps else 0
+        if kept:
             raise RuntimeError(
-                f"sync_weights: {len(self.waiting)} requests keep their keys and values, with which SGLang loads no "
+                f"sync_weights: {kept} requests keep their keys and values, with which SGLang loads no "
                 'weights: pause("recompute") or pause("abort") first'
             )
         self._save(named_params)
