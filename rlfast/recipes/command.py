@@ -76,7 +76,7 @@ def train(
         )  # fmt: skip
         policy, tokenizer, task = tasks.loaded(model, seed)
         if teacher is not None:
-            other, words, _ = tasks.loaded(teacher, seed, "--teacher")
+            other, words = tasks.read(teacher, seed, "--teacher")
             if words.get_vocab() != tokenizer.get_vocab():
                 raise DemoError(f"--teacher: expected a model with the tokens of --model {model}, got {teacher!r}")
         else:

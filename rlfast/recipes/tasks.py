@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import random
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 from rlfast.demo import model as smollm2
-from rlfast.demo.settings import DemoError
+from rlfast.demo.settings import INSTALL, DemoError
 from rlfast.demo.task import closeness, problems
 from rlfast.recipes.session import Task
 
@@ -83,18 +84,32 @@ def tiny(seed: int = 0) -> torch.nn.Module:
     return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
 
 
-def loaded(name: str, seed: int = 0, option: str = "--model") -> Loaded:
-    """ "tiny", "smollm2" (its weights are converted once), or a folder or name that ``from_pretrained`` takes.
+def loaded(name: str, seed: int = 0) -> Loaded:
+    """The model of ``read`` with its task: a toy for "tiny", sums for all others.
 
     Raises:
-        DemoError: there is no such model; ``option`` is what asked for it.
+        DemoError: there is no such model, or the package that makes the sums is not installed.
+    """
+    model, tokenizer = read(name, seed, "--model")
+    if name == "tiny":
+        return Loaded(model, tokenizer, toy(seed=seed))
+    with _installed("--model", name):
+        return Loaded(model, tokenizer, arithmetic(tokenizer, seed=seed))
+
+
+def read(name: str, seed: int, option: str) -> tuple[torch.nn.Module, object]:
+    """A model and its tokenizer: "tiny", "smollm2" (its weights are converted once), or what ``from_pretrained`` takes.
+
+    Raises:
+        DemoError: there is no such model, or its package is not installed; ``option`` is what asked for it.
     """
     if name == "tiny":
-        return Loaded(tiny(seed), Words(), toy(seed=seed))
+        return tiny(seed), Words()
     import transformers
 
-    where = str(smollm2.prepare()) if name == "smollm2" else name
     wanted = "expected tiny, smollm2, or a folder or name that from_pretrained takes"
+    with _installed(option, name):
+        where = str(smollm2.prepare()) if name == "smollm2" else name
     if (where.startswith((".", "/", "~")) or where.count("/") > 1) and not Path(where).is_dir():
         raise DemoError(f"{option}: {wanted}; there is no folder {name!r}")
     try:
@@ -102,5 +117,12 @@ def loaded(name: str, seed: int = 0, option: str = "--model") -> Loaded:
         model = transformers.AutoModelForCausalLM.from_pretrained(where, dtype=torch.float32).eval()
     except (OSError, ValueError) as error:
         raise DemoError(f"{option}: {wanted}, got {name!r}: {str(error).splitlines()[0]}") from None
-    model = model.cuda() if torch.cuda.is_available() else model
-    return Loaded(model, tokenizer, arithmetic(tokenizer, seed=seed))
+    return model.cuda() if torch.cuda.is_available() else model, tokenizer
+
+
+@contextmanager
+def _installed(option: str, name: str):
+    try:
+        yield
+    except ImportError as error:
+        raise DemoError(f"{option} {name} needs {error.name}, which is not installed: {INSTALL}") from None

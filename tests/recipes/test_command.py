@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
 
 import pytest
@@ -12,6 +13,7 @@ from typer.testing import CliRunner
 import rlfast
 from rlfast import cli
 from rlfast.compare import tiny as compare
+from rlfast.demo.settings import INSTALL
 from rlfast.recipes import Recipe, said, tasks, undisclosed, use
 from rlfast.recipes.row import Policy
 from rlfast.recipes.training import fitted, train
@@ -83,6 +85,16 @@ def test_train_wants_a_teacher_that_reads_what_the_model_writes(tmp_path):
     done = runner.invoke(cli.app, ["train", "rlaif", "--teacher", str(tmp_path)])
     assert done.exit_code == 2
     assert "rlfast train: --teacher: expected a model with the tokens of --model tiny, got" in done.stderr
+
+
+def test_train_names_the_package_that_a_model_needs(tmp_path, monkeypatch):
+    compare.tiny("Qwen2").save_pretrained(tmp_path)
+    compare.word_tokenizer().save_pretrained(tmp_path)
+    monkeypatch.setitem(sys.modules, "reasoning_gym", None)  # as if it were not installed
+    done = runner.invoke(cli.app, ["train", "dapo", "--model", str(tmp_path)])
+    assert done.exit_code == 2 and done.stderr.splitlines()[-1] == (
+        f"rlfast train: --model {tmp_path} needs reasoning_gym, which is not installed: {INSTALL}"
+    )
 
 
 @pytest.mark.parametrize("name", ("dapo", "phi3", "reka", "embedding_rewards"))
