@@ -250,10 +250,29 @@ def test_a_stop_of_characters_of_several_tokens(stop):
     """It is found with its last byte, however many tokens it takes."""
     tokens, params = list(f"🙂ab{stop}".encode()), SamplingParams(stop=stop)
     assert (
-        responses.certain(tokens[:-1], params, Bytes()) == "🙂ab"
-        and responses.certain([240, 159], params, Bytes()) == ""
+        responses.certain(tokens[:-1], params, Bytes()) == ("🙂ab", False)
+        and responses.certain([240, 159], params, Bytes()) == ("", False)
+        and responses.certain(tokens[:6], params, Bytes()) == ("🙂ab", True)
     )
     assert responses.stopped(tokens, params, Bytes()) and not responses.stopped(tokens[:-1], params, Bytes())
+
+
+def test_an_aborted_response_keeps_no_text_back():
+    """What waits, for it may begin the stop string, comes when no token follows."""
+    one = Engine(decoder("llama"), Words(), kv_budget=1 << 22)
+    (free,) = one.generate([[3]], GREEDY)
+    begun = one.tokenizer.decode(free.tokens[:2])
+    reader, got = one._token_by_token([3], replace(GREEDY, stop=f"{begun} no token")), []
+    for token in reader:
+        if token is not None:
+            got.append(token)
+        elif any(len(samples[0].tokens) == 2 for samples in one.live.values()):
+            assert not got
+            one.pause("abort")
+            one.resume()
+        else:
+            one.step()
+    assert [t for t, _ in got] == free.tokens[:2] and "".join(text for _, text in got) == begun
 
 
 # Several callers

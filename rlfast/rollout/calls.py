@@ -143,7 +143,8 @@ class Calls:
     def tokens(self, prompt, params: SamplingParams | None = None) -> Iterator[tuple[int, str]]:
         """The tokens of one response as they come: (id, the text that it adds). It is cancelled if nobody asks on.
 
-        The texts are together the rollout's: what may be the beginning of a stop string waits for the next tokens.
+        The texts are together the rollout's: a token at whose end a stop string may begin, or a character that is not
+        whole, waits for the next ones.
         """
         yield from self._driven(self._token_by_token(prompt, params))
 
@@ -160,19 +161,27 @@ class Calls:
             validate.fail("n", "1: the tokens are those of one response", str(params.n))
         left = self._sent([Request(prompt, params)])
         (number,) = left
-        shown, text, rollout = 0, "", None
+        waiting, text, seen, rollout = [], "", 0, None
         try:
             while rollout is None:
                 rollout = self._next(left)
                 tokens = self._so_far(number) if rollout is None else rollout.tokens
-                while shown < len(tokens):
-                    shown += 1
-                    ends = rollout is not None and shown == len(tokens)
-                    whole = rollout.text if ends else responses.certain(tokens[:shown], params, self.tokenizer)
-                    yield tokens[shown - 1], whole[len(text) :]
-                    text = max(text, whole, key=len)
+                for n in range(seen + 1, len(tokens) + 1):
+                    last = rollout is not None and n == len(tokens)
+                    sure, whole = (
+                        (rollout.text, True) if last else responses.certain(tokens[:n], params, self.tokenizer)
+                    )
+                    waiting.append((tokens[n - 1], sure[len(text) :]))
+                    text = max(text, sure, key=len)
+                    if whole:
+                        yield from waiting
+                        waiting = []
+                seen = len(tokens)
                 if rollout is None:
                     yield None
+            if waiting:  # ended without another token
+                *first, (token, added) = waiting
+                yield from (*first, (token, added + rollout.text[len(text) :]))
         finally:
             self._drop({number})
 

@@ -34,14 +34,16 @@ def _cut(text: str, stops, protected: str) -> int:
     return min((at for at in places if at >= 0), default=len(text))
 
 
-def certain(tokens: list[int], params: SamplingParams, tokenizer) -> str:
-    """The text of the first tokens of a response, but for an end that later ones may change: a character that is not
-    whole, the beginning of a stop string."""
+def certain(tokens: list[int], params: SamplingParams, tokenizer) -> tuple[str, bool]:
+    """(The text of the first tokens of a response, but for an end that later ones may change: a character that is not
+    whole, the beginning of a stop string; whether there is no such end)."""
     if tokenizer is None:
-        return ""
-    text = tokenizer.decode(tokens, skip_special_tokens=True).rstrip("\ufffd")
-    begun = (n for stop in params.stop for n in range(1, len(stop)) if text.endswith(stop[:n]))
-    return text[: len(text) - max(begun, default=0)]
+        return "", True
+    text = tokenizer.decode(tokens, skip_special_tokens=True)
+    whole = text.rstrip("\ufffd")
+    begun = (n for stop in params.stop for n in range(1, len(stop)) if whole.endswith(stop[:n]))
+    sure = whole[: len(whole) - max(begun, default=0)]
+    return sure, len(sure) == len(text)
 
 
 def rollout_of(sample: Sample, tokenizer) -> Rollout:
