@@ -78,6 +78,16 @@ def shares_prefix(tables: Sequence[Sequence[int]]) -> bool:
     return any(a[0] == b[0] for a, b in itertools.pairwise(tables))
 
 
+class Layout(NamedTuple):
+    """Of a training batch [B, T]."""
+
+    keep: torch.Tensor | None  # int64: its real tokens among all B·T, in order; None: all are
+    ends: torch.Tensor  # int32 [S + 1]: where sequences begin and end among the real ones
+
+
+_last: ContextVar[tuple[list, list, Layout] | None] = ContextVar("rlfast_training_layout", default=None)
+
+
 @contextlib.contextmanager
 def running(how: Packed | Paged):
     """Within it, a forward under ``ROLLOUT`` attends so."""
@@ -139,8 +149,7 @@ def training_attention(
         name = type(module).__name__
         validate.fail("sliding_window", f"the {unseen} positions that {name} leaves to its mask, which is none", "None")
     q, k, v = _tokens(query, key, value)
-    keep = None if attention_mask is None or attention_mask.all() else attention_mask.reshape(-1).nonzero().squeeze(1)
-    ends = _boundaries(attention_mask, cu_seq_lens_q, position_ids, batch, length, query.device)
+    keep, ends = _layout((attention_mask, cu_seq_lens_q, position_ids), batch, length, query.device)
     if keep is None:
         out = packed_attention(q, k, v, ends, **options)
     else:
@@ -149,8 +158,26 @@ def training_attention(
     return out.unflatten(0, (batch, length)), None
 
 
-def _boundaries(mask, cu_seqlens, position_ids, batch: int, length: int, device):
-    """Where the sequences of a training batch begin and end, int32."""
+def _layout(given: tuple, batch: int, length: int, device) -> Layout:
+    """``_found_layout`` of (mask, cu_seqlens, position_ids), which waits for a GPU: once for all layers that are given
+    the same tensors."""
+    tensors = [x for x in given if x is not None]
+    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled() or any(x.is_inference() for x in tensors):
+        return _found_layout(*given, batch, length, device)
+    marks = [*((id(x), x._version) for x in tensors), batch, length, device]
+    last = _last.get()
+    if last is None or last[0] != marks:
+        last = marks, tensors, _found_layout(*given, batch, length, device)  # tensors that live: no other has their ids
+        _last.set(last)
+    return last[2]
+
+
+def _found_layout(mask, cu_seqlens, position_ids, batch: int, length: int, device) -> Layout:
+    keep = None if mask is None or mask.all() else mask.reshape(-1).nonzero().squeeze(1)
+    return Layout(keep, _ends(mask, cu_seqlens, position_ids, batch, length, device))
+
+
+def _ends(mask, cu_seqlens, position_ids, batch: int, length: int, device) -> torch.Tensor:
     if cu_seqlens is not None:
         return cu_seqlens.to(torch.int32)
     if mask is not None:
