@@ -14,7 +14,7 @@ import torch
 
 from rlfast import validate
 from rlfast.corrections import Correction, geometric_mask, icepop
-from rlfast.integrations.patching import tensor_unsupported
+from rlfast.integrations.patching import refused, tensor_unsupported
 from rlfast.integrations.transformers import loss_function
 from rlfast.loss_table import loss as policy_loss
 from rlfast.losses import Loss
@@ -318,13 +318,9 @@ def policy_unsupported(
         return f"rlfast has no policy_loss_type {self.policy_loss_type!r}"
     if self.is_correction_level != "off" and rollout_log_probs is None:
         return "a correction needs the log-probs of the rollout"
-    try:
-        _objective(self)
-    except ValueError as error:
-        return str(error)
     constants = {"old_log_probs": old_log_probs, "advantages": advantages, "rollout_log_probs": rollout_log_probs}
     counts = batch_num_tokens, global_batch_size
-    return _tokens_unsupported({"log_probs": log_probs}, constants, action_mask, counts)
+    return refused(_objective, self) or _tokens_unsupported({"log_probs": log_probs}, constants, action_mask, counts)
 
 
 def value_unsupported(

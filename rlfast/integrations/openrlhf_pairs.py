@@ -7,7 +7,7 @@ import math
 
 import torch
 
-from rlfast.integrations.patching import tensor_unsupported
+from rlfast.integrations.patching import refused, tensor_unsupported
 from rlfast.preference_table import preference_loss
 from rlfast.reward_losses import reward_loss
 
@@ -88,15 +88,11 @@ def dpo_unsupported(self, policy_chosen_logps, policy_rejected_logps, reference_
         "policy_chosen_logps": policy_chosen_logps, "policy_rejected_logps": policy_rejected_logps,
         "reference_chosen_logps": reference_chosen_logps, "reference_rejected_logps": reference_rejected_logps,
     }  # fmt: skip
-    try:
-        _objective(self)
-    except ValueError as error:
-        return str(error)
     if policy_chosen_logps.dim() != 1:
         return f"log-probs are of shape {tuple(policy_chosen_logps.shape)}, not [B]"
     if reference_chosen_logps.requires_grad or reference_rejected_logps.requires_grad:
         return "the reference needs a gradient"
-    return _one_shape(given) or tensor_unsupported(**given)
+    return refused(_objective, self) or _one_shape(given) or tensor_unsupported(**given)
 
 
 def _one_shape(given: dict) -> str | None:

@@ -224,6 +224,15 @@ def say_once(message: str, level: int = logging.WARNING) -> None:
     logger.log(level, message)
 
 
+def refused(make, *given) -> str | None:
+    """How ``make`` refuses a number that a trainer takes and ``rlfast.limits`` does not; None if it takes it."""
+    try:
+        make(*given)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
 def tensor_unsupported(**tensors) -> str | None:
     """Why rlfast cannot take one of these, or None; a tensor that is None can be taken."""
     for name, x in tensors.items():

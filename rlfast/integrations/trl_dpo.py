@@ -17,7 +17,7 @@ import torch
 
 from rlfast import preference_linear
 from rlfast.heads import Head
-from rlfast.integrations.patching import say_once
+from rlfast.integrations.patching import refused, say_once
 from rlfast.integrations.trl_head import Fusion, fusing
 from rlfast.integrations.trl_outputs import Seen, scored, scores_unsupported, sums, tokens, with_router
 from rlfast.ops.records import ENTROPY, IS_TOP1, LOG_SUM_SQ_PROBS, MEAN_LOGITS
@@ -114,11 +114,7 @@ def dpo_unsupported(trainer, seen: Seen) -> str | None:
         return f"rlfast has no loss_type {', '.join(map(repr, unknown))}"
     if trainer.f_divergence_type not in DIVERGENCES:
         return f"rlfast has no f_divergence_type {trainer.f_divergence_type!r}"
-    try:
-        dpo_objectives(DpoOptions.of(trainer))
-    except ValueError as error:
-        return str(error)
-    return scores_unsupported(trainer, seen, 1)
+    return refused(dpo_objectives, DpoOptions.of(trainer)) or scores_unsupported(trainer, seen, 1)
 
 
 def dpo(trainer, seen: Seen, inputs):

@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import torch
 
-from rlfast.integrations.patching import Swap, original_of, reads, runs_as_it_is, takes, tensor_unsupported
+from rlfast.integrations.patching import Swap, original_of, reads, refused, runs_as_it_is, takes, tensor_unsupported
 from rlfast.integrations.trl_dpo import dpo, dpo_fused, dpo_unsupported
 from rlfast.integrations.trl_outputs import Seen, scored, scores_unsupported, sums, tokens, watched, with_router
 from rlfast.reward_losses import reward_loss
@@ -65,11 +65,7 @@ def kto_unsupported(trainer, seen: Seen) -> str | None:
     """Why TRL's own loss stands."""
     if trainer.loss_type not in KTO_ROWS:
         return f"rlfast has no loss_type {trainer.loss_type!r}"
-    try:
-        _kto_row(trainer)
-    except ValueError as error:
-        return str(error)
-    return scores_unsupported(trainer, seen, 1 + bool(trainer.calculate_KL))
+    return refused(_kto_row, trainer) or scores_unsupported(trainer, seen, 1 + bool(trainer.calculate_KL))
 
 
 def kto(trainer, seen: Seen, inputs):

@@ -19,7 +19,7 @@ from itertools import accumulate, groupby
 import torch
 
 from rlfast import validate
-from rlfast.integrations.patching import Swap, original_of, runs_as_it_is, say_once, takes
+from rlfast.integrations.patching import Swap, original_of, refused, runs_as_it_is, say_once, takes
 from rlfast.rollout import Engine, Request, SamplingParams
 
 GENERATION = ("self", "prompt_ids", "images", "multimodal_fields", "num_generations", "has_tool_images")
@@ -178,11 +178,8 @@ def _unsupported(trainer, images, multimodal_fields) -> str | None:
 def _unfit(trainer, prompt_ids) -> str | None:
     """Why the engine has no room for the longest prompt and what follows it."""
     most = _options(trainer).get("max_new_tokens") or WITHOUT_END
-    try:
-        engine_of(trainer)._checked(Request(tuple(max(prompt_ids, key=len)), SamplingParams(max_tokens=most)))
-    except ValueError as error:
-        return str(error)
-    return None
+    longest = tuple(max(prompt_ids, key=len))
+    return refused(lambda: engine_of(trainer)._checked(Request(longest, SamplingParams(max_tokens=most))))
 
 
 def _generation(original):
