@@ -100,7 +100,7 @@ def embedded(session: Session, stage: Embedded, steps: int) -> Iterator[Record]:
         answers = session.sample(stage)
         best, worst = ends(answers, answers.rewards)
         if not len(best):
-            session.skips("reward_model", step)
+            session.alike("reward_model", step)
             continue
         cached = model.embeddings(answers.batch)
         for _ in range(stage.updates.value):

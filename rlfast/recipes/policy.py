@@ -162,9 +162,11 @@ def stepped(now: PolicyRun, steps: int) -> Iterator[Record]:
     for step in range(steps):
         answers = now.rollouts()
         if answers is None:
-            now.session.skips("policy", step)
+            now.session.alike("policy", step)
             continue
         m = now.measured(answers)
+        if not m.advantages.any():
+            now.session.alike("policy", step, "every advantage is 0")
         count = min(stage.minibatches.value, len(answers.numbers))
         for _ in range(stage.epochs.value):
             for part in range(count):

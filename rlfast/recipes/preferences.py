@@ -52,7 +52,7 @@ def reward_model(session: Session, stage: RewardModel, steps: int) -> Iterator[R
         if stage.loss.function == "reward_loss":
             best, worst = ends(answers, answers.rewards)
             if not len(best):
-                session.skips("reward_model", step)
+                session.alike("reward_model", step)
                 continue
             given = {}
             if "extra" in stage.loss.ready.objective.needs:
@@ -106,7 +106,7 @@ def preference(
                 answers = session.sample(stage, engine)
             found = pairs_of(answers, scored(answers), stage.skip)
             if found is None:
-                session.skips("preference", step)
+                session.alike("preference", step)
                 continue
             given = _given(stage, found, reference, as_reference)
             for _ in range(stage.epochs.value):

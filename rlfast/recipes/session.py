@@ -168,9 +168,9 @@ class Session:
             validate.fail("stages", "a RewardModel before a stage that asks it", "none")
         return self.reward_model.rewards(answers.batch)
 
-    def skips(self, kind: str, step: int) -> None:
-        """Say that a step has no update."""
-        logger.warning("stage %d %s, step %d: no update, in no group do rewards differ", self.place, kind, step)
+    def alike(self, kind: str, step: int, so: str = "no update") -> None:
+        """Say what becomes of a step whose groups have nothing to compare."""
+        logger.warning("stage %d %s, step %d: %s, in no group do rewards differ", self.place, kind, step, so)
 
     def record(self, kind: str, step: int, loss: torch.Tensor, answers: Answers | None = None, **data) -> Record:
         """Of one update."""

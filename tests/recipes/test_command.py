@@ -109,6 +109,18 @@ def test_a_step_without_an_update_is_said(name, caplog):
     assert [r.getMessage() for r in caplog.records if r.name == "rlfast.recipes"] == said
 
 
+@pytest.mark.parametrize("candidates", (1, 2))
+def test_a_step_without_an_advantage_is_said(candidates, caplog):
+    """Of one candidate to compare with none, or of groups of one reward; the KL penalty has its update."""
+    row = fitted(rlfast.recipe("deepseek_r1"), batch=2, candidates=candidates)
+    at = next(i for i, stage in enumerate(row.stages) if isinstance(stage, Policy))
+    alike = tasks.toy(4)._replace(reward=lambda number, rollout: number if candidates == 1 else 1.0)
+    row = replace(row, stages=row.stages[at : at + 1])
+    assert list(train(row, tasks.tiny(), alike, 1, max_tokens=4, kv_budget=1 << 20))
+    said = [r.getMessage() for r in caplog.records if r.name == "rlfast.recipes"]
+    assert said == ["stage 0 policy, step 0: every advantage is 0, in no group do rewards differ"]
+
+
 def test_a_recipe_of_ones_own_learns_the_toy():
     row = Recipe(
         "mine", "Mine", "–", "K",
