@@ -101,6 +101,7 @@ inline void multipliers(Tile& t, const Sequence& q, const Objective& given, Sums
   F largest = set1(0.0f);
   Sum drift;
   for (int64_t i = 0; i < v.padded; i += kLanes) {
+    v.rollout_logp.ahead(i), v.weights.ahead(i);
     const M m = v.mask[i];
     F weight = set1(1.0f);
     M open = m;
@@ -145,6 +146,7 @@ inline void ratio_tile(Tile& t, const Sequence& q, const Objective& given, Sums&
   F largest = set1(0.0f);
   Sum xs, k3, ratios, squares;
   for (int64_t i = 0; i < v.padded; i += kLanes) {
+    v.logp.ahead(i), v.old_logp.ahead(i);
     const M m = v.mask[i];
     const F x = log_ratio(v, i, m, o).x;
     const Exponential e = exponential(x);
@@ -175,6 +177,7 @@ void kl_tile(Tile& t, const Sequence& q, const Objective& given, Sums& sums) {
   const F beta = set1(o.beta);
   Sum total;
   for (int64_t i = 0; i < v.padded; i += kLanes) {
+    v.ref_logp.ahead(i);
     const M m = v.mask[i];
     const F d = only(m, sub(v.ref_logp[i], v.logp[i]));
     const auto estimate = formula(formulas::V(d), bounds);
@@ -213,6 +216,7 @@ double surrogate_tile(Tile& t, const Sequence& q, const Objective& given, Sums& 
   Sum policy, pull;
   N used_count = zero_count(), low = zero_count(), high = zero_count();
   for (int64_t i = 0; i < v.padded; i += kLanes) {
+    v.own_adv.ahead(i);
     const M m = v.mask[i];
     const LogRatio token = log_ratio(v, i, m, o);
     F unit = token.x, r;
@@ -271,6 +275,7 @@ inline void entropy_tile(const Tile& t, const Objective& o, float scale, Sums& s
   const F slope = set1(-o.entropy_coef * scale);
   Sum total, kept_total;
   for (int64_t i = 0; i < v.padded; i += kLanes) {
+    v.entropy.ahead(i);
     const M m = v.mask[i], kept = by_keep ? both(m, v.keep[i]) : m;
     const F h = v.entropy[i];
     total.add(only(m, h)), kept_total.add(only(kept, h));
@@ -303,6 +308,7 @@ struct Looked {
   void add(const Tile& t, const Objective& o) {
     const View v = t.view;
     for (int64_t i = 0; i < v.padded; i += kLanes) {
+      v.old_logp.ahead(i), v.rollout_logp.ahead(i);
       const M m = v.mask[i];
       const F d = drift_of(v, i, m);
       drift = accumulate(drift, d), looked = accumulate(looked, looked_at(o.plan.gate_kind, d));
@@ -325,6 +331,7 @@ struct Measured {
       const M m = v.mask[i];
       count = tally(count, m);
       if (o.sequence) {
+        v.logp.ahead(i), v.old_logp.ahead(i);
         const F token = log_ratio(v, i, m, o).x;
         xs = accumulate(xs, token), k3.add(sub(exponential(token).grown, token));
         if (due(i)) k3.flush();

@@ -8,6 +8,7 @@ namespace RLFAST_ISA_NS {
 
 // A gradient that is larger than a last-level cache is written past it.
 constexpr int64_t kPastCacheBytes = 2 << 20;
+constexpr int64_t kAhead = 512;  // tokens: what is read so much later is fetched
 
 struct Tokens {
   int64_t at, n;  // the first token in the side's memory but for the row, and how many
@@ -62,6 +63,7 @@ double sum_of(const LossField& f, const Tokens& t, const uint8_t* flags, int64_t
   D total = zero_double(), odd = zero_double();
   int64_t before = 0;
   for (int64_t i = 0; i < t.n; i += kLanes) {
+    prefetch(x + i + kAhead);
     const M m = lanes_of(flags, i, t.n);
     F y = i + kLanes <= t.n ? load(x + i) : load_part(x + i, static_cast<int>(t.n - i), 0.0f);
     y = only(m, y);
