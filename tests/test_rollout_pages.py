@@ -41,7 +41,7 @@ def test_prefixes_are_found_until_their_page_is_needed():
     found = pool.find([1, 2, 3, 4, 9, 9])
     assert found == pages[:2] and pool.count[pages[0]] == 1
     assert pool.find([3, 4]) == [] and pool.find([1, 2, 9, 9]) == pages[:1]
-    pool.release(found), pool.release([pages[0]])
+    pool.release([pages[0]]), pool.release(found)
     taken = [pool.take() for _ in range(4)]  # the end of a prefix goes before its beginning
     assert taken[2:] == [pages[1], pages[0]] and pool.find([1, 2]) == []
     with pytest.raises(OutOfPages, match="all 4 pages"):
