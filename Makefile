@@ -61,7 +61,7 @@ test-arm: doctor-test-arm $(VENV)/.built  ## the C++ core cross-compiled for aar
 	$(PY) tools/test_arm.py
 	$(if $(JSON),$(PY) -m bench.record $(JSON) --device "aarch64 under qemu-user" --backend cpu --command "make test-arm")
 
-bench: doctor-build $(VENV)/.dev  ## every case of bench/suite.py, to bench/results/, and the tables of the README (half an hour)
+bench: doctor-build $(VENV)/.dev  ## every case of bench/suite.py, to bench/results/, and the tables of the README (more than an hour)
 	$(PY) -m bench.run
 	$(PY) -m bench.report
 

@@ -22,7 +22,7 @@ struct Values {
   int64_t walk;
   F operator[](int64_t i) const { return load(at + (i & walk)); }
   // Fetches what the next tile has there: for the stage that reads a field first, whose arithmetic then hides the memory.
-  void ahead(int64_t i) const { prefetch(at + i + kTile); }
+  void ahead(int64_t i) const { prefetch(at + ((i + kTile) & walk)); }
 };
 
 struct Flags {

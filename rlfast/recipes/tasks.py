@@ -125,4 +125,4 @@ def _installed(option: str, name: str):
     try:
         yield
     except ImportError as error:
-        raise DemoError(f"{option} {name} needs {error.name}, which is not installed: {INSTALL}") from None
+        raise DemoError(f"{option} {name}: {error}; to install what it needs: {INSTALL}") from None

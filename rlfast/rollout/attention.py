@@ -149,7 +149,8 @@ def training_attention(
         name = type(module).__name__
         validate.fail("sliding_window", f"the {unseen} positions that {name} leaves to its mask, which is none", "None")
     q, k, v = _tokens(query, key, value)
-    keep, ends = _layout((attention_mask, cu_seq_lens_q, position_ids), batch, length, query.device)
+    given, first = (attention_mask, cu_seq_lens_q, position_ids), module.layer_idx == 0
+    keep, ends = _layout(given, batch, length, query.device, first)
     if keep is None:
         out = packed_attention(q, k, v, ends, **options)
     else:
@@ -158,15 +159,15 @@ def training_attention(
     return out.unflatten(0, (batch, length)), None
 
 
-def _layout(given: tuple, batch: int, length: int, device) -> Layout:
-    """``_found_layout`` of (mask, cu_seqlens, position_ids), which waits for a GPU: once for all layers that are given
-    the same tensors."""
+def _layout(given: tuple, batch: int, length: int, device, first: bool) -> Layout:
+    """``_found_layout`` of (mask, cu_seqlens, position_ids), which waits for a GPU: by the first layer, for all that
+    are given the same tensors. It looks at every forward: numpy may have written where no version counts."""
     tensors = [x for x in given if x is not None]
     if torch.compiler.is_compiling() or torch.is_inference_mode_enabled() or any(x.is_inference() for x in tensors):
         return _found_layout(*given, batch, length, device)
     marks = [*((id(x), x._version) for x in tensors), batch, length, device]
     last = _last.get()
-    if last is None or last[0] != marks:
+    if first or last is None or last[0] != marks:
         last = marks, tensors, _found_layout(*given, batch, length, device)  # tensors that live: no other has their ids
         _last.set(last)
     return last[2]

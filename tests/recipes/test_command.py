@@ -91,9 +91,10 @@ def test_train_names_the_package_that_a_model_needs(tmp_path, monkeypatch):
     compare.tiny("Qwen2").save_pretrained(tmp_path)
     compare.word_tokenizer().save_pretrained(tmp_path)
     monkeypatch.setitem(sys.modules, "reasoning_gym", None)  # as if it were not installed
+    missing = "import of reasoning_gym halted; None in sys.modules"
     done = runner.invoke(cli.app, ["train", "dapo", "--model", str(tmp_path)])
     assert done.exit_code == 2 and done.stderr.splitlines()[-1] == (
-        f"rlfast train: --model {tmp_path} needs reasoning_gym, which is not installed: {INSTALL}"
+        f"rlfast train: --model {tmp_path}: {missing}; to install what it needs: {INSTALL}"
     )
 
 
